@@ -1,0 +1,12 @@
+"""Bellbox: neural networks whose weights and activations are 1- to 4-bit integers.
+
+```python
+import bellbox as bb
+
+model = bb.prepare(model, bb.Recipe.bbq(bits=2))   # train it as usual
+bb.save(bb.convert(model), "model-2bit")           # safetensors + config.json
+model = bb.load("model-2bit")                      # the same function, on integers
+```
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,35 @@
+"""The one exception for what a user can put right.
+
+A bad file, flag, shape or bit width is answered with one line that names the thing, the limit and the way
+out. Library code raises `BellboxError` with that line; the command line prints it and exits with 2. Anything
+else that escapes is a defect of Bellbox and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class BellboxError(ValueError):
+    """Something the caller can put right; the message is one clear line."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it.
+
+    Args:
+        module: dotted name to import.
+        extra: the extra of this package that installs it.
+
+    Raises:
+        BellboxError: when the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise BellboxError(
+            f"{module} is not installed; install it with: pip install 'bellbox[{extra}]'"
+        ) from error
