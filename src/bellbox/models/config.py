@@ -1,0 +1,228 @@
+"""What a model is made of, as values: two frozen dataclasses and a table of named sizes.
+
+A checkpoint, a run's YAML file and a packed folder all have to say which model they hold, so the description
+is plain data that goes to JSON and back without loss. The field names are those of Hugging Face's Llama, for
+GPT too, so that nobody learns two vocabularies. Anything impossible (heads that do not divide, an unknown
+key) is refused here, with one line, before a tensor is allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from math import inf
+from typing import Any, ClassVar
+
+from bellbox.errors import BellboxError
+
+_POSITIVE_INTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+# Far beyond any model, and low enough that a spoilt file cannot make a loader build layers for hours.
+_MOST = {"num_hidden_layers": 1024, "max_position_embeddings": 2**20}
+_POSITIVE_FLOATS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range")
+
+
+class _Config:
+    """What both descriptions share: checks of single values, and the way to a dictionary."""
+
+    architecture: ClassVar[str]
+
+    def _check_values(self) -> None:
+        for name, value in vars(self).items():
+            optional = value is None and name in ("num_key_value_heads", "head_dim")
+            if name in _POSITIVE_INTS and not optional:
+                most = _MOST.get(name, 2**24)
+                if type(value) is not int or not 1 <= value <= most:
+                    raise BellboxError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
+            elif name in _POSITIVE_FLOATS:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+                    raise BellboxError(f"{name} is {value!r}; it must be a finite number above 0")
+            elif name == "tie_word_embeddings" and not isinstance(value, bool):
+                raise BellboxError(f"{name} is {value!r}; it must be true or false")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, and "architecture"; `config_from_dict` is the way back."""
+        return {"architecture": self.architecture, **asdict(self)}  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class LlamaConfig(_Config):
+    """The shape of a LLaMA: RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases.
+
+    Raises:
+        BellboxError: a size that is no positive whole number, or heads that do not fit together.
+    """
+
+    architecture: ClassVar[str] = "llama"
+
+    vocab_size: int = 32000
+    """Entries of the tokenizer; rows of the embedding and of the head."""
+    hidden_size: int = 640
+    """Width of the residual stream."""
+    intermediate_size: int = 1792
+    """Width inside the SwiGLU MLP."""
+    num_hidden_layers: int = 6
+    """Transformer blocks."""
+    num_attention_heads: int = 5
+    """Query heads."""
+    num_key_value_heads: int | None = None
+    """Key and value heads, a divisor of the query heads; as many as those where None."""
+    head_dim: int | None = None
+    """Width of one head, even; hidden_size / num_attention_heads where None."""
+    max_position_embeddings: int = 512
+    """The context: the longest sequence, in tokens."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding matrix itself."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise BellboxError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; change one of them or give head_dim"
+            )
+        if self.head_size % 2:
+            raise BellboxError(f"head_dim is {self.head_size}; rotary positions need an even one")
+        if self.num_attention_heads % self.key_value_heads:
+            raise BellboxError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.key_value_heads}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head, worked out where `head_dim` is None."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Key and value heads, worked out where `num_key_value_heads` is None."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class GPTConfig(_Config):
+    """The shape of a GPT-2: LayerNorm before each part, learned positions, tanh GELU, biases.
+
+    Raises:
+        BellboxError: a size that is no positive whole number, or heads that do not divide the width.
+    """
+
+    architecture: ClassVar[str] = "gpt"
+
+    vocab_size: int = 32000
+    """Entries of the tokenizer; rows of the embedding and of the head."""
+    hidden_size: int = 640
+    """Width of the residual stream (GPT-2 calls it n_embd)."""
+    intermediate_size: int = 2560
+    """Width inside the MLP (n_inner)."""
+    num_hidden_layers: int = 6
+    """Transformer blocks (n_layer)."""
+    num_attention_heads: int = 5
+    """Heads (n_head)."""
+    max_position_embeddings: int = 512
+    """The context: the longest sequence, in tokens (n_positions)."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance inside LayerNorm."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding matrix itself."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        if self.hidden_size % self.num_attention_heads:
+            raise BellboxError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; change one of them"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Key and value heads: as many as query heads."""
+        return self.num_attention_heads
+
+
+ModelConfig = LlamaConfig | GPTConfig
+"""A description of either architecture."""
+
+ARCHITECTURES: dict[str, type[LlamaConfig] | type[GPTConfig]] = {"llama": LlamaConfig, "gpt": GPTConfig}
+
+
+def _llama(layers: int, width: int, heads: int, swiglu: int) -> LlamaConfig:
+    return LlamaConfig(
+        num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=swiglu
+    )
+
+
+# 95M to 300M are the paper's (its table of models); tiny and small are ours, for a laptop and for tests, with
+# a vocabulary that a small corpus can fill. The real one is the tokenizer's: preset(name, vocab_size=...).
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": LlamaConfig(4096, 256, 640, 2, 4, max_position_embeddings=256),
+    "small": LlamaConfig(4096, 256, 640, 4, 4, max_position_embeddings=512),
+    "95M": _llama(6, 640, 5, 1792),
+    "125M": _llama(7, 768, 6, 2048),
+    "200M": _llama(8, 1024, 8, 2816),
+    "300M": _llama(10, 1280, 10, 3584),
+    "gpt-tiny": GPTConfig(4096, 256, 1024, 2, 4, max_position_embeddings=256),
+    "gpt-95M": GPTConfig(),
+}
+
+
+def _known_fields(cls: type[LlamaConfig] | type[GPTConfig], values: dict[str, Any], what: str) -> None:
+    known = [field.name for field in fields(cls)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise BellboxError(f"{what} has no field {unknown[0]!r}; there are: {', '.join(known)}")
+
+
+def preset(name: str, **overrides: Any) -> ModelConfig:
+    """The named size, with any field replaced.
+
+    Args:
+        name: a key of `PRESETS`.
+        **overrides: fields of the configuration, e.g. `vocab_size=2048`.
+
+    Raises:
+        BellboxError: no such preset or field, or an impossible shape.
+    """
+    if name not in PRESETS:
+        raise BellboxError(f"no model preset {name!r}; there are: {', '.join(PRESETS)}")
+    base = PRESETS[name]
+    _known_fields(type(base), overrides, f"model preset {name!r}")
+    return type(base)(**{**asdict(base), **overrides})
+
+
+def config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The configuration that `to_dict` wrote; fields left out take their defaults.
+
+    Raises:
+        BellboxError: unknown architecture or field, or an impossible shape.
+    """
+    rest = dict(values)
+    architecture = rest.pop("architecture", None)
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise BellboxError(
+            f"model architecture is {architecture!r}; Bellbox knows: {', '.join(ARCHITECTURES)}"
+        )
+    cls = ARCHITECTURES[architecture]
+    _known_fields(cls, rest, f"a {architecture} configuration")
+    return cls(**rest)

@@ -1,0 +1,171 @@
+"""GPT-2, written plainly, with q, k, v as three layers.
+
+GPT-2's own checkpoints fuse q, k and v into one transposed matrix. Here they are three plain `nn.Linear`s
+that read the very same tensor object, as in LLaMA, so that a recipe treats both alike; `hf.py` splits and
+fuses without loss. The other names are GPT-2's own (`transformer.h.0.attn.c_proj`, `...mlp.c_fc`).
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bellbox.models.attention import activation, causal_attention, compute_dtype
+from bellbox.models.cache import KVCache
+from bellbox.models.config import GPTConfig
+from bellbox.models.llama import check_context
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, fp32 inside, rounded to autocast's dtype where that is on."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., size]` to the same shape."""
+        return super().forward(input).to(compute_dtype(input))
+
+
+class GPTAttention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.head_dim = config.head_size
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cache: KVCache | None, layer: int, exact: bool) -> Tensor:
+        """`[B, T, hidden]` to the same; new keys and values go into the cache, if there is one."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = self.q_proj(x).view(heads).transpose(1, 2)
+        key = self.k_proj(x).view(heads).transpose(1, 2)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        mixed = causal_attention(query, key, value, exact=exact)
+        return self.c_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class GPTMLP(nn.Module):
+    """Two layers with a tanh GELU between."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor, exact: bool) -> Tensor:
+        """`[B, T, hidden]` to the same."""
+        return self.c_proj(activation(_gelu, self.c_fc(x), exact=exact))
+
+
+class GPTBlock(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = GPTAttention(config)
+        self.ln_2 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = GPTMLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None, layer: int, exact: bool) -> Tensor:
+        """`[B, T, hidden]` to the same."""
+        x = x + self.attn(self.ln_1(x), cache, layer, exact)
+        return x + self.mlp(self.ln_2(x), exact)
+
+
+class GPTBody(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.num_hidden_layers))
+        self.ln_f = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None, last_only: bool, exact: bool) -> Tensor:
+        """Token ids `[B, T]` to normalised states `[B, T, hidden]`, or `[B, 1, hidden]` of the last token."""
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        x = self.wte(input_ids) + self.wpe(positions)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer, exact)
+        return self.ln_f(x[:, -1:] if last_only else x)
+
+
+class GPT(nn.Module):
+    """A GPT-2 language model, without dropout.
+
+    Attributes:
+        config: its shape.
+        exact_attention: set it to True for logits of a prefix that depend neither on what follows nor on the
+            rest of the batch (`attention.py` says why and what it costs). False by default: PyTorch's fused
+            attention.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.exact_attention = False
+        self.transformer = GPTBody(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+        self.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """Normal weights, zero biases; projections into the residual stream smaller, by sqrt(2 x layers)."""
+        std = self.config.initializer_range
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                shrink = (2 * self.config.num_hidden_layers) ** -0.5 if name.endswith("c_proj") else 1.0
+                nn.init.normal_(module.weight, std=std * shrink)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, LayerNorm):
+                module.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Make the head the embedding matrix, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache on this model's device, for `batch` sequences of up to `max_length` tokens.
+
+        Raises:
+            BellboxError: more tokens than the context.
+        """
+        config, weight = self.config, self.transformer.wte.weight
+        check_context(max_length, config.max_position_embeddings)
+        return KVCache(
+            config.num_hidden_layers,
+            batch,
+            config.key_value_heads,
+            max_length,
+            config.head_size,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits for the token after each one; arguments, result and errors are those of `Llama.forward`."""
+        batch, tokens = input_ids.shape
+        before = cache.length if cache is not None else 0
+        check_context(before + tokens, self.config.max_position_embeddings)
+        if cache is not None:
+            cache.check_room(batch, tokens)
+        logits = self.lm_head(self.transformer(input_ids, cache, last_only, self.exact_attention))
+        if cache is not None:
+            cache.advance(tokens)
+        return logits
