@@ -1,0 +1,156 @@
+"""Fused fake quantization of Bell Box Quantization, forward and closed-form backward, as custom operations.
+
+Written as a chain of torch operations under autograd, the method keeps about a dozen fp32 temporaries of the
+size of its input. Here the forward keeps one, the normalised rotated value `v`, in the compute dtype of the
+model (bf16 under autocast: no more than the input itself), and everything that the backward needs follows
+from it.
+
+As custom operations they are opaque to `torch.compile`, so the graph
+does not break and the additions are the same ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bellbox.hadamard import butterfly_between, hadamard_matrix
+from bellbox.kernels.encode import Scratch, chunks, compute_dtype, count_reached, per_row, rotate_normalise
+
+_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+
+
+@torch.library.custom_op("bellbox::bbq_forward", mutates_args=())
+def bbq_forward(
+    x: Tensor, r: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`x_hat = scale * (code - offset)` in the rotated domain.
+
+    Args:
+        x: `[rows, features]`, any floating dtype.
+        r: `[rows, 1]` or `[1, 1]`, compute dtype; NaN makes its rows NaN.
+        scale: `[rows, 1]` or `[1, 1]`, compute dtype: gamma / (n/2).
+        thresholds: n-1 rising fp32 numbers.
+        offset: n/2 + zero point.
+        block: rotation block.
+        dtype: of both results.
+
+    Returns:
+        `x_hat` and the normalised rotated `v`, both `[rows, features]` in `dtype`.
+    """
+    x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
+    kept = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scratch = Scratch(x, 3, compute_dtype(x))
+    poison = r - r + 1  # 1, or NaN where the statistic is not finite: a comparison would swallow it
+    for rows in chunks(x):
+        v = rotate_normalise(x[rows], per_row(r, rows), block, (scratch.floats[0], scratch.floats[1]))
+        count = len(v)
+        kept[rows] = v
+        codes = count_reached(v, thresholds, scratch.codes[:count], scratch.mask[:count])
+        level = torch.sub(scratch.floats[2][:count].copy_(codes), offset, out=scratch.floats[2][:count])
+        x_hat[rows] = level.mul_(per_row(scale, rows) * per_row(poison, rows))
+    return x_hat, kept
+
+
+@bbq_forward.register_fake
+def _(
+    x: Tensor, r: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@functools.cache
+def _matrix(block: int, device: torch.device) -> Tensor:
+    return hadamard_matrix(block, torch.bfloat16, device)
+
+
+def _soft_gradient(grad: Tensor, v: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+    """`g_v = 2 gamma phi(v) G` into `out`: the box is n Phi(v) and a level is gamma / (n/2), so n cancels."""
+    torch.mul(v, v, out=out).mul_(-0.5).exp_().mul_(2 * _INV_SQRT_2PI * gamma)
+    return out.mul_(grad)
+
+
+@torch.library.custom_op("bellbox::bbq_backward", mutates_args=())
+def bbq_backward(
+    grad: Tensor,
+    v: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    free: Tensor,
+    thresholds: Sequence[float],
+    offset: float,
+    block: int,
+    whole_tensor: bool,
+) -> tuple[Tensor, Tensor]:
+    """Closed-form backward: straight-through in the rounding only, everything else differentiated.
+
+    Args:
+        grad: dL/dx_hat `[rows, features]`.
+        v: what the forward kept, `[rows, features]`.
+        r: as in the forward.
+        gamma: `[rows, 1]` or `[1, 1]`, compute dtype.
+        free: the shape of `r`; 1 where sigma follows the input, 0 where it is constant (its floor, an EMA).
+        thresholds: as in the forward.
+        offset: as in the forward.
+        block: rotation block.
+        whole_tensor: sigma is taken over the whole tensor, else over each row.
+
+    Returns:
+        dL/dx `[rows, features]` in the dtype of `grad`, and `sum(G * level)` over each row, `[rows, 1]`.
+    """
+    work = torch.float64 if r.dtype == torch.float64 else torch.float32
+    grad_x = torch.empty_like(grad)
+    weighted = torch.empty((len(grad), 1), dtype=work, device=grad.device)
+    scratch = Scratch(grad, 5, work)
+    # bf16 gradients on a CPU: one small matrix product is cheaper than seven passes, at the gradient's own precision.
+    matrix = _matrix(block, grad.device) if grad.dtype == torch.bfloat16 and block > 1 else None
+
+    mean: Tensor | None = None
+    if whole_tensor:
+        total = torch.zeros((), dtype=torch.float64, device=grad.device)
+        for rows in chunks(grad):
+            a, b, c = (buffer[: rows.stop - rows.start] for buffer in scratch.floats[:3])
+            a.copy_(v[rows])
+            g_v = _soft_gradient(b.copy_(grad[rows]), a, per_row(gamma, rows), c)
+            total += g_v.mul_(a).sum(dtype=torch.float64)
+        mean = (total / max(1, grad.numel())).to(work) * free
+
+    for rows in chunks(grad):
+        count = rows.stop - rows.start
+        a, b, c, d, e = (buffer[:count] for buffer in scratch.floats)
+        a.copy_(v[rows])
+        b.copy_(grad[rows])
+        g_v = _soft_gradient(b, a, per_row(gamma, rows), c)
+        codes = count_reached(a, thresholds, scratch.codes[:count], scratch.mask[:count])
+        level = d.copy_(codes).sub_(offset)
+        weighted[rows] = level.mul_(b).sum(-1, keepdim=True)
+        row_mean = mean
+        if row_mean is None:
+            row_mean = torch.mul(g_v, a, out=d).mean(-1, keepdim=True) * per_row(free, rows)
+        g_v.sub_(a.mul_(row_mean)).mul_(per_row(r, rows))
+        if block == 1:
+            grad_x[rows] = g_v
+        elif matrix is not None:
+            torch.mm(g_v.to(torch.bfloat16).view(-1, block), matrix, out=grad_x[rows].view(-1, block))
+        else:
+            grad_x[rows] = butterfly_between(g_v, block, (d, e))
+    return grad_x, weighted
+
+
+@bbq_backward.register_fake
+def _(
+    grad: Tensor,
+    v: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    free: Tensor,
+    thresholds: Sequence[float],
+    offset: float,
+    block: int,
+    whole_tensor: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad), r.new_empty((len(grad), 1))

@@ -1,0 +1,50 @@
+"""Integer matrix product and its epilogue: the reference for packed inference.
+
+Evaluation of the fake-quantized model and of the packed one both end here, which is what makes them the same
+function to the last bit: the integer sum is exact, and the epilogue is three separate fp32 roundings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T` of small integers, exactly.
+
+    Args:
+        a: int8 `[M, K]`.
+        b: int8 `[N, K]`.
+
+    Returns:
+        `[M, N]`, int32 where integer hardware is used, else a floating dtype that holds the sums exactly.
+    """
+    m, k = a.shape
+    n = b.shape[0]
+    if a.device.type == "cpu" or (a.device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0):
+        return torch._int_mm(a, b.t())
+    # |sum| <= 128 * 128 * K stays below the 24 bits of fp32 up to K = 1024 at worst, below the 53 of fp64 always.
+    exact = torch.float32 if _largest(a) * _largest(b) * k < 2**24 else torch.float64
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(exact) @ b.to(exact).t()
+
+
+def _largest(x: Tensor) -> int:
+    return int(x.abs().max()) if x.numel() else 0
+
+
+def scaled_product(a: Tensor, b: Tensor, weight_scale: Tensor, act_scale: Tensor, mark: Tensor) -> Tensor:
+    """`float32(a @ b.T) * (weight_scale * act_scale) * mark`.
+
+    Args:
+        a: int8 `[M, K]`, integer levels of the activation.
+        b: int8 `[N, K]`, integer levels of the weight.
+        weight_scale: fp32 `[N]`, what one integer of a row is worth.
+        act_scale: fp32 `[]`.
+        mark: fp32 `[M, 1]`: 1.0, or NaN for rows whose input was not finite.
+
+    Returns:
+        fp32 `[M, N]`.
+    """
+    return integer_matmul(a, b).to(torch.float32) * (weight_scale * act_scale) * mark

@@ -1,0 +1,149 @@
+"""The integers that a quantizer may use: how many, where they sit, and where one ends and the next begins.
+
+Every path (fake quantization, packed inference, kernels, exports) decides codes by comparing with the same
+fp32 thresholds, so the thresholds live here, once, rounded to fp32 once.
+
+Codes are the stored integers 0..n-1. Levels are the values that codes stand for in the compute domain,
+`q = code - n/2 - zero_point`. Thresholds are the n-1 decision boundaries on the normalised input; a value
+exactly on a threshold belongs to the upper code.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from bellbox.errors import BellboxError
+
+MAX_LEVELS = 256
+
+
+def _float32(value: float) -> float:
+    """The nearest fp32 value, as a Python float: what a kernel will really compare with."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def default_zero_point(n: int) -> float:
+    """0 for 8 levels and more that are even in number (levels -4..3); -1/2 below and for odd numbers.
+
+    With -1/2 the levels are symmetric about zero: +-1/2, +-3/2 for n = 4, and -1, 0, 1 for n = 3
+    (BBQ's released code: 0 at 3 and 4 bits, -1/2 at 1 and 2 bits).
+    """
+    return 0.0 if n >= 8 and n % 2 == 0 else -0.5
+
+
+@dataclass(frozen=True)
+class Levels:
+    """n integer levels `code - n/2 - zero_point` with n-1 sorted fp32 thresholds.
+
+    Raises:
+        BellboxError: n outside 2..256, a zero point that is not a multiple of 1/2, thresholds that are not
+            n-1 strictly rising finite numbers.
+    """
+
+    n: int
+    """Number of levels; 2**bits for whole bits, 3 for ternary."""
+    zero_point: float
+    """Shift of the integer grid, in levels; a multiple of 1/2."""
+    thresholds: tuple[float, ...] = field(repr=False)
+    """n-1 decision boundaries on the normalised input, each exactly representable in fp32."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.n <= MAX_LEVELS:
+            raise BellboxError(f"{self.n} levels: choose 2 to {MAX_LEVELS} (bits=1 to 8, or levels=3 for ternary)")
+        if not math.isfinite(self.zero_point) or self.zero_point * 2 != round(self.zero_point * 2):
+            raise BellboxError(f"zero point {self.zero_point}: must be a multiple of 1/2, such as 0 or -0.5")
+        rising = all(a < b for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
+        if len(self.thresholds) != self.n - 1 or not rising or not all(map(math.isfinite, self.thresholds)):
+            raise BellboxError(f"{self.n} levels need {self.n - 1} finite, strictly rising thresholds")
+        object.__setattr__(self, "thresholds", tuple(map(_float32, self.thresholds)))
+
+    @classmethod
+    def gaussian(cls, n: int, zero_point: float | None = None) -> Levels:
+        """Levels that a standard normal variable uses equally often: thresholds Phi^-1(i/n).
+
+        Args:
+            n: number of levels, 2..256.
+            zero_point: multiple of 1/2; `default_zero_point(n)` where None.
+        """
+        normal = NormalDist()
+        if not isinstance(n, int) or not 2 <= n <= MAX_LEVELS:
+            raise BellboxError(f"{n} levels: choose 2 to {MAX_LEVELS} (bits=1 to 8, or levels=3 for ternary)")
+        # inv_cdf(1/2) is -0.0 on some platforms and an odd function only to rounding: build one half, mirror it.
+        upper = [normal.inv_cdf(i / n) for i in range(n // 2 + 1, n)]
+        middle = [0.0] if n % 2 == 0 else []
+        thresholds = (*(-t for t in reversed(upper)), *middle, *upper)
+        return cls(n, default_zero_point(n) if zero_point is None else zero_point, thresholds)
+
+    @property
+    def bits(self) -> float:
+        """Information that a code can carry, log2(n): 1.585 for ternary."""
+        return math.log2(self.n)
+
+    @property
+    def offset(self) -> float:
+        """What is subtracted from a code to give its level: n/2 + zero_point."""
+        return self.n / 2 + self.zero_point
+
+    @property
+    def multiplier(self) -> int:
+        """2 where levels are half-integers (so that 2q is an odd integer), else 1."""
+        return 1 if self.offset == int(self.offset) else 2
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        """`multiplier * level` of every code: what integer hardware multiplies."""
+        return tuple(int(self.multiplier * (code - self.offset)) for code in range(self.n))
+
+    @property
+    def fits_int8(self) -> bool:
+        """Whether `integers` lie within -128..127."""
+        return -128 <= self.integers[0] and self.integers[-1] <= 127
+
+    def encode(self, v: Tensor) -> Tensor:
+        """Codes of normalised values: the number of thresholds t with v >= t.
+
+        Args:
+            v: any shape, float. NaN compares false everywhere and would get code 0: callers exclude it.
+
+        Returns:
+            uint8, the shape of `v`.
+        """
+        codes = torch.zeros(v.shape, dtype=torch.uint8, device=v.device)
+        for threshold in self.thresholds:
+            codes += (v >= threshold).view(torch.uint8)
+        return codes
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Levels `code - n/2 - zero_point` of codes; exact in `dtype` for n <= 256 (bf16 included up to n = 128)."""
+        return codes.to(dtype) - self.offset
+
+    def decode_int8(self, codes: Tensor) -> Tensor:
+        """`multiplier * level` of codes, as int8.
+
+        Raises:
+            BellboxError: where these integers do not fit int8.
+        """
+        if not self.fits_int8:
+            raise BellboxError(f"{self.n} levels with zero point {self.zero_point} do not fit int8")
+        return codes.to(torch.int8 if self.n <= 128 else torch.int16).mul_(self.multiplier).sub_(
+            int(self.multiplier * self.offset)
+        ).to(torch.int8)
+
+
+def levels_from_bits(bits: int) -> int:
+    """2**bits, refusing what is not a whole number from 1 to 8.
+
+    Raises:
+        BellboxError: any other value.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise BellboxError(f"bits={bits!r}: must be a whole number from 1 to 8 (ternary is levels=3)")
+    return 2**bits
+
+

@@ -1,0 +1,200 @@
+"""Swapping layers: full precision -> fake-quantized (`prepare`) -> packed integers (`convert`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TypeVar, cast
+
+from torch import Tensor, nn
+
+from bellbox.errors import BellboxError
+from bellbox.levels import Levels
+from bellbox.nn import (
+    ActivationQuantizer,
+    PackedLinear,
+    QuantizedLinear,
+    SharedInput,
+    quantized_layers,
+)
+from bellbox.quantizers import build_quantizer
+from bellbox.recipe import SIBLINGS, Recipe, Rule
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepare(model: Model, recipe: Recipe) -> Model:
+    """Replace linear layers by fake-quantized ones, in place, as the recipe says.
+
+    Train the result as usual: weights stay full precision, each forward quantizes them and the inputs.
+
+    Args:
+        model: any module. Exact `nn.Linear` layers are considered; everything else is left.
+        recipe: which layers, and how.
+
+    Returns:
+        The same model (a new layer where `model` is itself one `nn.Linear`).
+
+    Raises:
+        BellboxError: the model is prepared or packed already, or no layer matches a recipe that has rules.
+    """
+    if any(isinstance(module, (QuantizedLinear, PackedLinear)) for module in model.modules()):
+        raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
+    decided = [(name, layer, rule) for name, layer in _linears(model) if (rule := recipe.rule_for(name))]
+    if recipe.rules and not decided:
+        raise BellboxError("the recipe matches no linear layer of the model; look at the patterns of its rules")
+    owners: dict[tuple[str, ...], ActivationQuantizer] = {}
+    groups = _sibling_groups(decided) if recipe.share_inputs else {}
+    result: nn.Module = model
+    for name, linear, rule in decided:
+        group = groups.get(name, (name,))
+        shared = owners.get(group)
+        activation = shared or _activation_quantizer(name, linear, rule, readers=len(group))
+        if activation is not None:
+            owners[group] = activation
+        weight = None
+        if rule.weights is not None:
+            rows = linear.out_features
+            weight = build_quantizer(rule.weights, linear.in_features, rows, name=f"{name or 'the layer'}.weight")
+            weight.to(linear.weight.device)
+            weight.initialize(linear.weight)
+        layer = QuantizedLinear(linear, weight, activation, owned=shared is None)
+        layer.train(linear.training)
+        result = _replace(result, name, layer)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fused evaluation path reads the weights past the layers' forward; this attribute switches it off.
+            module.activation_relu_or_gelu = 0
+    return cast(Model, result)
+
+
+def convert(model: Model) -> Model:
+    """A packed copy of a prepared model: codes instead of weights, ready for `save` and for inference.
+
+    The trained model is left as it is. Nothing but the quantized layers' float weights is left out of the copy.
+
+    Raises:
+        BellboxError: nothing to convert, or a layer that cannot be packed (by name, with the way out).
+    """
+    layers = dict(quantized_layers(model))
+    if not layers:
+        raise BellboxError("nothing to convert: the model has no quantized layers; call prepare first")
+    require_causal(model, "converting")
+    shared: dict[int, SharedInput] = {}
+    memo: dict[int, object] = {}
+    for layer in layers.values():
+        activation = layer.activation_quantizer
+        if activation is not None:
+            shared.setdefault(id(activation), SharedInput(activation.shared.readers))
+        # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
+        memo[id(layer)] = PackedLinear.from_quantized(layer, shared.get(id(activation)))
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+
+
+def require_causal(model: nn.Module, doing: str) -> None:
+    """Refuse a model whose activation statistic looks at other tokens.
+
+    Args:
+        model: any module.
+        doing: what is refused, for the message ("converting", "generating").
+
+    Raises:
+        BellboxError: a layer has statistic 'tensor'.
+    """
+    for name, layer in quantized_layers(model):
+        activation = layer.activation_quantizer
+        if activation is not None and activation.quantizer.statistic == "tensor":
+            raise BellboxError(
+                f"{doing} is refused: layer {name or type(layer).__name__} has statistic='tensor', which looks at "
+                "future tokens and at the rest of the batch; train with statistic='token' or 'ema'"
+            )
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Exact `nn.Linear` layers by name. Those inside nn.MultiheadAttention are read past their forward: skipped."""
+    skip = {
+        id(inner)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for inner in module.modules()
+    }
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and id(module) not in skip:
+            yield name, module
+
+
+def _activation_quantizer(name: str, linear: nn.Linear, rule: Rule, readers: int) -> ActivationQuantizer | None:
+    if rule.activations is None:
+        return None
+    quantizer = build_quantizer(rule.activations, linear.in_features, None, name=f"{name or 'the layer'}.input")
+    return ActivationQuantizer(quantizer, readers).to(linear.weight.device).train(linear.training)
+
+
+def _sibling_groups(decided: list[tuple[str, nn.Linear, Rule]]) -> dict[str, tuple[str, ...]]:
+    """Layer name -> names of all siblings (itself included) that share its activation quantizer."""
+    rules = {name: (layer.in_features, rule.activations) for name, layer, rule in decided}
+    groups: dict[str, tuple[str, ...]] = {}
+    for name in rules:
+        parent, _, leaf = name.rpartition(".")
+        for names in SIBLINGS:
+            if leaf == names[0]:
+                full = tuple(f"{parent}.{other}" if parent else other for other in names)
+                alike = tuple(other for other in full if rules.get(other) == rules[name])
+                if len(alike) > 1 and rules[name][1] is not None:
+                    groups.update(dict.fromkeys(alike, alike))
+    return groups
+
+
+def _replace(root: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """Put `layer` in the place called `name`; the root itself for the empty name. Returns the root."""
+    if not name:
+        return layer
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, layer)
+    return root
+
+
+def _label(levels: Levels) -> str:
+    return f"{levels.bits:.4g}"
+
+
+def summary(model: nn.Module) -> str:
+    """A table of the quantized layers, and how many parameters are quantized and how many are not.
+
+    Equal layers of repeated blocks are listed once, with their number.
+    """
+    rows: dict[tuple[str, ...], int] = {}
+    quantized = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            weight, activation = layer.weight_quantizer, layer.activation_quantizer
+            quantized += layer.weight.numel() if weight is not None else 0
+            cells = (
+                _label(weight.levels) if weight else "float",
+                _label(activation.levels) if activation else "float",
+                activation.quantizer.statistic if activation else "-",
+                str((weight or (activation and activation.quantizer)).block),  # type: ignore[union-attr]
+                "shared" if activation is not None and activation.shared.readers > 1 else "own",
+            )
+        elif isinstance(layer, PackedLinear):
+            quantized += layer.in_features * layer.out_features
+            coding = layer.coding
+            sharing = "shared" if layer.shared.readers > 1 else "own"
+            cells = (_label(layer.weight_levels), _label(coding.levels), coding.statistic, str(coding.block), sharing)
+        else:
+            continue
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "(the model)"
+        key = (pattern, f"{layer.out_features} x {layer.in_features}", *cells)
+        rows[key] = rows.get(key, 0) + 1
+    header = ("layer", "out x in", "weight bits", "input bits", "statistic", "block", "input", "count")
+    table = [header, *((*key, str(count)) for key, count in rows.items())]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    packed_bytes = {id(m.weight_packed) for m in model.modules() if isinstance(m, PackedLinear)}
+    floats: dict[int, Tensor] = {id(p): p for p in model.parameters() if id(p) not in packed_bytes}
+    inside = {id(layer.weight) for _, layer in quantized_layers(model) if layer.weight_quantizer is not None}
+    rest = sum(p.numel() for key, p in floats.items() if key not in inside)
+    left = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention)})
+    lines.append(f"parameters: {quantized:,} quantized, {rest:,} not" + (f" (left whole: {left[0]})" if left else ""))
+    return "\n".join(lines)
