@@ -1,0 +1,159 @@
+"""Turn text into token shards, and look at them.
+
+bellbox data prepare books/ --out data/books --vocab-size 4096
+bellbox data prepare corpus.jsonl.zst --out data/corpus --tokenizer data/books/tokenizer.json
+bellbox data prepare hf:roneneldan/TinyStories --out data/stories
+bellbox data info data/books --verify
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bellbox.errors import require
+
+require("tyro", "cli")
+
+import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
+
+if TYPE_CHECKING:
+    from bellbox.data.prepare import Progress
+    from bellbox.data.shards import TokenDataset
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn text into a token dataset: tokenizer, shards, manifest."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Text files (plain, .gz, .xz, .zst), JSON lines (.jsonl), folders of them, or hf:NAME[:CONFIG][:SPLIT].
+    In text files a line <|endoftext|> separates documents."""
+    out: Path
+    """The folder to make."""
+    tokenizer: Path | None = None
+    """Use this one: a tokenizer.json, a sentencepiece model, or a folder with one. (default: train one)"""
+    vocab_size: int | None = None
+    """Entries of the byte-level BPE to train. (default: 8192)"""
+    valid: tuple[str, ...] = ()
+    """Files for the validation split. (default: a fraction of the documents; of a single one, its tail)"""
+    valid_fraction: float | None = None
+    """That fraction. (default: 0.01)"""
+    text_field: str | None = None
+    """The field of JSON lines and dataset rows that holds the text. (default: text)"""
+    shard_tokens: int = 1 << 27
+    """Tokens a shard file."""
+    overwrite: bool = False
+    """Replace a dataset that stands at --out."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what a token dataset holds."""
+
+    folder: tyro.conf.Positional[str]
+    """A folder that prepare wrote, or: classics."""
+    verify: bool = False
+    """Read all shards and compare their checksums."""
+
+
+def main(argv: list[str]) -> None:
+    """Run `bellbox data` with the arguments after that.
+
+    Raises:
+        BellboxError: for input or options that cannot be used.
+    """
+    command = tyro.cli(
+        Prepare | Info,  # type: ignore[arg-type]
+        args=argv,
+        prog="bellbox data",
+        description=__doc__,
+    )
+    if isinstance(command, Prepare):
+        _prepare(command)
+    else:
+        _info(command)
+
+
+def _prepare(command: Prepare) -> None:
+    from bellbox.data.prepare import prepare
+
+    with _Bars() as bars:
+        dataset = prepare(
+            command.inputs,
+            command.out,
+            tokenizer=command.tokenizer,
+            vocab_size=command.vocab_size,
+            valid=command.valid,
+            valid_fraction=command.valid_fraction,
+            text_field=command.text_field,
+            shard_tokens=command.shard_tokens,
+            overwrite=command.overwrite,
+            progress=bars.update,
+        )
+    _print(dataset)
+    asked = command.vocab_size
+    if asked is not None and dataset.vocab_size < asked:
+        print(
+            f"the text has no more pairs to merge: {dataset.vocab_size:,} of the {asked:,} entries asked for"
+        )
+
+
+def _info(command: Info) -> None:
+    import bellbox.data
+
+    dataset = bellbox.data.open(command.folder, verify=command.verify)
+    _print(dataset)
+    if command.verify:
+        print("verified: all checksums match")
+
+
+def _print(dataset: TokenDataset) -> None:
+    manifest = dataset.manifest
+    print(f"{dataset.path}")
+    print(f"  tokenizer  {manifest.vocab_size:,} entries, sha256 {manifest.tokenizer_sha256[:16]}")
+    for name, split in dataset.splits.items():
+        shards = len(manifest.splits[name].shards)
+        print(
+            f"  {name:<9}  {len(split):,} tokens ({manifest.dtype}, {shards} shard{'s' * (shards != 1)}), "
+            f"{split.documents:,} document{'s' * (split.documents != 1)}, {split.bytes:,} bytes, "
+            f"{split.bytes / len(split):.3f} bytes per token"
+        )
+
+
+_LABELS = {"survey": "looking", "tokenizer": "training the tokenizer", "encode": "encoding"}
+
+
+class _Bars:
+    """One bar a phase, on standard error: bytes, rate, documents, tokens, time left where it is known."""
+
+    def __init__(self) -> None:
+        progress: Any = require("rich.progress", "cli")
+        console: Any = require("rich.console", "cli").Console(stderr=True)
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=20),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TextColumn("{task.fields[counts]}"),
+            progress.TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Bars:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, state: Progress) -> None:
+        """Show a state; the bar of its phase appears with the first."""
+        if state.phase not in self._tasks:
+            self._tasks[state.phase] = self._bar.add_task(
+                _LABELS[state.phase], total=state.bytes_total, counts=""
+            )
+        counts = f"{state.documents:,} documents, {state.tokens:,} tokens" if state.tokens else ""
+        self._bar.update(self._tasks[state.phase], completed=state.bytes_read, counts=counts)

@@ -1,0 +1,151 @@
+"""Which tokens a step trains on: a function of (seed, step, rank), so that resuming needs no stored state.
+
+An epoch visits every window of `context + 1` tokens exactly once; windows lie at stride `context`, so that no
+token is a target twice. Their order is a pseudo-random permutation computed from (seed, epoch), a Feistel
+network over the window numbers: any place in the order is found in constant time and memory, for billions of
+windows, with no shuffled list. Each epoch also shifts all windows by a random phase, so that the model does not
+meet the same cuts again (and leaves out under two windows at the ends). The end of an epoch flows into the next
+one within a batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bellbox.data.shards import TokenSplit
+from bellbox.errors import BellboxError
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 8
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 whose output bits all depend on all input bits (the SplitMix64 finaliser)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def _key(*parts: int) -> int:
+    """One 64-bit number from several; every part changes it."""
+    state = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        state = _mix(state + np.uint64((part * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & _MASK))
+    return int(state[0])
+
+
+class Permutation:
+    """A pseudo-random bijection of `0 .. size - 1`, evaluated at any place on its own.
+
+    A Feistel network permutes the numbers of an even number of bits; those that leave the range are sent
+    through again until they are back in it ("cycle walking"), fewer than four times on average.
+    """
+
+    def __init__(self, size: int, *key: int) -> None:
+        """A permutation of `size` >= 1 numbers, another one for every key."""
+        self.size = size
+        # At least 3 bits a half: with fewer, the network knows only a handful of permutations.
+        self._half = max(3, ((size - 1).bit_length() + 1) // 2)
+        self._keys = [np.uint64(_key(*key, number)) for number in range(_ROUNDS)]
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Where each position (integers, each in the range) goes, int64 of the same shape."""
+        values = self._network(np.asarray(positions, dtype=np.uint64))
+        while (outside := values >= self.size).any():
+            values[outside] = self._network(values[outside])
+        return values.astype(np.int64)
+
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
+        left, right = values >> half, values & mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        return (left << half) | right
+
+
+class Batches:
+    """The batches of a training run over one split.
+
+    Args:
+        split: tokens to draw from.
+        context: tokens a sequence, T.
+        sequences_per_step: sequences of one optimizer step over all ranks, S.
+        seed: any integer; another one gives another order.
+        rank, world_size: this process and how many there are; `world_size` divides S. The S sequences of a
+            step are the same for every world size.
+
+    Raises:
+        BellboxError: for a split shorter than one window, or sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        context: int,
+        sequences_per_step: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if context < 1 or sequences_per_step < 1:
+            raise BellboxError(
+                f"batches of {sequences_per_step} sequences of {context} tokens: both must be at least 1"
+            )
+        if not 0 <= rank < world_size:
+            raise BellboxError(f"rank {rank} of {world_size} processes: ranks are 0 to {world_size - 1}")
+        if sequences_per_step % world_size:
+            raise BellboxError(
+                f"{sequences_per_step} sequences a step do not divide among {world_size} processes; "
+                f"take a multiple of {world_size}"
+            )
+        if len(split) < context + 1:
+            raise BellboxError(
+                f"split '{split.name}' holds {len(split)} tokens, one window of context {context} needs "
+                f"{context + 1}; shorten the context or prepare more text"
+            )
+        self.split = split
+        self.context = context
+        self.sequences_per_step = sequences_per_step
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        # One window fewer than fit, where there are several, leaves room for every phase in every epoch.
+        self.windows_per_epoch = max(1, len(split) // context - 1)
+        self._phases = min(context, len(split) - self.windows_per_epoch * context)
+        self._orders: dict[int, tuple[Permutation, int]] = {}
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that the first sequence of a step belongs to, from 0."""
+        return step * self.sequences_per_step // self.windows_per_epoch
+
+    def starts(self, step: int) -> list[int]:
+        """The first token of each of this rank's windows at a step."""
+        if step < 0:
+            raise BellboxError(f"step {step}: steps are counted from 0")
+        share = self.sequences_per_step // self.world_size
+        first = step * self.sequences_per_step + self.rank * share
+        starts: list[int] = []
+        while len(starts) < share:
+            epoch, position = divmod(first + len(starts), self.windows_per_epoch)
+            count = min(share - len(starts), self.windows_per_epoch - position)
+            order, phase = self._order(epoch)
+            windows = order(np.arange(position, position + count))
+            starts += (windows * self.context + phase).tolist()
+        return starts
+
+    def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of this rank at a step, int64 `[S / world_size, T]` each, on the CPU.
+
+        The targets are the inputs' successors. The same arguments give the same tensors at any time.
+        """
+        rows = [self.split.read(start, start + self.context + 1) for start in self.starts(step)]
+        tokens = torch.from_numpy(np.stack(rows))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _order(self, epoch: int) -> tuple[Permutation, int]:
+        if epoch not in self._orders:
+            order = Permutation(self.windows_per_epoch, self.seed, epoch, 0)
+            phase = _key(self.seed, epoch, 1) % self._phases
+            self._orders = {epoch: (order, phase)}  # the last one only: steps move forward
+        return self._orders[epoch]

@@ -1,0 +1,351 @@
+"""Text to token shards, in two passes over a stream: train the tokenizer (unless one is given), then encode.
+
+Nothing here grows with the corpus: pieces come in, tokens go out. The dataset is written into a hidden folder
+beside the target and renamed when it is whole, so a killed run leaves no half-written dataset behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from bellbox.data import shards, sources
+from bellbox.data.sources import Piece, Source
+from bellbox.data.tokenizer import FILE_NAME, Tokenizer
+from bellbox.errors import BellboxError
+
+DEFAULT_VOCAB = 8192
+DEFAULT_VALID_FRACTION = 0.01
+DEFAULT_SHARD_TOKENS = 1 << 27
+# A tokenizer learns nothing more from further text, and its table of words would go on growing.
+TOKENIZER_SAMPLE_CHARS = 1 << 28
+_BATCH_CHARS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a preparation stands."""
+
+    phase: str
+    """`survey` (looking for a second document), `tokenizer` (training it) or `encode`."""
+    bytes_read: int = 0
+    """Bytes read from disk in this phase."""
+    bytes_total: int | None = None
+    """Bytes on disk of all sources of this phase; None where a source's size is not known."""
+    documents: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class _Reporter:
+    callback: Callable[[Progress], None] | None
+    state: Progress = field(default_factory=lambda: Progress("survey"))
+
+    def start(self, phase: str, read: Iterable[Source]) -> None:
+        sizes = [source.size for source in read]
+        total = None if None in sizes else sum(size for size in sizes if size is not None)
+        self.state = Progress(phase, bytes_total=total)
+        self._tell()
+
+    def on_read(self, count: int) -> None:
+        self.state = replace(self.state, bytes_read=self.state.bytes_read + count)
+        self._tell()
+
+    def on_encoded(self, documents: int, tokens: int) -> None:
+        self.state = replace(self.state, documents=documents, tokens=tokens)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.callback is not None:
+            self.callback(self.state)
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    vocab_size: int | None = None,
+    valid: Sequence[str | Path] = (),
+    valid_fraction: float | None = None,
+    text_field: str | None = None,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> shards.TokenDataset:
+    """Turn text into a token dataset.
+
+    Args:
+        inputs: files, folders and `hf:` names, see `bellbox.data.sources`.
+        out: the folder to make.
+        tokenizer: one to use; where None, a byte-level BPE is trained on the training split (on its first
+            268 million characters where it is longer).
+        vocab_size: entries of the tokenizer to train, 8,192 where None; not together with `tokenizer`.
+        valid: files for the validation split. Without them a fraction of the documents is taken, chosen by
+            a hash of their beginning, hence the same ones every time; of a single document, its tail.
+        valid_fraction: that fraction, 0.01 where None; not together with `valid`.
+        text_field: field of JSON lines and dataset rows that holds the text, `text` where None.
+        shard_tokens: tokens a file.
+        overwrite: replace a dataset that stands at `out`. Anything else there is never removed.
+        progress: called now and then with a `Progress`.
+
+    Raises:
+        BellboxError: for a source, tokenizer or option that cannot be used, or an `out` that is not empty.
+    """
+    out = Path(out)
+    if tokenizer is not None and vocab_size is not None:
+        raise BellboxError(
+            "a tokenizer and a vocabulary size were given; the size is the tokenizer's own: drop it"
+        )
+    if valid and valid_fraction is not None:
+        raise BellboxError("validation files and a validation fraction were given; drop one of them")
+    if shard_tokens < 1:
+        raise BellboxError(f"shards of {shard_tokens} tokens: a shard holds at least 1")
+    fraction = DEFAULT_VALID_FRACTION if valid_fraction is None else valid_fraction
+    if not 0.0 < fraction < 1.0:
+        raise BellboxError(f"validation fraction {fraction}: must be between 0 and 1, both excluded")
+    if not inputs:
+        raise BellboxError("no input; name files, folders or hf:NAME")
+    train_sources, valid_sources = sources.resolve(inputs), sources.resolve(valid)
+    everything = train_sources + valid_sources
+    _refuse_overlap(train_sources, valid_sources)
+    if text_field is not None and all(source.kind == "text" for source in everything):
+        raise BellboxError(
+            f"text field '{text_field}': no input is JSON lines or a dataset, so it has no fields"
+        )
+    _refuse_target(out, overwrite)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.load(tokenizer)
+
+    reporter = _Reporter(progress)
+    column = text_field or "text"
+    single: int | None = None
+    if not valid_sources:
+        reporter.start("survey", train_sources)
+        single = _length_if_single(train_sources, column, reporter)
+    router = _Router(None if valid_sources else fraction, single)
+
+    def from_inputs() -> Iterator[tuple[str, Piece]]:
+        for source in train_sources:
+            yield from router.route(source.pieces(column, reporter.on_read))
+
+    def from_everything() -> Iterator[tuple[str, Piece]]:
+        yield from from_inputs()
+        for source in valid_sources:
+            yield from (("valid", piece) for piece in source.pieces(column, reporter.on_read))
+
+    if tokenizer is None:
+        reporter.start("tokenizer", train_sources)
+        texts = (piece.text for split, piece in from_inputs() if split == "train")
+        tokenizer = Tokenizer.train(_at_most(texts, TOKENIZER_SAMPLE_CHARS), vocab_size or DEFAULT_VOCAB)
+
+    reporter.start("encode", everything)
+    names = [source.name for source in everything]
+    explanation = (
+        "no text in the validation files"
+        if valid_sources
+        else f"no document fell into the fraction {fraction:g}; raise --valid-fraction or give --valid FILE"
+    )
+    try:
+        _write(out, from_everything(), tokenizer, names, shard_tokens, explanation, overwrite, reporter)
+    except OSError as error:
+        raise BellboxError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return shards.TokenDataset.open(out)
+
+
+class _Router:
+    """Sends each document to a split, piece by piece; all to training where there is no fraction."""
+
+    def __init__(self, fraction: float | None, single_length: int | None) -> None:
+        self._fraction = fraction
+        # Characters of a single document's head; its tail is the validation split.
+        self._head = (
+            None if single_length is None or fraction is None else round(single_length * (1 - fraction))
+        )
+
+    def route(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, Piece]]:
+        if self._head is not None:
+            yield from self._cut(pieces, self._head)
+            return
+        split: str | None = None
+        for piece in pieces:
+            if split is None:
+                split = "valid" if self._fraction and _fraction_of(piece.text) < self._fraction else "train"
+            yield split, piece
+            if piece.ends:
+                split = None
+
+    @staticmethod
+    def _cut(pieces: Iterable[Piece], head: int) -> Iterator[tuple[str, Piece]]:
+        for piece in pieces:
+            if head <= 0:
+                yield "valid", piece
+            elif len(piece.text) <= head and not piece.ends:
+                head -= len(piece.text)
+                yield "train", piece
+                if not head:
+                    yield "train", Piece("", True)
+            else:
+                cut = sources.cut_point(piece.text, head)
+                head = 0
+                yield "train", Piece(piece.text[:cut], True)
+                yield "valid", Piece(piece.text[cut:], piece.ends)
+
+
+def _fraction_of(text: str) -> float:
+    """A number in [0, 1) that is a function of the text alone; equal documents stay on one side."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / (1 << 56)
+
+
+def _length_if_single(read: Sequence[Source], column: str, reporter: _Reporter) -> int | None:
+    """Characters of the corpus where it is one document; stops reading at the second, and returns None."""
+    total = documents = 0
+    for source in read:
+        inside = False
+        for piece in source.pieces(column, reporter.on_read):
+            documents += not inside
+            if documents > 1:
+                return None
+            inside = not piece.ends
+            total += len(piece.text)
+    return total
+
+
+def _at_most(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        if limit <= 0:
+            return
+        yield text
+        limit -= len(text)
+
+
+def _refuse_overlap(train: Sequence[Source], valid: Sequence[Source]) -> None:
+    names = set(map(sources.identity, train))
+    for source in valid:
+        if sources.identity(source) in names:
+            raise BellboxError(
+                f"{source.name}: both in the input and in the validation files; keep it in one"
+            )
+
+
+def _refuse_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise BellboxError(f"{out}: stands there already and is no folder; name another")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise BellboxError(
+            f"{out}: the folder is not empty; name another, or replace a dataset with --overwrite"
+        )
+    if not (out / shards.MANIFEST).is_file():
+        raise BellboxError(f"{out}: not a token dataset, so it is not overwritten; name another folder")
+
+
+def _write(
+    out: Path,
+    stream: Iterable[tuple[str, Piece]],
+    tokenizer: Tokenizer,
+    names: list[str],
+    shard_tokens: int,
+    explanation: str,
+    overwrite: bool,
+    reporter: _Reporter,
+) -> None:
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    dtype = shards.dtype_for(tokenizer.vocab_size)
+    writers = {name: shards.ShardWriter(folder, name, dtype, shard_tokens) for name in shards.SPLITS}
+    try:
+        _encode(stream, tokenizer, writers, reporter)
+        entries = {name: writer.close() for name, writer in writers.items()}
+        if not entries["train"].bytes:
+            raise BellboxError(
+                "no text is left for training; give more text, or a smaller validation fraction"
+            )
+        if not entries["valid"].bytes:
+            raise BellboxError(f"the validation split would be empty: {explanation}")
+        tokenizer.save(folder / FILE_NAME)
+        shards.write_manifest(
+            folder,
+            shards.Manifest(
+                dtype=dtype,
+                vocab_size=tokenizer.vocab_size,
+                end_of_text=tokenizer.end_of_text,
+                tokenizer_sha256=tokenizer.sha256,
+                sources=names,
+                splits=entries,
+            ),
+        )
+        _publish(folder, out, overwrite)
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _encode(
+    stream: Iterable[tuple[str, Piece]],
+    tokenizer: Tokenizer,
+    writers: dict[str, shards.ShardWriter],
+    reporter: _Reporter,
+) -> None:
+    end = np.array([tokenizer.end_of_text])
+    waiting: list[tuple[str, Piece]] = []
+
+    def flush() -> None:
+        batch = tokenizer.encode_batch([piece.text for _, piece in waiting])
+        for (split, piece), ids in zip(waiting, batch, strict=True):
+            writers[split].append(ids, len(piece.text.encode()))
+            if piece.ends:
+                writers[split].append(end, 0)
+                writers[split].documents += 1
+        waiting.clear()
+        reporter.on_encoded(
+            sum(writer.documents for writer in writers.values()),
+            sum(writer.tokens for writer in writers.values()),
+        )
+
+    size = 0
+    for item in stream:
+        waiting.append(item)
+        size += len(item[1].text) + 1
+        if size >= _BATCH_CHARS:
+            flush()
+            size = 0
+    flush()
+
+
+def _publish(folder: Path, out: Path, overwrite: bool) -> None:
+    """Put the finished folder in place: on disk first, then one rename."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)  # mkdtemp made it private
+    for path in [*sorted(folder.iterdir()), folder]:
+        _sync(path)
+    _refuse_target(out, overwrite)  # it may have appeared while we worked
+    if out.exists() and any(out.iterdir()):
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+        out.rename(old)
+        folder.rename(out)
+        shutil.rmtree(old)
+    else:
+        folder.rename(out)
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
