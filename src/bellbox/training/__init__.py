@@ -1,0 +1,22 @@
+"""Training: a configuration in, a run folder out, which any kill leaves in a state to go on from.
+
+`config` says what to train, `loop` does it, `run` opens what came out. Nothing here knows how a quantizer
+works.
+"""
+
+from bellbox.training.config import TrainConfig
+from bellbox.training.config_file import config_from_dict, load_config, save_config
+from bellbox.training.loop import RunResult, Trainer, train
+from bellbox.training.run import LoadedRun, load_run
+
+__all__ = [
+    "LoadedRun",
+    "RunResult",
+    "TrainConfig",
+    "Trainer",
+    "config_from_dict",
+    "load_config",
+    "load_run",
+    "save_config",
+    "train",
+]

@@ -1,0 +1,132 @@
+"""`bellbox train`: train a model from a YAML file, from flags, or from both (flags win).
+
+bellbox train                                               # tiny, 2 bits, the bundled books
+bellbox train --folder runs/w4 --quantization.bits 4 --steps 500
+bellbox train --config my.yaml --optimizer.lr 6e-4 --model.overrides num_hidden_layers=4
+bellbox train --config runs/w4/config.yaml                  # go on after a kill
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bellbox.errors import BellboxError, require
+from bellbox.surgery import summary
+from bellbox.training import TrainConfig, Trainer, load_config
+
+
+@dataclass
+class TrainFlags(TrainConfig):
+    """Train a model, low-bit or not. Flags override the file."""
+
+    config: str | None = None
+    """YAML file with any of the keys below."""
+    resume: Literal["auto", "none"] = "auto"
+    """auto: go on from the last checkpoint in the folder. none: refuse a folder that has one."""
+
+
+def main(argv: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        BellboxError: what the user can put right.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, both with a checkpoint saved.
+    """
+    config, resume = parse(argv)
+    trainer = Trainer(config, resume="auto" if resume == "auto" else None)
+    print(summary(trainer.model), flush=True)
+    result = trainer.run()
+    if result.stopped_by is not None:
+        again = f"bellbox train --config {result.folder / 'config.yaml'}"
+        print(
+            f"stopped at step {result.step} of {result.total_steps}, saved; go on with: {again}", flush=True
+        )
+        raise SystemExit(128 + result.stopped_by)
+    print(_farewell(result.folder))
+
+
+def parse(argv: list[str]) -> tuple[TrainConfig, str]:
+    """The configuration that a command line describes, and its `--resume`.
+
+    Raises:
+        BellboxError: an unreadable file or a value out of range.
+        SystemExit: 0 for --help, 2 for a flag that does not exist or cannot be read.
+    """
+    tyro = require("tyro", "cli")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    try:
+        path = first.parse_known_args(argv)[0].config
+    except SystemExit:
+        raise BellboxError("--config needs a YAML file after it") from None
+    base = TrainConfig() if path is None else load_config(path)
+    default = TrainFlags(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}, config=path)
+    flags = tyro.cli(
+        TrainFlags,
+        prog="bellbox train",
+        description=__doc__,
+        args=argv,
+        default=default,
+        registry=_mapping_flags(tyro, base),
+    )
+    values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**values).check(), flags.resume
+
+
+def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
+    """Teach tyro that a mapping is written as `key=value ...` and added to the one of the file."""
+    yaml = require("yaml", "cli")
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def read(words: list[str]) -> dict[str, Any]:
+        pairs = [word.partition("=") for word in words]
+        for key, equals, _ in pairs:
+            if not equals or not key:
+                raise ValueError(f"'{key}' must be written KEY=VALUE")
+        return {**base.model.overrides, **{key: yaml.safe_load(value) for key, _, value in pairs}}
+
+    @registry.primitive_rule
+    def overrides(info: Any) -> Any:
+        if info.type != dict[str, bool | int | float | str]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="KEY=VALUE",
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [f"{key}={entry}" for key, entry in value.items()],
+        )
+
+    @registry.primitive_rule
+    def recipe(info: Any) -> Any:
+        if info.type not in (dict[str, Any] | None, dict[str, Any]):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="YAML",
+            instance_from_str=lambda words: yaml.safe_load(words[0]),
+            is_instance=lambda value: value is None or isinstance(value, dict),
+            str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).split("\n")[0]],
+        )
+
+    return registry
+
+
+def _farewell(folder: Path) -> str:
+    return (
+        f"the run is in {folder}: config.yaml, metrics.jsonl, checkpoints/\n"
+        f"next:\n"
+        f"  bellbox eval {folder}\n"
+        f"  bellbox report {folder}\n"
+        f"  bellbox convert {folder} {folder}-packed\n"
+        f'  bellbox generate {folder} --prompt "Once upon a time"'
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,117 @@
+"""From a configuration to what it describes; trainer and `load_run` build the same model through here."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.errors import BellboxError
+from bellbox.models import build, preset
+from bellbox.recipe import Recipe, recipe_from_dict
+from bellbox.surgery import prepare
+from bellbox.training.config import QuantizationSection, TrainConfig
+
+
+def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
+    """A copy with everything filled in that depends on the data or on defaults, as it is saved with the run.
+
+    Args:
+        config: as the user gave it.
+        vocab_size: of the data's tokenizer.
+
+    Raises:
+        BellboxError: the model's vocabulary or context is too small for the data.
+    """
+    config = copy.deepcopy(config.check())
+    overrides = config.model.overrides
+    asked = overrides.setdefault("vocab_size", vocab_size)
+    if isinstance(asked, int) and asked < vocab_size:
+        raise BellboxError(
+            f"model.overrides.vocab_size is {asked}, the tokenizer of data.source '{config.data.source}' "
+            f"has {vocab_size} entries; leave it out"
+        )
+    context = config.data.context
+    if "max_position_embeddings" not in overrides:
+        largest = preset(config.model.preset, **overrides).max_position_embeddings
+        overrides["max_position_embeddings"] = max(context, largest)
+    positions = overrides["max_position_embeddings"]
+    if isinstance(positions, int) and positions < context:
+        raise BellboxError(
+            f"data.context is {context}, model.overrides.max_position_embeddings only {positions}; raise that"
+        )
+    config.steps, config.tokens = config.total_steps, None
+    return config
+
+
+def make_recipe(section: QuantizationSection) -> Recipe:
+    """The recipe that a quantization section describes.
+
+    Raises:
+        BellboxError: bits, levels or block out of range, or a recipe that cannot be read.
+    """
+    if section.recipe is not None:
+        return recipe_from_dict(section.recipe)
+    if section.method == "none":
+        return Recipe.none()
+    return Recipe.bbq(
+        bits=section.bits if section.levels is None else None,
+        levels=section.levels,
+        statistic=section.statistic,
+        block=section.block,
+        share_inputs=section.share,
+    )
+
+
+def make_model(config: TrainConfig) -> nn.Module:
+    """Build and prepare the model of a resolved configuration, on the CPU; weights follow `seed`."""
+    model = build(preset(config.model.preset, **config.model.overrides), seed=config.seed)
+    return prepare(model, make_recipe(config.quantization))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        BellboxError: `cuda` is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BellboxError("device is cuda, but PyTorch sees no GPU here; use device: cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each tensor once: what siblings share goes under the first of its names."""
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if first.setdefault(id(value), name) == name:
+            tensors[name] = value.detach()
+    return tensors
+
+
+def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """The inverse of `model_tensors`.
+
+    Raises:
+        BellboxError: a tensor is missing, unknown, or has another shape.
+    """
+    names: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    full = {name: tensors.get(names.setdefault(id(value), name)) for name, value in state.items()}
+    for name, value in state.items():
+        given = full[name]
+        if given is None:
+            raise BellboxError(f"{where}: tensor '{name}' is missing; was config.yaml changed?")
+        if given.shape != value.shape or given.dtype != value.dtype:
+            raise BellboxError(
+                f"{where}: tensor '{name}' is {given.dtype} {tuple(given.shape)}, config.yaml's model has "
+                f"{value.dtype} {tuple(value.shape)}"
+            )
+    unknown = sorted(set(tensors) - set(state))
+    if unknown:
+        raise BellboxError(f"{where}: tensor '{unknown[0]}' is not in the model of config.yaml")
+    model.load_state_dict(full)

@@ -1,0 +1,243 @@
+"""A training run's configuration: what is written in the YAML file, what the flags are, what a run saves.
+
+One tree of dataclasses serves all three, so a key has one name everywhere: `optimizer.lr` in a message is
+`lr` under `optimizer:` in the file and `--optimizer.lr` on the command line. The defaults are the recipe of
+the BBQ paper (arXiv 2603.01599) where it does not depend on the size of the model; the batch and the budget
+are sized for the `tiny` preset. The paper's own: `batch.tokens: 262144`, `data.context: 512`, and 95M to 300M
+presets.
+
+```yaml
+folder: runs/small
+model: {preset: tiny}
+data: {source: classics, context: 256}
+quantization: {method: bbq, bits: 2}
+optimizer: {lr: 1.2e-3}
+steps: 1000
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from bellbox.errors import BellboxError
+
+_FORBID: dict[str, Any] = {"extra": "forbid"}
+DEFAULT_STEPS = 1000
+
+
+@dataclass
+class ModelSection:
+    """Which network."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    preset: str = "tiny"
+    """Name of a preset of `bellbox.models`: tiny, small, 95M, 125M, 200M, 300M, gpt-95M, ..."""
+    overrides: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Fields of the preset to change, by name. The vocabulary follows the data."""
+
+
+@dataclass
+class DataSection:
+    """Which text."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    source: str = "classics"
+    """A folder made by `bellbox data prepare`, or `classics`, the bundled public-domain books."""
+    context: int = 256
+    """Tokens in a sequence."""
+    seed: int = 0
+    """Seed of the order in which the sequences come."""
+
+
+@dataclass
+class QuantizationSection:
+    """How many levels weights and activations get, and where."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    method: Literal["bbq", "none"] = "bbq"
+    """`bbq`, or `none` for full precision."""
+    bits: int | None = 2
+    """Bits of weights and activations: 1 to 8. Ignored where `levels` is given."""
+    levels: int | None = None
+    """Number of levels in place of bits; 3 is ternary."""
+    statistic: Literal["token", "ema", "tensor"] = "token"
+    """How the activation's RMS is taken: per token (causal), running mean, or whole tensor (the paper's)."""
+    block: int = 128
+    """Size of the Hadamard blocks along in_features."""
+    share: bool = True
+    """Whether layers that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
+    recipe: dict[str, Any] | None = None
+    """A whole recipe with rules by layer name, in place of all the other keys of this section."""
+
+
+@dataclass
+class OptimizerSection:
+    """AdamW and the gradient clip."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    lr: float = 1.2e-3
+    """Peak learning rate. The paper: 1.2e-3 at 95M and 125M, 6e-4 at 200M, 3e-4 at 300M."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, of the weights of linear layers only."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+
+@dataclass
+class ScheduleSection:
+    """One cycle of the learning rate, both legs a half cosine."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    warmup: float = 0.1
+    """Fraction of the steps spent rising."""
+    start_factor: float = 0.01
+    """First learning rate, as a fraction of the peak."""
+    end_factor: float = 0.1
+    """Last learning rate, as a fraction of the peak."""
+
+
+@dataclass
+class BatchSection:
+    """How much text one optimizer step sees."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    tokens: int = 8192
+    """Tokens in one optimizer step. The paper: 262144."""
+    micro_sequences: int = 8
+    """Sequences in one forward pass; the number of passes in a step follows from it."""
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    folder: str = "runs/train"
+    """Where the run lives."""
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    quantization: QuantizationSection = field(default_factory=QuantizationSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    batch: BatchSection = field(default_factory=BatchSection)
+    steps: int | None = None
+    """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
+    tokens: int | None = None
+    """Budget in tokens, rounded up to whole steps."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast dtype of the training forward. Master weights and evaluation are fp32 in both."""
+    compile: bool = False
+    """Pass the training forward through torch.compile."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
+    threads: int | None = None
+    """CPU threads; PyTorch's choice where not given."""
+    eval_every: int = 100
+    """Steps between validations. The last step is always validated."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints. The last step and every new best are always saved."""
+    log_every: int = 10
+    """Steps between training records."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+    debug: bool = False
+    """Check every layer's output in every forward; slow, but names the layer at once."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in one optimizer step."""
+        return self.batch.tokens // self.data.context
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes in one optimizer step."""
+        return self.sequences_per_step // self.batch.micro_sequences
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.tokens is not None:
+            return -(-self.tokens // self.batch.tokens)
+        return DEFAULT_STEPS if self.steps is None else self.steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts and lists, as YAML and JSON hold them."""
+        return _plain(dataclasses.asdict(self))
+
+    def check(self) -> TrainConfig:
+        """Refuse values that cannot be trained with; returns self.
+
+        Raises:
+            BellboxError: naming the key, its value and the limit.
+        """
+        _check_batch(self)
+        if self.steps is not None and self.tokens is not None:
+            raise BellboxError(
+                f"steps is {self.steps} and tokens is {self.tokens}: give one of them, the other as null"
+            )
+        for name, value, low in (
+            ("steps", self.total_steps, 1),
+            ("eval_every", self.eval_every, 1),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("log_every", self.log_every, 1),
+            ("threads", 1 if self.threads is None else self.threads, 1),
+        ):
+            if value < low:
+                raise BellboxError(f"{name} is {value}, must be at least {low}")
+        optimizer, schedule = self.optimizer, self.schedule
+        for name, ok, limit in (
+            ("optimizer.lr", 0 < optimizer.lr < float("inf"), "above 0"),
+            ("optimizer.betas", all(0 <= b < 1 for b in optimizer.betas), "in [0, 1)"),
+            ("optimizer.eps", optimizer.eps > 0, "above 0"),
+            ("optimizer.weight_decay", optimizer.weight_decay >= 0, "at least 0"),
+            ("optimizer.clip", optimizer.clip >= 0, "at least 0"),
+            ("schedule.warmup", 0 <= schedule.warmup < 1, "in [0, 1)"),
+            ("schedule.start_factor", 0 < schedule.start_factor <= 1, "in (0, 1]"),
+            ("schedule.end_factor", 0 <= schedule.end_factor <= 1, "in [0, 1]"),
+        ):
+            if not ok:
+                raise BellboxError(f"{name} is {_value(self, name)}, must be {limit}")
+        return self
+
+
+def _check_batch(config: TrainConfig) -> None:
+    context, tokens, micro = config.data.context, config.batch.tokens, config.batch.micro_sequences
+    for name, value in (
+        ("data.context", context),
+        ("batch.tokens", tokens),
+        ("batch.micro_sequences", micro),
+    ):
+        if value < 1:
+            raise BellboxError(f"{name} is {value}, must be at least 1")
+    if tokens % context:
+        near = max(round(tokens / context), 1) * context
+        raise BellboxError(
+            f"batch.tokens is {tokens}, not a whole number of sequences of data.context {context}; "
+            f"{near} would be"
+        )
+    if (tokens // context) % micro:
+        raise BellboxError(
+            f"batch.tokens {tokens} makes {tokens // context} sequences of {context}, which "
+            f"batch.micro_sequences {micro} does not divide; choose one that does"
+        )
+
+
+def _value(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

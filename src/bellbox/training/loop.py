@@ -1,0 +1,359 @@
+"""The training loop, to be read from top to bottom.
+
+A run is a pure function of its configuration and its data: the batch and the learning rate follow from the
+step alone, everything else is in the checkpoint. So a run that was killed at any moment and resumed ends with
+the same bits as one that was not (same machine, same number of threads).
+
+```python
+from bellbox.training import TrainConfig, train
+
+result = train(TrainConfig(folder="runs/tiny", steps=200))
+print(result.validation["perplexity"])
+```
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bellbox import data
+from bellbox.errors import BellboxError
+from bellbox.evaluation import perplexity
+from bellbox.training import random_state
+from bellbox.training.assemble import load_model_tensors, make_model, model_tensors, pick_device, resolve
+from bellbox.training.checkpoint import Checkpoint, Checkpoints, State
+from bellbox.training.config import TrainConfig
+from bellbox.training.config_file import differences, load_config, save_config
+from bellbox.training.environment import describe
+from bellbox.training.files import lock, write_text
+from bellbox.training.finite import checked_forward, find_broken_layer
+from bellbox.training.measures import quantization_measures
+from bellbox.training.metrics import MetricsWriter, perplexity_of
+from bellbox.training.modes import debug_mode, determinism
+from bellbox.training.optimizer import make_adamw, optimizer_tensors, restore_optimizer, set_lr
+from bellbox.training.progress import Progress
+from bellbox.training.run import CONFIG_FILE, TOKENIZER_FILE
+from bellbox.training.schedule import one_cycle
+from bellbox.training.stop import Stopped, StopSignals
+
+# Sequences of the validation split whose activation codes are counted.
+_COUNTED_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended, or how far it came."""
+
+    folder: Path
+    """The run folder."""
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    """Optimizer steps asked for."""
+    tokens: int
+    """Training tokens seen."""
+    validation: dict[str, Any] | None
+    """The last evaluation record of the run, None where there is none yet."""
+    best_loss: float | None
+    """Lowest validation loss in nats per token."""
+    stopped_by: int | None = None
+    """Number of the signal that stopped it early."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done and validated."""
+        return self.stopped_by is None and self.step >= self.total_steps
+
+
+class Trainer:
+    """One run. Building it makes the model; `run` opens the folder, goes on from its last checkpoint, and
+    trains.
+
+    Args:
+        config: what to train.
+        resume: `auto` goes on where the folder holds a checkpoint; None refuses such a folder.
+        show: whether to print progress.
+
+    Raises:
+        BellboxError: a configuration that cannot be trained.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True):
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.dataset = data.open(config.data.source)
+        self.config = resolve(config, self.dataset.vocab_size)
+        self.folder = Path(self.config.folder)
+        self.device = pick_device(self.config.device)
+        self.resume, self.show = resume, show
+        random_state.seed_all(self.config.seed)
+        self.model = make_model(self.config).to(self.device)
+        # Debug hooks would break a compiled graph anyway.
+        compiled = self.config.compile and not self.config.debug
+        self.forward = torch.compile(self.model) if compiled else self.model
+        section = self.config.optimizer
+        self.optimizer = make_adamw(
+            self.model, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+        )
+        self.batches = data.Batches(
+            self.dataset.train,
+            context=self.config.data.context,
+            sequences_per_step=self.config.sequences_per_step,
+            seed=self.config.data.seed,
+        )
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.state = State(step=0, tokens=0, seconds=0.0, data=self.dataset.manifest.checksum())
+        self.saved_step = 0
+        self.signals = StopSignals()
+        self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    def run(self) -> RunResult:
+        """Train to the last step, or until a signal comes.
+
+        Raises:
+            BellboxError: the folder holds another run, or a loss or gradient is not finite. The message of
+                the latter names the step and the layer, and the last checkpoint stays as it is.
+        """
+        with ExitStack() as stack:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(self.folder))
+            self._open_folder()
+            stack.callback(self.metrics.close)
+            stack.enter_context(determinism(self.device))
+            stack.enter_context(debug_mode(self.config.debug))
+            stack.enter_context(self.signals)
+            stack.enter_context(self.progress)
+            self._announce()
+            while True:
+                improved = False
+                if self._evaluation_is_due():
+                    try:
+                        improved = self._evaluate()
+                    except Stopped:
+                        # The checkpoint says that this step is still to be validated.
+                        self._save()
+                        break
+                if self.saved_step < self.state.step and (improved or self._checkpoint_is_due()):
+                    self._save()
+                if self._done() or self.signals.received is not None:
+                    break
+                self._train_step()
+        return RunResult(
+            folder=self.folder,
+            step=self.state.step,
+            total_steps=self.config.total_steps,
+            tokens=self.state.tokens,
+            validation=self.validation,
+            best_loss=self.state.best_loss,
+            stopped_by=self.signals.received if self._unfinished() else None,
+        )
+
+    def _open_folder(self) -> None:
+        """Find where the run stands, and make the folder say what is about to happen in it."""
+        checkpoint = self._find_checkpoint()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        save_config(self.config, self.folder / CONFIG_FILE)
+        write_text(self.folder / "environment.json", json.dumps(describe(self.device), indent=1) + "\n")
+        tokenizer = (self.dataset.path / TOKENIZER_FILE).read_text(encoding="utf-8")
+        write_text(self.folder / TOKENIZER_FILE, tokenizer)
+        state = self.state
+        self.metrics = MetricsWriter(self.folder, state.step, state.evaluated_step, self.config.tensorboard)
+        self.validation = self.metrics.last_evaluation
+        self.progress = Progress(self.config.total_steps, state.step, self.show)
+
+    def _announce(self) -> None:
+        config, step = self.config, self.state.step
+        self.progress.note(
+            f"{'going on' if step else 'training'} in {self.folder}: step {step} of {config.total_steps}, "
+            f"{config.batch.tokens:,} tokens a step in {config.accumulation} passes, "
+            f"{config.precision} on {self.device}"
+        )
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        self.checkpoints.clean()
+        if not self.checkpoints.steps():
+            return None
+        if self.resume is None:
+            raise BellboxError(f"'{self.folder}' already holds a run; choose another folder, or resume it")
+        saved = self.folder / CONFIG_FILE
+        different = differences(load_config(saved), self.config)
+        if different:
+            raise BellboxError(
+                f"'{self.folder}' holds a run with another configuration: {'; '.join(different[:3])}; "
+                f"choose another folder, or go on with --config {saved}"
+            )
+        checkpoint = self.checkpoints.last()
+        self.checkpoints.set_aside_after(checkpoint.step if checkpoint else 0)
+        return checkpoint
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.state.data != self.state.data:
+            raise BellboxError(
+                f"data.source '{self.config.data.source}' is not what '{self.folder}' was begun with"
+            )
+        load_model_tensors(self.model, checkpoint.model_tensors(), str(checkpoint.path))
+        try:
+            restore_optimizer(self.optimizer, self.model.named_parameters(), checkpoint.optimizer_tensors())
+        except (KeyError, ValueError) as error:
+            raise BellboxError(
+                f"{checkpoint.path}: the optimizer's state does not fit the model: {error}"
+            ) from None
+        random_state.restore(checkpoint.state.random)
+        self.state, self.saved_step = checkpoint.state, checkpoint.step
+
+    def _done(self) -> bool:
+        return self.state.step >= self.config.total_steps
+
+    def _unfinished(self) -> bool:
+        return not self._done() or self.state.evaluated_step < self.state.step
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.state.step
+        return step > self.state.evaluated_step and (self._done() or step % self.config.eval_every == 0)
+
+    def _checkpoint_is_due(self) -> bool:
+        stopping = self._done() or self.signals.received is not None
+        return stopping or self.state.step % self.config.checkpoint_every == 0
+
+    def _train_step(self) -> None:
+        config, state = self.config, self.state
+        begun = time.monotonic()
+        schedule = config.schedule
+        lr = one_cycle(
+            state.step, config.total_steps, config.optimizer.lr,
+            warmup=schedule.warmup, start_factor=schedule.start_factor, end_factor=schedule.end_factor,
+        )  # fmt: skip
+        set_lr(self.optimizer, lr)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self._micro_batches(state.step)
+        total = torch.zeros((), device=self.device)
+        try:
+            for inputs, targets in parts:
+                loss = self._loss(inputs, targets) / len(parts)
+                loss.backward()
+                total += loss.detach()
+        except BellboxError as error:
+            raise BellboxError(f"step {state.step + 1}: {error}; {self._last_saved()}") from None
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or math.inf)
+        loss_value, norm_value = total.item(), norm.item()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise self._broken_step(parts, loss_value, norm_value)
+        self.optimizer.step()
+
+        state.step += 1
+        state.tokens += config.batch.tokens
+        elapsed = time.monotonic() - begun
+        state.seconds += elapsed
+        self._timed_tokens += config.batch.tokens
+        self._timed_seconds += elapsed
+        self.progress.step(state.step, loss_value)
+        if state.step % config.log_every == 0 or self._done():
+            self._record(
+                {
+                    "kind": "train",
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "loss": loss_value,
+                    "perplexity": perplexity_of(loss_value),
+                    "lr": lr,
+                    "grad_norm": norm_value,
+                    "tokens_per_s": self._timed_tokens / self._timed_seconds,
+                    "seconds": state.seconds,
+                }
+            )
+            self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        inputs, targets = self.batches.at(step)
+        size = self.config.batch.micro_sequences
+        return list(zip(inputs.to(self.device).split(size), targets.to(self.device).split(size), strict=True))
+
+    def _counted_forward(self) -> None:
+        context, split = self.config.data.context, self.dataset.valid
+        rows = min(_COUNTED_SEQUENCES, len(split) // context)
+        if rows:
+            ids = split.read(0, rows * context).reshape(rows, context)
+            self.model(torch.from_numpy(ids).to(self.device))
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        watched = checked_forward(self.model) if self.config.debug else nullcontext()
+        autocast = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
+        with watched, autocast:
+            logits = self.forward(inputs)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def _broken_step(self, parts: list[tuple[Tensor, Tensor]], loss: float, norm: float) -> BellboxError:
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        self.forward = self.model
+        found = ""
+        for inputs, targets in parts:
+            found = find_broken_layer(self.model, lambda x=inputs, y=targets: self._loss(x, y))
+            if not found.startswith("run again"):
+                break
+        return BellboxError(
+            f"step {self.state.step + 1}: {what}: {found}; {self._last_saved()}; try a lower optimizer.lr"
+        )
+
+    def _last_saved(self) -> str:
+        saved = self.checkpoints.path(self.saved_step)
+        return f"the last checkpoint is {saved}" if self.saved_step else "no checkpoint was saved yet"
+
+    def _evaluate(self) -> bool:
+        """Validate over the whole split, in fp32; True where it is the best so far."""
+        state, begun = self.state, time.monotonic()
+        self.model.eval()
+        with self.signals.interruptible():
+            result = perplexity(self.model, self.dataset.valid, context=self.config.data.context)
+            measures = quantization_measures(self.model, self._counted_forward)
+        state.seconds += time.monotonic() - begun
+        improved = math.isfinite(result.loss) and (state.best_loss is None or result.loss < state.best_loss)
+        state.evaluated_step, state.loss = state.step, result.loss
+        if improved:
+            state.best_loss = result.loss
+        self.validation = {
+            "kind": "eval",
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            **measures,
+            "seconds": state.seconds,
+        }
+        self._record(self.validation)
+        return improved
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.metrics.write(record)
+        self.progress.record(record)
+
+    def _save(self) -> None:
+        begun, state = time.monotonic(), self.state
+        if state.evaluated_step != state.step:
+            state.loss = None
+        state.random = random_state.capture()
+        self.metrics.sync()
+        self.checkpoints.save(
+            state, model_tensors(self.model), optimizer_tensors(self.optimizer, self.model.named_parameters())
+        )
+        self.saved_step = state.step
+        state.seconds += time.monotonic() - begun
+
+
+def train(config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True) -> RunResult:
+    """Train a model as `config` says, going on from the folder's last checkpoint; see `Trainer`."""
+    return Trainer(config, resume=resume, show=show).run()
