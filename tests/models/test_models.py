@@ -10,7 +10,7 @@ from torch import nn
 
 from bellbox.errors import BellboxError
 from bellbox.models import GPTConfig, LlamaConfig, build
-from bellbox.models.attention import causal_attention
+from bellbox.models.attention import causal_attention, silu, tanh_gelu
 from bellbox.models.cache import KVCache
 
 VOCABULARY, CONTEXT = 61, 48
@@ -197,3 +197,45 @@ def test_torch_compile_takes_the_model_in_one_graph(model):
     torch.testing.assert_close(compiled(text), model(text))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(text), model(text))
+
+
+class CodedLinear(nn.Module):
+    """Stands in for a low-bit layer: its input is cut at thresholds, its sums are exact in any order."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.std().item()
+        self.levels = 2 * (linear.weight.detach() / self.scale).round().clamp(-2, 1) + 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rms = x.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+        v = x * (1 / rms).float()
+        codes = (v[..., None] >= torch.tensor([-0.67449, 0.0, 0.67449])).sum(-1)
+        return ((2 * codes - 3).float() @ self.levels.t()) * (0.4 * self.scale)
+
+
+@torch.no_grad()
+def test_low_bit_logits_of_a_prefix_are_bit_identical_with_exact_attention(model):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, CodedLinear(module))
+    model.exact_attention = True
+    text = ids(3, CONTEXT)
+    full = model(text)
+    for length in (1, 2, 7, 16, 33):
+        for row in range(3):
+            assert torch.equal(model(text[row : row + 1, :length])[0], full[row, :length])
+    cache = model.new_cache(3, CONTEXT)
+    pieces = text.split([20, *[1] * 8, CONTEXT - 28], dim=1)
+    assert torch.equal(torch.cat([model(piece, cache=cache) for piece in pieces], dim=1), full)
+
+
+@pytest.mark.parametrize("function", [silu, tanh_gelu])
+def test_exact_activations_are_the_function_and_do_not_depend_on_the_place_in_memory(function):
+    x = torch.randn(200, 37, generator=torch.Generator().manual_seed(0)) * 3
+    full = function(x, exact=True)
+    torch.testing.assert_close(function(x, exact=False), full, atol=1e-6, rtol=1e-5)
+    for row in range(200):
+        assert torch.equal(function(x[row : row + 1].clone(), exact=True), full[row : row + 1])
+    assert function(torch.tensor([-300.0, 0.0, 300.0]), exact=True).tolist() == [0.0, 0.0, 300.0]

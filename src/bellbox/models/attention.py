@@ -13,7 +13,7 @@ eight bytes per score.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +55,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, exact: bool) 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def activation(function: Callable[[Tensor], Tensor], x: Tensor, *, exact: bool) -> Tensor:
-    """An elementwise function in the dtype of `x`, or in float64 and rounded once where `exact`."""
-    return function(x.double()).to(x.dtype) if exact else function(x)
+def silu(x: Tensor, *, exact: bool) -> Tensor:
+    """x times its sigmoid, in the dtype of `x`; inside in float64 where `exact`."""
+    return F.silu(x.double()).to(x.dtype) if exact else F.silu(x)
+
+
+def tanh_gelu(x: Tensor, *, exact: bool) -> Tensor:
+    """GPT-2's GELU, x (1 + tanh(u)) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3), in the dtype of `x`.
+
+    Where `exact`, in float64 as x times the sigmoid of 2u, the same function: 1 + tanh(u) cancels for
+    negative u, which brings float64's own last bit up to where fp32 sees it.
+    """
+    if not exact:
+        return F.gelu(x, approximate="tanh")
+    wide = x.double()
+    return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -10,17 +10,12 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bellbox.models.attention import activation, causal_attention, compute_dtype
+from bellbox.models.attention import causal_attention, compute_dtype, tanh_gelu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import GPTConfig
 from bellbox.models.llama import check_context
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -65,7 +60,7 @@ class GPTMLP(nn.Module):
 
     def forward(self, x: Tensor, exact: bool) -> Tensor:
         """`[B, T, hidden]` to the same."""
-        return self.c_proj(activation(_gelu, self.c_fc(x), exact=exact))
+        return self.c_proj(tanh_gelu(self.c_fc(x), exact=exact))
 
 
 class GPTBlock(nn.Module):

@@ -225,10 +225,12 @@ def _read_gpt2(path: Path, values: dict[str, Any]) -> GPTConfig:
     _refuse_unless(path, values, "scale_attn_by_inverse_layer_idx", False)
     _refuse_unless(path, values, "add_cross_attention", False)
     width, inner = values["n_embd"], values.get("n_inner")
+    if inner is None:
+        inner = 4 * width if isinstance(width, int) else width
     return GPTConfig(
         vocab_size=values["vocab_size"],
         hidden_size=width,
-        intermediate_size=4 * width if inner is None and isinstance(width, int) else inner,
+        intermediate_size=inner,
         num_hidden_layers=values["n_layer"],
         num_attention_heads=values["n_head"],
         max_position_embeddings=values.get("n_positions", 1024),

@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.models.attention import activation, causal_attention, compute_dtype
+from bellbox.models.attention import causal_attention, compute_dtype, silu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import LlamaConfig
 
@@ -134,7 +133,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor, exact: bool) -> Tensor:
         """`[B, T, hidden]` to the same."""
-        return self.down_proj(activation(F.silu, self.gate_proj(x), exact=exact) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x), exact=exact) * self.up_proj(x))
 
 
 class LlamaBlock(nn.Module):
