@@ -99,6 +99,8 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     return butterfly(x, block) * block**-0.5
 
 
-def hadamard_matrix(block: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    """The +-1 Sylvester matrix `[block, block]`: `butterfly(x) == x @ hadamard_matrix(block)` up to rounding."""
+def hadamard_matrix(
+    block: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The +-1 Sylvester matrix `[block, block]`; `x @ hadamard_matrix(block)` is `butterfly(x)` up to rounding."""
     return butterfly(torch.eye(block, dtype=dtype, device=device), block)

@@ -55,7 +55,9 @@ class Levels:
 
     def __post_init__(self) -> None:
         if not 2 <= self.n <= MAX_LEVELS:
-            raise BellboxError(f"{self.n} levels: choose 2 to {MAX_LEVELS} (bits=1 to 8, or levels=3 for ternary)")
+            raise BellboxError(
+                f"{self.n} levels: choose 2 to {MAX_LEVELS} (bits=1 to 8, or levels=3 for ternary)"
+            )
         if not math.isfinite(self.zero_point) or self.zero_point * 2 != round(self.zero_point * 2):
             raise BellboxError(f"zero point {self.zero_point}: must be a multiple of 1/2, such as 0 or -0.5")
         rising = all(a < b for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
@@ -131,9 +133,12 @@ class Levels:
         """
         if not self.fits_int8:
             raise BellboxError(f"{self.n} levels with zero point {self.zero_point} do not fit int8")
-        return codes.to(torch.int8 if self.n <= 128 else torch.int16).mul_(self.multiplier).sub_(
-            int(self.multiplier * self.offset)
-        ).to(torch.int8)
+        return (
+            codes.to(torch.int8 if self.n <= 128 else torch.int16)
+            .mul_(self.multiplier)
+            .sub_(int(self.multiplier * self.offset))
+            .to(torch.int8)
+        )
 
 
 def levels_from_bits(bits: int) -> int:
@@ -145,5 +150,3 @@ def levels_from_bits(bits: int) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise BellboxError(f"bits={bits!r}: must be a whole number from 1 to 8 (ternary is levels=3)")
     return 2**bits
-
-

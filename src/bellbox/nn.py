@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -140,13 +141,20 @@ class QuantizedLinear(nn.Module):
             self._require_unrotated()
 
     def _require_unrotated(self) -> None:
-        for quantizer in (self.weight_quantizer, self.activation_quantizer and self.activation_quantizer.quantizer):
+        for quantizer in (
+            self.weight_quantizer,
+            self.activation_quantizer and self.activation_quantizer.quantizer,
+        ):
             if quantizer is not None and quantizer.block != 1:
-                raise BellboxError("quantizing only weights or only activations needs block=1: a rotation must cancel")
+                raise BellboxError(
+                    "quantizing only weights or only activations needs block=1: a rotation must cancel"
+                )
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
 
     @property
     def runs_on_integers(self) -> bool:
@@ -164,7 +172,9 @@ class QuantizedLinear(nn.Module):
             raise BellboxError("the weight of this layer is not quantized")
         codes, mark = self.weight_quantizer.encode(self.weight)
         if bool(mark.isnan().any()):
-            raise BellboxError(f"the weight of {self.weight_quantizer.name or 'a layer'} holds NaN or infinity")
+            raise BellboxError(
+                f"the weight of {self.weight_quantizer.name or 'a layer'} holds NaN or infinity"
+            )
         return codes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -335,7 +345,7 @@ class PackedLinear(nn.Module):
             raise BellboxError(
                 f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
             )
-        levels, marks = self.shared.once(x, ("packed",), self._input_integers)
+        levels, marks = self.shared.once(x, ("packed", self.coding), self._input_integers)
         weight_scale = self.weight_scale / self.weight_levels.multiplier
         act_scale = self.act_scale / self.coding.levels.multiplier
         product = scaled_product(levels, self._weight_integers(), weight_scale, act_scale, marks)
@@ -363,6 +373,10 @@ class PackedLinear(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
+def _add_counts(total: Tensor, codes: Tensor) -> None:
+    total += code_counts(codes, len(total))
+
+
 @contextmanager
 def record_activation_codes(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Count the activation codes of every quantized layer while the context is open.
@@ -377,9 +391,7 @@ def record_activation_codes(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         if isinstance(quantizer, ActivationQuantizer):
             counts[name] = torch.zeros(quantizer.levels.n, dtype=torch.int64, device=layer.weight.device)
 
-            def observe(codes: Tensor, name: str = name, n: int = quantizer.levels.n) -> None:
-                counts[name] += code_counts(codes, n)
-
+            observe = partial(_add_counts, counts[name])
             quantizer.observers.append(observe)
             attached.append((quantizer, observe))
     try:

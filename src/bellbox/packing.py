@@ -102,5 +102,7 @@ def unpack(packed: Tensor, columns: int, n: int) -> Tensor:
         codes = (packed.unsqueeze(-1) >> shift) & (2**width - 1)
         return codes.view(rows, -1)[:, :columns].contiguous()
     place = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = ((packed.unsqueeze(-1) >> place) & 1).view(rows, -1)[:, : columns * width].view(rows, columns, width)
+    bits = (
+        ((packed.unsqueeze(-1) >> place) & 1).view(rows, -1)[:, : columns * width].view(rows, columns, width)
+    )
     return (bits << torch.arange(width, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)

@@ -42,7 +42,9 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
     decided = [(name, layer, rule) for name, layer in _linears(model) if (rule := recipe.rule_for(name))]
     if recipe.rules and not decided:
-        raise BellboxError("the recipe matches no linear layer of the model; look at the patterns of its rules")
+        raise BellboxError(
+            "the recipe matches no linear layer of the model; look at the patterns of its rules"
+        )
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
     groups = _sibling_groups(decided) if recipe.share_inputs else {}
     result: nn.Module = model
@@ -55,7 +57,9 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         weight = None
         if rule.weights is not None:
             rows = linear.out_features
-            weight = build_quantizer(rule.weights, linear.in_features, rows, name=f"{name or 'the layer'}.weight")
+            weight = build_quantizer(
+                rule.weights, linear.in_features, rows, name=f"{name or 'the layer'}.weight"
+            )
             weight.to(linear.weight.device)
             weight.initialize(linear.weight)
         layer = QuantizedLinear(linear, weight, activation, owned=shared is None)
@@ -123,10 +127,14 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def _activation_quantizer(name: str, linear: nn.Linear, rule: Rule, readers: int) -> ActivationQuantizer | None:
+def _activation_quantizer(
+    name: str, linear: nn.Linear, rule: Rule, readers: int
+) -> ActivationQuantizer | None:
     if rule.activations is None:
         return None
-    quantizer = build_quantizer(rule.activations, linear.in_features, None, name=f"{name or 'the layer'}.input")
+    quantizer = build_quantizer(
+        rule.activations, linear.in_features, None, name=f"{name or 'the layer'}.input"
+    )
     return ActivationQuantizer(quantizer, readers).to(linear.weight.device).train(linear.training)
 
 
@@ -180,7 +188,13 @@ def summary(model: nn.Module) -> str:
             quantized += layer.in_features * layer.out_features
             coding = layer.coding
             sharing = "shared" if layer.shared.readers > 1 else "own"
-            cells = (_label(layer.weight_levels), _label(coding.levels), coding.statistic, str(coding.block), sharing)
+            cells = (
+                _label(layer.weight_levels),
+                _label(coding.levels),
+                coding.statistic,
+                str(coding.block),
+                sharing,
+            )
         else:
             continue
         pattern = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "(the model)"
@@ -189,12 +203,17 @@ def summary(model: nn.Module) -> str:
     header = ("layer", "out x in", "weight bits", "input bits", "statistic", "block", "input", "count")
     table = [header, *((*key, str(count)) for key, count in rows.items())]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     packed_bytes = {id(m.weight_packed) for m in model.modules() if isinstance(m, PackedLinear)}
     floats: dict[int, Tensor] = {id(p): p for p in model.parameters() if id(p) not in packed_bytes}
     inside = {id(layer.weight) for _, layer in quantized_layers(model) if layer.weight_quantizer is not None}
     rest = sum(p.numel() for key, p in floats.items() if key not in inside)
     left = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention)})
-    lines.append(f"parameters: {quantized:,} quantized, {rest:,} not" + (f" (left whole: {left[0]})" if left else ""))
+    lines.append(
+        f"parameters: {quantized:,} quantized, {rest:,} not" + (f" (left whole: {left[0]})" if left else "")
+    )
     return "\n".join(lines)

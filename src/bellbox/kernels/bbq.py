@@ -26,7 +26,13 @@ _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 @torch.library.custom_op("bellbox::bbq_forward", mutates_args=())
 def bbq_forward(
-    x: Tensor, r: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, block: int, dtype: torch.dtype
+    x: Tensor,
+    r: Tensor,
+    scale: Tensor,
+    thresholds: Sequence[float],
+    offset: float,
+    block: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`x_hat = scale * (code - offset)` in the rotated domain.
 
@@ -58,9 +64,17 @@ def bbq_forward(
 
 @bbq_forward.register_fake
 def _(
-    x: Tensor, r: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, block: int, dtype: torch.dtype
+    x: Tensor,
+    r: Tensor,
+    scale: Tensor,
+    thresholds: Sequence[float],
+    offset: float,
+    block: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty(
+        x.shape, dtype=dtype, device=x.device
+    )
 
 
 @functools.cache
@@ -76,17 +90,9 @@ def _soft_gradient(grad: Tensor, v: Tensor, gamma: Tensor, out: Tensor) -> Tenso
 
 @torch.library.custom_op("bellbox::bbq_backward", mutates_args=())
 def bbq_backward(
-    grad: Tensor,
-    v: Tensor,
-    r: Tensor,
-    gamma: Tensor,
-    free: Tensor,
-    thresholds: Sequence[float],
-    offset: float,
-    block: int,
-    whole_tensor: bool,
-) -> tuple[Tensor, Tensor]:
-    """Closed-form backward: straight-through in the rounding only, everything else differentiated.
+    grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+) -> Tensor:
+    """Closed-form backward to the input: straight-through in the rounding only, everything else differentiated.
 
     Args:
         grad: dL/dx_hat `[rows, features]`.
@@ -94,63 +100,44 @@ def bbq_backward(
         r: as in the forward.
         gamma: `[rows, 1]` or `[1, 1]`, compute dtype.
         free: the shape of `r`; 1 where sigma follows the input, 0 where it is constant (its floor, an EMA).
-        thresholds: as in the forward.
-        offset: as in the forward.
         block: rotation block.
         whole_tensor: sigma is taken over the whole tensor, else over each row.
 
     Returns:
-        dL/dx `[rows, features]` in the dtype of `grad`, and `sum(G * level)` over each row, `[rows, 1]`.
+        dL/dx `[rows, features]` in the dtype of `grad`.
     """
-    work = torch.float64 if r.dtype == torch.float64 else torch.float32
     grad_x = torch.empty_like(grad)
-    weighted = torch.empty((len(grad), 1), dtype=work, device=grad.device)
-    scratch = Scratch(grad, 5, work)
-    # bf16 gradients on a CPU: one small matrix product is cheaper than seven passes, at the gradient's own precision.
+    scratch = Scratch(grad, 5, r.dtype)
+    # bf16 gradients: one small matrix product is cheaper than seven passes, at the gradient's own precision.
     matrix = _matrix(block, grad.device) if grad.dtype == torch.bfloat16 and block > 1 else None
 
-    mean: Tensor | None = None
+    whole_mean: Tensor | None = None
     if whole_tensor:
         total = torch.zeros((), dtype=torch.float64, device=grad.device)
         for rows in chunks(grad):
             a, b, c = (buffer[: rows.stop - rows.start] for buffer in scratch.floats[:3])
-            a.copy_(v[rows])
-            g_v = _soft_gradient(b.copy_(grad[rows]), a, per_row(gamma, rows), c)
+            g_v = _soft_gradient(b.copy_(grad[rows]), a.copy_(v[rows]), per_row(gamma, rows), c)
             total += g_v.mul_(a).sum(dtype=torch.float64)
-        mean = (total / max(1, grad.numel())).to(work) * free
+        whole_mean = (total / max(1, grad.numel())).to(r.dtype) * free
 
     for rows in chunks(grad):
-        count = rows.stop - rows.start
-        a, b, c, d, e = (buffer[:count] for buffer in scratch.floats)
-        a.copy_(v[rows])
-        b.copy_(grad[rows])
-        g_v = _soft_gradient(b, a, per_row(gamma, rows), c)
-        codes = count_reached(a, thresholds, scratch.codes[:count], scratch.mask[:count])
-        level = d.copy_(codes).sub_(offset)
-        weighted[rows] = level.mul_(b).sum(-1, keepdim=True)
-        row_mean = mean
-        if row_mean is None:
-            row_mean = torch.mul(g_v, a, out=d).mean(-1, keepdim=True) * per_row(free, rows)
-        g_v.sub_(a.mul_(row_mean)).mul_(per_row(r, rows))
+        a, b, c, d, e = (buffer[: rows.stop - rows.start] for buffer in scratch.floats)
+        g_v = _soft_gradient(b.copy_(grad[rows]), a.copy_(v[rows]), per_row(gamma, rows), c)
+        mean = whole_mean
+        if mean is None:
+            mean = torch.mul(g_v, a, out=d).mean(-1, keepdim=True) * per_row(free, rows)
+        g_v.sub_(a.mul_(mean)).mul_(per_row(r, rows))
         if block == 1:
             grad_x[rows] = g_v
         elif matrix is not None:
             torch.mm(g_v.to(torch.bfloat16).view(-1, block), matrix, out=grad_x[rows].view(-1, block))
         else:
             grad_x[rows] = butterfly_between(g_v, block, (d, e))
-    return grad_x, weighted
+    return grad_x
 
 
 @bbq_backward.register_fake
 def _(
-    grad: Tensor,
-    v: Tensor,
-    r: Tensor,
-    gamma: Tensor,
-    free: Tensor,
-    thresholds: Sequence[float],
-    offset: float,
-    block: int,
-    whole_tensor: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(grad), r.new_empty((len(grad), 1))
+    grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+) -> Tensor:
+    return torch.empty_like(grad)

@@ -59,7 +59,9 @@ def mark(r: Tensor, rows: int) -> Tensor:
     return (r - r + 1).to(torch.float32).expand(rows, 1)
 
 
-def rotate_normalise(x: Tensor, r: Tensor, block: int, scratch: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def rotate_normalise(
+    x: Tensor, r: Tensor, block: int, scratch: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """`butterfly(x) * r`: the value that thresholds are compared with.
 
     Args:

@@ -23,7 +23,7 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     m, k = a.shape
     n = b.shape[0]
     if a.device.type == "cpu" or (a.device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0):
-        return torch._int_mm(a, b.t())
+        return torch._int_mm(a, b.t())  # pyright: ignore[reportPrivateImportUsage]
     # |sum| <= 128 * 128 * K stays below the 24 bits of fp32 up to K = 1024 at worst, below the 53 of fp64 always.
     exact = torch.float32 if _largest(a) * _largest(b) * k < 2**24 else torch.float64
     with torch.autocast(a.device.type, enabled=False):

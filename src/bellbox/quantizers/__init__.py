@@ -29,7 +29,12 @@ def build_quantizer(spec: QuantizerSpec, features: int, rows: int | None, name: 
     if spec.method not in METHODS:
         raise BellboxError(f"no quantization method {spec.method!r}; there are: {', '.join(METHODS)}")
     quantizer = METHODS[spec.method](
-        features, Levels.gaussian(spec.levels, spec.zero_point), spec.statistic, spec.block, rows, spec.gamma_init
+        features,
+        Levels.gaussian(spec.levels, spec.zero_point),
+        spec.statistic,
+        spec.block,
+        rows,
+        spec.gamma_init,
     )
     quantizer.name = name
     return quantizer

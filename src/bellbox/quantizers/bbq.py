@@ -86,22 +86,26 @@ class _FakeQuantize(torch.autograd.Function):
         work = compute_dtype(x)
         scale = gamma.to(work).reshape(-1, 1) / (levels.n / 2)
         x_hat, v = bbq_forward(x, r, scale, levels.thresholds, levels.offset, block, dtype)
-        ctx.save_for_backward(v, r, free, gamma)
+        ctx.save_for_backward(v, x_hat, r, free, gamma)  # the matrix product keeps x_hat anyway
         ctx.levels, ctx.block, ctx.whole_tensor, ctx.input_dtype = levels, block, whole_tensor, x.dtype
         return x_hat
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        v, r, free, gamma = ctx.saved_tensors
-        levels, (grad,) = ctx.levels, grads
-        g_x, weighted = bbq_backward(
-            grad.contiguous(), v, r, gamma.to(r.dtype).reshape(-1, 1), free,
-            levels.thresholds, levels.offset, ctx.block, ctx.whole_tensor,
-        )  # fmt: skip
-        g_gamma = weighted.reshape(gamma.shape) if gamma.dim() else weighted.sum(dtype=torch.float64)
-        g_gamma = g_gamma * (2 / levels.n / math.sqrt(max(1, v.numel())))
-        return g_x.to(ctx.input_dtype), g_gamma.to(gamma.dtype), None, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        v, x_hat, r, free, gamma = ctx.saved_tensors
+        (grad,) = grads
+        grad = grad.contiguous()
+        g_x = None
+        if ctx.needs_input_grad[0]:
+            wide_gamma = gamma.to(r.dtype).reshape(-1, 1)
+            g_x = bbq_backward(grad, v, r, wide_gamma, free, ctx.block, ctx.whole_tensor).to(ctx.input_dtype)
+        # q / (n/2) is x_hat / gamma: no need to code v again. A gamma of exactly zero rests for this step.
+        divisor = torch.where(gamma == 0, math.inf, gamma)
+        row_sums = torch.linalg.vecdot(grad, x_hat).to(r.dtype)
+        g_gamma = row_sums.reshape(gamma.shape) if gamma.dim() else row_sums.sum(dtype=torch.float64)
+        g_gamma = g_gamma / divisor / math.sqrt(max(1, v.numel()))
+        return g_x, g_gamma.to(gamma.dtype), None, None, None, None, None, None
 
 
 class BBQ(Quantizer):
@@ -158,9 +162,10 @@ class BBQ(Quantizer):
         rms = x.detach().to(torch.float64).square().mean().sqrt()
         if self.statistic != "row" and not 0 < float(rms) < math.inf:
             return  # a dead or broken first batch says nothing about the scale: wait for the next
+        rms = rms.clamp(min=SIGMA_FLOOR)  # a weight that starts at zero stays near it, but can still learn
         self.gamma.copy_((self.gamma_init * rms).to(self.gamma.dtype).expand_as(self.gamma))
         if self.statistic == "ema":
-            self.r_ema.copy_(1 / rms.clamp(min=SIGMA_FLOOR))
+            self.r_ema.copy_(1 / rms)
         self.initialized.fill_(True)
         self._ready = True
 
@@ -244,5 +249,3 @@ class BBQ(Quantizer):
             where = self.name or ("a weight" if self.statistic == "row" else "an activation")
             raise BellboxError(f"{where}: the quantizer's input holds NaN or infinity")
         return r
-
-

@@ -1,0 +1,96 @@
+"""Files and folders that are whole or not there, and bounded reads of what others have written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bellbox.errors import BellboxError
+
+JSON_LIMIT = 64 << 20
+
+
+def sync(path: Path) -> None:
+    """Have the operating system put a file or a folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes.
+
+    Raises:
+        BellboxError: missing, too large, not JSON, or not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise BellboxError(f"{path}: {size} bytes, more than the {limit} that such a file may have")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BellboxError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise BellboxError(f"{path}: damaged, not readable as JSON") from None
+    if not isinstance(value, dict):
+        raise BellboxError(f"{path}: damaged, holds no JSON object")
+    return value
+
+
+@contextmanager
+def new_folder(target: Path, replaces: str) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place at the end, on disk and in one step.
+
+    Whatever goes wrong, what stood at `target` before still stands there, or the new folder does.
+
+    Args:
+        target: where the folder shall be. It may be missing, empty, or hold a file called `replaces`.
+        replaces: the file that marks a folder which may be replaced.
+
+    Raises:
+        BellboxError: something else stands at `target`, or it cannot be written.
+    """
+    if target.is_dir():
+        if any(target.iterdir()) and not (target / replaces).is_file():
+            raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
+    elif target.exists() or target.is_symlink():
+        raise BellboxError(f"{target}: is a file; name a new or empty folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise BellboxError(f"{target}: cannot be written ({error.strerror})") from None
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp and safetensors write for the owner alone
+        for file in folder.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+            sync(file)
+        sync(folder)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(old / target.name)
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+        sync(target.parent)
+    except OSError as error:
+        raise BellboxError(f"{target}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
