@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from bellbox.errors import require
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 class Prepare:
     """Turn text into a token dataset: tokenizer, shards, manifest."""
 
-    inputs: tyro.conf.Positional[tuple[str, ...]]
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT ...")]
     """Text files (plain, .gz, .xz, .zst), JSON lines (.jsonl), folders of them, or hf:NAME[:CONFIG][:SPLIT].
     In text files a line <|endoftext|> separates documents."""
     out: Path
     """The folder to make."""
     tokenizer: Path | None = None
-    """Use this one: a tokenizer.json, a sentencepiece model, or a folder with one. (default: train one)"""
+    """Use this one: a tokenizer.json, a sentencepiece model, or a folder with one; else one is trained."""
     vocab_size: int | None = None
-    """Entries of the byte-level BPE to train. (default: 8192)"""
+    """Entries of the byte-level BPE to train; 8,192 where not given."""
     valid: tuple[str, ...] = ()
-    """Files for the validation split. (default: a fraction of the documents; of a single one, its tail)"""
+    """Files for the validation split; else a fraction of the documents, or the tail of a single one."""
     valid_fraction: float | None = None
-    """That fraction. (default: 0.01)"""
+    """That fraction; 0.01 where not given."""
     text_field: str | None = None
-    """The field of JSON lines and dataset rows that holds the text. (default: text)"""
+    """The field of JSON lines and dataset rows that holds the text; `text` where not given."""
     shard_tokens: int = 1 << 27
     """Tokens a shard file."""
     overwrite: bool = False
@@ -52,7 +52,7 @@ class Prepare:
 class Info:
     """Show what a token dataset holds."""
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """A folder that prepare wrote, or: classics."""
     verify: bool = False
     """Read all shards and compare their checksums."""
@@ -122,7 +122,7 @@ def _print(dataset: TokenDataset) -> None:
         )
 
 
-_LABELS = {"survey": "looking", "tokenizer": "training the tokenizer", "encode": "encoding"}
+_LABELS = {"survey": "survey", "tokenizer": "tokenizer", "encode": "encoding"}
 
 
 class _Bars:
@@ -133,7 +133,7 @@ class _Bars:
         console: Any = require("rich.console", "cli").Console(stderr=True)
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=20),
+            progress.BarColumn(bar_width=12),
             progress.DownloadColumn(),
             progress.TransferSpeedColumn(),
             progress.TextColumn("{task.fields[counts]}"),
@@ -143,17 +143,20 @@ class _Bars:
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> _Bars:
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._tasks:
+            self._bar.stop()
 
     def update(self, state: Progress) -> None:
         """Show a state; the bar of its phase appears with the first."""
         if state.phase not in self._tasks:
+            self._bar.start()  # not before there is something to show: an error line then stands alone
+            if "survey" in self._tasks:  # it stops early, as a rule; a bar that never fills would puzzle
+                self._bar.update(self._tasks["survey"], visible=False)
             self._tasks[state.phase] = self._bar.add_task(
                 _LABELS[state.phase], total=state.bytes_total, counts=""
             )
-        counts = f"{state.documents:,} documents, {state.tokens:,} tokens" if state.tokens else ""
+        counts = f"{state.documents:,} docs, {state.tokens / 1e6:.2f}M tokens" if state.tokens else ""
         self._bar.update(self._tasks[state.phase], completed=state.bytes_read, counts=counts)

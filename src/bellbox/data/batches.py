@@ -3,9 +3,9 @@
 An epoch visits every window of `context + 1` tokens exactly once; windows lie at stride `context`, so that no
 token is a target twice. Their order is a pseudo-random permutation computed from (seed, epoch), a Feistel
 network over the window numbers: any place in the order is found in constant time and memory, for billions of
-windows, with no shuffled list. Each epoch also shifts all windows by a random phase, so that the model does not
-meet the same cuts again (and leaves out under two windows at the ends). The end of an epoch flows into the next
-one within a batch.
+windows, with no shuffled list. Each epoch also shifts all windows by a random phase, so that the model does
+not meet the same cuts again (and leaves out under two windows at the ends). The end of an epoch flows into
+the next one within a batch.
 """
 
 from __future__ import annotations

@@ -237,6 +237,9 @@ def _refuse_overlap(train: Sequence[Source], valid: Sequence[Source]) -> None:
 
 def _refuse_target(out: Path, overwrite: bool) -> None:
     if not out.exists() and not out.is_symlink():
+        nearest = next(parent for parent in out.absolute().parents if parent.exists())
+        if not nearest.is_dir():
+            raise BellboxError(f"{nearest}: a file, so no folder can be made in it; name another")
         return
     if not out.is_dir() or out.is_symlink():
         raise BellboxError(f"{out}: stands there already and is no folder; name another")
