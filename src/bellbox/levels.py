@@ -105,7 +105,7 @@ class Levels:
     @property
     def fits_int8(self) -> bool:
         """Whether `integers` lie within -128..127."""
-        return -128 <= self.integers[0] and self.integers[-1] <= 127
+        return self.integers[0] >= -128 and self.integers[-1] <= 127
 
     def encode(self, v: Tensor) -> Tensor:
         """Codes of normalised values: the number of thresholds t with v >= t.

@@ -28,7 +28,7 @@ def digits_per_byte(n: int) -> int | None:
     digits = 1
     while n ** (digits + 1) <= 256:
         digits += 1
-    return digits if 8 < digits * code_width(n) else None
+    return digits if digits * code_width(n) > 8 else None
 
 
 def row_bytes(columns: int, n: int) -> int:

@@ -102,6 +102,7 @@ class Scratch:
 
 
 def per_row(value: Tensor, rows: slice) -> Tensor:
+    """The part of `[rows, 1]` for a chunk, or all of a common `[1, 1]`."""
     return value if len(value) == 1 else value[rows]
 
 

@@ -29,15 +29,15 @@ differentiated. With G = dL/dx_hat, phi the normal density and H the rotation:
 phi(v) lets the gradient fade in the tails: no clipping rule is needed. And since x is divided by its own sigma,
 g_x is orthogonal to x: the scale of a weight row does not matter, only its direction.
 
-**Statistics of an activation.** `tensor`: the paper's, one sigma over batch, tokens and channels. It looks at future tokens and at
-the other sequences of the batch, so it cannot generate; it is here for reproduction. `ema` (BBQ-Fast): trains
-like `tensor`, evaluates with E = EMA(1/sigma), decay .99: a static scale. `token`: the RMS of each row; causal and independent of
-the batch by construction, and the same function in training and evaluation. It is our default.
+**Statistics of an activation.** `tensor`: the paper's, one sigma over batch, tokens and channels. It looks at future
+tokens and at the other sequences of the batch, so it cannot generate; it is here for reproduction. `ema` (BBQ-Fast):
+trains like `tensor`, evaluates with E = EMA(1/sigma), decay .99: a static scale. `token`: the RMS of each row; causal
+and independent of the batch by construction, and the same function in training and evaluation. It is our default.
 
-**Where this differs from the paper.** The statistic `token` is ours. Any number of levels n >= 2 is allowed (n = 3 is ternary).
-sigma has a floor of 1e-8 for activations too, so zeros stay finite. RMS is taken of the input, which equals that of its
-rotation. Weights get their gamma when the layer is prepared instead of at the first batch: the same number. A NaN or infinity
-makes its normalisation group NaN instead of some code.
+**Where this differs from the paper.** The statistic `token` is ours. Any number of levels n >= 2 is allowed (n = 3 is
+ternary). sigma has a floor of 1e-8 for activations too, so zeros stay finite. RMS is taken of the input, which equals
+that of its rotation. Weights get their gamma when the layer is prepared instead of at the first batch: the same
+number. A NaN or infinity makes its normalisation group NaN instead of some code.
 """
 
 from __future__ import annotations
