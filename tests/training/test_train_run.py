@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bellbox.data.tokenizer import Tokenizer
+from bellbox.errors import BellboxError
+from bellbox.training import TrainConfig, load_run, train
+from bellbox.training.run import is_run
+
+Tiny = Callable[..., TrainConfig]
+
+
+def test_a_run_is_opened_with_its_weights_and_its_tokenizer(tiny: Tiny) -> None:
+    config = tiny(steps=4)
+    train(config, show=False)
+    run = load_run(config.folder)
+    assert (run.step, run.tokens, run.config.steps) == (4, 256, 4)
+    assert not run.model.training
+    assert Tokenizer.load(run.tokenizer).vocab_size == 270
+    earlier = load_run(config.folder, 2)
+    assert earlier.step == 2
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(run.model.get_parameter(name), earlier.model.get_parameter(name))
+    assert load_run(config.folder, "best").step in (2, 4)
+
+
+def test_what_is_not_there_is_said(tiny: Tiny, tmp_path: Path) -> None:
+    assert not is_run(tmp_path)
+    with pytest.raises(BellboxError, match=r"is no run folder: it has no config.yaml"):
+        load_run(tmp_path)
+    config = tiny(steps=1)
+    train(config, show=False)
+    assert is_run(config.folder)
+    with pytest.raises(BellboxError, match="no checkpoint of step 9"):
+        load_run(config.folder, "9")
+    with pytest.raises(BellboxError, match="must be last, best or a step"):
+        load_run(config.folder, "newest")
+
+
+def test_an_edited_configuration_does_not_load_a_wrong_model(tiny: Tiny) -> None:
+    config = tiny(steps=1)
+    train(config, show=False)
+    saved = Path(config.folder) / "config.yaml"
+    text = saved.read_text()
+    saved.write_text(text.replace("intermediate_size: 64", "intermediate_size: 32"))
+    with pytest.raises(BellboxError, match=r"gate_proj.weight' is torch.float32 \(64, 32\)"):
+        load_run(config.folder)
+    saved.write_text(text.replace("method: bbq", "method: none"))
+    with pytest.raises(BellboxError, match="is not in the model of"):
+        load_run(config.folder)
+
+
+def test_tied_embeddings_are_stored_once_and_stay_tied(tiny: Tiny) -> None:
+    from safetensors import safe_open
+
+    config = tiny(steps=1)
+    config = dataclasses.replace(config)
+    config.model.overrides["tie_word_embeddings"] = True
+    train(config, show=False)
+    file = Path(config.folder) / "checkpoints" / "step-00000001" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        assert [name for name in opened.keys() if "embed" in name or "head" in name] == [  # noqa: SIM118
+            "model.embed_tokens.weight"
+        ]
+    model = load_run(config.folder).model
+    assert model.get_parameter("model.embed_tokens.weight") is model.get_submodule("lm_head").weight
