@@ -11,6 +11,7 @@ caller, who has a multiplication to fold it into.
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -84,14 +85,34 @@ def butterfly_between(x: Tensor, block: int, scratch: tuple[Tensor, Tensor]) -> 
     Returns:
         One of the two buffers.
     """
-    source, h, turn = x, 1, 0
+    source, h = x.view(-1), 1
+    target, spare = scratch[0].view(-1), scratch[1].view(-1)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and block >= 16:
+        # Runs of one, two and four floats defeat the vector units; the same additions in wider types do not.
+        pairs = torch.view_as_complex(source.view(-1, 2))  # (a - ib)(1 + i) = (a + b) + i(a - b)
+        torch.mul(pairs.conj(), 1 + 1j, out=torch.view_as_complex(target.view(-1, 2)))
+        source, target, spare = target, spare, target
+        for h, wide in ((2, torch.float64), (4, torch.complex128)):
+            halves, swapped = source.view(wide).view(-1, 2), target.view(wide).view(-1, 2)
+            swapped[:, 0].copy_(halves[:, 1])
+            swapped[:, 1].copy_(halves[:, 0])
+            blocks = target.view(-1, block)
+            torch.addcmul(blocks, source.view(-1, block), _signs(h, block), out=blocks)
+            source, target, spare = target, spare, target
+        h = 8
     while h < block:
-        target = scratch[turn]
         pairs, out = source.view(-1, 2, h), target.view(-1, 2, h)
         torch.add(pairs[:, 0], pairs[:, 1], out=out[:, 0])
         torch.sub(pairs[:, 0], pairs[:, 1], out=out[:, 1])
-        source, h, turn = target, h * 2, 1 - turn
-    return source
+        source, target, spare = target, spare, target
+        h *= 2
+    return source.view(x.shape)
+
+
+@functools.cache
+def _signs(h: int, block: int) -> Tensor:
+    """+1 on the first half and -1 on the second half of each run of 2h, `[block]`."""
+    return torch.tensor(([1.0] * h + [-1.0] * h) * (block // (2 * h)))
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:

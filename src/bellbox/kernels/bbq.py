@@ -50,15 +50,13 @@ def bbq_forward(
     """
     x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
     kept = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scratch = Scratch(x, 3, compute_dtype(x))
-    poison = r - r + 1  # 1, or NaN where the statistic is not finite: a comparison would swallow it
+    scratch = Scratch(x, 4, compute_dtype(x))
+    marked = scale * (r - r + 1)  # NaN where the statistic is not finite: a comparison would swallow it
     for rows in chunks(x):
-        v = rotate_normalise(x[rows], per_row(r, rows), block, (scratch.floats[0], scratch.floats[1]))
-        count = len(v)
+        a, b, c, d = scratch.rows(rows)
+        v = rotate_normalise(x[rows], per_row(r, rows), block, (a, b))
         kept[rows] = v
-        codes = count_reached(v, thresholds, scratch.codes[:count], scratch.mask[:count])
-        level = torch.sub(scratch.floats[2][:count].copy_(codes), offset, out=scratch.floats[2][:count])
-        x_hat[rows] = level.mul_(per_row(scale, rows) * per_row(poison, rows))
+        x_hat[rows] = count_reached(v, thresholds, c, d).sub_(offset).mul_(per_row(marked, rows))
     return x_hat, kept
 
 
@@ -115,13 +113,13 @@ def bbq_backward(
     if whole_tensor:
         total = torch.zeros((), dtype=torch.float64, device=grad.device)
         for rows in chunks(grad):
-            a, b, c = (buffer[: rows.stop - rows.start] for buffer in scratch.floats[:3])
+            a, b, c, _, _ = scratch.rows(rows)
             g_v = _soft_gradient(b.copy_(grad[rows]), a.copy_(v[rows]), per_row(gamma, rows), c)
             total += g_v.mul_(a).sum(dtype=torch.float64)
         whole_mean = (total / max(1, grad.numel())).to(r.dtype) * free
 
     for rows in chunks(grad):
-        a, b, c, d, e = (buffer[: rows.stop - rows.start] for buffer in scratch.floats)
+        a, b, c, d, e = scratch.rows(rows)
         g_v = _soft_gradient(b.copy_(grad[rows]), a.copy_(v[rows]), per_row(gamma, rows), c)
         mean = whole_mean
         if mean is None:

@@ -68,7 +68,7 @@ def rotate_normalise(
         x: `[rows, features]`, any floating dtype.
         r: `[rows, 1]` or `[1, 1]`, compute dtype, 1 / (sigma * sqrt(block)).
         block: rotation block; divides features.
-        scratch: two buffers `[>= rows, features]` of the compute dtype to work in, or None to allocate.
+        scratch: two buffers of that shape and the compute dtype to work in, or None to allocate.
 
     Returns:
         Compute dtype, the shape of `x`.
@@ -76,18 +76,20 @@ def rotate_normalise(
     x = x.to(compute_dtype(x))
     if scratch is None:
         return butterfly(x, block) * r
-    a, b = scratch[0][: len(x)], scratch[1][: len(x)]
     if block == 1:
-        return torch.mul(x, r, out=a)
-    return butterfly_between(x.contiguous(), block, (a, b)).mul_(r)
+        return torch.mul(x, r, out=scratch[0])
+    return butterfly_between(x.contiguous(), block, scratch).mul_(r)
 
 
-def count_reached(v: Tensor, thresholds: Sequence[float], codes: Tensor, mask: Tensor) -> Tensor:
-    """Codes of `v` into `codes` (uint8), using `mask` (bool) as scratch; both the shape of `v`."""
-    codes.zero_()
-    for threshold in thresholds:
-        codes += torch.ge(v, threshold, out=mask).view(torch.uint8)
-    return codes
+def count_reached(v: Tensor, thresholds: Sequence[float], out: Tensor, scratch: Tensor) -> Tensor:
+    """Codes of `v`, as floats, into `out`; all three share shape and dtype.
+
+    Comparing into floats is vectorised where comparing into booleans is not.
+    """
+    torch.ge(v, thresholds[0], out=out)
+    for threshold in thresholds[1:]:
+        out += torch.ge(v, threshold, out=scratch)
+    return out
 
 
 class Scratch:
@@ -96,9 +98,11 @@ class Scratch:
     def __init__(self, x: Tensor, floats: int, dtype: torch.dtype) -> None:
         first = next(chunks(x), slice(0, 0))
         shape = (first.stop - first.start, x.shape[1])
-        self.floats = [torch.empty(shape, dtype=dtype, device=x.device) for _ in range(floats)]
-        self.codes = torch.empty(shape, dtype=torch.uint8, device=x.device)
-        self.mask = torch.empty(shape, dtype=torch.bool, device=x.device)
+        self._floats = [torch.empty(shape, dtype=dtype, device=x.device) for _ in range(floats)]
+
+    def rows(self, rows: slice) -> list[Tensor]:
+        """The buffers, as long as the chunk `rows`."""
+        return [buffer[: rows.stop - rows.start] for buffer in self._floats]
 
 
 def per_row(value: Tensor, rows: slice) -> Tensor:
@@ -120,10 +124,11 @@ def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Ten
         uint8 `[rows, features]`. Rows with a NaN in `x` or `r` get code 0; the caller marks them.
     """
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    scratch = Scratch(x, 2, compute_dtype(x))
+    scratch = Scratch(x, 4, compute_dtype(x))
     for rows in chunks(x):
-        v = rotate_normalise(x[rows], per_row(r, rows), block, (scratch.floats[0], scratch.floats[1]))
-        count_reached(v, thresholds, codes[rows], scratch.mask[: len(v)])
+        a, b, c, d = scratch.rows(rows)
+        v = rotate_normalise(x[rows], per_row(r, rows), block, (a, b))
+        codes[rows] = count_reached(v, thresholds, c, d)
     return codes
 
 
