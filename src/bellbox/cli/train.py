@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +19,15 @@ from typing import Any, Literal
 from bellbox.errors import BellboxError, require
 from bellbox.surgery import summary
 from bellbox.training import TrainConfig, Trainer, load_config
+from bellbox.training.checkpoint import CheckpointWarning
 
 
 @dataclass
 class TrainFlags(TrainConfig):
-    """Train a model, low-bit or not. Flags override the file."""
+    """Train a model, low-bit or not, from a YAML file, from flags, or from both (flags win).
+
+    To go on after a kill: bellbox train --config RUN/config.yaml
+    """
 
     config: str | None = None
     """YAML file with any of the keys below."""
@@ -40,7 +45,11 @@ def main(argv: list[str]) -> None:
     config, resume = parse(argv)
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
     print(summary(trainer.model), flush=True)
-    result = trainer.run()
+    with warnings.catch_warnings():
+        # A checkpoint that had to be passed over is news for the user, not for a programmer.
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = _show_warning
+        result = trainer.run()
     if result.stopped_by is not None:
         again = f"bellbox train --config {result.folder / 'config.yaml'}"
         print(
@@ -69,7 +78,6 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
     flags = tyro.cli(
         TrainFlags,
         prog="bellbox train",
-        description=__doc__,
         args=argv,
         default=default,
         registry=_mapping_flags(tyro, base),
@@ -115,6 +123,10 @@ def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
         )
 
     return registry
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"bellbox: warning: {message}", file=sys.stderr)
 
 
 def _farewell(folder: Path) -> str:

@@ -18,7 +18,6 @@ be wrong. The last two are kept, and the best. There is no pickle in any of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from typing import Any
 from torch import Tensor
 
 from bellbox.errors import BellboxError
-from bellbox.training.files import sync
+from bellbox.files import read_json, sha256_file, sync
 
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -151,12 +150,13 @@ class Checkpoints:
         manifest = {
             "format_version": FORMAT_VERSION,
             "files": {
-                name: {"bytes": (saving / name).stat().st_size, "sha256": _sha256(saving / name)}
+                name: {"bytes": (saving / name).stat().st_size, "sha256": sha256_file(saving / name)}
                 for name in FILES
             },
         }
         (saving / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for name in (*FILES, MANIFEST):
+            (saving / name).chmod(0o644)  # safetensors writes for the owner alone
             sync(saving / name)
         sync(saving)
         old = self.folder / (_OLD + target.name)
@@ -222,7 +222,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         BellboxError: a file is missing, has other bytes than were written, or another format version.
     """
-    manifest = _read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST)
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise BellboxError(
@@ -235,9 +235,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         file, entry = path / name, files[name]
         if not file.is_file():
             raise BellboxError(f"{file}: missing from the checkpoint")
-        if not isinstance(entry, dict) or _sha256(file) != entry.get("sha256"):
+        if not isinstance(entry, dict) or sha256_file(file) != entry.get("sha256"):
             raise BellboxError(f"{file}: damaged, its SHA-256 is not the one in {MANIFEST}")
-    values = _read_json(path / "state.json")
+    values = read_json(path / "state.json")
     try:
         state = State(**values)
     except TypeError:
@@ -257,18 +257,3 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise BellboxError(f"{path}: cannot be read: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BellboxError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise BellboxError(f"{path}: must hold a mapping")
-    return value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

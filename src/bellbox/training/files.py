@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import IO
 
 from bellbox.errors import BellboxError
-
-
-def sync(path: Path) -> None:
-    """Have the operating system put a file or a folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from bellbox.files import sync
 
 
 def write_text(path: Path, text: str) -> None:

@@ -292,8 +292,10 @@ class Trainer:
         autocast = torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
         )
+        # The first batch sets the scales of the activations, a branch that no compiled graph should hold.
+        forward = self.model if self.state.step == 0 else self.forward
         with watched, autocast:
-            logits = self.forward(inputs)
+            logits = forward(inputs)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def _broken_step(self, parts: list[tuple[Tensor, Tensor]], loss: float, norm: float) -> BellboxError:
