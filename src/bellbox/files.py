@@ -52,6 +52,13 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     return value
 
 
+def _refuse_foreign(target: Path, replaces: str) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise BellboxError(f"{target}: stands there already and is no folder; name a new or empty folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / replaces).is_file():
+        raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
+
+
 @contextmanager
 def new_folder(target: Path, replaces: str) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place at the end, on disk and in one step.
@@ -65,11 +72,8 @@ def new_folder(target: Path, replaces: str) -> Iterator[Path]:
     Raises:
         BellboxError: something else stands at `target`, or it cannot be written.
     """
-    if target.is_dir():
-        if any(target.iterdir()) and not (target / replaces).is_file():
-            raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
-    elif target.exists() or target.is_symlink():
-        raise BellboxError(f"{target}: is a file; name a new or empty folder")
+    target = target.absolute()
+    _refuse_foreign(target, replaces)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -77,11 +81,12 @@ def new_folder(target: Path, replaces: str) -> Iterator[Path]:
         raise BellboxError(f"{target}: cannot be written ({error.strerror})") from None
     try:
         yield folder
-        folder.chmod(0o755)  # mkdtemp and safetensors write for the owner alone
-        for file in folder.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-            sync(file)
-        sync(folder)
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in (*folder.rglob("*"), folder):  # mkdtemp and safetensors write for the owner alone
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+            sync(path)
+        _refuse_foreign(target, replaces)  # it may have appeared while we worked
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.rename(old / target.name)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from bellbox.errors import BellboxError
 from bellbox.hadamard import DEFAULT_BLOCK
@@ -35,6 +35,8 @@ SIBLINGS = (
 class QuantizerSpec:
     """One quantizer, by name and numbers."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
     method: Method = "bbq"
     """The quantization method."""
     levels: int = 4
@@ -53,6 +55,8 @@ class QuantizerSpec:
 class Rule:
     """What happens to the layers whose dotted name matches a pattern."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
     pattern: str
     """Shell-style pattern on the dotted name: `*` any text, `?` one character, `[ab]` one of these."""
     weights: QuantizerSpec | None = None
@@ -68,6 +72,8 @@ class Rule:
 @dataclass(frozen=True)
 class Recipe:
     """Rules, first match first; layers that none matches are left as they are."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     rules: tuple[Rule, ...] = ()
     """Rules in order of precedence."""
@@ -144,7 +150,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(Recipe, config={"extra": "forbid"}).validate_python(dict(data))
+        return TypeAdapter(Recipe).validate_python(dict(data))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

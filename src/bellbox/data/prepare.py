@@ -7,9 +7,6 @@ beside the target and renamed when it is whole, so a killed run leaves no half-w
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from bellbox.data import shards, sources
 from bellbox.data.sources import Piece, Source
 from bellbox.data.tokenizer import FILE_NAME, Tokenizer
 from bellbox.errors import BellboxError
+from bellbox.files import new_folder
 
 DEFAULT_VOCAB = 8192
 DEFAULT_VALID_FRACTION = 0.01
@@ -263,14 +261,15 @@ def _write(
     overwrite: bool,
     reporter: _Reporter,
 ) -> None:
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     dtype = shards.dtype_for(tokenizer.vocab_size)
-    writers = {name: shards.ShardWriter(folder, name, dtype, shard_tokens) for name in shards.SPLITS}
-    try:
-        _encode(stream, tokenizer, writers, reporter)
-        entries = {name: writer.close() for name, writer in writers.items()}
+    with new_folder(out, replaces=shards.MANIFEST) as folder:
+        writers = {name: shards.ShardWriter(folder, name, dtype, shard_tokens) for name in shards.SPLITS}
+        try:
+            _encode(stream, tokenizer, writers, reporter)
+            entries = {name: writer.close() for name, writer in writers.items()}
+        finally:
+            for writer in writers.values():
+                writer.abandon()
         if not entries["train"].bytes:
             raise BellboxError(
                 "no text is left for training; give more text, or a smaller validation fraction"
@@ -289,11 +288,7 @@ def _write(
                 splits=entries,
             ),
         )
-        _publish(folder, out, overwrite)
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-        shutil.rmtree(folder, ignore_errors=True)
+        _refuse_target(out, overwrite)  # it may have appeared while we worked
 
 
 def _encode(
@@ -326,29 +321,3 @@ def _encode(
             flush()
             size = 0
     flush()
-
-
-def _publish(folder: Path, out: Path, overwrite: bool) -> None:
-    """Put the finished folder in place: on disk first, then one rename."""
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)  # mkdtemp made it private
-    for path in [*sorted(folder.iterdir()), folder]:
-        _sync(path)
-    _refuse_target(out, overwrite)  # it may have appeared while we worked
-    if out.exists() and any(out.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old)
-    else:
-        folder.rename(out)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

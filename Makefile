@@ -1,0 +1,47 @@
+# `make demo` runs the main job, `make test` the tests; each sets everything up first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: setup demo test check unit format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train, pack and run a 2-bit language model on bundled books (about 5 minutes)"
+	@echo "make test    linter, types and tests (under 10 minutes)"
+	@echo "make bench   the step-time benchmark"
+
+setup: $(VENV)/.ready
+
+# torch goes first and by exact version: packages that come after find it there and bring no other one.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("Bellbox needs Python 3.11 or newer, this is %d.%d; set PYTHON=..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/bellbox demo --out demo
+
+test: check unit
+
+check: setup
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/pyright
+
+# One thread a worker: small tensors gain nothing from more, and the workers do not fight for the cores.
+unit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+format: setup
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+bench: setup
+	$(BIN)/python benchmarks/step_time.py
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,174 @@
+"""What quantization adds to a training step: two transformer layers of the 95M shape, 2,048 tokens, eager.
+
+    python benchmarks/step_time.py                    # 2 bits, bf16 autocast, 2 threads
+    python benchmarks/step_time.py --bits 4 --json step.json
+
+Four contenders take turns in one process, so that a drift of the machine's speed meets all of them: the plain
+layers, Bellbox, and the textbook formula under autograd (rotation as a matrix product, erf, straight-through
+by detach) with and without siblings sharing their input. Medians and quartiles over the rounds; a step is
+forward, backward and AdamW.
+
+The floor of what quantization must add is memory traffic: read the input, write the dequantized value and what
+the backward needs, read both gradients, write one. It stands beside the measurement, from a copy timed in the
+same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import bellbox as bb
+from bellbox.hadamard import block_size, hadamard_matrix
+from bellbox.levels import Levels
+from bellbox.models import build, preset
+
+TOKENS, CONTEXT = 2048, 512
+
+
+class PlainBBQ(nn.Module):
+    """The formula of the method, written as one would read it."""
+
+    def __init__(self, layer: nn.Linear, bits: int) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.block = block_size(layer.in_features)
+        self.levels = Levels.gaussian(2**bits)
+        self.gamma_w = nn.Parameter(torch.full((layer.out_features, 1), 1.694 * layer.weight.std().item()))
+        self.gamma_x = nn.Parameter(torch.tensor(1.694))
+        self.register_buffer("matrix", hadamard_matrix(self.block) * self.block**-0.5)
+
+    def quantize(self, x: Tensor, gamma: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            x = x.float()
+            v = (x.unflatten(-1, (-1, self.block)) @ self.matrix).flatten(-2)
+            v = v / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-8)
+            u = self.levels.n * 0.5 * (1 + torch.erf(v * 0.5**0.5))
+            code = u + (u.floor().clamp(0, self.levels.n - 1) - u).detach()
+            scaled = gamma * x.numel() ** -0.5
+            gamma = scaled + (gamma - scaled).detach()
+            return gamma / (self.levels.n / 2) * (code - self.levels.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.quantize(x, self.gamma_x), self.quantize(self.weight, self.gamma_w))
+
+
+class Blocks(nn.Module):
+    """Two layers of the model, without embedding and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = build(preset("95M", num_hidden_layers=2, vocab_size=8), seed=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        body = self.whole.model
+        for index, layer in enumerate(body.layers):
+            x = layer(x, body.rotary_emb, None, index, False)
+        return x
+
+
+def plain(model: nn.Module, bits: int) -> nn.Module:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and name != "lm_head":
+                setattr(module, name, PlainBBQ(child, bits))
+    return model
+
+
+def stepper(model: nn.Module) -> Callable[[], None]:
+    x = torch.randn(TOKENS // CONTEXT, CONTEXT, 640, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "layers" in n], lr=1e-6)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        y.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second read plus written by a large copy."""
+    source = torch.empty(1 << 26)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * source.numel() * 4 / statistics.median(times)
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+        return {k.strip(): v.strip() for k, v in lines.items()}.get("model name", platform.processor())
+    except OSError:
+        return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    separate = bb.Recipe.bbq(args.bits, share_inputs=False)
+    models = {
+        "no quantization": Blocks(),
+        "Bellbox": bb.prepare(Blocks(), bb.Recipe.bbq(args.bits)),
+        "Bellbox, inputs not shared": bb.prepare(Blocks(), separate),
+        "plain formula, autograd": plain(Blocks(), args.bits),
+    }
+    steps = {name: stepper(model) for name, model in models.items()}
+    for step in steps.values():
+        step()
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+
+    bandwidth = copy_bandwidth()
+    linears = [m for m in models["no quantization"].whole.model.layers.modules() if type(m) is nn.Linear]
+    weights = sum(m.weight.numel() for m in linears)
+    inputs = 2 * TOKENS * (640 + 640 + 640 + 1792)  # each shared input once: qkv, o, gate and up, down
+    # bf16 all but the fp32 weights: read x, write x_hat and v; read G, v and x_hat, write the gradient.
+    floor = (weights * (4 + 2 + 2 + 2 + 2 + 2 + 4) + inputs * (2 + 2 + 2 + 2 + 2 + 2 + 2)) / bandwidth
+
+    base = statistics.median(times["no quantization"])
+    print(f"{cpu_name()}, torch {torch.__version__}, {args.threads} threads, {args.bits} bits, {args.rounds} rounds")
+    print(f"{'':28}{'median':>9} {'quartiles':>17} {'ratio':>6}")
+    rows = {}
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        ratio = statistics.median(t / b for t, b in zip(values, times["no quantization"], strict=True))
+        rows[name] = {"median_s": middle, "quartiles_s": [low, high], "ratio": ratio}
+        print(f"{name:28}{middle * 1e3:6.0f} ms {low * 1e3:6.0f} to {high * 1e3:4.0f} ms {ratio:6.2f}")
+    added = rows["Bellbox"]["median_s"] - base
+    print(
+        f"quantization adds {added * 1e3:.0f} ms; floor by memory traffic {floor * 1e3:.0f} ms "
+        f"({bandwidth / 1e9:.0f} GB/s copy): {added / floor:.1f} x the floor"
+    )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"cpu": cpu_name(), "bits": args.bits, "floor_s": floor, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
