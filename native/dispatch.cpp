@@ -1,0 +1,107 @@
+// Which instruction set to use, and the one weight layout that all of them read.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace bellbox {
+namespace {
+
+struct Candidate {
+    const Kernels* kernels;
+    bool runs;
+};
+
+const Candidate* candidates(size_t& count) {
+#ifdef BELLBOX_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                        __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg");
+    static const Candidate all[] = {{&avx512_kernels, avx512}, {&avx2_kernels, avx2}, {&portable_kernels, true}};
+#else
+    static const Candidate all[] = {{&portable_kernels, true}};
+#endif
+    count = sizeof(all) / sizeof(all[0]);
+    return all;
+}
+
+const Kernels& choose() {
+    size_t count;
+    const Candidate* all = candidates(count);
+    const char* wanted = std::getenv("BELLBOX_ISA");
+    if (wanted == nullptr || *wanted == '\0') {
+        for (size_t i = 0; i < count; ++i)
+            if (all[i].runs) return *all[i].kernels;
+    }
+    for (size_t i = 0; i < count; ++i)
+        if (std::strcmp(all[i].kernels->name, wanted) == 0) {
+            if (all[i].runs) return *all[i].kernels;
+            throw std::runtime_error(std::string("BELLBOX_ISA=") + wanted + ": this processor cannot run it; it runs: " +
+                                     available());
+        }
+    throw std::runtime_error(std::string("BELLBOX_ISA=") + wanted + ": unknown; this processor runs: " + available());
+}
+
+uint8_t code_at(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t row, int64_t column) {
+    return row < n && column < k ? codes[row * ldc + column] : 0;
+}
+
+// `width` bits of each code, from bit `low` on, as 2*width vectors of one block of 16 rows and 64 columns.
+void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t row0, int64_t column0, int low, int width,
+                uint8_t* out) {
+    const int vectors = 2 * width, fields = 8 / width;
+    const uint8_t mask = static_cast<uint8_t>((1u << width) - 1);
+    for (int j = 0; j < vectors; ++j)
+        for (int r = 0; r < 16; ++r)
+            for (int c = 0; c < 4; ++c) {
+                uint8_t byte = 0;
+                for (int f = 0; f < fields; ++f) {
+                    const int group = f * vectors + j;
+                    const uint8_t code = code_at(codes, ldc, n, k, row0 + r, column0 + 4 * group + c);
+                    byte = static_cast<uint8_t>(byte | (((code >> low) & mask) << (f * width)));
+                }
+                out[64 * j + 4 * r + c] = byte;
+            }
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+
+const char* available() {
+    static const std::string names = [] {
+        std::string text;
+        size_t count;
+        const Candidate* all = candidates(count);
+        for (size_t i = 0; i < count; ++i)
+            if (all[i].runs) text += (text.empty() ? "" : ", ") + std::string(all[i].kernels->name);
+        return text;
+    }();
+    return names.c_str();
+}
+
+size_t packed_size(int32_t bits, int64_t n, int64_t k) {
+    return static_cast<size_t>((n + 15) / 16) * static_cast<size_t>((k + 63) / 64) * 128u * static_cast<size_t>(bits);
+}
+
+void pack(const uint8_t* codes, int64_t ldc, int32_t bits, int64_t n, int64_t k, uint8_t* out) {
+    for (int64_t row = 0; row < n; row += 16)
+        for (int64_t column = 0; column < k; column += 64, out += 128 * bits) {
+            if (bits == 3) {
+                pack_field(codes, ldc, n, k, row, column, 0, 2, out);
+                pack_field(codes, ldc, n, k, row, column, 2, 1, out + 256);
+            } else {
+                pack_field(codes, ldc, n, k, row, column, 0, bits, out);
+            }
+        }
+}
+
+}  // namespace bellbox

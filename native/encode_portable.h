@@ -1,0 +1,139 @@
+// Quantizing rows in plain C++: the floor that runs everywhere, and the text that the fast versions are held against.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+
+namespace bellbox {
+namespace {  // each instruction set keeps its own copy: a shared inline function could be any of them
+
+inline float bf16_to_float(uint16_t h) {
+    const uint32_t bits = static_cast<uint32_t>(h) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline uint16_t float_to_bf16(float f) {  // round to nearest even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float load(const void* p, Type type, int64_t i) {
+    return type == Type::f32 ? static_cast<const float*>(p)[i] : bf16_to_float(static_cast<const uint16_t*>(p)[i]);
+}
+
+inline void store(void* p, Type type, int64_t i, float value) {
+    if (type == Type::f32)
+        static_cast<float*>(p)[i] = value;
+    else
+        static_cast<uint16_t*>(p)[i] = float_to_bf16(value);
+}
+
+constexpr double kSigmaFloor = 1e-8;
+
+// 1 / (max(sigma, floor) sqrt(block)), the rounding of src/bellbox/kernels/encode.py; NaN for a non-finite row.
+inline float normaliser(double norm, int64_t k, int block) {
+    const double sigma = norm / std::sqrt(static_cast<double>(k > 0 ? k : 1));
+    if (!std::isfinite(sigma)) return std::numeric_limits<float>::quiet_NaN();
+    return static_cast<float>(1.0 / (sigma > kSigmaFloor ? sigma : kSigmaFloor) / std::sqrt(static_cast<double>(block)));
+}
+
+namespace portable {
+
+inline void butterfly(float* x, int64_t k, int block) {
+    for (int64_t start = 0; start < k; start += block)
+        for (int h = 1; h < block; h *= 2)
+            for (int i = 0; i < block; i += 2 * h)
+                for (int j = i; j < i + h; ++j) {
+                    const float a = x[start + j], b = x[start + j + h];
+                    x[start + j] = a + b;
+                    x[start + j + h] = a - b;
+                }
+}
+
+inline double row_norm(const void* x, Type type, int64_t begin, int64_t k) {
+    double sum = 0;
+    for (int64_t j = 0; j < k; ++j) {
+        const double value = load(x, type, begin + j);
+        sum += value * value;
+    }
+    return std::sqrt(sum);
+}
+
+inline void row_norms(const void* x, Type type, int64_t k, int64_t begin, int64_t end, double* norms) {
+    for (int64_t i = begin; i < end; ++i) norms[i] = row_norm(x, type, i * k, k);
+}
+
+inline int code_of(float v, const float* thresholds, int n) {
+    int code = 0;
+    for (int t = 0; t < n - 1; ++t) code += v >= thresholds[t];
+    return code;
+}
+
+inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
+    std::vector<float> row(static_cast<size_t>(a.k));
+    for (int64_t i = begin; i < end; ++i) {
+        const double norm = row_norm(a.x, a.x_type, i * a.ldx, a.k);
+        float r = normaliser(norm, a.k, a.block);
+        a.marks[i] = r - r + 1;
+        if (a.inverse_sigma > 0) r = static_cast<float>(a.inverse_sigma / std::sqrt(static_cast<double>(a.block)));
+        for (int64_t j = 0; j < a.k; ++j) row[static_cast<size_t>(j)] = load(a.x, a.x_type, i * a.ldx + j);
+        butterfly(row.data(), a.k, a.block);
+        int8_t* levels = a.levels + i * a.ldl;
+        int32_t sum = 0;
+        for (int64_t j = 0; j < a.k; ++j) {
+            const int level = a.multiplier * code_of(row[static_cast<size_t>(j)] * r, a.thresholds, a.n) - a.shift;
+            levels[j] = static_cast<int8_t>(level);
+            sum += level;
+        }
+        std::memset(levels + a.k, 0, static_cast<size_t>(a.ldl - a.k));
+        a.sums[i] = sum;
+    }
+}
+
+inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
+    std::vector<float> row(static_cast<size_t>(a.k));
+    for (int64_t i = begin; i < end; ++i) {
+        const float r = a.r[i * a.r_stride], scale = a.scale[i * a.scale_stride] * (r - r + 1);
+        for (int64_t j = 0; j < a.k; ++j) row[static_cast<size_t>(j)] = load(a.x, a.x_type, i * a.k + j);
+        butterfly(row.data(), a.k, a.block);
+        for (int64_t j = 0; j < a.k; ++j) {
+            const float v = row[static_cast<size_t>(j)] * r;
+            store(a.v, a.out_type, i * a.k + j, v);
+            const float code = static_cast<float>(code_of(v, a.thresholds, a.n));
+            store(a.x_hat, a.out_type, i * a.k + j, (code - a.offset) * scale);
+        }
+    }
+}
+
+inline void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
+    constexpr float inv_sqrt_2pi = 0.3989422804014327f;
+    std::vector<float> row(static_cast<size_t>(a.k));
+    for (int64_t i = begin; i < end; ++i) {
+        const float r = a.r[i * a.r_stride], factor = 2 * inv_sqrt_2pi * a.gamma[i * a.gamma_stride];
+        double dot = 0;
+        for (int64_t j = 0; j < a.k; ++j) {
+            const float v = load(a.v, a.type, i * a.k + j), g = load(a.grad, a.type, i * a.k + j);
+            const float g_v = std::exp(-0.5f * v * v) * factor * g;
+            row[static_cast<size_t>(j)] = g_v;
+            dot += static_cast<double>(g_v) * v;
+        }
+        const float mean =
+            a.mean != nullptr ? *a.mean : static_cast<float>(dot / static_cast<double>(a.k)) * a.free[i * a.free_stride];
+        for (int64_t j = 0; j < a.k; ++j)
+            row[static_cast<size_t>(j)] = (row[static_cast<size_t>(j)] - load(a.v, a.type, i * a.k + j) * mean) * r;
+        butterfly(row.data(), a.k, a.block);
+        for (int64_t j = 0; j < a.k; ++j) store(a.grad_x, a.type, i * a.k + j, row[static_cast<size_t>(j)]);
+    }
+}
+
+}  // namespace portable
+}  // namespace
+}  // namespace bellbox

@@ -1,0 +1,120 @@
+// What the kernels of every instruction set offer: plain buffers in, plain buffers out, no Python, no PyTorch.
+//
+// Numerics are pinned (docs/design.md): the butterfly's additions in fp32 with stages h = 1, 2, 4, ...; sums of
+// squares in fp64; one rounding of the normaliser to fp32; codes by comparison (v >= threshold, ties up); exact
+// integer sums; three separate fp32 roundings in the epilogue. Every implementation gives the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bellbox {
+
+enum class Type : int32_t { f32 = 0, bf16 = 1 };
+
+// Rows of floats to rows of integer levels.
+struct EncodeArgs {
+    const void* x;             // [rows, k], row stride ldx elements
+    Type x_type;
+    int64_t rows, k, ldx;
+    int32_t block;             // Hadamard block, a power of two dividing k; 1 for none
+    const float* thresholds;   // n - 1 rising numbers
+    int32_t n;                 // levels, 2..16
+    double inverse_sigma;      // fixed 1/sigma, or <= 0: 1 / RMS of each row, floor 1e-8
+    int32_t multiplier;        // integer level = multiplier * code - shift
+    int32_t shift;
+    int8_t* levels;            // [rows, ldl], ldl >= k a multiple of 64; columns k..ldl-1 are set to 0
+    int64_t ldl;
+    int32_t* sums;             // [rows]: sum of the integer levels of a row
+    float* marks;              // [rows]: 1.0, or NaN where the row has a NaN or infinity
+};
+
+// A weight matrix in the layout of the kernels: see pack() in dispatch.cpp.
+//   [ceil(n/16)][ceil(k/64)][2*bits vectors of 64 bytes], unsigned codes.
+// A block of 64 columns has 16 groups of 4 columns; group g of 16 rows is the operand of one dpbusd: byte 4*r + c
+// is row r, column 4*g + c. Bit field f (bits wide) of vector j holds group f * 2*bits + j.
+// 3 bits: 4 vectors of the low two bits as for bits = 2, then 2 vectors of the high bit as for bits = 1.
+struct Weights {
+    const uint8_t* data;
+    int32_t bits;              // 1..4 (ternary is stored in 2)
+    int64_t n, k;              // rows (outputs), columns (inputs)
+    int32_t multiplier;        // integer level = multiplier * code - shift
+    int32_t shift;
+    const float* scale;        // [n], what one integer is worth
+    const float* bias;         // [n] or null
+};
+
+// out[m, n] = float(sum_k levels * weight) * (scale[n] * act_scale) * marks[m] + bias[n]
+struct LinearArgs {
+    const Weights* weights;
+    const int8_t* levels;      // from EncodeArgs
+    int64_t ldl;
+    const int32_t* sums;
+    const float* marks;
+    int64_t m;
+    float act_scale;           // what one integer of the activation is worth
+    void* out;                 // [m, ldo]
+    Type out_type;
+    int64_t ldo;
+};
+
+// Fake quantization for training (src/bellbox/kernels/bbq.py): x_hat = scale * (code - offset), v kept.
+struct ForwardArgs {
+    const void* x;             // [rows, k] contiguous
+    Type x_type;
+    int64_t rows, k;
+    int32_t block;
+    const float* thresholds;
+    int32_t n;
+    float offset;
+    const float* r;            // 1 / (sigma sqrt(block)); NaN poisons its row
+    int64_t r_stride;          // 1: one a row; 0: one for all
+    const float* scale;        // gamma / (n/2)
+    int64_t scale_stride;
+    void* x_hat;               // [rows, k]
+    void* v;                   // [rows, k]
+    Type out_type;             // of x_hat and v
+};
+
+struct BackwardArgs {
+    const void* grad;          // [rows, k], Type of v and grad_x too
+    const void* v;
+    Type type;
+    int64_t rows, k;
+    int32_t block;
+    const float* r;
+    int64_t r_stride;
+    const float* gamma;
+    int64_t gamma_stride;
+    const float* free;         // 1 where sigma follows the input, else 0
+    int64_t free_stride;
+    const float* mean;         // given mean of g_v * v (whole-tensor statistic), or null: mean over each row
+    void* grad_x;
+};
+
+// One instruction set. Row ranges let the caller divide the work among threads.
+struct Kernels {
+    const char* name;
+    void (*encode)(const EncodeArgs&, int64_t row_begin, int64_t row_end);
+    // RMS statistic alone: sqrt(sum of squares), fp64, per row; used by training.
+    void (*row_norms)(const void* x, Type type, int64_t k, int64_t row_begin, int64_t row_end, double* norms);
+    void (*forward)(const ForwardArgs&, int64_t row_begin, int64_t row_end);
+    void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end);
+    // Columns of the output [16*tile_begin, 16*tile_end) and rows [m_begin, m_end).
+    void (*linear)(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
+};
+
+extern const Kernels portable_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+
+// The best that this processor runs, or the one that BELLBOX_ISA names. Throws std::runtime_error with one clear
+// line where that is unknown or cannot run here.
+const Kernels& kernels();
+const char* available();       // names, best first, separated by commas
+
+// Codes [n, k] (uint8, row stride ldc) into the layout above. `out` has packed_size(bits, n, k) bytes.
+size_t packed_size(int32_t bits, int64_t n, int64_t k);
+void pack(const uint8_t* codes, int64_t ldc, int32_t bits, int64_t n, int64_t k, uint8_t* out);
+
+}  // namespace bellbox

@@ -1,0 +1,9 @@
+// The kernels for one instruction set: portable.
+#include "kernels.h"
+
+#include "encode_portable.h"
+#include "linear_portable.h"
+
+namespace bellbox {
+const Kernels portable_kernels = {"portable", portable::encode, portable::row_norms, portable::forward, portable::backward, portable::linear};
+}  // namespace bellbox
