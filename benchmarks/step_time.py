@@ -118,7 +118,9 @@ def cpu_name() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
@@ -152,7 +154,9 @@ def main() -> None:
     floor = (weights * (4 + 2 + 2 + 2 + 2 + 2 + 4) + inputs * (2 + 2 + 2 + 2 + 2 + 2 + 2)) / bandwidth
 
     base = statistics.median(times["no quantization"])
-    print(f"{cpu_name()}, torch {torch.__version__}, {args.threads} threads, {args.bits} bits, {args.rounds} rounds")
+    print(
+        f"{cpu_name()}, torch {torch.__version__}, {args.threads} threads, {args.bits} bits, {args.rounds} rounds"
+    )
     print(f"{'':28}{'median':>9} {'quartiles':>17} {'ratio':>6}")
     rows = {}
     for name, values in times.items():

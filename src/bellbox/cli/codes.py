@@ -1,0 +1,207 @@
+"""The codes of low-bit layers, trained or packed: how they are used, and whether two models have the same ones.
+
+`agreement` is the proof behind `bellbox convert`: the packed model is run beside the trained one on real text,
+and every weight code, every code of every layer's input and every logit is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.entropy import code_counts, entropy_bits
+from bellbox.errors import BellboxError
+from bellbox.nn import PackedLinear, QuantizedLinear
+
+LowBitLayer = QuantizedLinear | PackedLinear
+
+
+def low_bit_layers(model: nn.Module) -> dict[str, LowBitLayer]:
+    """Every fake-quantized or packed layer by its dotted name."""
+    found = model.named_modules()
+    return {name: module for name, module in found if isinstance(module, QuantizedLinear | PackedLinear)}
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """How evenly codes are used; entropies in bits per code, by layer."""
+
+    weight: dict[str, float]
+    """Of each layer's weight codes."""
+    weight_limit: dict[str, float]
+    """log2 of the number of levels: the most that `weight` can be."""
+    activation: dict[str, float]
+    """Of each layer's input codes; siblings that share an input appear under the first."""
+    activation_limit: dict[str, float]
+    """Likewise for `activation`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: mean, min, limit and layers of both."""
+        return {
+            "weight_entropy": _spread(self.weight, self.weight_limit),
+            "activation_entropy": _spread(self.activation, self.activation_limit),
+        }
+
+
+def _spread(entropy: dict[str, float], limit: dict[str, float]) -> dict[str, Any] | None:
+    if not entropy:
+        return None
+    mean = sum(entropy.values()) / len(entropy)
+    return {"mean": mean, "min": min(entropy.values()), "limit": max(limit.values()), "layers": entropy}
+
+
+@torch.no_grad()
+def code_use(model: nn.Module, tokens: Tensor) -> CodeUse | None:
+    """Entropy of weight codes and of input codes; None where no layer is low-bit.
+
+    Args:
+        model: in evaluation mode.
+        tokens: int64 `[batch, T]` whose activations are counted.
+    """
+    layers = low_bit_layers(model)
+    if not layers:
+        return None
+    weights = {
+        name: code_counts(weight_codes(layer), n) for name, layer in layers.items() if (n := _weight_n(layer))
+    }
+    inputs: dict[str, Tensor] = {}
+
+    def count(name: str, codes: Tensor, n: int) -> None:
+        inputs[name] = inputs.get(name, 0) + code_counts(codes, n)
+
+    with _input_codes({name: layers[name] for name in _input_owners(layers)}, count):
+        model(tokens)
+    return CodeUse(
+        weight={name: entropy_bits(counts) for name, counts in weights.items()},
+        weight_limit={name: _bits(counts) for name, counts in weights.items()},
+        activation={name: entropy_bits(counts) for name, counts in inputs.items()},
+        activation_limit={name: _bits(counts) for name, counts in inputs.items()},
+    )
+
+
+def weight_codes(layer: LowBitLayer) -> Tensor:
+    """uint8 codes of a layer's weight, `[out_features, in_features]`."""
+    return layer.weight_codes()
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models are the same function, on some text."""
+
+    layers: int
+    """Layers compared: all low-bit ones."""
+    tokens: int
+    """Tokens that both models were run on."""
+    weight_codes: int
+    """Weight codes compared."""
+    input_codes: int
+    """Input codes compared, of every layer for every token."""
+    mismatches: int
+    """Codes that differ."""
+    logits: int
+    """Logits compared."""
+    logit_difference: float
+    """Largest difference of two logits over the largest magnitude of a logit; 0.0 where all are equal bits."""
+
+    @property
+    def codes(self) -> int:
+        """Codes compared, of weights and of inputs."""
+        return self.weight_codes + self.input_codes
+
+    @property
+    def holds(self) -> bool:
+        """Whether all codes are equal and logits agree to 1e-5 relative."""
+        return self.mismatches == 0 and self.logit_difference <= 1e-5
+
+
+@torch.no_grad()
+def agreement(trained: nn.Module, packed: nn.Module, batches: Iterable[Tensor]) -> Agreement:
+    """Run both models on the same tokens and compare everything.
+
+    Args:
+        trained: with fake-quantized layers, in evaluation mode.
+        packed: its packed form, likewise.
+        batches: int64 `[batch, T]` each.
+
+    Raises:
+        BellboxError: they do not have the same low-bit layers.
+    """
+    left, right = low_bit_layers(trained), low_bit_layers(packed)
+    if not left or list(left) != list(right):
+        raise BellboxError(f"the models cannot be compared: {len(left)} and {len(right)} low-bit layers")
+    compared, differing = {"weight": 0, "input": 0}, 0
+    for name, layer in left.items():
+        one, other = weight_codes(layer), weight_codes(right[name])
+        compared["weight"] += one.numel()
+        differing += _differing(one, other)
+    tokens = logits = 0
+    worst = largest = 0.0
+    for batch in batches:
+        kept: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        with _input_codes(left, lambda name, codes, _, to=kept: to.update({name: codes})):
+            expected = trained(batch)
+        with _input_codes(right, lambda name, codes, _, to=found: to.update({name: codes})):
+            got = packed(batch)
+        compared["input"] += sum(codes.numel() for codes in kept.values())
+        differing += sum(_differing(codes, found.get(name)) for name, codes in kept.items())
+        tokens, logits = tokens + batch.numel(), logits + expected.numel()
+        worst = max(worst, float((expected - got).abs().max().nan_to_num(torch.inf)))
+        largest = max(largest, float(expected.abs().max()))
+    difference = worst / largest if largest else worst
+    return Agreement(len(left), tokens, compared["weight"], compared["input"], differing, logits, difference)
+
+
+def _differing(one: Tensor, other: Tensor | None) -> int:
+    if other is None or other.numel() != one.numel():
+        return one.numel()
+    return int((one.reshape(-1) != other.reshape(-1)).sum())
+
+
+@contextmanager
+def _input_codes(
+    layers: dict[str, LowBitLayer], receive: Callable[[str, Tensor, int], object]
+) -> Iterator[None]:
+    """While open, each forward of a layer hands (name, codes of its input, number of levels) to `receive`."""
+
+    def hook(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if isinstance(layer, PackedLinear):
+            codes, _ = layer.coding.encode(x.reshape(-1, layer.in_features), layer.act_rsigma)
+            receive(name, codes, layer.coding.levels.n)
+        elif isinstance(layer, QuantizedLinear) and layer.activation_quantizer is not None:
+            quantizer = layer.activation_quantizer.quantizer
+            receive(name, quantizer.codes(x), quantizer.levels.n)
+
+    handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_owners(layers: dict[str, LowBitLayer]) -> list[str]:
+    """The first name of each group of siblings that share an input."""
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        shared = layer.shared if isinstance(layer, PackedLinear) else layer.activation_quantizer
+        if shared is not None:
+            first.setdefault(id(shared), name)
+    return list(first.values())
+
+
+def _weight_n(layer: LowBitLayer) -> int | None:
+    if isinstance(layer, PackedLinear):
+        return layer.weight_levels.n
+    return None if layer.weight_quantizer is None else layer.weight_quantizer.levels.n
+
+
+def _bits(counts: Tensor) -> float:
+    return torch.log2(torch.tensor(float(len(counts)), dtype=torch.float64)).item()

@@ -1,0 +1,155 @@
+"""Pack a trained run into integers, and prove that nothing changed.
+
+bellbox convert runs/small --out small-packed
+bellbox convert runs/small --out small-packed --checkpoint best
+bellbox convert runs/small --out small-packed --no-check
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from torch import nn
+
+from bellbox import io
+from bellbox.cli.codes import Agreement, agreement
+from bellbox.cli.eval import first_sequences
+from bellbox.cli.models import OpenedModel, open_data_for, open_model
+from bellbox.errors import BellboxError, require
+from bellbox.io import Sizes
+from bellbox.surgery import convert
+
+require("tyro", "cli")
+
+import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_CHECKED_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Pack a trained run into integers, and prove that nothing changed."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder of a low-bit model."""
+    out: Path
+    """The packed folder to make; an earlier packed model there is replaced."""
+    checkpoint: str = "last"
+    """last, best, or a step."""
+    check: bool = True
+    """Load the packed model back and compare every code and logit with the trained model, on validation text."""
+    data: str | None = None
+    """Text for the check: a dataset folder, or `classics`; the run's own data where not given."""
+
+
+def main(argv: list[str]) -> None:
+    """Run `bellbox convert` with the arguments after that.
+
+    Raises:
+        BellboxError: what the user can put right.
+        SystemExit: 1 where the packed model is not the trained one.
+    """
+    command = tyro.cli(Convert, args=argv, prog="bellbox convert", description=__doc__)
+    opened = open_model(command.run, command.checkpoint)
+    if opened.run is None:
+        raise BellboxError(f"{opened.path}: is a {opened.kind} model; convert takes a run folder")
+    batches = check_batches(opened, command.data) if command.check else None  # before anything is written
+    sizes = pack(opened, command.out)
+    print(f"{opened.description}\npacked into {command.out}\n")
+    show_sizes(sizes, command.out)
+    if batches is None:
+        return
+    found = agreement(opened.model, io.load(command.out), batches)
+    print(describe(found))
+    if not found.holds:
+        print(
+            f"bellbox: {command.out} is not the model that was trained: do not use it; this is a defect of Bellbox",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+def pack(opened: OpenedModel, out: Path) -> Sizes:
+    """Convert an opened run and save it with its tokenizer.
+
+    Raises:
+        BellboxError: nothing low-bit in it, a layer that cannot be packed, or `out` cannot be written.
+    """
+    packed = convert(opened.model)
+    io.save(packed, out, tokenizer=opened.tokenizer)
+    return io.sizes(packed)
+
+
+def check_batches(opened: OpenedModel, source: str | None = None) -> Iterable[torch.Tensor]:
+    """Validation text for `agreement`: a few thousand tokens, in batches.
+
+    Raises:
+        BellboxError: as `open_data_for`.
+    """
+    try:
+        dataset, _ = open_data_for(opened, source)
+    except BellboxError as error:
+        raise BellboxError(f"{error}; or leave the check out with --no-check") from None
+    split = dataset.splits.get("valid") or dataset.train
+    return first_sequences(split, opened.context, _CHECKED_SEQUENCES).split(4)
+
+
+def describe(found: Agreement) -> str:
+    """The outcome of `agreement` in words."""
+    verdict = "the same function" if found.holds else "NOT the same function"
+    exact = " (equal to the last bit)" if found.logit_difference == 0 else ""
+    return (
+        f"packed model loaded back from disk against the trained one, {found.tokens:,} tokens of validation text,"
+        f" all {found.layers} low-bit layers:\n"
+        f"  codes compared          {found.codes:,} ({found.weight_codes:,} of weights, {found.input_codes:,} of"
+        f" layer inputs)\n"
+        f"  codes that differ       {found.mismatches:,}\n"
+        f"  logits compared         {found.logits:,}\n"
+        f"  largest logit difference {found.logit_difference:.3g} relative{exact}\n"
+        f"  => {verdict}"
+    )
+
+
+def size_rows(sizes: Sizes) -> list[tuple[str, int, int, int, int]]:
+    """(part, parameters, bytes in fp32, bytes in bf16, bytes packed) of the blocks, the rest, the whole."""
+    blocks, rest = sizes.quantized_parameters, sizes.other_parameters
+    return [
+        ("low-bit layers", blocks, 4 * blocks, 2 * blocks, sizes.packed_bytes),
+        ("the rest", rest, 4 * rest, 2 * rest, sizes.other_bytes),
+        (
+            "whole model",
+            blocks + rest,
+            4 * (blocks + rest),
+            2 * (blocks + rest),
+            sizes.packed_bytes + sizes.other_bytes,
+        ),
+    ]
+
+
+def show_sizes(sizes: Sizes, folder: Path) -> None:
+    """Print the size table and what lies on the disk."""
+    console: Any = require("rich.console", "cli").Console()
+    table: Any = require("rich.table", "cli").Table(
+        box=require("rich.box", "cli").SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("part, bytes", no_wrap=True)
+    for heading in ("parameters", "fp32", "bf16", "packed", "of bf16"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, parameters, fp32, bf16, packed in size_rows(sizes):
+        cells = [f"{value:,}" for value in (parameters, fp32, bf16, packed)]
+        table.add_row(name, *cells, f"1/{bf16 / packed:.2f}" if packed else "-")
+    console.print(table)
+    on_disk = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    print(f"the rest (embeddings, head, norms) stays in fp32; the folder has {on_disk:,} bytes\n")
+
+
+def packed_sizes(model: nn.Module) -> Sizes:
+    """The sizes that a trained model has when it is packed."""
+    return io.sizes(convert(model))

@@ -1,0 +1,150 @@
+"""Opening whatever a MODEL argument names: a run folder, a packed folder, or a Hugging Face folder.
+
+Every command that takes a model goes through here, so all of them accept the same things and refuse the rest
+in the same words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+from bellbox import io
+from bellbox.errors import BellboxError
+
+if TYPE_CHECKING:
+    from bellbox.data.shards import TokenDataset
+    from bellbox.data.tokenizer import Tokenizer
+    from bellbox.training import LoadedRun
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model and what belongs to it."""
+
+    path: Path
+    """The folder that was named."""
+    model: nn.Module
+    """In evaluation mode, on the CPU."""
+    kind: Literal["run", "packed", "huggingface"]
+    """What the folder is."""
+    tokenizer: Path | None
+    """The tokenizer file that lies with the model; None where there is none."""
+    context: int
+    """Tokens: what a run was trained with; the longest sequence that any other model takes."""
+    description: str
+    """One line for the user."""
+    run: LoadedRun | None = None
+    """The run, where it is one."""
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            BellboxError: there is none, or it cannot be read.
+        """
+        from bellbox.data.tokenizer import Tokenizer
+
+        if self.tokenizer is None:
+            raise BellboxError(f"{self.path}: no tokenizer lies with the model; put tokenizer.json there")
+        return Tokenizer.load(self.tokenizer)
+
+
+def open_model(path: str | Path, checkpoint: str = "last") -> OpenedModel:
+    """Open a model of any of the three kinds.
+
+    Args:
+        path: a run folder (`bellbox train`), a packed folder (`bellbox convert`), or a Hugging Face folder
+            with a LLaMA or GPT-2.
+        checkpoint: of a run: `last`, `best`, or a step.
+
+    Raises:
+        BellboxError: nothing of the kind is there, it is damaged, or a checkpoint is named for a model that
+            has none.
+    """
+    from bellbox.training.run import CONFIG_FILE
+
+    root = Path(path)
+    if not root.is_dir():
+        raise BellboxError(f"{root}: no such folder")
+    if (root / CONFIG_FILE).is_file():
+        return _open_run(root, checkpoint)
+    if checkpoint != "last":
+        raise BellboxError(f"{root}: only a run has checkpoints, and this is none; leave out --checkpoint")
+    if io.is_packed(root):
+        model = io.load(root)
+        tokenizer = io.tokenizer_path(root)
+        return OpenedModel(
+            root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"
+        )
+    if (root / "config.json").is_file():
+        from bellbox.models import load_hf
+
+        model = load_hf(root)
+        tokenizer = next((root / name for name in _TOKENIZERS if (root / name).is_file()), None)
+        about = f"Hugging Face model {root}: {_shape(model)}"
+        return OpenedModel(root, model, "huggingface", tokenizer, _longest(model), about)
+    raise BellboxError(
+        f"{root}: no model here: neither a run (config.yaml, checkpoints/), nor a packed or Hugging Face model "
+        "(config.json, model.safetensors)"
+    )
+
+
+def _open_run(root: Path, checkpoint: str) -> OpenedModel:
+    from bellbox.training import load_run
+
+    run = load_run(root, checkpoint)
+    about = f"run {root} at step {run.step:,} ({run.tokens:,} tokens): {_shape(run.model)}"
+    return OpenedModel(root, run.model, "run", run.tokenizer, run.config.data.context, about, run)
+
+
+def _longest(model: nn.Module) -> int:
+    return model.config.max_position_embeddings  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+
+def _shape(model: nn.Module) -> str:
+    config = model.config
+    return (
+        f"{type(model).__name__}, {config.num_hidden_layers} blocks of width {config.hidden_size}, "  # pyright: ignore[reportAttributeAccessIssue]
+        f"{config.vocab_size:,} tokens"  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
+def open_data_for(opened: OpenedModel, source: str | None) -> tuple[TokenDataset, str | None]:
+    """A dataset that fits a model.
+
+    Args:
+        opened: the model.
+        source: a dataset folder or `classics`; where None, what the run was trained on, else the classics.
+
+    Returns:
+        The dataset, and a line about what could not be checked (None where all was).
+
+    Raises:
+        BellboxError: no such dataset, or it was made with another tokenizer than the model's.
+    """
+    from bellbox import data
+
+    if source is None:
+        source = "classics" if opened.run is None else opened.run.config.data.source
+    dataset = data.open(source)
+    if opened.tokenizer is None:
+        vocabulary: int = opened.model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
+        if dataset.vocab_size > vocabulary:
+            raise BellboxError(
+                f"data '{source}' has tokens up to {dataset.vocab_size - 1}, {opened.path} knows "
+                f"{vocabulary}; name data that was prepared with the model's tokenizer"
+            )
+        return dataset, f"{opened.path} holds no tokenizer: it could not be compared with the data's"
+    own, other = opened.load_tokenizer().sha256, dataset.manifest.tokenizer_sha256
+    if own != other:
+        raise BellboxError(
+            f"data '{source}' was made with another tokenizer (sha256 {other[:12]}) than {opened.path} (sha256 "
+            f"{own[:12]}); prepare it again with --tokenizer {opened.tokenizer}"
+        )
+    return dataset, None
