@@ -10,11 +10,13 @@ remembers what it made of a tensor until every sibling has asked for it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from bellbox import packing
 from bellbox.entropy import code_counts
 from bellbox.errors import BellboxError
+from bellbox.kernels import native
 from bellbox.kernels.encode import compute_dtype, encode, mark, normaliser, row_sigma, static_normaliser
 from bellbox.kernels.integer import scaled_product
 from bellbox.levels import Levels
@@ -39,11 +42,17 @@ class SharedInput:
 
     def __init__(self, readers: int = 1) -> None:
         self.readers = readers
+        self.members: list[PackedLinear] = []
+        """Packed siblings: one call of the native kernels serves them all."""
         self._memory: tuple[Any, ...] | None = None
+
+    def remembers(self, x: Tensor) -> bool:
+        """Whether `once` can recognise `x` when the next sibling comes with it."""
+        return self.readers > 1 and not torch.compiler.is_compiling() and not x.is_inference()
 
     def once(self, x: Tensor, purpose: tuple[Any, ...], compute: Callable[[Tensor], Any]) -> Any:
         """`compute(x)`, or what it gave for the same `x` and purpose to a sibling just before."""
-        if self.readers == 1 or torch.compiler.is_compiling() or x.is_inference():
+        if not self.remembers(x):
             return compute(x)
         key = (x._version, purpose, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         memory = self._memory
@@ -290,6 +299,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight_levels, self.coding = weight_levels, coding
         self.shared = shared or SharedInput()
+        self.shared.members.append(self)
         size = packing.row_bytes(in_features, weight_levels.n)
         self.register_buffer("weight_packed", torch.zeros(out_features, size, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.zeros(out_features))
@@ -297,6 +307,17 @@ class PackedLinear(nn.Module):
         self.register_buffer("act_rsigma", torch.zeros(()) if coding.statistic == "ema" else None)
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self._integers: tuple[Tensor, int, Tensor] | None = None
+        self._prepacked: tuple[tuple[Any, ...], native.Weights, float, float] | None = None
+        self._key = _register(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy packs its own weights."""
+        return {**self.__dict__, "_prepacked": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has its own key."""
+        super().__setstate__(state)
+        self._key = _register(self)
 
     @classmethod
     def from_quantized(cls, layer: QuantizedLinear, shared: SharedInput | None = None) -> PackedLinear:
@@ -345,11 +366,46 @@ class PackedLinear(nn.Module):
             raise BellboxError(
                 f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
             )
+        if native.serves(x, self.weight_levels.n, self.coding.levels.n):
+            return torch.ops.bellbox.packed_linear(x, self._key) if _tracing() else self.run_native(x)
         levels, marks = self.shared.once(x, ("packed", self.coding), self._input_integers)
         weight_scale = self.weight_scale / self.weight_levels.multiplier
         act_scale = self.act_scale / self.coding.levels.multiplier
         product = scaled_product(levels, self._weight_integers(), weight_scale, act_scale, marks)
         return finish(product, self.bias, x)
+
+    def output_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype that the caller of a linear layer expects for an input `x`."""
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+    def run_native(self, x: Tensor) -> Tensor:
+        """The compiled kernels: rotation, codes, product and epilogue in one call, for all siblings at once."""
+        if not self.shared.remembers(x):
+            return self._native_outputs(x, [self])[0]
+        members = self.shared.members
+        outputs = self.shared.once(x, ("native",), lambda x: self._native_outputs(x, members))
+        return outputs[next(i for i, member in enumerate(members) if member is self)]
+
+    def _native_outputs(self, x: Tensor, layers: list[PackedLinear]) -> list[Tensor]:
+        ready = [layer.prepack() for layer in layers]
+        weights, scales = [each[1] for each in ready], [each[2] for each in ready]
+        wanted = self.output_dtype(x)
+        dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
+        outs = native.linear(x, weights, scales, self.coding.levels, self.coding.block, ready[0][3], dtype)
+        return outs if dtype == wanted else [out.to(wanted) for out in outs]
+
+    def prepack(self) -> tuple[tuple[Any, ...], native.Weights, float, float]:
+        """The weights in the machine's layout, made at the first use and again only if a buffer has changed."""
+        buffers = (self.weight_packed, self.weight_scale, self.act_scale, self.act_rsigma, self.bias)
+        key = tuple((id(b), b._version) for b in buffers if b is not None)
+        if self._prepacked is None or self._prepacked[0] != key:
+            scale = self.weight_scale / self.weight_levels.multiplier
+            weights = native.Weights(self.weight_codes(), self.weight_levels, scale, self.bias)
+            act_scale = float(self.act_scale / self.coding.levels.multiplier)
+            rsigma = 0.0 if self.act_rsigma is None else float(self.act_rsigma)
+            self._prepacked = (key, weights, act_scale, rsigma)
+        return self._prepacked
 
     def _input_integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes, marks = self.coding.encode(x.reshape(-1, self.in_features), self.act_rsigma)
@@ -371,6 +427,38 @@ class PackedLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+
+_layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+_keys = itertools.count(1)
+
+
+def _register(layer: PackedLinear) -> int:
+    key = next(_keys)
+    _layers[key] = layer
+    return key
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling()
+
+
+# A compiled graph cannot hold a Python object: it holds the layer's key and the operation looks it up.
+_library = torch.library.Library("bellbox", "FRAGMENT")
+_library.define("packed_linear(Tensor x, int key) -> Tensor")
+
+
+def _packed_linear(x: Tensor, key: int) -> Tensor:
+    return _layers[key].run_native(x)
+
+
+def _packed_linear_fake(x: Tensor, key: int) -> Tensor:
+    layer = _layers[key]
+    return x.new_empty((*x.shape[:-1], layer.out_features), dtype=layer.output_dtype(x))
+
+
+_library.impl("packed_linear", _packed_linear, "CPU")
+torch.library.register_fake("bellbox::packed_linear", _packed_linear_fake, lib=_library)
 
 
 def _add_counts(total: Tensor, codes: Tensor) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bellbox.hadamard import butterfly_between, hadamard_matrix
+from bellbox.kernels import native
 from bellbox.kernels.encode import Scratch, chunks, compute_dtype, count_reached, per_row, rotate_normalise
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
@@ -48,6 +49,8 @@ def bbq_forward(
     Returns:
         `x_hat` and the normalised rotated `v`, both `[rows, features]` in `dtype`.
     """
+    if native.serves(x, len(thresholds) + 1) and dtype in (torch.float32, torch.bfloat16):
+        return native.bbq_forward(x, r, scale, thresholds, offset, block, dtype)
     x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
     kept = torch.empty(x.shape, dtype=dtype, device=x.device)
     scratch = Scratch(x, 4, compute_dtype(x))
@@ -104,6 +107,8 @@ def bbq_backward(
     Returns:
         dL/dx `[rows, features]` in the dtype of `grad`.
     """
+    if native.serves(grad, 2) and v.dtype == grad.dtype and not whole_tensor:
+        return native.bbq_backward(grad, v, r, gamma, free, block)
     grad_x = torch.empty_like(grad)
     scratch = Scratch(grad, 5, r.dtype)
     # bf16 gradients: one small matrix product is cheaper than seven passes, at the gradient's own precision.

@@ -1,0 +1,203 @@
+"""The compiled CPU kernels: found lazily, called with plain addresses.
+
+`bellbox._native` is built from `native/` when the package is installed; it picks the best instruction set that
+the processor has, or the one that the environment variable BELLBOX_ISA names. Where it was not built (no
+compiler), everything runs on the torch reference with the same results, only slower; `describe()` says which.
+
+This module checks what the compiled code takes on trust: device, dtype, contiguity, sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bellbox.errors import BellboxError
+from bellbox.levels import Levels
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+MAX_LEVELS = 16
+"""The kernels serve 2 to 16 levels (1 to 4 bits); more run on the reference."""
+
+
+@functools.cache
+def _module() -> ModuleType | None:
+    try:
+        from bellbox import _native  # pyright: ignore[reportAttributeAccessIssue]
+    except ModuleNotFoundError:
+        return None
+    try:
+        _native.isa()
+    except RuntimeError as error:
+        raise BellboxError(str(error)) from None
+    return _native
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the compiled kernels are there."""
+    return _module() is not None
+
+
+def describe() -> str:
+    """One line for people: which kernels run, such as `native avx512` or `torch reference (...)`."""
+    module = _module()
+    if module is None:
+        return "torch reference (the compiled kernels were not built; install with a C++ compiler to get them)"
+    return f"native {module.isa()}"
+
+
+def serves(x: Tensor, *levels: int) -> bool:
+    """Whether the kernels take this tensor and these numbers of levels."""
+    return x.device.type == "cpu" and x.dtype in _TYPES and max(levels) <= MAX_LEVELS and available()
+
+
+@functools.lru_cache(maxsize=256)
+def _thresholds(thresholds: tuple[float, ...]) -> np.ndarray[Any, Any]:
+    """The thresholds as fp32 in memory that stays where it is."""
+    return np.asarray(thresholds, dtype=np.float32)
+
+
+class Weights:
+    """A weight matrix in the machine's layout.
+
+    Args:
+        codes: uint8 `[out, in]`.
+        levels: what codes stand for; at most 16.
+        scale: fp32 `[out]`, what one integer is worth.
+        bias: fp32 `[out]`, or None.
+    """
+
+    def __init__(self, codes: Tensor, levels: Levels, scale: Tensor, bias: Tensor | None) -> None:
+        module = _module()
+        assert module is not None
+        codes, scale = codes.contiguous(), scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        rows, columns = codes.shape
+        bits = (levels.n - 1).bit_length()
+        shift = int(levels.multiplier * levels.offset)
+        pointer = 0 if bias is None else bias.data_ptr()
+        self.rows, self.columns = rows, columns
+        self.handle = module.PackedWeights(
+            codes.data_ptr(), columns, bits, rows, columns, levels.multiplier, shift, scale.data_ptr(), pointer
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.handle.nbytes
+
+
+def linear(
+    x: Tensor,
+    weights: Sequence[Weights],
+    act_scales: Sequence[float],
+    levels: Levels,
+    block: int,
+    rsigma: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Code one input and multiply it with one or several weight matrices, in one call.
+
+    Args:
+        x: `[..., features]`, fp32 or bf16, on the CPU.
+        weights: matrices with `features` columns.
+        act_scales: for each, what one integer of the activation is worth.
+        levels: of the activation.
+        block: rotation block.
+        rsigma: fixed 1/sigma, or 0 for the RMS of each row.
+        dtype: of the results, fp32 or bf16.
+
+    Returns:
+        For each matrix `[..., rows]`.
+    """
+    module = _module()
+    assert module is not None
+    features = x.shape[-1]
+    rows = x.numel() // features if features else 0
+    x = x.contiguous()
+    outs = [torch.empty((*x.shape[:-1], each.rows), dtype=dtype) for each in weights]
+    thresholds = _thresholds(levels.thresholds)
+    module.linear(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        rows,
+        features,
+        features,
+        block,
+        thresholds.ctypes.data,
+        levels.n,
+        rsigma,
+        levels.multiplier,
+        int(levels.multiplier * levels.offset),
+        [each.handle for each in weights],
+        act_scales,
+        [out.data_ptr() for out in outs],
+        _TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    return outs
+
+
+def bbq_forward(
+    x: Tensor, r: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`bellbox::bbq_forward` on fp32 or bf16 rows; see `bellbox.kernels.bbq`."""
+    module = _module()
+    assert module is not None
+    rows, features = x.shape
+    x, r, scale = x.contiguous(), r.contiguous(), scale.contiguous()
+    x_hat, v = torch.empty(rows, features, dtype=dtype), torch.empty(rows, features, dtype=dtype)
+    table = _thresholds(tuple(thresholds))
+    module.forward(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        rows,
+        features,
+        block,
+        table.ctypes.data,
+        len(thresholds) + 1,
+        offset,
+        r.data_ptr(),
+        int(r.numel() > 1),
+        scale.data_ptr(),
+        int(scale.numel() > 1),
+        x_hat.data_ptr(),
+        v.data_ptr(),
+        _TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    return x_hat, v
+
+
+def bbq_backward(grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int) -> Tensor:
+    """`bellbox::bbq_backward` for a statistic of rows; see `bellbox.kernels.bbq`."""
+    module = _module()
+    assert module is not None
+    rows, features = grad.shape
+    grad, r, gamma, free = grad.contiguous(), r.contiguous(), gamma.contiguous(), free.contiguous()
+    grad_x = torch.empty_like(grad)
+    module.backward(
+        grad.data_ptr(),
+        v.data_ptr(),
+        _TYPES[grad.dtype],
+        rows,
+        features,
+        block,
+        r.data_ptr(),
+        int(r.numel() > 1),
+        gamma.data_ptr(),
+        int(gamma.numel() > 1),
+        free.data_ptr(),
+        int(free.numel() > 1),
+        0,
+        grad_x.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_x
