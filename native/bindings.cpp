@@ -194,6 +194,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("k", &PackedWeights::k)
         .def_prop_ro("nbytes", &PackedWeights::nbytes);
     m.def("isa", [] { return std::string(kernels().name); });
+    m.def("use", [](const std::string& name) { use(name.c_str()); });
     m.def("available", [] { return std::string(available()); });
     m.def("encode", &encode);
     m.def("linear", &linear);

@@ -1,4 +1,5 @@
 // Which instruction set to use, and the one weight layout that all of them read.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -30,22 +31,22 @@ const Candidate* candidates(size_t& count) {
     return all;
 }
 
-const Kernels& choose() {
+const Kernels* choose(const char* wanted) {
     size_t count;
     const Candidate* all = candidates(count);
-    const char* wanted = std::getenv("BELLBOX_ISA");
-    if (wanted == nullptr || *wanted == '\0') {
-        for (size_t i = 0; i < count; ++i)
-            if (all[i].runs) return *all[i].kernels;
-    }
-    for (size_t i = 0; i < count; ++i)
-        if (std::strcmp(all[i].kernels->name, wanted) == 0) {
-            if (all[i].runs) return *all[i].kernels;
+    for (size_t i = 0; i < count; ++i) {
+        if (wanted == nullptr || *wanted == '\0') {
+            if (all[i].runs) return all[i].kernels;
+        } else if (std::strcmp(all[i].kernels->name, wanted) == 0) {
+            if (all[i].runs) return all[i].kernels;
             throw std::runtime_error(std::string("BELLBOX_ISA=") + wanted + ": this processor cannot run it; it runs: " +
                                      available());
         }
+    }
     throw std::runtime_error(std::string("BELLBOX_ISA=") + wanted + ": unknown; this processor runs: " + available());
 }
+
+std::atomic<const Kernels*> current{nullptr};
 
 uint8_t code_at(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t row, int64_t column) {
     return row < n && column < k ? codes[row * ldc + column] : 0;
@@ -72,9 +73,15 @@ void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t
 }  // namespace
 
 const Kernels& kernels() {
-    static const Kernels& chosen = choose();
-    return chosen;
+    const Kernels* chosen = current.load(std::memory_order_relaxed);
+    if (chosen == nullptr) {
+        chosen = choose(std::getenv("BELLBOX_ISA"));
+        current.store(chosen, std::memory_order_relaxed);
+    }
+    return *chosen;
 }
+
+void use(const char* name) { current.store(choose(name), std::memory_order_relaxed); }
 
 const char* available() {
     static const std::string names = [] {

@@ -111,6 +111,7 @@ extern const Kernels avx512_kernels;
 // The best that this processor runs, or the one that BELLBOX_ISA names. Throws std::runtime_error with one clear
 // line where that is unknown or cannot run here.
 const Kernels& kernels();
+void use(const char* name);    // from now on; the best again for "". Throws like kernels().
 const char* available();       // names, best first, separated by commas
 
 // Codes [n, k] (uint8, row stride ldc) into the layout above. `out` has packed_size(bits, n, k) bytes.
