@@ -51,6 +51,13 @@ def bbq_forward(
     """
     if native.serves(x, len(thresholds) + 1) and dtype in (torch.float32, torch.bfloat16):
         return native.bbq_forward(x, r, scale, thresholds, offset, block, dtype)
+    return reference_forward(x, r, scale, thresholds, offset, block, dtype)
+
+
+def reference_forward(
+    x: Tensor, r: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`bbq_forward` in plain torch."""
     x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
     kept = torch.empty(x.shape, dtype=dtype, device=x.device)
     scratch = Scratch(x, 4, compute_dtype(x))
@@ -109,6 +116,13 @@ def bbq_backward(
     """
     if native.serves(grad, 2) and v.dtype == grad.dtype and not whole_tensor:
         return native.bbq_backward(grad, v, r, gamma, free, block)
+    return reference_backward(grad, v, r, gamma, free, block, whole_tensor)
+
+
+def reference_backward(
+    grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+) -> Tensor:
+    """`bbq_backward` in plain torch."""
     grad_x = torch.empty_like(grad)
     scratch = Scratch(grad, 5, r.dtype)
     # bf16 gradients: one small matrix product is cheaper than seven passes, at the gradient's own precision.

@@ -10,7 +10,8 @@ This module checks what the compiled code takes on trust: device, dtype, contigu
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -53,6 +54,32 @@ def describe() -> str:
     return f"native {module.isa()}"
 
 
+def instruction_sets() -> list[str]:
+    """What this processor can run, best first; empty where the kernels were not built."""
+    module = _module()
+    return module.available().split(", ") if module is not None else []
+
+
+@contextmanager
+def use(isa: str) -> Iterator[None]:
+    """Run on one instruction set while the context is open, for tests and comparisons; all threads are affected.
+
+    Raises:
+        BellboxError: unknown, or this processor cannot run it.
+    """
+    module = _module()
+    assert module is not None
+    before = module.isa()
+    try:
+        module.use(isa)
+    except RuntimeError as error:
+        raise BellboxError(str(error)) from None
+    try:
+        yield
+    finally:
+        module.use(before)
+
+
 def serves(x: Tensor, *levels: int) -> bool:
     """Whether the kernels take this tensor and these numbers of levels."""
     return x.device.type == "cpu" and x.dtype in _TYPES and max(levels) <= MAX_LEVELS and available()
@@ -92,6 +119,46 @@ class Weights:
     def nbytes(self) -> int:
         """Memory that it takes."""
         return self.handle.nbytes
+
+
+def encode(x: Tensor, levels: Levels, block: int, rsigma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Integer levels of rows.
+
+    Args:
+        x: `[rows, features]`, fp32 or bf16, on the CPU.
+        levels: at most 16.
+        block: rotation block.
+        rsigma: fixed 1/sigma, or 0 for the RMS of each row.
+
+    Returns:
+        int8 `[rows, features]`, their int32 sums `[rows]`, and fp32 marks `[rows]` (NaN: the row is not finite).
+    """
+    module = _module()
+    assert module is not None
+    x = x.contiguous()
+    rows, features = x.shape
+    padded = -(-features // 64) * 64
+    integers = torch.empty(rows, padded, dtype=torch.int8)
+    sums, marks = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
+    module.encode(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        rows,
+        features,
+        features,
+        block,
+        _thresholds(levels.thresholds).ctypes.data,
+        levels.n,
+        rsigma,
+        levels.multiplier,
+        int(levels.multiplier * levels.offset),
+        integers.data_ptr(),
+        padded,
+        sums.data_ptr(),
+        marks.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return integers[:, :features], sums, marks
 
 
 def linear(

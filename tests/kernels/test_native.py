@@ -1,0 +1,203 @@
+"""The compiled kernels against the torch reference, on every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bellbox as bb
+from bellbox.hadamard import block_size
+from bellbox.kernels import bbq, native
+from bellbox.kernels.encode import encode, mark, normaliser, row_sigma, static_normaliser
+from bellbox.levels import Levels
+from bellbox.nn import PackedLinear
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")
+ISAS = native.instruction_sets() if native.available() else []
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    with native.use(request.param):
+        yield request.param
+
+
+def reference_codes(x, levels, block, rsigma):
+    rows = x.reshape(-1, x.shape[-1])
+    r = static_normaliser(torch.tensor(rsigma), rows, block) if rsigma else normaliser(row_sigma(rows), block)
+    r = r.float()
+    return encode(rows, r, levels.thresholds, block), mark(r, len(rows))
+
+
+def same(a, b):
+    """Equal bits, NaN included."""
+    return torch.equal(torch.nan_to_num(a, 7.25), torch.nan_to_num(b, 7.25)) and torch.equal(a.isnan(), b.isnan())
+
+
+def packed_layer(inputs, outputs, weight_levels, activation_levels, statistic, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    linear = torch.nn.Linear(inputs, outputs, bias=bias)
+    linear.weight.data.normal_(generator=generator)
+    recipe = bb.Recipe.bbq(weight_levels=weight_levels, activation_levels=activation_levels, statistic=statistic)
+    model = bb.prepare(linear, recipe)
+    model(torch.randn(5, inputs, generator=generator))
+    model.eval()
+    return model, bb.convert(model)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    features=st.integers(1, 300),
+    n=st.integers(2, 16),
+    largest=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]),
+    rsigma=st.sampled_from([0.0, 0.5, 3.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_codes_and_marks_are_those_of_the_reference(rows, features, n, largest, rsigma, dtype, seed):
+    x = torch.randn(rows, features, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    levels, block = Levels.gaussian(n), block_size(features, largest)
+    codes, marks = reference_codes(x, levels, block, rsigma)
+    for name in ISAS:
+        with native.use(name):
+            integers, sums, native_marks = native.encode(x, levels, block, rsigma)
+        assert torch.equal(integers, levels.decode_int8(codes)), name
+        assert torch.equal(sums, integers.sum(-1, dtype=torch.int32)), name
+        assert same(native_marks, marks.reshape(-1)), name
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 11, 16])
+def test_a_value_on_a_threshold_goes_up(isa, n):
+    levels = Levels.gaussian(n)
+    below = [float(torch.nextafter(torch.tensor(t), torch.tensor(-9.0))) for t in levels.thresholds]
+    x = torch.tensor([[*levels.thresholds, *below]])
+    integers, _, _ = native.encode(x, levels, 1, 1.0)
+    expected = [*range(1, n), *range(n - 1)]
+    assert integers.tolist() == [[levels.integers[code] for code in expected]]
+
+
+def test_zeros_denormals_and_huge_values_are_coded_as_the_reference_does(isa):
+    x = torch.zeros(5, 256)
+    x[1], x[2], x[3] = 1e-42, 1e30, -1e-9
+    x[4, 7] = -0.0
+    for n in (2, 4, 8, 16):
+        levels = Levels.gaussian(n)
+        codes, _ = reference_codes(x, levels, 128, 0.0)
+        assert torch.equal(native.encode(x, levels, 128, 0.0)[0], levels.decode_int8(codes))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("statistic", ["token", "ema"])
+def test_a_row_that_is_not_finite_comes_out_as_nan_and_no_other_row_does(isa, bad, statistic):
+    model, packed = packed_layer(192, 21, 4, 4, statistic)
+    x = torch.randn(6, 192)
+    x[2, 191] = bad
+    y = packed(x)
+    assert y[2].isnan().all()
+    assert y[[0, 1, 3, 4, 5]].isfinite().all()
+    with torch.no_grad():
+        assert same(y, model(x))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from([0, 1, 2, 3, 5, 8, 9, 17, 70, 200]),
+    inputs=st.integers(1, 400),
+    outputs=st.integers(1, 150),
+    weight_levels=st.integers(2, 16),
+    activation_levels=st.integers(2, 16),
+    statistic=st.sampled_from(["token", "ema"]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.filterwarnings("ignore:.*no factor of two")
+def test_a_packed_layer_gives_the_bits_of_the_reference(
+    rows, inputs, outputs, weight_levels, activation_levels, statistic, bias, dtype, seed
+):
+    model, packed = packed_layer(inputs, outputs, weight_levels, activation_levels, statistic, bias, seed)
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    with torch.no_grad():
+        expected = model(x)
+    assert isinstance(packed, PackedLinear)
+    for name in ISAS:
+        with native.use(name):
+            assert same(packed(x), expected), name
+
+
+def test_long_rows_and_extreme_levels_do_not_overflow(isa):
+    levels = Levels.gaussian(16)
+    inputs = 40000
+    codes = torch.full((3, inputs), 15, dtype=torch.uint8)
+    weights = native.Weights(codes, levels, torch.ones(3), None)
+    x = torch.full((2, inputs), 9.0)
+    (y,) = native.linear(x, [weights], [1.0], levels, 1, 1.0, torch.float32)
+    assert y.tolist() == [[float(7 * 7 * inputs)] * 3] * 2
+    low = native.Weights(torch.zeros_like(codes), levels, torch.ones(3), None)
+    (y,) = native.linear(-x, [low], [1.0], levels, 1, 1.0, torch.float32)
+    assert y.tolist() == [[float(8 * 8 * inputs)] * 3] * 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 12),
+    features=st.integers(1, 300),
+    n=st.integers(2, 16),
+    largest=st.sampled_from([1, 4, 32, 128]),
+    wide=st.sampled_from([torch.float32, torch.bfloat16]),
+    out=st.sampled_from([torch.float32, torch.bfloat16]),
+    common=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_fake_quantization_forward_is_the_reference_and_backward_agrees(
+    rows, features, n, largest, wide, out, common, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, features, generator=generator).to(wide)
+    block, levels = block_size(features, largest), Levels.gaussian(n)
+    r = normaliser(row_sigma(x), block).float()
+    gamma = torch.rand(1 if common else rows, 1, generator=generator) + 0.1
+    free = (torch.rand(rows, 1, generator=generator) > 0.3).float()
+    grad = torch.randn(rows, features, generator=generator).to(out)
+    args = x, r, gamma / (n / 2), levels.thresholds, levels.offset, block, out
+    x_hat, v = bbq.reference_forward(*args)
+    exact = bbq.reference_backward(grad.double(), v.double(), r.double(), gamma.double(), free.double(), block, False)
+    for name in ISAS:
+        with native.use(name):
+            mine, kept = native.bbq_forward(*args)
+            grad_x = native.bbq_backward(grad, v, r, gamma, free, block)
+        assert torch.equal(mine, x_hat), name
+        assert torch.equal(kept, v), name
+        error = (grad_x.double() - exact).norm() / exact.norm().clamp(min=1e-30)
+        assert error < (1e-6 if out == torch.float32 else 4e-3), (name, float(error))
+
+
+def test_four_threads_with_shapes_of_their_own_do_not_disturb_each_other(isa):
+    layers = [packed_layer(inputs, outputs, n, n, "token", seed=n)[1] for inputs, outputs, n in
+              ((256, 96, 4), (640, 33, 16), (130, 257, 3), (64, 64, 2))]
+    inputs = [torch.randn(rows, layer.in_features) for layer, rows in zip(layers, (1, 7, 40, 130), strict=True)]
+    expected = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    wrong = []
+
+    def work(index):
+        for turn in range(150):
+            i = (index + turn) % 4
+            if not torch.equal(layers[i](inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_unknown_instruction_set_is_refused_by_name():
+    with pytest.raises(bb.BellboxError, match=r"BELLBOX_ISA=sse9: unknown; this processor runs: .*portable"), native.use("sse9"):
+        pass
