@@ -32,7 +32,7 @@ def _bell(axes: Any, layer: LayerValues) -> None:
     for number, threshold in enumerate(layer.thresholds):
         label = "thresholds" if number == 0 else None
         axes.axvline(threshold, color=RED, linestyle=(0, (3, 2)), linewidth=1.1, label=label)
-    axes.set_title("1  Bell: rotated, divided by the RMS")
+    axes.set_title("1 · The bell: v")
     axes.set_xlabel("normalised weight v")
     axes.set_ylabel("density")
     axes.set_xlim(-_REACH, _REACH)
@@ -46,7 +46,7 @@ def _box(axes: Any, layer: LayerValues, n: int) -> None:
     axes.axhline(1 / n, color=ORANGE, label="uniform")
     for edge in range(1, n):
         axes.axvline(edge, color=RED, linestyle=(0, (3, 2)), linewidth=1.1)
-    axes.set_title(f"2  Box: u = {n} Phi(v)")
+    axes.set_title(f"2 · The box: u = {n} Φ(v)")
     axes.set_xlabel("u, cut at the whole numbers")
     axes.set_xlim(0, n)
     axes.set_ylim(top=axes.get_ylim()[1] * 1.2)
@@ -66,7 +66,7 @@ def _codes(axes: Any, layer: LayerValues, n: int) -> None:
             )  # fmt: skip
         axes.set_xticks(range(n), [f"{code}\n({value:+d})" for code, value in enumerate(layer.integers)])
     axes.grid(visible=False, axis="x")
-    axes.set_title(f"3  Codes: {entropy(counts):.3f} of {math.log2(n):.4g} bits")
+    axes.set_title(f"3 · The codes: {entropy(counts):.3f} of {math.log2(n):.4g} bits")
     axes.set_xlabel("code (its integer)")
     axes.set_ylabel("share")
     axes.set_ylim(0, max(share.max(), 1 / n) * 1.25)

@@ -63,7 +63,7 @@ def learning_rate_and_gradient(content: ReportInput) -> str:
     tokens = _column(train, "tokens")
     left.plot(tokens, _column(train, "lr"), color=BLUE)
     left.set_title("Learning rate")
-    left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
+    left.yaxis.set_major_formatter("{x:g}")
     left.set_ylim(bottom=0)
     right.plot(tokens, _column(train, "grad_norm"), color=BLUE, linewidth=0.9)
     right.set_title("Norm of the gradient, before clipping")

@@ -11,6 +11,7 @@ import numpy as np
 from bellbox.report.content import ReportInput
 from bellbox.report.style import BLUE, GREEN, ORANGE, RED, figure, short, styled, to_svg, token_axis
 
+DASHED = (0, (4, 3))
 _KINDS = ("weight_entropy", "activation_entropy")
 
 
@@ -34,7 +35,7 @@ def entropy_over_time(content: ReportInput) -> str:
         axes.set_title(f"{title}: entropy of the codes")
         axes.set_ylabel("bits per code")
         token_axis(axes)
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")
     return to_svg(drawn, "Entropy of weight codes and of layer input codes against training tokens")
 
 
@@ -50,7 +51,7 @@ def entropy_by_layer(content: ReportInput) -> str:
         found = [(values[name], row) for row, name in zip(rows, names, strict=True) if name in values]
         if found:
             axes.scatter(*zip(*found, strict=True), color=color, marker=marker, s=26, label=label, zorder=3)
-    axes.axvline(limit, color=RED, linestyle=(0, (4, 3)), linewidth=1.3, label=f"maximum, {limit:.4g} bits")
+    axes.axvline(limit, color=RED, linestyle=DASHED, linewidth=1.3, label=f"maximum, {limit:.4g} bits")
     lowest = min([*weights.values(), *inputs.values()], default=limit)
     axes.set_xlim(min(lowest - 0.02 * limit, 0.94 * limit), limit * 1.004)
     axes.set_yticks(rows, [short(name) for name in names])
@@ -65,34 +66,31 @@ def saturation(content: ReportInput) -> str:
     """Share of codes at either end of the range, over time and by layer."""
     evals = content.record.evals
     even = 2 / content.levels if content.levels else math.nan
-    drawn, (left, right) = figure(1, 2, 9.6, 3.0, width_ratios=[1, 1.25])
-    last = (content.record.at(content.step) or {}).get("saturated", {})
+    last = (content.record.at(content.step) or {}).get("saturated") or {}
+    found = {role: (last.get(role) or {}).get("layers", {}) for role in ("weight", "activation")}
+    names = list(found["weight"] | found["activation"])
+    drawn, (left, right) = figure(1, 2, 9.6, max(3.0, 0.9 + 0.19 * len(names)), width_ratios=[1, 1.1])
     for role, color, marker in (("weight", BLUE, "o"), ("activation", GREEN, "D")):
         records = [r for r in evals if r.get("saturated", {}).get(role, {}).get("mean") is not None]
-        label = {"weight": "weights", "activation": "inputs"}[role]
-        left.plot(
-            [r["tokens"] for r in records],
-            [r["saturated"][role]["mean"] for r in records],
-            color=color,
-            marker=marker,
-            markersize=4,
-            label=label,
-        )
-        layers = last.get(role, {}).get("layers", {})
-        right.plot(
-            range(len(layers)), list(layers.values()), color=color, marker=marker, markersize=4, linewidth=0.8
-        )
-    for axes in (left, right):
-        axes.axhline(even, color=RED, linestyle=(0, (4, 3)), linewidth=1.3, label=f"even use, {even:.3g}")
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(low, even * 0.9), max(high, even * 1.1))
-    left.set_title("Codes at the ends: over time")
+        tokens, mean = [r["tokens"] for r in records], [r["saturated"][role]["mean"] for r in records]
+        label = {"weight": "weights, mean", "activation": "inputs, mean"}[role]
+        left.plot(tokens, mean, color=color, marker=marker, markersize=4, label=label)
+        rows = [names.index(name) for name in found[role]]
+        right.scatter(list(found[role].values()), rows, color=color, marker=marker, s=22, zorder=3)
+    left.axhline(even, color=RED, linestyle=DASHED, linewidth=1.3, label=f"equal use, {even:.3g}")
+    right.axvline(even, color=RED, linestyle=DASHED, linewidth=1.3)
+    low, high = left.get_ylim()
+    left.set_ylim(min(low, even * 0.9), max(high, even * 1.1))
+    low, high = right.get_xlim()
+    right.set_xlim(min(low, even * 0.9), max(high, even * 1.1))
+    left.set_title("Codes at either end: over time")
     left.set_ylabel("share of all codes")
     left.legend(loc="best")
     token_axis(left)
-    right.set_title("At the end, by layer")
-    right.set_xlabel("layer, from the first to the last")
-    right.xaxis.get_major_locator().set_params(integer=True)
+    right.set_title("At the checkpoint, by layer")
+    right.set_xlabel("share of the layer's codes")
+    right.set_yticks(range(len(names)), [short(name) for name in names])
+    right.set_ylim(len(names) - 0.4, -0.6)
     return to_svg(drawn, "Share of saturated codes")
 
 
@@ -122,10 +120,8 @@ def gammas(content: ReportInput) -> str:
         axes.spines["left"].set_visible(False)
     if content.activation_gamma:
         axes = spots[len(groups)]
-        axes.plot(
-            list(content.activation_gamma.values()), color=GREEN, marker="D", markersize=4, linewidth=0.8
-        )
-        axes.set_title("inputs, first to last layer", fontsize=9.5, pad=4)
+        axes.plot(list(content.activation_gamma.values()), "D", color=GREEN, markersize=4)
+        axes.set_title("inputs, first to last", fontsize=9.5, pad=4)
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in spots[panels:]:
         axes.set_visible(False)
@@ -137,6 +133,6 @@ def _limit(content: ReportInput) -> float:
 
 
 def _limit_line(axes: Any, limit: float) -> None:
-    axes.axhline(limit, color=RED, linestyle=(0, (4, 3)), linewidth=1.3, label=f"maximum, {limit:.4g} bits")
+    axes.axhline(limit, color=RED, linestyle=DASHED, linewidth=1.3, label=f"maximum, {limit:.4g} bits")
     low, _ = axes.get_ylim()
     axes.set_ylim(min(low, 0.94 * limit), limit * 1.006)

@@ -165,9 +165,10 @@ def _scales(content: ReportInput) -> str:
         "Learned scales",
         _figure(
             layers.gammas(content),
-            "What an end level is worth: gamma of each weight row by kind of layer, all blocks together (the line"
-            " is the mean), and gamma of each layer input. They should be of one order of magnitude and clearly off"
-            " zero; a heap at zero would be rows that the model has switched off.",
+            "What the model learned its codes to be worth: gamma of each weight row by kind of layer, all blocks"
+            " together (the line is the mean), and gamma of each layer input. A kind's rows should form one hill. A"
+            " negative gamma only turns the sign of its row; a narrow peak at zero would be rows that the model"
+            " has switched off.",
         ),
     )
 
@@ -175,7 +176,7 @@ def _scales(content: ReportInput) -> str:
 def _sizes(content: ReportInput) -> str:
     if not content.sizes:
         return ""
-    largest = max(row.bf16 for row in content.sizes)
+    largest = max(max(row.bf16, row.packed) for row in content.sizes)
     rows = "".join(_size_row(row, largest) for row in content.sizes)
     body = (
         '<div class="scroll"><table class="sizes"><thead><tr><th>part</th><th>parameters</th><th>fp32</th><th>bf16</th>'
@@ -204,7 +205,7 @@ def _size_row(row: SizeRow, largest: int) -> str:
     cells = "".join(f"<td>{value:,}</td>" for value in (row.parameters, row.fp32, row.bf16, row.packed))
     ratio = f"1/{row.bf16 / row.packed:.2f}" if row.packed < row.bf16 else f"{row.packed / row.bf16:.2f}"
     bars = "".join(
-        f'<span class="bar {kind}" style="width:{max(0.5, 100 * value / (2 * largest)):.1f}%"></span>'
+        f'<span class="bar {kind}" style="width:{max(0.5, 100 * value / largest):.1f}%"></span>'
         for kind, value in (("before", row.bf16), ("after", row.packed))
     )
     return (
