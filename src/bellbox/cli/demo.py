@@ -25,7 +25,7 @@ from bellbox.cli.convert import check_batches, describe, pack, show_sizes
 from bellbox.cli.eval import Evaluation, evaluate, show
 from bellbox.cli.generate import continue_text, speed_of
 from bellbox.cli.models import open_model
-from bellbox.cli.output import write_file
+from bellbox.cli.output import help_text, write_file
 from bellbox.cli.report import collect
 from bellbox.errors import BellboxError, require
 from bellbox.files import read_json
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
         SystemExit: 1 where a bar is missed, 130 or 143 after a signal.
     """
-    command = tyro.cli(Demo, args=argv, prog="bellbox demo", description=__doc__)
+    command = tyro.cli(Demo, args=argv, prog="bellbox demo", description=help_text(__doc__))
     steps = _steps(command)
     begun = time.monotonic()
     handle = _claim(command.out)

@@ -19,7 +19,7 @@ from bellbox.cli.codes import Agreement
 from bellbox.cli.convert import packed_sizes, size_rows
 from bellbox.cli.generate import continue_text, speed_of
 from bellbox.cli.models import OpenedModel, open_model
-from bellbox.cli.output import require_writable, write_file
+from bellbox.cli.output import help_text, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import unigram
 from bellbox.kernels.encode import normaliser, rotate_normalise, row_sigma
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(Report, args=argv, prog="bellbox report", description=__doc__)
+    command = tyro.cli(Report, args=argv, prog="bellbox report", description=help_text(__doc__))
     opened = open_model(command.run, command.checkpoint)
     if opened.run is None:
         raise BellboxError(f"{opened.path}: is a {opened.kind} model; report takes a run folder")
