@@ -234,7 +234,7 @@ def finish(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         product = product + bias.to(torch.float32)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return product.to(dtype).reshape(*x.shape[:-1], -1)
+    return product.to(dtype).reshape(*x.shape[:-1], product.shape[-1])
 
 
 @dataclass(frozen=True)
