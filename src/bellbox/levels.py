@@ -10,6 +10,7 @@ exactly on a threshold belongs to the upper code.
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ class Levels:
         check_levels(self.n)
         check_zero_point(self.zero_point)
         thresholds = tuple(map(_float32, self.thresholds))
-        rising = all(a < b for a, b in zip(thresholds, thresholds[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(thresholds))
         if len(thresholds) != self.n - 1 or not rising or not all(map(math.isfinite, thresholds)):
             raise BellboxError(
                 f"{self.n} levels need {self.n - 1} thresholds, finite and strictly rising in fp32"
