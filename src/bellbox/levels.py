@@ -10,6 +10,7 @@ exactly on a threshold belongs to the upper code.
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from dataclasses import dataclass, field
@@ -24,8 +25,31 @@ MAX_LEVELS = 256
 
 
 def _float32(value: float) -> float:
-    """The nearest fp32 value, as a Python float: what a kernel will really compare with."""
-    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    """The nearest fp32 value, as a Python float: what a kernel will really compare with; infinite beyond fp32."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def check_levels(n: int) -> None:
+    """Refuse what is not a whole number of levels from 2 to 256.
+
+    Raises:
+        BellboxError: such a number.
+    """
+    if type(n) is not int or not 2 <= n <= MAX_LEVELS:
+        raise BellboxError(f"{n} levels: choose 2 to {MAX_LEVELS} (bits=1 to 8, or levels=3 for ternary)")
+
+
+def check_zero_point(zero_point: float) -> None:
+    """Refuse what is not a multiple of 1/2, or so large that it cannot be a shift of at most 256 levels.
+
+    Raises:
+        BellboxError: such a number.
+    """
+    if not abs(zero_point) <= MAX_LEVELS or zero_point * 2 != round(zero_point * 2):
+        raise BellboxError(f"zero point {zero_point}: must be a multiple of 1/2, such as 0 or -0.5")
 
 
 def default_zero_point(n: int) -> float:
@@ -54,16 +78,16 @@ class Levels:
     """n-1 decision boundaries on the normalised input, each exactly representable in fp32."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.n <= MAX_LEVELS:
+        check_levels(self.n)
+        check_zero_point(self.zero_point)
+        thresholds = tuple(map(_float32, self.thresholds))
+        rising = all(a < b for a, b in itertools.pairwise(thresholds))
+        if len(thresholds) != self.n - 1 or not rising or not all(map(math.isfinite, thresholds)):
             raise BellboxError(
-                f"{self.n} levels: choose 2 to {MAX_LEVELS} (bits=1 to 8, or levels=3 for ternary)"
+                f"{self.n} levels need {self.n - 1} thresholds, finite and strictly rising in fp32"
             )
-        if not math.isfinite(self.zero_point) or self.zero_point * 2 != round(self.zero_point * 2):
-            raise BellboxError(f"zero point {self.zero_point}: must be a multiple of 1/2, such as 0 or -0.5")
-        rising = all(a < b for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
-        if len(self.thresholds) != self.n - 1 or not rising or not all(map(math.isfinite, self.thresholds)):
-            raise BellboxError(f"{self.n} levels need {self.n - 1} finite, strictly rising thresholds")
-        object.__setattr__(self, "thresholds", tuple(map(_float32, self.thresholds)))
+        object.__setattr__(self, "zero_point", float(self.zero_point))
+        object.__setattr__(self, "thresholds", thresholds)
 
     @classmethod
     def gaussian(cls, n: int, zero_point: float | None = None) -> Levels:
@@ -74,8 +98,7 @@ class Levels:
             zero_point: multiple of 1/2; `default_zero_point(n)` where None.
         """
         normal = NormalDist()
-        if not isinstance(n, int) or not 2 <= n <= MAX_LEVELS:
-            raise BellboxError(f"{n} levels: choose 2 to {MAX_LEVELS} (bits=1 to 8, or levels=3 for ternary)")
+        check_levels(n)
         # inv_cdf(1/2) is -0.0 on some platforms and an odd function only to rounding: build one half, mirror it.
         upper = [normal.inv_cdf(i / n) for i in range(n // 2 + 1, n)]
         middle = [0.0] if n % 2 == 0 else []

@@ -68,7 +68,9 @@ def code_use(model: nn.Module, tokens: Tensor) -> CodeUse | None:
     if not layers:
         return None
     weights = {
-        name: code_counts(weight_codes(layer), n) for name, layer in layers.items() if (n := _weight_n(layer))
+        name: code_counts(layer.weight_codes(), n)
+        for name, layer in layers.items()
+        if (n := _weight_n(layer))
     }
     inputs: dict[str, Tensor] = {}
 
@@ -83,11 +85,6 @@ def code_use(model: nn.Module, tokens: Tensor) -> CodeUse | None:
         activation={name: entropy_bits(counts) for name, counts in inputs.items()},
         activation_limit={name: _bits(counts) for name, counts in inputs.items()},
     )
-
-
-def weight_codes(layer: LowBitLayer) -> Tensor:
-    """uint8 codes of a layer's weight, `[out_features, in_features]`."""
-    return layer.weight_codes()
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def agreement(trained: nn.Module, packed: nn.Module, batches: Iterable[Tensor]) 
         raise BellboxError(f"the models cannot be compared: {len(left)} and {len(right)} low-bit layers")
     compared, differing = {"weight": 0, "input": 0}, 0
     for name, layer in left.items():
-        one, other = weight_codes(layer), weight_codes(right[name])
+        one, other = layer.weight_codes(), right[name].weight_codes()
         compared["weight"] += one.numel()
         differing += _differing(one, other)
     tokens = logits = 0

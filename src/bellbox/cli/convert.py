@@ -19,6 +19,7 @@ from bellbox import io
 from bellbox.cli.codes import Agreement, agreement
 from bellbox.cli.eval import first_sequences
 from bellbox.cli.models import OpenedModel, open_data_for, open_model
+from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
 from bellbox.io import Sizes
 from bellbox.surgery import convert
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
         SystemExit: 1 where the packed model is not the trained one.
     """
-    command = tyro.cli(Convert, args=argv, prog="bellbox convert", description=__doc__)
+    command = tyro.cli(Convert, args=argv, prog="bellbox convert", description=help_text(__doc__))
     opened = open_model(command.run, command.checkpoint)
     if opened.run is None:
         raise BellboxError(f"{opened.path}: is a {opened.kind} model; convert takes a run folder")

@@ -19,7 +19,7 @@ import torch
 
 from bellbox.cli.codes import CodeUse, code_use
 from bellbox.cli.models import OpenedModel, open_data_for, open_model
-from bellbox.cli.output import require_writable, write_file
+from bellbox.cli.output import help_text, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import PerplexityResult, UnigramResult, perplexity, unigram
 
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(Eval, args=argv, prog="bellbox eval", description=__doc__)
+    command = tyro.cli(Eval, args=argv, prog="bellbox eval", description=help_text(__doc__))
     if command.json not in (None, "-"):
         require_writable(Path(command.json))
     opened = open_model(command.model, command.checkpoint)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from bellbox.cli.models import OpenedModel, open_model
+from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
 from bellbox.generation import TextGeneration, generate_text
 
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(Generate, args=argv, prog="bellbox generate", description=__doc__)
+    command = tyro.cli(Generate, args=argv, prog="bellbox generate", description=help_text(__doc__))
     stream = continue_text(
         open_model(command.model, command.checkpoint),
         command.prompt,

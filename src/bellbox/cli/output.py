@@ -1,4 +1,4 @@
-"""Writing the files that a command was asked for: whole or not at all, and a refusal in one line."""
+"""What commands share in talking to the user: files that are written whole or refused in one line, and help."""
 
 from __future__ import annotations
 
@@ -36,3 +36,8 @@ def write_file(path: Path, text: str) -> None:
         write_text(path, text)
     except OSError as error:
         raise BellboxError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def help_text(docstring: str | None) -> str:
+    """A command's docstring for its --help, with each example on a line of its own (tyro joins lines)."""
+    return "\n\n".join(line for line in (docstring or "").splitlines() if line)

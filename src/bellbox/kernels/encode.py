@@ -19,6 +19,9 @@ from torch import Tensor
 from bellbox.hadamard import butterfly, butterfly_between
 
 SIGMA_FLOOR = 1e-8
+# Above it the fp32 additions of a rotation could overflow (sums reach sigma sqrt(features block)), and inf - inf
+# would be coded silently: such a group counts as not finite.
+SIGMA_CEILING = 1e30
 # 2^18 fp32 values are 1 MiB a buffer: the buffers of a chunk fit the second-level caches of two cores.
 CHUNK_ELEMENTS = 1 << 18
 
@@ -43,15 +46,15 @@ def row_sigma(rows: Tensor) -> Tensor:
 
 
 def normaliser(sigma: Tensor, block: int) -> Tensor:
-    """`1 / (max(sigma, 1e-8) sqrt(block))` in the dtype of `sigma`; NaN where sigma is not finite."""
+    """`1 / (max(sigma, 1e-8) sqrt(block))` in the dtype of `sigma`; NaN where sigma is NaN or above 1e30."""
     inverse = 1 / sigma.clamp(min=SIGMA_FLOOR)
-    return torch.where(sigma.isfinite(), inverse, math.nan) / math.sqrt(block)
+    return torch.where(sigma <= SIGMA_CEILING, inverse, math.nan) / math.sqrt(block)
 
 
 def static_normaliser(inverse_sigma: Tensor, rows: Tensor, block: int) -> Tensor:
-    """A fixed 1/sigma for all rows, fp64 `[rows, 1]`; NaN for rows with an entry that is not finite."""
+    """A fixed 1/sigma for all rows, fp64 `[rows, 1]`; NaN for rows whose own RMS is NaN or above 1e30."""
     fixed = inverse_sigma.to(torch.float64) / math.sqrt(block)
-    return torch.where(row_sigma(rows).isfinite(), fixed, math.nan)
+    return torch.where(row_sigma(rows) <= SIGMA_CEILING, fixed, math.nan)
 
 
 def mark(r: Tensor, rows: int) -> Tensor:

@@ -22,6 +22,11 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """
     m, k = a.shape
     n = b.shape[0]
+    if k == 1:
+        # On CPUs torch._int_mm leaves its result unwritten where the stride of a dimension of size 1 misleads it
+        # (pytorch issue 195066); one column is an outer product anyway.
+        return a.to(torch.int32) * b.to(torch.int32).t()
+    a, b = a.reshape(-1).view(m, k), b.reshape(-1).view(n, k)  # canonical strides, for the same reason
     if a.device.type == "cpu" or (a.device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0):
         return torch._int_mm(a, b.t())  # pyright: ignore[reportPrivateImportUsage]
     # |sum| <= 128 * 128 * K stays below the 24 bits of fp32 up to K = 1024 at worst, below the 53 of fp64 always.

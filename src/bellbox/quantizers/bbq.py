@@ -187,8 +187,13 @@ class BBQ(Quantizer):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and row marks; see `Quantizer.encode`. Uses the evaluation statistic whatever the mode."""
+        """Codes and row marks; see `Quantizer.encode`. Uses the evaluation statistic whatever the mode.
+
+        Like `forward`, it sets gamma where this is the first batch.
+        """
         rows = self._rows(x)
+        if not self._ready and rows.numel():
+            self.initialize(rows)
         r, _ = self._normaliser(rows, training=False)
         codes = encode(rows, r, self.levels.thresholds, self.block)
         return codes.reshape(x.shape), mark(r, len(rows)).reshape(*x.shape[:-1], 1)
@@ -230,22 +235,22 @@ class BBQ(Quantizer):
                     "statistic='ema' needs one batch through the model before its codes are asked for"
                 )
             r = static_normaliser(self.r_ema, rows, self.block).to(work)
-            return self._checked(r), torch.zeros_like(r)
+            return self._checked(r, rows), torch.zeros_like(r)
         sigma = row_sigma(rows)
         if self.statistic in ("ema", "tensor"):
             sigma = sigma.square().mean().sqrt().reshape(1, 1)
         if self.statistic == "ema":
             self._update_ema(normaliser(sigma, 1))
         r = normaliser(sigma, self.block).to(work)
-        return self._checked(r), (sigma > SIGMA_FLOOR).to(work)
+        return self._checked(r, rows), (sigma > SIGMA_FLOOR).to(work)
 
     def _update_ema(self, inverse: Tensor) -> None:
         new = inverse.reshape(()).to(self.r_ema.dtype)
         # A non-finite batch must not spoil the running value for ever.
         self.r_ema.copy_(torch.where(new.isfinite(), torch.lerp(new, self.r_ema, EMA_DECAY), self.r_ema))
 
-    def _checked(self, r: Tensor) -> Tensor:
-        if debug_enabled() and not bool(r.isfinite().all()):
+    def _checked(self, r: Tensor, rows: Tensor) -> Tensor:
+        if debug_enabled() and rows.numel() and not bool(r.isfinite().all()):
             where = self.name or ("a weight" if self.statistic == "row" else "an activation")
-            raise BellboxError(f"{where}: the quantizer's input holds NaN or infinity")
+            raise BellboxError(f"{where}: the quantizer's input holds NaN or infinity (or an RMS above 1e30)")
         return r

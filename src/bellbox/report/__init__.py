@@ -1,0 +1,26 @@
+"""One HTML page about a run, from what the run recorded and from arrays that the caller hands in.
+
+Nothing here opens or runs a model: `read_record` reads the run's own files, the caller brings the weights'
+values, and `render` returns the page as a string that needs no other file.
+
+```python
+from bellbox.report import ReportInput, read_record, render
+
+page = render(ReportInput(record=read_record("runs/small")))
+```
+"""
+
+from bellbox.report.content import LayerValues, ReportInput, Sample, SizeRow, Verification
+from bellbox.report.page import render
+from bellbox.report.record import RunRecord, read_record
+
+__all__ = [
+    "LayerValues",
+    "ReportInput",
+    "RunRecord",
+    "Sample",
+    "SizeRow",
+    "Verification",
+    "read_record",
+    "render",
+]

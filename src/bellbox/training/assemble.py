@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
+from bellbox.io import unique_tensors
 from bellbox.models import build, preset
 from bellbox.recipe import Recipe, recipe_from_dict
 from bellbox.surgery import prepare
@@ -85,12 +86,7 @@ def pick_device(name: str) -> torch.device:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with each tensor once: what siblings share goes under the first of its names."""
-    first: dict[int, str] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if first.setdefault(id(value), name) == name:
-            tensors[name] = value.detach()
-    return tensors
+    return {name: value.detach() for name, value in unique_tensors(model).items()}
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -1,0 +1,260 @@
+"""The page: headline numbers, pictures with captions that say what to see, tables, the configuration.
+
+One string of HTML. It loads nothing: the style is inside, pictures are inline SVG, there is no script. It
+follows the reader's light or dark setting, and prints on white.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from bellbox.report import bell_box, curves, layers
+from bellbox.report.content import ReportInput, SizeRow
+from bellbox.report.sheet import STYLE
+
+
+def render(content: ReportInput) -> str:
+    """The whole page.
+
+    Args:
+        content: what is known; parts that are absent are left out of the page.
+    """
+    title = f"{content.record.name}: Bellbox report"
+    sections = [
+        _headline(content),
+        _training(content),
+        _method(content),
+        _entropy(content),
+        _scales(content),
+        _sizes(content),
+        _sample(content),
+        _configuration(content),
+    ]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_text(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
+    )
+
+
+def _headline(content: ReportInput) -> str:
+    about = [part for part in (content.model, _when(content)) if part]
+    return (
+        f'<header>\n<p class="kicker">Bellbox report</p>\n<h1>{_text(content.record.name)}</h1>\n'
+        f'<p class="about">{"<br>".join(map(_text, about))}</p>\n</header>\n'
+        f'<div class="cards">{"".join(_cards(content))}</div>\n'
+    )
+
+
+def _when(content: ReportInput) -> str:
+    train = content.record.train
+    if not train:
+        return ""
+    last = train[-1]
+    minutes = last["seconds"] / 60
+    return (
+        f"{last['step']:,} steps, {last['tokens']:,} tokens, {minutes:.1f} minutes of training and validation"
+    )
+
+
+def _cards(content: ReportInput) -> Iterable[str]:
+    last = content.record.at(content.step)
+    if last is not None:
+        yield _card(
+            "validation perplexity", _number(last["perplexity"], 2), f"loss {_number(last['loss'], 4)}"
+        )
+        if last.get("bits_per_byte") is not None:
+            floor = content.unigram_bits_per_byte
+            note = "" if floor is None else f"unigram model: {floor:.3f}"
+            yield _card("bits per byte", f"{last['bits_per_byte']:.3f}", note)
+        if content.levels and (last.get("weight_entropy") or {}).get("layers"):
+            values = last["weight_entropy"]["layers"].values()
+            yield _card(
+                "lowest weight entropy",
+                f"{min(values):.3f}",
+                f"bits per code, of at most {math.log2(content.levels):.4g}; mean {sum(values) / len(values):.3f}",
+            )
+    if content.sizes:
+        row = content.sizes[0]
+        yield _card("low-bit layers", f"1/{row.bf16 / row.packed:.2f}", "of their size in bf16")
+    if content.verification is not None:
+        found = content.verification
+        yield _card(
+            "codes that differ",
+            f"{found.mismatches:,}",
+            f"of {found.codes:,}, packed against trained",
+        )
+
+
+def _card(label: str, value: str, note: str) -> str:
+    return (
+        f'<div class="card"><div class="label">{_text(label)}</div><div class="value">{_text(value)}</div>'
+        f'<div class="note">{_text(note)}</div></div>'
+    )
+
+
+def _training(content: ReportInput) -> str:
+    body = _figure(
+        curves.loss_and_bits(content),
+        "Left: the loss in nats per token (perplexity is its exponential, scale on the right); the thin line is"
+        " single training batches, the points are the whole validation split. Right: the same validation loss"
+        " per byte of text, which compares across tokenizers. Both should fall to the end and lie well under the"
+        " dashed line, a full-precision model that knows only how often each token occurs.",
+    )
+    if content.record.train:
+        body += _figure(
+            curves.learning_rate_and_gradient(content),
+            "Left: the learning rate's one cycle. Right: the gradient's norm before clipping; it should stay"
+            " bounded, without spikes that grow.",
+        )
+    return _section("Training", body)
+
+
+def _method(content: ReportInput) -> str:
+    if content.layer is None:
+        return ""
+    layer = content.layer
+    n = len(layer.integers)
+    return _section(
+        "Bell, box, codes",
+        _figure(
+            bell_box.bell_box_codes(layer),
+            f"The trained weights of {layer.name} ({layer.codes.size:,} values). 1: rotation and normalisation"
+            f" make a bell; it should follow N(0, 1), and the dashed thresholds cut it into {n} equal areas. 2: its"
+            f" own distribution function makes the bell a box; it should be flat. 3: the codes that are stored; each"
+            f" should be used {100 / n:.3g}% of the time. The bars' deviation from that line is all the information"
+            " that is lost.",
+        ),
+    )
+
+
+def _entropy(content: ReportInput) -> str:
+    measured = [record for record in content.record.evals if record.get("weight_entropy")]
+    if not content.levels or not measured:
+        return ""
+    most = math.log2(content.levels)
+    return _section(
+        "How well the codes are used",
+        _figure(
+            layers.entropy_over_time(content),
+            f"Entropy of the codes at each validation. A code can carry at most log2({content.levels}) = {most:.4g}"
+            " bits, and does when all codes occur equally often. The lines should stay close under the maximum;"
+            " a falling line is a layer whose weights leave the bell shape.",
+        )
+        + _figure(
+            layers.entropy_by_layer(content),
+            "The same at the checkpoint, layer by layer. Layers that read the same tensor share one input and"
+            " show it once, at the first of them.",
+        )
+        + _figure(
+            layers.saturation(content),
+            f"Share of codes that are the first or the last. Equal use puts {2 / content.levels:.3g} of them there;"
+            " more means that values pile up at the ends, less that the ends are wasted.",
+        ),
+    )
+
+
+def _scales(content: ReportInput) -> str:
+    if not content.weight_gamma:
+        return ""
+    return _section(
+        "Learned scales",
+        _figure(
+            layers.gammas(content),
+            "What the model learned its codes to be worth: gamma of each weight row by kind of layer, all blocks"
+            " together (the line is the mean), and gamma of each layer input. A kind's rows should form one hill. A"
+            " negative gamma only turns the sign of its row; a narrow peak at zero would be rows that the model"
+            " has switched off.",
+        ),
+    )
+
+
+def _sizes(content: ReportInput) -> str:
+    if not content.sizes:
+        return ""
+    largest = max(max(row.bf16, row.packed) for row in content.sizes)
+    rows = "".join(_size_row(row, largest) for row in content.sizes)
+    body = (
+        '<div class="scroll"><table class="sizes"><thead><tr><th>part</th><th>parameters</th><th>fp32</th><th>bf16</th>'
+        '<th>packed</th><th>packed / bf16</th><th class="wide">bf16 above, packed below</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>\n"
+        '<p class="caption">Low-bit layers hold codes, one scale a row and the constants of their input; the rest'
+        " (embeddings, head, norms) stays in fp32 as trained. In a small model the rest dominates; it weighs"
+        " less the larger the model is.</p>\n"
+    )
+    found = content.verification
+    if found is not None:
+        exact = (
+            "equal to the last bit"
+            if found.logit_difference == 0
+            else "the largest difference relative to them"
+        )
+        body += (
+            f'<p class="caption">Packed against trained, on {found.tokens:,} tokens of validation text:'
+            f" <b>{found.codes:,} codes compared, {found.mismatches:,} differ</b>; logits"
+            f" {found.logit_difference:.3g} ({exact}).</p>\n"
+        )
+    return _section("Size", body)
+
+
+def _size_row(row: SizeRow, largest: int) -> str:
+    cells = "".join(f"<td>{value:,}</td>" for value in (row.parameters, row.fp32, row.bf16, row.packed))
+    ratio = f"1/{row.bf16 / row.packed:.2f}" if row.packed < row.bf16 else f"{row.packed / row.bf16:.2f}"
+    bars = "".join(
+        f'<span class="bar {kind}" style="width:{max(0.5, 100 * value / largest):.1f}%"></span>'
+        for kind, value in (("before", row.bf16), ("after", row.packed))
+    )
+    return (
+        f'<tr><th scope="row">{_text(row.part)}</th>{cells}<td>{ratio}</td><td class="wide">{bars}</td></tr>'
+    )
+
+
+def _sample(content: ReportInput) -> str:
+    if content.sample is None:
+        return ""
+    sample = content.sample
+    words = _text(sample.continuation).replace("\n", "<br>")
+    return _section(
+        "What it writes",
+        f"<blockquote><b>{_text(sample.prompt)}</b>{words}</blockquote>\n"
+        f'<p class="caption">Prompt in bold. {_text(sample.settings)}</p>\n',
+    )
+
+
+def _configuration(content: ReportInput) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{_text(key)}</th><td>{_text(_plain(value))}</td></tr>'
+        for key, value in content.record.environment.items()
+    )
+    environment = f'<div class="scroll"><table class="facts">{rows}</table></div>' if rows else ""
+    return _section(
+        "Configuration and environment",
+        f"<details open><summary>Environment</summary>{environment}</details>\n"
+        f"<details open><summary>config.yaml</summary><pre>{_text(content.record.config)}</pre></details>\n",
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(entry)}" for key, entry in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{_text(title)}</h2>\n{body}</section>\n"
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>\n{svg}\n<figcaption>{_text(caption)}</figcaption>\n</figure>\n"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:,.{digits}f}"
+
+
+def _text(value: str) -> str:
+    return html.escape(value, quote=True)
