@@ -37,11 +37,12 @@ inline void store(void* p, Type type, int64_t i, float value) {
 }
 
 constexpr double kSigmaFloor = 1e-8;
+constexpr double kSigmaCeiling = 1e30;  // above it the fp32 butterfly could overflow
 
-// 1 / (max(sigma, floor) sqrt(block)), the rounding of src/bellbox/kernels/encode.py; NaN for a non-finite row.
+// 1 / (max(sigma, floor) sqrt(block)), the rounding of src/bellbox/kernels/encode.py; NaN for a row that is not finite or too large.
 inline float normaliser(double norm, int64_t k, int block) {
     const double sigma = norm / std::sqrt(static_cast<double>(k > 0 ? k : 1));
-    if (!std::isfinite(sigma)) return std::numeric_limits<float>::quiet_NaN();
+    if (!(sigma <= kSigmaCeiling)) return std::numeric_limits<float>::quiet_NaN();
     return static_cast<float>(1.0 / (sigma > kSigmaFloor ? sigma : kSigmaFloor) / std::sqrt(static_cast<double>(block)));
 }
 
