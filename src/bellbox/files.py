@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -59,11 +61,28 @@ def _refuse_foreign(target: Path, replaces: str) -> None:
         raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
 
 
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step; False where this system or file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux, the one system with a renameat2
+    arguments = (os.fsencode(first), os.fsencode(second))
+    if rename(here, arguments[0], here, arguments[1], ctypes.c_uint(exchange)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
 @contextmanager
 def new_folder(target: Path, replaces: str) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place at the end, on disk and in one step.
 
-    Whatever goes wrong, what stood at `target` before still stands there, or the new folder does.
+    Whatever goes wrong, what stood at `target` before still stands there, or the new folder does. (Where the system
+    cannot exchange two folders in one step, a kill between two renames leaves the earlier one beside `target`, as
+    `.NAME.old.*`; Linux can.)
 
     Args:
         target: where the folder shall be. It may be missing, empty, or hold a file called `replaces`.
@@ -87,13 +106,13 @@ def new_folder(target: Path, replaces: str) -> Iterator[Path]:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
             sync(path)
         _refuse_foreign(target, replaces)  # it may have appeared while we worked
-        if target.exists():
+        if not target.exists():
+            folder.rename(target)
+        elif not _exchange(folder, target):
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.rename(old / target.name)
             folder.rename(target)
             shutil.rmtree(old)
-        else:
-            folder.rename(target)
         sync(target.parent)
     except OSError as error:
         raise BellboxError(f"{target}: cannot be written ({error.strerror})") from None

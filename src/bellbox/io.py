@@ -23,7 +23,14 @@ from bellbox.errors import BellboxError
 from bellbox.files import new_folder, read_json, sha256_file
 from bellbox.hadamard import block_size
 from bellbox.levels import Levels
-from bellbox.nn import InputCoding, PackedLinear, QuantizedLinear, SharedInput
+from bellbox.nn import (
+    InputCoding,
+    PackedLinear,
+    QuantizedLinear,
+    SharedInput,
+    replace_layer,
+    without_fused_paths,
+)
 from bellbox.packing import unpack
 
 FORMAT = "bellbox-packed"
@@ -48,6 +55,7 @@ def save(
     Raises:
         BellboxError: the model is not packed, or the folder cannot be used.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
@@ -56,11 +64,22 @@ def save(
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise BellboxError("save takes a packed model; this one still has layers in training form")
     target = Path(folder)
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise BellboxError(f"{tokenizer}: no such file; name a tokenizer.json, or none")
     with new_folder(target, replaces=CONFIG) as writing:
         if (target / CONFIG).is_file() and not is_packed(target):
             raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
         tensors = {name: value.detach().contiguous().cpu() for name, value in unique_tensors(model).items()}
-        save_file(tensors, writing / TENSORS)
+        memory: set[int] = set()
+        for name, value in tensors.items():
+            start = value.untyped_storage().data_ptr()
+            if start in memory:  # a view of another one's memory, which safetensors refuses to write
+                tensors[name] = value.clone()
+            memory.add(start)
+        try:
+            save_file(tensors, writing / TENSORS)
+        except SafetensorError as error:
+            raise BellboxError(f"{target}: cannot be written ({error})") from None
         config: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -99,17 +118,16 @@ def load(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn
         raise BellboxError(
             f"{root}: Bellbox cannot build this model itself; use load(folder, into=your_model)"
         )
+    if into is not None and any(t.is_meta for t in (*into.parameters(), *into.buffers())):
+        raise BellboxError("load(into=model): the model lies on the meta device; build it on a real one")
     tensors = _read_tensors(root, config)
     packed = _packed_layers(root, config["quantization"]["layers"])
     model = _build(root, config["model"]) if into is None else into
-    device = next((p.device for p in into.parameters()), torch.device("cpu")) if into is not None else None
+    device = None if into is None else next((t.device for t in (*into.parameters(), *into.buffers())), None)
     _check_fit(root, model, packed, tensors)
     for name, layer in packed.items():
-        if not name:
-            model = layer
-        else:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+        model = replace_layer(model, model.get_submodule(name), layer)
+    without_fused_paths(model)
     _assign(model, tensors, device)
     return model.requires_grad_(False).eval()
 

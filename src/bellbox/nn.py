@@ -11,7 +11,7 @@ remembers what it made of a tensor until every sibling has asked for it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,12 +32,18 @@ from bellbox.levels import Levels
 from bellbox.quantizers.base import Quantizer
 
 
+def version_of(tensor: Tensor | None) -> int:
+    """Counts changes in place; -1 where nobody counts them (tensors made in inference mode)."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
 class SharedInput:
     """What sibling layers make of their common input, computed once.
 
-    Recognises the input by identity and version, so that a changed or different tensor is never served from
-    memory, and forgets it after `readers` uses. Where identity cannot be told (inside `torch.compile`, in inference
-    mode), it computes each time; a compiler merges the repetition by itself.
+    Recognises the input by identity and version, and the quantizer's own numbers by their versions, so that nothing
+    changed or different is ever served from memory. Each reader is served once: one that asks again (a second step on
+    the same tensor) gets a fresh result, and the last one empties the memory. Where identity cannot be told
+    (inside `torch.compile`, in inference mode), it computes each time; a compiler merges the repetition by itself.
     """
 
     def __init__(self, readers: int = 1) -> None:
@@ -50,18 +56,39 @@ class SharedInput:
         """Whether `once` can recognise `x` when the next sibling comes with it."""
         return self.readers > 1 and not torch.compiler.is_compiling() and not x.is_inference()
 
-    def once(self, x: Tensor, purpose: tuple[Any, ...], compute: Callable[[Tensor], Any]) -> Any:
-        """`compute(x)`, or what it gave for the same `x` and purpose to a sibling just before."""
+    def once(
+        self,
+        reader: object,
+        x: Tensor,
+        purpose: tuple[Any, ...],
+        state: Iterable[Tensor | None],
+        compute: Callable[[Tensor], Any],
+    ) -> Any:
+        """`compute(x)`, or what it gave to a sibling just before.
+
+        Args:
+            reader: who asks.
+            x: the input.
+            purpose: what is computed, beyond `x`.
+            state: further tensors that the result depends on, or that computing it changes.
+            compute: the work.
+        """
         if not self.remembers(x):
             return compute(x)
-        key = (x._version, purpose, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
-        memory = self._memory
-        if memory is not None and memory[0] is x and memory[1] == key:
-            _, _, result, uses = memory
-            self._memory = (x, key, result, uses - 1) if uses > 1 else None
-            return result
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = (purpose, x.requires_grad, torch.is_grad_enabled(), autocast)
+        versions = [version_of(tensor) for tensor in (x, *state)]
+        memory = self._memory  # read once: another thread may replace it
+        if memory is not None and memory[0] is x and memory[1:3] == (key, versions):
+            _, _, _, result, served = memory
+            if id(reader) not in served:
+                served = served | {id(reader)}
+                self._memory = None if len(served) == self.readers else (x, key, versions, result, served)
+                return result
         result = compute(x)
-        self._memory = (x, key, result, self.readers - 1)
+        versions = [version_of(tensor) for tensor in (x, *state)]  # computing may have set a scale
+        self._memory = (x, key, versions, result, frozenset({id(reader)}))
         return result
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,13 +115,16 @@ class ActivationQuantizer(nn.Module):
         """The learned scale, where the method has one."""
         return getattr(self.quantizer, "gamma", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize `[..., features]`, differentiable."""
-        return self.shared.once(x, ("fake", self.training), self._fake)
+    def forward(self, x: Tensor, reader: object = None) -> Tensor:
+        """Fake-quantize `[..., features]` for a layer, differentiable."""
+        return self.shared.once(reader, x, ("fake", self.training), self._state(), self._fake)
 
-    def integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """int8 integer levels `[rows, features]` and fp32 marks `[rows, 1]` of `[..., features]`."""
-        return self.shared.once(x, ("integers",), self._integers)
+    def integers(self, x: Tensor, reader: object = None) -> tuple[Tensor, Tensor]:
+        """int8 integer levels `[rows, features]` and fp32 marks `[rows, 1]` of `[..., features]`, for a layer."""
+        return self.shared.once(reader, x, ("integers",), self._state(), self._integers)
+
+    def _state(self) -> Iterator[Tensor | None]:
+        return itertools.chain(self.quantizer._parameters.values(), self.quantizer._buffers.values())
 
     def _fake(self, x: Tensor) -> Tensor:
         if self.observers:
@@ -199,13 +229,13 @@ class QuantizedLinear(nn.Module):
 
     def _dequantized(self, x: Tensor) -> Tensor:
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        x = x if self.activation_quantizer is None else self.activation_quantizer(x)
+        x = x if self.activation_quantizer is None else self.activation_quantizer(x, self)
         return F.linear(x, weight, self.bias)
 
     def _integer(self, x: Tensor) -> Tensor:
         assert self.activation_quantizer is not None
         weight, weight_scale = self._integer_weight()
-        levels, mark = self.activation_quantizer.integers(x)
+        levels, mark = self.activation_quantizer.integers(x, self)
         act_scale = integer_scale(self.activation_quantizer.quantizer).reshape(())
         return finish(scaled_product(levels, weight, weight_scale, act_scale, mark), self.bias, x)
 
@@ -214,11 +244,12 @@ class QuantizedLinear(nn.Module):
         """int8 weight and its scale, made anew only when the parameter has changed."""
         assert self.weight_quantizer is not None
         weight = self.weight
-        if self._cached is None or self._cached[0] is not weight or self._cached[1] != weight._version:
+        version, cached = version_of(weight), self._cached
+        if cached is None or cached[0] is not weight or cached[1] != version:
             codes, mark = self.weight_quantizer.encode(weight)
             integers = self.weight_quantizer.levels.decode_int8(codes)
-            self._cached = (weight, weight._version, integers, mark.reshape(-1))
-        _, _, integers, mark = self._cached
+            cached = self._cached = (weight, version, integers, mark.reshape(-1))
+        _, _, integers, mark = cached
         return integers, integer_scale(self.weight_quantizer).reshape(-1) * mark
 
     def train(self, mode: bool = True) -> QuantizedLinear:
@@ -362,13 +393,15 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, without gradient."""
-        if not x.is_floating_point() or x.shape[-1] != self.in_features:
+        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
             raise BellboxError(
                 f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
             )
         if native.serves(x, self.weight_levels.n, self.coding.levels.n):
-            return torch.ops.bellbox.packed_linear(x, self._key) if _tracing() else self.run_native(x)
-        levels, marks = self.shared.once(x, ("packed", self.coding), self._input_integers)
+            tracing = torch.compiler.is_compiling()
+            return torch.ops.bellbox.packed_linear(x, self._key) if tracing else self.run_native(x)
+        purpose = ("packed", self.coding)
+        levels, marks = self.shared.once(self, x, purpose, (self.act_rsigma,), self._input_integers)
         weight_scale = self.weight_scale / self.weight_levels.multiplier
         act_scale = self.act_scale / self.coding.levels.multiplier
         product = scaled_product(levels, self._weight_integers(), weight_scale, act_scale, marks)
@@ -381,10 +414,11 @@ class PackedLinear(nn.Module):
 
     def run_native(self, x: Tensor) -> Tensor:
         """The compiled kernels: rotation, codes, product and epilogue in one call, for all siblings at once."""
-        if not self.shared.remembers(x):
-            return self._native_outputs(x, [self])[0]
         members = self.shared.members
-        outputs = self.shared.once(x, ("native",), lambda x: self._native_outputs(x, members))
+        if len(members) != self.shared.readers or not self.shared.remembers(x):
+            return self._native_outputs(x, [self])[0]
+        state = [buffer for member in members for buffer in member.buffers(recurse=False)]
+        outputs = self.shared.once(self, x, ("native",), state, lambda x: self._native_outputs(x, members))
         return outputs[next(i for i, member in enumerate(members) if member is self)]
 
     def _native_outputs(self, x: Tensor, layers: list[PackedLinear]) -> list[Tensor]:
@@ -398,7 +432,7 @@ class PackedLinear(nn.Module):
     def prepack(self) -> tuple[tuple[Any, ...], native.Weights, float, float]:
         """The weights in the machine's layout, made at the first use and again only if a buffer has changed."""
         buffers = (self.weight_packed, self.weight_scale, self.act_scale, self.act_rsigma, self.bias)
-        key = tuple((id(b), b._version) for b in buffers if b is not None)
+        key = tuple((id(buffer), version_of(buffer)) for buffer in buffers)
         if self._prepacked is None or self._prepacked[0] != key:
             scale = self.weight_scale / self.weight_levels.multiplier
             weights = native.Weights(self.weight_codes(), self.weight_levels, scale, self.bias)
@@ -413,10 +447,10 @@ class PackedLinear(nn.Module):
 
     def _weight_integers(self) -> Tensor:
         """int8 `[out, in]`, unpacked at the first use and kept: the reference trades memory for simplicity."""
-        packed = self.weight_packed
-        if self._integers is None or self._integers[0] is not packed or self._integers[1] != packed._version:
-            self._integers = (packed, packed._version, self.weight_levels.decode_int8(self.weight_codes()))
-        return self._integers[2]
+        packed, version, kept = self.weight_packed, version_of(self.weight_packed), self._integers
+        if kept is None or kept[0] is not packed or kept[1] != version:
+            kept = self._integers = (packed, version, self.weight_levels.decode_int8(self.weight_codes()))
+        return kept[2]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Follow moves between devices, never a change of dtype: the scales are part of an exact function."""
@@ -439,10 +473,6 @@ def _register(layer: PackedLinear) -> int:
     return key
 
 
-def _tracing() -> bool:
-    return torch.compiler.is_compiling()
-
-
 # A compiled graph cannot hold a Python object: it holds the layer's key and the operation looks it up.
 _library = torch.library.Library("bellbox", "FRAGMENT")
 _library.define("packed_linear(Tensor x, int key) -> Tensor")
@@ -459,6 +489,32 @@ def _packed_linear_fake(x: Tensor, key: int) -> Tensor:
 
 _library.impl("packed_linear", _packed_linear, "CPU")
 torch.library.register_fake("bellbox::packed_linear", _packed_linear_fake, lib=_library)
+
+
+def without_fused_paths(model: nn.Module) -> None:
+    """Have torch's own transformer layers call their linear layers.
+
+    In evaluation they may read the weights past the layers' forward, which would use float weights where there
+    are quantized ones; these attributes, checked by torch before it does, switch that off.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def replace_layer(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put `new` in every place of `root` where `old` stands (a layer may be used under several names).
+
+    Returns:
+        `root`, or `new` where `root` is the layer itself.
+    """
+    for parent in list(root.modules()):
+        for leaf, child in parent._modules.items():
+            if child is old:
+                setattr(parent, leaf, new)
+    return new if root is old else root
 
 
 def _add_counts(total: Tensor, codes: Tensor) -> None:

@@ -7,18 +7,22 @@ match decides. It reads from YAML or JSON through `recipe_from_dict`, which refu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 from bellbox.errors import BellboxError
-from bellbox.hadamard import DEFAULT_BLOCK
-from bellbox.levels import levels_from_bits
+from bellbox.hadamard import DEFAULT_BLOCK, block_size
+from bellbox.levels import check_levels, check_zero_point, levels_from_bits
 
 Method = Literal["bbq"]
 
-HEADS = ("lm_head", "embed_out", "output_projection", "classifier", "score", "head")
+HEADS = (
+    *("lm_head", "embed_out", "output_projection", "classifier", "score", "head"),
+    *("lm_head.decoder", "predictions.decoder", "vocab_projector"),
+)
 """Last parts of the names under which models keep their output layer; left in full precision by default."""
 
 SIBLINGS = (
@@ -49,6 +53,16 @@ class QuantizerSpec:
     """Largest Hadamard block, a power of two; 1 for no rotation."""
     gamma_init: float = 1.694
     """Initial scale in units of the RMS of the whole tensor."""
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+        if self.zero_point is not None:
+            check_zero_point(self.zero_point)
+        block_size(1 << 30, self.block)
+        if not 0 < self.gamma_init < math.inf:
+            raise BellboxError(
+                f"gamma_init {self.gamma_init}: must be a finite number above 0, such as 1.694"
+            )
 
 
 @dataclass(frozen=True)

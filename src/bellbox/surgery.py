@@ -16,6 +16,8 @@ from bellbox.nn import (
     QuantizedLinear,
     SharedInput,
     quantized_layers,
+    replace_layer,
+    without_fused_paths,
 )
 from bellbox.quantizers import build_quantizer
 from bellbox.recipe import SIBLINGS, Recipe, Rule
@@ -45,9 +47,9 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         raise BellboxError(
             "the recipe matches no linear layer of the model; look at the patterns of its rules"
         )
+    layers: list[tuple[nn.Linear, QuantizedLinear]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
     groups = _sibling_groups(decided) if recipe.share_inputs else {}
-    result: nn.Module = model
     for name, linear, rule in decided:
         group = groups.get(name, (name,))
         shared = owners.get(group)
@@ -62,13 +64,16 @@ def prepare(model: Model, recipe: Recipe) -> Model:
             )
             weight.to(linear.weight.device)
             weight.initialize(linear.weight)
-        layer = QuantizedLinear(linear, weight, activation, owned=shared is None)
+        try:
+            layer = QuantizedLinear(linear, weight, activation, owned=shared is None)
+        except BellboxError as error:
+            raise BellboxError(f"{name or 'the layer'}: {error}") from None
         layer.train(linear.training)
-        result = _replace(result, name, layer)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            # Its fused evaluation path reads the weights past the layers' forward; this attribute switches it off.
-            module.activation_relu_or_gelu = 0
+        layers.append((linear, layer))
+    result: nn.Module = model
+    for linear, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
+        result = replace_layer(result, linear, layer)
+    without_fused_paths(result)
     return cast(Model, result)
 
 
@@ -86,10 +91,14 @@ def convert(model: Model) -> Model:
     require_causal(model, "converting")
     shared: dict[int, SharedInput] = {}
     memo: dict[int, object] = {}
-    for layer in layers.values():
+    for name, layer in layers.items():
         activation = layer.activation_quantizer
-        if activation is not None:
-            shared.setdefault(id(activation), SharedInput(activation.shared.readers))
+        if activation is None or layer.weight_quantizer is None:
+            raise BellboxError(
+                f"{name or 'the layer'} cannot be packed: only its {'inputs' if activation else 'weights'} are "
+                "quantized, and integers need both; give its rule weights and activations"
+            )
+        shared.setdefault(id(activation), SharedInput(activation.shared.readers))
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
         memo[id(layer)] = PackedLinear.from_quantized(layer, shared.get(id(activation)))
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
@@ -153,15 +162,6 @@ def _sibling_groups(decided: list[tuple[str, nn.Linear, Rule]]) -> dict[str, tup
     return groups
 
 
-def _replace(root: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """Put `layer` in the place called `name`; the root itself for the empty name. Returns the root."""
-    if not name:
-        return layer
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, layer)
-    return root
-
-
 def _label(levels: Levels) -> str:
     return f"{levels.bits:.4g}"
 
@@ -208,8 +208,10 @@ def summary(model: nn.Module) -> str:
         for row in table
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    packed_bytes = {id(m.weight_packed) for m in model.modules() if isinstance(m, PackedLinear)}
-    floats: dict[int, Tensor] = {id(p): p for p in model.parameters() if id(p) not in packed_bytes}
+    floats: dict[int, Tensor] = {id(p): p for p in model.parameters()}
+    for module in model.modules():  # what is a parameter before packing counts as one after it
+        if isinstance(module, PackedLinear) and module.bias is not None:
+            floats[id(module.bias)] = module.bias
     inside = {id(layer.weight) for _, layer in quantized_layers(model) if layer.weight_quantizer is not None}
     rest = sum(p.numel() for key, p in floats.items() if key not in inside)
     left = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention)})

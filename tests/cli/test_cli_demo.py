@@ -19,7 +19,7 @@ from bellbox.io import Sizes
 
 
 def test_a_short_demo_runs_end_to_end(tmp_path: Path, bellbox_process: Callable) -> None:
-    done = bellbox_process("demo", "--steps", "2", "--no-bars", "--out", "d")
+    done = bellbox_process("demo", "--steps", "2", "--no-bars", "--precision", "fp32", "--out", "d")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "d"
     result = json.loads((folder / "demo.json").read_text())
@@ -38,21 +38,25 @@ def test_a_missed_bar_exits_with_1_and_an_earlier_demo_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[list[str]] = []
+    asked: list[tuple[int, str]] = []
 
-    def missed(out: Path, steps: int, begun: float) -> list[demo.Bar]:
+    def missed(out: Path, steps: int, precision: str, begun: float) -> list[demo.Bar]:
+        asked.append((steps, precision))
         seen.append(sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")))
         (out / "run").mkdir()
         (out / "report.html").write_text("old")
         return [demo.Bar("pigs fly", False), demo.Bar("water is wet", True)]
 
     monkeypatch.setattr(demo, "run_demo", missed)
+    monkeypatch.setattr(demo, "_seconds_per_step", {"fp32": 0.3, "bf16": 0.2}.__getitem__)
     with pytest.raises(SystemExit) as caught:
         main(["demo", "--out", str(tmp_path / "d")])
     assert caught.value.code == 1
     assert capsys.readouterr().err == "bellbox: the demo did not reach its bar: pigs fly\n"
     (tmp_path / "d" / "notes.txt").write_text("mine")
-    main(["demo", "--out", str(tmp_path / "d"), "--no-bars"])
+    main(["demo", "--out", str(tmp_path / "d"), "--no-bars", "--minutes", "2", "--precision", "fp32"])
     assert seen == [["demo.json"], ["demo.json", "notes.txt"]]
+    assert asked == [(demo.STEPS, "bf16"), (400, "fp32")]
 
 
 def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path, refused: Callable[..., str]) -> None:
