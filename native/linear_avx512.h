@@ -130,7 +130,8 @@ struct Epilogue {
         }
         const __m512i bits = _mm512_castps_si512(y), high = _mm512_srli_epi32(bits, 16);
         const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-        const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+        const __m512i half_up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+        const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(bits, half_up), 16);
         const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
         const __m512i half = _mm512_mask_or_epi32(even, nan, high, _mm512_set1_epi32(0x40));
         _mm256_mask_storeu_epi16(static_cast<uint16_t*>(a.out) + at, mask, _mm512_cvtepi32_epi16(half));
@@ -249,7 +250,7 @@ void some(const LinearArgs& a, int64_t row, int64_t first) {
 
 constexpr int kRows = 6, kTiles = 4;       // registers: 24 sums, 4 weights, 1 activation
 constexpr int64_t kDepth = 8;              // blocks of 64 inputs in the unpacked tile: 32 KB
-constexpr int64_t kFetch = 256;            // bytes of each tile of the next piece fetched while kRows rows are multiplied
+constexpr int64_t kFetch = 256;            // bytes of each tile fetched for the next piece while kRows rows are done
 constexpr int64_t kRowBlock = 384;         // rows that share an unpacked tile; their sums take 96 KB of L2
 
 template <int BITS>
@@ -290,8 +291,8 @@ void multiply(const LinearArgs& a, const Piece& piece, int64_t row, int32_t* sum
             acc[r][t] = piece.first ? _mm512_setzero_si512() : _mm512_load_si512(sums + (r * TILES + t) * 16);
     }
     for (; levels < end; levels += 64) {
-        BELLBOX_UNROLL
-        for (int r = 0; r < ROWS; ++r) prefetch(levels + (ROWS + r) * a.ldl);  // short pieces of rows: no pattern to see
+        BELLBOX_UNROLL  // short pieces of rows: the hardware sees no pattern
+        for (int r = 0; r < ROWS; ++r) prefetch(levels + (ROWS + r) * a.ldl);
 #pragma GCC unroll 2
         for (int g = 0; g < 16; ++g, codes += 64 * TILES) {
             __m512i code[TILES];
