@@ -95,7 +95,7 @@ EncodeArgs encode_args(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t
 
 // Work below which a second thread costs more than it gives.
 constexpr int64_t kEncodeGrain = 1 << 13;   // elements
-constexpr int64_t kLinearGrain = 1 << 17;   // multiply-adds
+constexpr int64_t kLinearGrain = 1 << 19;   // multiply-adds: 1 to 4 microseconds
 
 void run_encode(const EncodeArgs& a, int threads) {
     const int64_t useful = std::max<int64_t>(1, a.rows * a.k / kEncodeGrain);
@@ -132,8 +132,10 @@ void linear(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, int b
     EncodeArgs a = encode_args(x, x_type, rows, k, ldx, block, thresholds, n, inverse_sigma, multiplier, shift);
     nb::gil_scoped_release release;
     a.ldl = (k + 63) / 64 * 64;
-    // Rows are worked on in slabs whose codes stay in the cache between quantizer and product.
-    const int64_t slab = std::max<int64_t>(96, std::min<int64_t>(rows, (int64_t{1} << 20) / std::max<int64_t>(a.ldl, 1) / 6 * 6));
+    // Rows are worked on in slabs of even size whose codes stay in the caches between quantizer and product (1 MB a
+    // thread); each slab reads all weights.
+    const int64_t room = std::max<int64_t>(96, std::max(threads, 1) * (int64_t{1} << 20) / std::max<int64_t>(a.ldl, 1));
+    const int64_t slabs = std::max<int64_t>(1, (rows + room - 1) / room), slab = ((rows + slabs - 1) / slabs + 5) / 6 * 6;
     const int64_t size = std::min(rows, slab);
     thread_local std::vector<int8_t> storage;
     thread_local std::vector<int32_t> sums;

@@ -112,9 +112,10 @@ struct Epilogue {
 
     BELLBOX_INLINE __m256 value(const LinearArgs& a, int64_t row, const int32_t* sums, int h) const {
         const Weights& w = *a.weights;
-        const __m256i exact = _mm256_sub_epi32(_mm256_mullo_epi32(load32(sums + 8 * h), _mm256_set1_epi32(w.multiplier)),
-                                               _mm256_set1_epi32(w.shift * a.sums[row]));
-        const __m256 y = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(exact), scale[h]), _mm256_set1_ps(a.marks[row]));
+        const __m256i product = _mm256_mullo_epi32(load32(sums + 8 * h), _mm256_set1_epi32(w.multiplier));
+        const __m256i exact = _mm256_sub_epi32(product, _mm256_set1_epi32(w.shift * a.sums[row]));
+        const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(exact), scale[h]);
+        const __m256 y = _mm256_mul_ps(scaled, _mm256_set1_ps(a.marks[row]));
         return w.bias != nullptr ? _mm256_add_ps(y, bias[h]) : y;  // not always: -0 + 0 is another zero
     }
 

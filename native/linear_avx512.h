@@ -31,7 +31,14 @@ namespace product {
 constexpr int64_t kOneColumns = 1 << 16;  // k up to which `one` cannot overflow
 constexpr int64_t kSomeRows = 64;
 
-constexpr int kAhead = 2048;          // bytes of packed weights fetched ahead of use
+
+// Bytes of packed weights fetched ahead of use, and outputs / 16 that share the broadcasts for one row: measured from
+// DRAM and from L3. The fewer the bits, the more broadcasts to a byte and the shorter the runs of bytes.
+template <int BITS>
+constexpr int kAhead = BITS == 1 ? 8192 : BITS == 3 ? 4096 : 2048;
+template <int BITS>
+constexpr int kOneTiles = BITS == 4 ? 1 : 2;
+
 
 // An address alone: it may lie past the end.
 BELLBOX_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
@@ -160,12 +167,12 @@ void one(const LinearArgs& a, int64_t row, int64_t tile_begin, int64_t tile_end)
         for (int64_t b = 0; b < blocks; ++b) {
             const uint8_t* block = data + b * L::bytes;
             // Each tile is fetched ahead; past its end lies what is read in the next round.
-            const int64_t ahead = b * L::bytes + kAhead < tile_bytes ? kAhead : kAhead + (TILES - 1) * tile_bytes;
+            const int64_t past = b * L::bytes + kAhead<BITS> < tile_bytes ? 0 : (TILES - 1) * tile_bytes;
             BELLBOX_UNROLL
             for (int t = 0; t < TILES; ++t) {
                 BELLBOX_UNROLL
                 for (int line = 0; line < L::bytes; line += 64)
-                    prefetch(block + t * tile_bytes + ahead + line);
+                    prefetch(block + t * tile_bytes + kAhead<BITS> + past + line);
             }
             BELLBOX_UNROLL
             for (int j = 0; j < L::vectors; ++j) {
@@ -212,12 +219,12 @@ void some(const LinearArgs& a, int64_t row, int64_t first) {
         for (auto& t : r) t = _mm512_setzero_si512();
     for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t* block = data + b * L::bytes;
-        const int64_t ahead = b * L::bytes + kAhead < tile_bytes ? kAhead : kAhead + (TILES - 1) * tile_bytes;
+        const int64_t past = b * L::bytes + kAhead<BITS> < tile_bytes ? 0 : (TILES - 1) * tile_bytes;
         BELLBOX_UNROLL
         for (int t = 0; t < TILES; ++t) {
             BELLBOX_UNROLL
             for (int line = 0; line < L::bytes; line += 64)
-                prefetch(block + t * tile_bytes + ahead + line);
+                prefetch(block + t * tile_bytes + kAhead<BITS> + past + line);
         }
         BELLBOX_UNROLL
         for (int j = 0; j < L::vectors; ++j) {
@@ -405,7 +412,7 @@ void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_be
     if (rows <= 0 || tiles <= 0) return;
     if (rows > kSomeRows) return many<BITS>(a, m_begin, m_end, tile_begin, tile_end);
     if (rows > 1 || a.weights->k > kOneColumns) return some_rows<BITS>(a, m_begin, m_end, tile_begin, tile_end);
-    if (tiles > 1) return one<BITS, 2>(a, m_begin, tile_begin, tile_end);
+    if (tiles >= kOneTiles<BITS>) return one<BITS, kOneTiles<BITS>>(a, m_begin, tile_begin, tile_end);
     one<BITS, 1>(a, m_begin, tile_begin, tile_end);
 }
 
