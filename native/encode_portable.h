@@ -2,25 +2,39 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <vector>
 
 #include "kernels.h"
 
 namespace bellbox {
 namespace {  // each instruction set keeps its own copy: a shared inline function could be any of them
 
+// For the same reason nothing from std:: is used here: its templates and inline functions are weak symbols, and the
+// linker keeps one copy for all, perhaps the one compiled for AVX-512.
+
+// fp32 numbers to work in, aligned for every vector width.
+struct Scratch {
+    float* data;
+    explicit Scratch(int64_t count)
+        : data(static_cast<float*>(aligned_alloc(64, (static_cast<size_t>(count) * sizeof(float) / 64 + 1) * 64))) {
+        if (data == nullptr) abort();
+    }
+    ~Scratch() { free(data); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+};
+
 inline float bf16_to_float(uint16_t h) {
     const uint32_t bits = static_cast<uint32_t>(h) << 16;
     float f;
-    std::memcpy(&f, &bits, 4);
+    memcpy(&f, &bits, 4);
     return f;
 }
 
 inline uint16_t float_to_bf16(float f) {  // round to nearest even; NaN stays NaN
     uint32_t bits;
-    std::memcpy(&bits, &f, 4);
+    memcpy(&bits, &f, 4);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
@@ -39,11 +53,13 @@ inline void store(void* p, Type type, int64_t i, float value) {
 constexpr double kSigmaFloor = 1e-8;
 constexpr double kSigmaCeiling = 1e30;  // above it the fp32 butterfly could overflow
 
-// 1 / (max(sigma, floor) sqrt(block)), the rounding of src/bellbox/kernels/encode.py; NaN for a row that is not finite or too large.
+// 1 / (max(sigma, floor) sqrt(block)), the rounding of src/bellbox/kernels/encode.py; NaN for a row that is not finite
+// or too large.
 inline float normaliser(double norm, int64_t k, int block) {
-    const double sigma = norm / std::sqrt(static_cast<double>(k > 0 ? k : 1));
-    if (!(sigma <= kSigmaCeiling)) return std::numeric_limits<float>::quiet_NaN();
-    return static_cast<float>(1.0 / (sigma > kSigmaFloor ? sigma : kSigmaFloor) / std::sqrt(static_cast<double>(block)));
+    const double sigma = norm / __builtin_sqrt(static_cast<double>(k > 0 ? k : 1));
+    if (!(sigma <= kSigmaCeiling)) return __builtin_nanf("");
+    return static_cast<float>(1.0 / (sigma > kSigmaFloor ? sigma : kSigmaFloor) /
+                              __builtin_sqrt(static_cast<double>(block)));
 }
 
 namespace portable {
@@ -65,7 +81,7 @@ inline double row_norm(const void* x, Type type, int64_t begin, int64_t k) {
         const double value = load(x, type, begin + j);
         sum += value * value;
     }
-    return std::sqrt(sum);
+    return __builtin_sqrt(sum);
 }
 
 inline void row_norms(const void* x, Type type, int64_t k, int64_t begin, int64_t end, double* norms) {
@@ -79,34 +95,36 @@ inline int code_of(float v, const float* thresholds, int n) {
 }
 
 inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
-    std::vector<float> row(static_cast<size_t>(a.k));
+    const Scratch scratch(a.k);
+    float* row = scratch.data;
     for (int64_t i = begin; i < end; ++i) {
         const double norm = row_norm(a.x, a.x_type, i * a.ldx, a.k);
         float r = normaliser(norm, a.k, a.block);
         a.marks[i] = r - r + 1;
-        if (a.inverse_sigma > 0) r = static_cast<float>(a.inverse_sigma / std::sqrt(static_cast<double>(a.block)));
-        for (int64_t j = 0; j < a.k; ++j) row[static_cast<size_t>(j)] = load(a.x, a.x_type, i * a.ldx + j);
-        butterfly(row.data(), a.k, a.block);
+        if (a.inverse_sigma > 0) r = static_cast<float>(a.inverse_sigma / __builtin_sqrt(static_cast<double>(a.block)));
+        for (int64_t j = 0; j < a.k; ++j) row[j] = load(a.x, a.x_type, i * a.ldx + j);
+        butterfly(row, a.k, a.block);
         int8_t* levels = a.levels + i * a.ldl;
         int32_t sum = 0;
         for (int64_t j = 0; j < a.k; ++j) {
-            const int level = a.multiplier * code_of(row[static_cast<size_t>(j)] * r, a.thresholds, a.n) - a.shift;
+            const int level = a.multiplier * code_of(row[j] * r, a.thresholds, a.n) - a.shift;
             levels[j] = static_cast<int8_t>(level);
             sum += level;
         }
-        std::memset(levels + a.k, 0, static_cast<size_t>(a.ldl - a.k));
+        memset(levels + a.k, 0, static_cast<size_t>(a.ldl - a.k));
         a.sums[i] = sum;
     }
 }
 
 inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
-    std::vector<float> row(static_cast<size_t>(a.k));
+    const Scratch scratch(a.k);
+    float* row = scratch.data;
     for (int64_t i = begin; i < end; ++i) {
         const float r = a.r[i * a.r_stride], scale = a.scale[i * a.scale_stride] * (r - r + 1);
-        for (int64_t j = 0; j < a.k; ++j) row[static_cast<size_t>(j)] = load(a.x, a.x_type, i * a.k + j);
-        butterfly(row.data(), a.k, a.block);
+        for (int64_t j = 0; j < a.k; ++j) row[j] = load(a.x, a.x_type, i * a.k + j);
+        butterfly(row, a.k, a.block);
         for (int64_t j = 0; j < a.k; ++j) {
-            const float v = row[static_cast<size_t>(j)] * r;
+            const float v = row[j] * r;
             store(a.v, a.out_type, i * a.k + j, v);
             const float code = static_cast<float>(code_of(v, a.thresholds, a.n));
             store(a.x_hat, a.out_type, i * a.k + j, (code - a.offset) * scale);
@@ -116,22 +134,25 @@ inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
 
 inline void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
     constexpr float inv_sqrt_2pi = 0.3989422804014327f;
-    std::vector<float> row(static_cast<size_t>(a.k));
+    const Scratch scratch(a.k);
+    float* row = scratch.data;
     for (int64_t i = begin; i < end; ++i) {
         const float r = a.r[i * a.r_stride], factor = 2 * inv_sqrt_2pi * a.gamma[i * a.gamma_stride];
-        double dot = 0;
+        double dot = 0, out_dot = 0;
         for (int64_t j = 0; j < a.k; ++j) {
             const float v = load(a.v, a.type, i * a.k + j), g = load(a.grad, a.type, i * a.k + j);
-            const float g_v = std::exp(-0.5f * v * v) * factor * g;
-            row[static_cast<size_t>(j)] = g_v;
+            const float g_v = expf(-0.5f * v * v) * factor * g;
+            row[j] = g_v;
             dot += static_cast<double>(g_v) * v;
+            if (a.row_dot != nullptr) out_dot += static_cast<double>(g) * load(a.x_hat, a.type, i * a.k + j);
         }
+        if (a.row_dot != nullptr) a.row_dot[i] = static_cast<float>(out_dot);
         const float mean =
             a.mean != nullptr ? *a.mean : static_cast<float>(dot / static_cast<double>(a.k)) * a.free[i * a.free_stride];
         for (int64_t j = 0; j < a.k; ++j)
-            row[static_cast<size_t>(j)] = (row[static_cast<size_t>(j)] - load(a.v, a.type, i * a.k + j) * mean) * r;
-        butterfly(row.data(), a.k, a.block);
-        for (int64_t j = 0; j < a.k; ++j) store(a.grad_x, a.type, i * a.k + j, row[static_cast<size_t>(j)]);
+            row[j] = (row[j] - load(a.v, a.type, i * a.k + j) * mean) * r;
+        butterfly(row, a.k, a.block);
+        for (int64_t j = 0; j < a.k; ++j) store(a.grad_x, a.type, i * a.k + j, row[j]);
     }
 }
 

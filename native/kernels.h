@@ -90,6 +90,8 @@ struct BackwardArgs {
     int64_t free_stride;
     const float* mean;         // given mean of g_v * v (whole-tensor statistic), or null: mean over each row
     void* grad_x;
+    const void* x_hat;         // what the forward returned; read only for row_dot
+    float* row_dot;            // [rows]: sum of grad * x_hat of each row (the gradient of gamma), or null
 };
 
 // One instruction set. Row ranges let the caller divide the work among threads.
