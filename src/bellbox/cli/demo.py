@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,7 +178,7 @@ def run_demo(out: Path, steps: int, precision: Precision, begun: float) -> list[
 
     heading("6/6  the report")
     page = collect(opened, packed=packed, sample=sample, checked=checked)
-    write_file(out / REPORT, render(page))
+    write_file(out / REPORT, render(replace(page, title="A 2-bit language model, from text to integers")))
     history = [record["bits_per_byte"] for record in page.record.evals]
     bars = judge(found, sizes, checked, history)
     for bar in bars:
