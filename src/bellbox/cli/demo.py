@@ -20,16 +20,16 @@ import torch
 from torch.nn import functional as F
 
 from bellbox import data, io
-from bellbox.cli.codes import Agreement, agreement
 from bellbox.cli.convert import check_batches, describe, pack, show_sizes
 from bellbox.cli.eval import Evaluation, evaluate, show
 from bellbox.cli.generate import continue_text, speed_of
-from bellbox.cli.models import open_model
 from bellbox.cli.output import help_text, write_file
 from bellbox.cli.report import collect
 from bellbox.errors import BellboxError, require
+from bellbox.evaluation.codes import Agreement, agreement
 from bellbox.files import read_json
 from bellbox.io import Sizes
+from bellbox.opening import open_model
 from bellbox.report import Sample, render
 from bellbox.surgery import summary
 from bellbox.training import TrainConfig, Trainer
