@@ -51,7 +51,7 @@ def test_chunks_and_threads_do_not_change_a_code(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 5 * 256)
     assert torch.equal(encode(x, r, THRESHOLDS, 128), whole)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2 if threads == 1 else 1)
     try:
         assert torch.equal(encode(x, r, THRESHOLDS, 128), whole)
     finally:
