@@ -123,7 +123,7 @@ def demo_config(folder: Path, steps: int, precision: Precision) -> TrainConfig:
         model=ModelSection("tiny", {"initializer_range": 0.06}),
         data=DataSection(source="classics", context=256),
         quantization=QuantizationSection(method="bbq", bits=2),
-        optimizer=OptimizerSection(lr=1.6e-3),
+        optimizer=OptimizerSection(lr=1.4e-3),
         batch=BatchSection(tokens=4096, micro_sequences=8),
         steps=steps,
         precision=precision,
