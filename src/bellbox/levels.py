@@ -123,12 +123,14 @@ class Levels:
     @property
     def integers(self) -> tuple[int, ...]:
         """`multiplier * level` of every code: what integer hardware multiplies."""
-        return tuple(int(self.multiplier * (code - self.offset)) for code in range(self.n))
+        multiplier, offset = self.multiplier, self.offset
+        return tuple(int(multiplier * (code - offset)) for code in range(self.n))
 
     @property
     def fits_int8(self) -> bool:
         """Whether `integers` lie within -128..127."""
-        return self.integers[0] >= -128 and self.integers[-1] <= 127
+        multiplier, offset = self.multiplier, self.offset  # asked in every forward: not by way of `integers`
+        return multiplier * -offset >= -128 and multiplier * (self.n - 1 - offset) <= 127
 
     def encode(self, v: Tensor) -> Tensor:
         """Codes of normalised values: the number of thresholds t with v >= t.

@@ -10,8 +10,7 @@ remembers what it made of a tensor until every sibling has asked for it.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +60,7 @@ class SharedInput:
         reader: object,
         x: Tensor,
         purpose: tuple[Any, ...],
-        state: Iterable[Tensor | None],
+        state: Sequence[Tensor | None],
         compute: Callable[[Tensor], Any],
     ) -> Any:
         """`compute(x)`, or what it gave to a sibling just before.
@@ -123,8 +122,8 @@ class ActivationQuantizer(nn.Module):
         """int8 integer levels `[rows, features]` and fp32 marks `[rows, 1]` of `[..., features]`, for a layer."""
         return self.shared.once(reader, x, ("integers",), self._state(), self._integers)
 
-    def _state(self) -> Iterator[Tensor | None]:
-        return itertools.chain(self.quantizer._parameters.values(), self.quantizer._buffers.values())
+    def _state(self) -> list[Tensor | None]:
+        return [*self.quantizer._parameters.values(), *self.quantizer._buffers.values()]
 
     def _fake(self, x: Tensor) -> Tensor:
         if self.observers:
@@ -241,16 +240,21 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def _integer_weight(self) -> tuple[Tensor, Tensor]:
-        """int8 weight and its scale, made anew only when the parameter has changed."""
+        """int8 weight and its scale, made anew only when the parameter has changed (a compiled graph cannot tell)."""
         assert self.weight_quantizer is not None
-        weight = self.weight
-        version, cached = version_of(weight), self._cached
-        if cached is None or cached[0] is not weight or cached[1] != version:
-            codes, mark = self.weight_quantizer.encode(weight)
-            integers = self.weight_quantizer.levels.decode_int8(codes)
-            cached = self._cached = (weight, version, integers, mark.reshape(-1))
-        _, _, integers, mark = cached
+        if torch.compiler.is_compiling():
+            integers, mark = self._encoded_weight()
+        else:
+            version, cached = version_of(self.weight), self._cached
+            if cached is None or cached[0] is not self.weight or cached[1] != version:
+                cached = self._cached = (self.weight, version, *self._encoded_weight())
+            _, _, integers, mark = cached
         return integers, integer_scale(self.weight_quantizer).reshape(-1) * mark
+
+    def _encoded_weight(self) -> tuple[Tensor, Tensor]:
+        assert self.weight_quantizer is not None
+        codes, mark = self.weight_quantizer.encode(self.weight)
+        return self.weight_quantizer.levels.decode_int8(codes), mark.reshape(-1)
 
     def train(self, mode: bool = True) -> QuantizedLinear:
         """Training needs no integer copy of the weight: drop it."""
@@ -447,6 +451,8 @@ class PackedLinear(nn.Module):
 
     def _weight_integers(self) -> Tensor:
         """int8 `[out, in]`, unpacked at the first use and kept: the reference trades memory for simplicity."""
+        if torch.compiler.is_compiling():  # a compiled graph cannot tell whether the codes have changed
+            return self.weight_levels.decode_int8(self.weight_codes())
         packed, version, kept = self.weight_packed, version_of(self.weight_packed), self._integers
         if kept is None or kept[0] is not packed or kept[1] != version:
             kept = self._integers = (packed, version, self.weight_levels.decode_int8(self.weight_codes()))

@@ -9,9 +9,9 @@ import torch
 
 from bellbox import io
 from bellbox.cli import convert as command
-from bellbox.cli.codes import agreement, low_bit_layers
 from bellbox.cli.main import main
-from bellbox.cli.models import open_model
+from bellbox.evaluation.codes import agreement, low_bit_layers
+from bellbox.opening import open_model
 
 
 def test_it_packs_prints_sizes_and_compares_every_code(

@@ -10,12 +10,12 @@ import pytest
 
 from bellbox import io
 from bellbox.cli import demo
-from bellbox.cli.codes import Agreement
 from bellbox.cli.demo import judge
 from bellbox.cli.eval import evaluate
 from bellbox.cli.main import main
-from bellbox.cli.models import open_model
+from bellbox.evaluation.codes import Agreement
 from bellbox.io import Sizes
+from bellbox.opening import open_model
 
 
 def test_a_short_demo_runs_end_to_end(tmp_path: Path, bellbox_process: Callable) -> None:

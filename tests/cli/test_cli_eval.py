@@ -9,7 +9,7 @@ import pytest
 
 from bellbox.cli.eval import evaluate
 from bellbox.cli.main import main
-from bellbox.cli.models import open_model
+from bellbox.opening import open_model
 from bellbox.training.metrics import read_records
 
 

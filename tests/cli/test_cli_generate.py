@@ -8,7 +8,7 @@ import pytest
 
 from bellbox.cli.generate import continue_text
 from bellbox.cli.main import main
-from bellbox.cli.models import open_model
+from bellbox.opening import open_model
 
 
 def test_text_goes_to_standard_output_and_speed_to_standard_error(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bellbox.cli.main import main
-from bellbox.cli.models import open_model
 from bellbox.cli.report import collect
 from bellbox.levels import Levels
+from bellbox.opening import open_model
 
 
 def test_it_writes_a_page_with_everything(

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from bellbox import io
-from bellbox.cli.codes import Agreement, agreement
 from bellbox.cli.eval import first_sequences
-from bellbox.cli.models import OpenedModel, open_data_for, open_model
 from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
+from bellbox.evaluation.codes import Agreement, agreement
 from bellbox.io import Sizes
+from bellbox.opening import OpenedModel, open_data_for, open_model
 from bellbox.surgery import convert
 
 require("tyro", "cli")

@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +20,16 @@ import torch
 from torch.nn import functional as F
 
 from bellbox import data, io
-from bellbox.cli.codes import Agreement, agreement
 from bellbox.cli.convert import check_batches, describe, pack, show_sizes
 from bellbox.cli.eval import Evaluation, evaluate, show
 from bellbox.cli.generate import continue_text, speed_of
-from bellbox.cli.models import open_model
 from bellbox.cli.output import help_text, write_file
 from bellbox.cli.report import collect
 from bellbox.errors import BellboxError, require
+from bellbox.evaluation.codes import Agreement, agreement
 from bellbox.files import read_json
 from bellbox.io import Sizes
+from bellbox.opening import open_model
 from bellbox.report import Sample, render
 from bellbox.surgery import summary
 from bellbox.training import TrainConfig, Trainer
@@ -123,7 +123,7 @@ def demo_config(folder: Path, steps: int, precision: Precision) -> TrainConfig:
         model=ModelSection("tiny", {"initializer_range": 0.06}),
         data=DataSection(source="classics", context=256),
         quantization=QuantizationSection(method="bbq", bits=2),
-        optimizer=OptimizerSection(lr=1.6e-3),
+        optimizer=OptimizerSection(lr=1.4e-3),
         batch=BatchSection(tokens=4096, micro_sequences=8),
         steps=steps,
         precision=precision,
@@ -178,7 +178,7 @@ def run_demo(out: Path, steps: int, precision: Precision, begun: float) -> list[
 
     heading("6/6  the report")
     page = collect(opened, packed=packed, sample=sample, checked=checked)
-    write_file(out / REPORT, render(page))
+    write_file(out / REPORT, render(replace(page, title="A 2-bit language model, from text to integers")))
     history = [record["bits_per_byte"] for record in page.record.evals]
     bars = judge(found, sizes, checked, history)
     for bar in bars:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from bellbox.cli.codes import CodeUse, code_use
-from bellbox.cli.models import OpenedModel, open_data_for, open_model
 from bellbox.cli.output import help_text, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import PerplexityResult, UnigramResult, perplexity, unigram
+from bellbox.evaluation.codes import CodeUse, code_use
+from bellbox.opening import OpenedModel, open_data_for, open_model
 
 require("tyro", "cli")
 

@@ -11,10 +11,10 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from bellbox.cli.models import OpenedModel, open_model
 from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
 from bellbox.generation import TextGeneration, generate_text
+from bellbox.opening import OpenedModel, open_model
 
 require("tyro", "cli")
 

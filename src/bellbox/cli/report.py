@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from bellbox import data, io
-from bellbox.cli.codes import Agreement
 from bellbox.cli.convert import packed_sizes, size_rows
 from bellbox.cli.generate import continue_text, speed_of
-from bellbox.cli.models import OpenedModel, open_model
 from bellbox.cli.output import help_text, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import unigram
+from bellbox.evaluation.codes import Agreement
 from bellbox.kernels.encode import normaliser, rotate_normalise, row_sigma
 from bellbox.nn import QuantizedLinear, quantized_layers
+from bellbox.opening import OpenedModel, open_model
 from bellbox.quantizers import BBQ
 from bellbox.report import (
     LayerValues,

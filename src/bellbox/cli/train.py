@@ -135,7 +135,7 @@ def _farewell(folder: Path) -> str:
         f"next:\n"
         f"  bellbox eval {folder}\n"
         f"  bellbox report {folder}\n"
-        f"  bellbox convert {folder} {folder}-packed\n"
+        f"  bellbox convert {folder} --out {folder}-packed\n"
         f'  bellbox generate {folder} --prompt "Once upon a time"'
     )
 

@@ -29,14 +29,19 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.reshape(-1).view(m, k), b.reshape(-1).view(n, k)  # canonical strides, for the same reason
     if a.device.type == "cpu" or (a.device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0):
         return torch._int_mm(a, b.t())  # pyright: ignore[reportPrivateImportUsage]
+    return float_matmul(a, b)
+
+
+def float_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`integer_matmul` where there is no integer product: in the narrowest float that holds every partial sum."""
     # |sum| <= 128 * 128 * K stays below the 24 bits of fp32 up to K = 1024 at worst, below the 53 of fp64 always.
-    exact = torch.float32 if _largest(a) * _largest(b) * k < 2**24 else torch.float64
+    exact = torch.float32 if _largest(a) * _largest(b) * a.shape[1] < 2**24 else torch.float64
     with torch.autocast(a.device.type, enabled=False):
         return a.to(exact) @ b.to(exact).t()
 
 
 def _largest(x: Tensor) -> int:
-    return int(x.abs().max()) if x.numel() else 0
+    return int(x.to(torch.int16).abs().max()) if x.numel() else 0  # in int8, abs(-128) is -128
 
 
 def scaled_product(a: Tensor, b: Tensor, weight_scale: Tensor, act_scale: Tensor, mark: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ class ReportInput:
     """Everything that goes into a page."""
 
     record: RunRecord
+    title: str = ""
+    """The heading; the run's name where empty."""
     step: int | None = None
     """Step of the checkpoint that the arrays come from."""
     model: str = ""

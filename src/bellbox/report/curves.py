@@ -27,7 +27,7 @@ def loss_and_bits(content: ReportInput) -> str:
     left.set_title("Loss")
     left.set_ylabel("nats per token")
     token_axis(left)
-    left.legend(loc="upper right", bbox_to_anchor=(1, 0.86))
+    left.legend(loc="best")
     low, high = left.get_ylim()
     ticks = [
         p for p in (2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 1e4, 1e5) if low < np.log(p) < high

@@ -22,7 +22,7 @@ def render(content: ReportInput) -> str:
     Args:
         content: what is known; parts that are absent are left out of the page.
     """
-    title = f"{content.record.name}: Bellbox report"
+    title = f"{content.title or content.record.name}: Bellbox report"
     sections = [
         _headline(content),
         _training(content),
@@ -44,7 +44,7 @@ def render(content: ReportInput) -> str:
 def _headline(content: ReportInput) -> str:
     about = [part for part in (content.model, _when(content)) if part]
     return (
-        f'<header>\n<p class="kicker">Bellbox report</p>\n<h1>{_text(content.record.name)}</h1>\n'
+        f'<header>\n<p class="kicker">Bellbox report</p>\n<h1>{_text(content.title or content.record.name)}</h1>\n'
         f'<p class="about">{"<br>".join(map(_text, about))}</p>\n</header>\n'
         f'<div class="cards">{"".join(_cards(content))}</div>\n'
     )
@@ -126,8 +126,9 @@ def _method(content: ReportInput) -> str:
             f"The trained weights of {layer.name} ({layer.codes.size:,} values). 1: rotation and normalisation"
             f" make a bell; it should follow N(0, 1), and the dashed thresholds cut it into {n} equal areas. 2: its"
             f" own distribution function makes the bell a box; it should be flat. 3: the codes that are stored; each"
-            f" should be used {100 / n:.3g}% of the time. The bars' deviation from that line is all the information"
-            " that is lost.",
+            f" should be used {100 / n:.3g}% of the time. What is missing to"
+            f" {math.log2(n):.4g} bits is the information lost. Small peaks at the thresholds are weights that training"
+            " pushes across and back: the straight-through gradient turns its sign there.",
         ),
     )
 

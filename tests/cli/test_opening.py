@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bellbox.cli.models import open_data_for, open_model
 from bellbox.errors import BellboxError
+from bellbox.opening import open_data_for, open_model
 
 
 def test_all_three_kinds_of_folder_open_as_models_that_run(run: Path, packed: Path, hf: Path) -> None:

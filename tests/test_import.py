@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+OPTIONAL = (
+    "tyro",
+    "rich",
+    "matplotlib",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "triton",
+    "tensorboard",
+    "yaml",
+    "onnx",
+)
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_importing_costs_less_than_a_third_of_a_second_beyond_torch_and_brings_nothing_optional():
+    code = (
+        "import time, sys, torch; before = set(sys.modules); start = time.perf_counter(); import bellbox; "
+        "spent = time.perf_counter() - start; new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(spent, torch.cuda.is_initialized(), *sorted(new))"
+    )
+    times, brought = [], set()
+    for _ in range(3):
+        seconds, device, *modules = run(code).split()
+        times.append(float(seconds))
+        brought |= set(modules)
+        assert device == "False"
+        if min(times) < 0.3:
+            break
+    assert min(times) < 0.3, times  # the least of three: the rest is other work on the machine
+    assert brought.isdisjoint(OPTIONAL)
+    assert "bellbox" in brought
+
+
+def test_the_public_names_are_there():
+    import bellbox
+
+    assert all(hasattr(bellbox, name) for name in bellbox.__all__)
+    assert {"prepare", "convert", "save", "load", "Recipe", "BellboxError"} <= set(bellbox.__all__)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from bellbox.errors import BellboxError
+from bellbox.recipe import QuantizerSpec, Recipe, Rule, recipe_from_dict
+
+ROW = QuantizerSpec(levels=16, statistic="row")
+
+
+def test_bits_and_levels_reach_both_sides():
+    for recipe, n in (
+        (Recipe.bbq(), 4),
+        (Recipe.bbq(4), 16),
+        (Recipe.bbq(bits=1), 2),
+        (Recipe.bbq(levels=3), 3),
+    ):
+        rule = recipe.rule_for("model.layers.0.mlp.up_proj")
+        assert rule is not None
+        assert rule.weights == QuantizerSpec("bbq", n, None, "row", 128, 1.694)
+        assert rule.activations == QuantizerSpec("bbq", n, None, "token", 128, 1.694)
+    rule = Recipe.bbq(
+        2, weight_levels=3, activation_levels=16, statistic="ema", block=32, gamma_init=2.0
+    ).rule_for("x")
+    assert rule is not None
+    assert rule.weights == QuantizerSpec("bbq", 3, None, "row", 32, 2.0)
+    assert rule.activations == QuantizerSpec("bbq", 16, None, "ema", 32, 2.0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head",
+        "model.lm_head",
+        "classifier",
+        "score",
+        "embed_out",
+        "transformer.head",
+        "cls.predictions.decoder",
+        "lm_head.decoder",
+        "vocab_projector",
+    ],
+)
+def test_heads_are_left(name):
+    assert Recipe.bbq(2).rule_for(name) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["heads", "model.layers.0.lm_head_proj", "scored", "decoder.layers.0.fc1", "head.0"]
+)
+def test_names_that_only_look_like_heads_are_quantized(name):
+    assert Recipe.bbq(2).rule_for(name) is not None
+
+
+def test_the_first_matching_rule_decides():
+    recipe = Recipe((Rule("*.0.*", ROW), Rule("*.q_proj"), Rule("*", QuantizerSpec(statistic="row"))))
+    assert recipe.rule_for("layers.0.q_proj") == Rule("*.0.*", ROW)
+    assert recipe.rule_for("layers.1.q_proj") is None
+    assert recipe.rule_for("layers.1.k_proj").weights.levels == 4  # type: ignore[union-attr]
+    assert Recipe((Rule("*.0.*", ROW),)).rule_for("layers.1.q_proj") is None
+    assert Recipe.none().rule_for("anything") is None
+
+
+def test_rules_go_before_keep_before_heads_before_everything():
+    recipe = Recipe.bbq(
+        2, keep=("*.down_proj", "lm_*"), rules=(Rule("lm_head", ROW, ROW), Rule("*.7.down_proj", ROW))
+    )
+    assert recipe.rule_for("lm_head").weights == ROW  # type: ignore[union-attr]
+    assert recipe.rule_for("layers.7.down_proj").weights == ROW  # type: ignore[union-attr]
+    assert recipe.rule_for("layers.3.down_proj") is None
+    assert recipe.rule_for("lm_other") is None
+    assert recipe.rule_for("x.lm_head") is None
+
+
+def test_patterns_are_those_of_a_shell_and_mind_the_case():
+    assert Rule("layers.[01].?_proj").matches("layers.1.q_proj")
+    assert not Rule("layers.[01].?_proj").matches("layers.2.q_proj")
+    assert not Rule("*.Q_proj").matches("layers.2.q_proj")
+    assert not Rule("q_proj").matches("layers.2.q_proj")
+
+
+def test_a_recipe_is_plain_data():
+    recipe = Recipe.bbq(levels=3, keep=("*.down_proj",), rules=(Rule("a", ROW),), share_inputs=False)
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert recipe_from_dict({}) == Recipe.none()
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        ({"rule": []}, "rule"),
+        ({"rules": [{"pattern": "*", "weight": {}}]}, "weight"),
+        ({"rules": [{"pattern": "*", "weights": {"bits": 2}}]}, "bits"),
+        ({"rules": [{"weights": {}}]}, "pattern"),
+        ({"rules": [{"pattern": 3}]}, "pattern"),
+        ({"rules": 5}, "rules"),
+        ({"rules": [{"pattern": "*", "weights": {"method": "magic"}}]}, "method"),
+        ({"rules": [{"pattern": "*", "weights": {"statistic": "median"}}]}, "statistic"),
+        ({"rules": [{"pattern": "*", "weights": {"levels": 1}}]}, "levels"),
+        ({"rules": [{"pattern": "*", "weights": {"levels": 257}}]}, "levels"),
+        ({"rules": [{"pattern": "*", "weights": {"levels": "many"}}]}, "levels"),
+        ({"rules": [{"pattern": "*", "weights": {"block": 96}}]}, "power of two"),
+        ({"rules": [{"pattern": "*", "weights": {"zero_point": 0.3}}]}, "zero point"),
+        ({"rules": [{"pattern": "*", "weights": {"gamma_init": math.nan}}]}, "gamma_init"),
+        ({"rules": [{"pattern": "*", "weights": {"gamma_init": 0.0}}]}, "gamma_init"),
+        ({"share_inputs": "perhaps"}, "share_inputs"),
+    ],
+)
+def test_what_it_does_not_know_is_refused_by_name(data, names):
+    with pytest.raises(BellboxError, match=names) as error:
+        recipe_from_dict(data)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 2, "levels": 4},
+        {"bits": 0},
+        {"bits": 9},
+        {"levels": 1},
+        {"levels": 300},
+        {"block": 100},
+        {"bits": 1.5},
+    ],
+)
+def test_impossible_numbers_are_refused_at_once(options):
+    with pytest.raises(BellboxError):
+        Recipe.bbq(**options)
