@@ -1,14 +1,18 @@
 // Quantizing rows with AVX-512.
 //
-// 128 columns at a time are held in eight registers: the butterfly's stages of distance 1 to 8 are one shuffle and one
-// fma with +-1 (the product is exact, so this is the addition a + b or a - b, rounded once), the further ones plain
-// additions. Codes need no search: the range of the thresholds is cut into 15 or 31 cells so narrow that each holds
-// one threshold at most; a permute by the cell gives the number of thresholds below it, a second one the next
-// threshold, and one comparison decides. See Cells for why that is exact for ties too.
+// 128 columns at a time are held in eight registers: the butterfly's stages within a register are one shuffle and one
+// fma with +-1 (the product is exact, so this is a + b or a - b, rounded once), those between registers plain
+// additions. Codes need no search: the range of the thresholds is cut into 31 cells so narrow that each holds one
+// threshold at most; a permute by the cell gives that threshold, one comparison decides, and a table of bytes turns
+// cell and decision into the level. See Cells for why that is exact, ties included.
 //
-// Floors. encode with the statistic of each row reads it twice, the second time from L1, and spends about 25 vector
-// operations on 16 columns: 6.5 cycles on four pipes. forward and backward are bound by reading and writing their
-// tensors (L3 or memory) before arithmetic.
+// bf16 is read 32 columns at a time and parted into even and odd columns, which costs one operation for 16 columns
+// instead of two and makes the first stage one between registers. A chunk thus lies in registers in one of two orders,
+// named by the type it was read as; what is stored goes back to the order of columns.
+//
+// Floors. encode: about 20 vector operations for 16 columns at three to four a cycle, and where each row has its own
+// statistic 2.5 cycles more for sums of squares in fp64; the row is then read twice, the second time from L1. forward
+// and backward: reading and writing their tensors in L3 or memory, at little more than the time of the arithmetic.
 #pragma once
 
 #include <immintrin.h>
@@ -28,14 +32,9 @@ namespace rows {
 constexpr int kRegisters = 8;
 constexpr int64_t kChunk = 16 * kRegisters;  // columns worked on together
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Lowest `count` of 16, 32 or 64 bits; count may be negative or too large.
-BELLBOX_INLINE uint64_t low_bits(int64_t count) {
+BELLBOX_INLINE uint64_t low_bits(int64_t count) {  // the lowest `count` bits; any count
     return count <= 0 ? 0 : count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
 }
-
-// ---- loading and storing ----
 
 template <Type T>
 BELLBOX_INLINE const void* element(const void* p, int64_t i) {
@@ -47,92 +46,151 @@ BELLBOX_INLINE void* element(void* p, int64_t i) {
     return static_cast<char*>(p) + i * (T == Type::f32 ? 4 : 2);
 }
 
-BELLBOX_INLINE __m512 widen(__m256i bf16) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+// ---- loading and storing ----
+
+BELLBOX_INLINE __m512 even_columns(__m512i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16, 16)); }
+BELLBOX_INLINE __m512 odd_columns(__m512i bf16) {
+    return _mm512_castsi512_ps(_mm512_and_si512(bf16, _mm512_set1_epi32(-65536)));
 }
 
-template <Type T>
-BELLBOX_INLINE __m512 load16(const void* p) {
-    if (T == Type::f32) return _mm512_loadu_ps(p);
-    return widen(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
-}
-
-template <Type T>
-BELLBOX_INLINE __m512 load16(const void* p, __mmask16 mask) {  // 0 where the mask is clear, and not read
-    if (T == Type::f32) return _mm512_maskz_loadu_ps(mask, p);
-    return widen(_mm256_maskz_loadu_epi16(mask, p));
-}
-
-// Columns [i, i + 128) of a row of k; beyond its end 0.
+// Columns [i, i + 128) of a row of k; 0 beyond its end, where nothing is read.
 template <Type T>
 BELLBOX_INLINE void load_chunk(const void* row, int64_t i, int64_t k, __m512 (&v)[kRegisters]) {
     const void* p = element<T>(row, i);
-    if (k - i >= kChunk) {
-        BELLBOX_UNROLL
-        for (int j = 0; j < kRegisters; ++j) v[j] = load16<T>(element<T>(p, 16 * j));
-    } else {
-        BELLBOX_UNROLL
-        for (int j = 0; j < kRegisters; ++j) {
-            const __mmask16 mask = static_cast<__mmask16>(low_bits(k - i - 16 * j));
-            v[j] = load16<T>(element<T>(p, 16 * j), mask);
-        }
-    }
-}
-
-// bf16, round to nearest even, in the upper half of each lane. A NaN that comes out of arithmetic is quiet, so its
-// upper half is a NaN as it stands.
-BELLBOX_INLINE __m512i round_bf16(__m512 v) {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    return _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits, up);
-}
-
-// The upper halves of 16 + 16 lanes.
-BELLBOX_INLINE __m512i upper_halves(__m512i a, __m512i b) {
-    const __m512i odd = _mm512_add_epi16(
-        _mm512_slli_epi16(_mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13,
-                                           12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                          1),
-        _mm512_set1_epi16(1));
-    return _mm512_permutex2var_epi16(a, odd, b);
-}
-
-// Columns [i, i + 128) of a row of k, as fp32 or rounded; `halves` holds bf16 in upper halves already.
-template <Type T, bool ROUNDED = false>
-BELLBOX_INLINE void store_chunk(void* row, int64_t i, int64_t k, const __m512 (&v)[kRegisters]) {
-    void* p = element<T>(row, i);
     const bool whole = k - i >= kChunk;
     if (T == Type::f32) {
         BELLBOX_UNROLL
         for (int j = 0; j < kRegisters; ++j) {
-            if (whole)
-                _mm512_storeu_ps(element<T>(p, 16 * j), v[j]);
-            else
-                _mm512_mask_storeu_ps(element<T>(p, 16 * j), static_cast<__mmask16>(low_bits(k - i - 16 * j)), v[j]);
+            const void* at = element<T>(p, 16 * j);
+            v[j] = whole ? _mm512_loadu_ps(at)
+                         : _mm512_maskz_loadu_ps(static_cast<__mmask16>(low_bits(k - i - 16 * j)), at);
         }
     } else {
         BELLBOX_UNROLL
         for (int j = 0; j < kRegisters; j += 2) {
-            const __m512i a = ROUNDED ? _mm512_castps_si512(v[j]) : round_bf16(v[j]);
-            const __m512i b = ROUNDED ? _mm512_castps_si512(v[j + 1]) : round_bf16(v[j + 1]);
-            const __m512i both = upper_halves(a, b);
+            const void* at = element<T>(p, 16 * j);
+            const __m512i both = whole ? _mm512_loadu_si512(at)
+                                       : _mm512_maskz_loadu_epi16(static_cast<__mmask32>(low_bits(k - i - 16 * j)), at);
+            v[j] = even_columns(both);
+            v[j + 1] = odd_columns(both);
+        }
+    }
+}
+
+// Registers as they are, to and from scratch memory (64-byte aligned, whole chunks).
+BELLBOX_INLINE void load_registers(const float* p, __m512 (&v)[kRegisters]) {
+    BELLBOX_UNROLL
+    for (int j = 0; j < kRegisters; ++j) v[j] = _mm512_load_ps(p + 16 * j);
+}
+
+BELLBOX_INLINE void store_registers(float* p, const __m512 (&v)[kRegisters]) {
+    BELLBOX_UNROLL
+    for (int j = 0; j < kRegisters; ++j) _mm512_store_ps(p + 16 * j, v[j]);
+}
+
+// bf16, round to nearest even, in the upper half of each lane. A NaN that comes out of arithmetic is quiet, so its
+// upper half is a NaN as it stands.
+BELLBOX_INLINE __m512 round_bf16(__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    return _mm512_castsi512_ps(_mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits, up));
+}
+
+// Index of a permute of two registers in units of `unit` bits... see the two uses: column j of 32 that lie in ORDER.
+template <Type ORDER>
+constexpr int place(int j) {  // 0..15: lane of the first register, 16..31: of the second
+    return ORDER == Type::f32 ? j : j / 2 + 16 * (j % 2);
+}
+
+struct Words {
+    int16_t upper[32];   // upper half of the lane that holds column j
+};
+struct Lanes {
+    int32_t first[16], second[16];
+};
+struct Bytes {
+    int8_t low[64];      // low byte of the lane that holds column j, twice 32
+};
+
+template <Type ORDER>
+constexpr Words make_words() {
+    Words w{};
+    for (int j = 0; j < 32; ++j) w.upper[j] = static_cast<int16_t>(2 * place<ORDER>(j) + 1);
+    return w;
+}
+template <Type ORDER>
+constexpr Lanes make_lanes() {
+    Lanes l{};
+    for (int j = 0; j < 16; ++j) l.first[j] = place<ORDER>(j), l.second[j] = place<ORDER>(16 + j);
+    return l;
+}
+template <Type ORDER>
+constexpr Bytes make_bytes() {
+    Bytes b{};
+    for (int j = 0; j < 64; ++j) b.low[j] = static_cast<int8_t>(4 * place<ORDER>(j % 32));
+    return b;
+}
+template <Type ORDER>
+alignas(64) constexpr Words kWords = make_words<ORDER>();
+template <Type ORDER>
+alignas(64) constexpr Lanes kLanes = make_lanes<ORDER>();
+template <Type ORDER>
+alignas(64) constexpr Bytes kBytes = make_bytes<ORDER>();
+
+// Columns [i, i + 128) of a row of k, from registers in ORDER. ROUNDED: they hold bf16 in upper halves already.
+template <Type OUT, Type ORDER, bool ROUNDED = false>
+BELLBOX_INLINE void store_chunk(void* row, int64_t i, int64_t k, const __m512 (&v)[kRegisters]) {
+    void* p = element<OUT>(row, i);
+    const bool whole = k - i >= kChunk;
+    BELLBOX_UNROLL
+    for (int j = 0; j < kRegisters; j += 2) {
+        void *at = element<OUT>(p, 16 * j), *next = element<OUT>(p, 16 * (j + 1));
+        const int64_t left = k - i - 16 * j;
+        if (OUT == Type::f32) {
+            const bool plain = ORDER == Type::f32;
+            const __m512i first = _mm512_load_si512(kLanes<ORDER>.first), second = _mm512_load_si512(kLanes<ORDER>.second);
+            const __m512 a = plain ? v[j] : _mm512_permutex2var_ps(v[j], first, v[j + 1]);
+            const __m512 b = plain ? v[j + 1] : _mm512_permutex2var_ps(v[j], second, v[j + 1]);
+            if (whole) {
+                _mm512_storeu_ps(at, a);
+                _mm512_storeu_ps(next, b);
+            } else {
+                _mm512_mask_storeu_ps(at, static_cast<__mmask16>(low_bits(left)), a);
+                _mm512_mask_storeu_ps(next, static_cast<__mmask16>(low_bits(left - 16)), b);
+            }
+        } else {
+            const __m512i a = _mm512_castps_si512(ROUNDED ? v[j] : round_bf16(v[j]));
+            const __m512i b = _mm512_castps_si512(ROUNDED ? v[j + 1] : round_bf16(v[j + 1]));
+            const __m512i both = _mm512_permutex2var_epi16(a, _mm512_load_si512(kWords<ORDER>.upper), b);
             if (whole)
-                _mm512_storeu_si512(element<T>(p, 16 * j), both);
+                _mm512_storeu_si512(at, both);
             else
-                _mm512_mask_storeu_epi16(element<T>(p, 16 * j), static_cast<__mmask32>(low_bits(k - i - 16 * j)), both);
+                _mm512_mask_storeu_epi16(at, static_cast<__mmask32>(low_bits(left)), both);
         }
     }
 }
 
 // ---- rotation ----
 
-// One stage of distance H < 16 within registers: lane i becomes x[i] + x[i + H] or x[i - H] - x[i].
+// +1 in lanes whose bit H is clear (they are the a of a + b), -1 in the others (the b of a - b), H = 1, 2, 4, 8. Made
+// once a call and hidden from the compiler, which would otherwise make them anew in every stage.
+struct Signs {
+    __m512 of[4];
+    Signs() {
+        const __mmask16 minus[4] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
+        BELLBOX_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            of[j] = _mm512_mask_blend_ps(minus[j], _mm512_set1_ps(1), _mm512_set1_ps(-1));
+            __asm__("" : "+v"(of[j]));
+        }
+    }
+};
+
+// Distance H < 16 within registers: lane i becomes x[i] + x[i + H] or x[i - H] - x[i].
 template <int H>
-BELLBOX_INLINE void stage(__m512 (&v)[kRegisters]) {
-    // Lanes whose bit H is set are the b of a - b.
-    constexpr int minus = H == 1 ? 0xaaaa : H == 2 ? 0xcccc : H == 4 ? 0xf0f0 : 0xff00;
-    const __m512 sign = _mm512_mask_blend_ps(minus, _mm512_set1_ps(1), _mm512_set1_ps(-1));
+BELLBOX_INLINE void stage(__m512 (&v)[kRegisters], const Signs& signs) {
+    const __m512 sign = signs.of[H == 1 ? 0 : H == 2 ? 1 : H == 4 ? 2 : 3];
     BELLBOX_UNROLL
     for (int j = 0; j < kRegisters; ++j) {
         const __m512 other = H == 1   ? _mm512_permute_ps(v[j], 0xb1)
@@ -143,7 +201,7 @@ BELLBOX_INLINE void stage(__m512 (&v)[kRegisters]) {
     }
 }
 
-// One stage of distance 16 * H between registers.
+// Registers H apart.
 template <int H>
 BELLBOX_INLINE void stage_across(__m512 (&v)[kRegisters]) {
     BELLBOX_UNROLL
@@ -155,80 +213,90 @@ BELLBOX_INLINE void stage_across(__m512 (&v)[kRegisters]) {
     }
 }
 
-// Blocks up to 128; the branches are the same for every chunk and cost nothing.
-BELLBOX_INLINE void butterfly(__m512 (&v)[kRegisters], int64_t block) {
-    if (block > 1) stage<1>(v);
-    if (block > 2) stage<2>(v);
-    if (block > 4) stage<4>(v);
-    if (block > 8) stage<8>(v);
-    if (block > 16) stage_across<1>(v);
+// All stages of blocks up to 128. The branches go the same way for every chunk and cost nothing.
+template <Type ORDER>
+BELLBOX_INLINE void butterfly(__m512 (&v)[kRegisters], int64_t block, const Signs& signs) {
+    if (ORDER == Type::f32) {
+        if (block > 1) stage<1>(v, signs);
+        if (block > 2) stage<2>(v, signs);
+        if (block > 4) stage<4>(v, signs);
+        if (block > 8) stage<8>(v, signs);
+        if (block > 16) stage_across<1>(v);
+    } else {
+        if (block > 1) stage_across<1>(v);
+        if (block > 2) stage<1>(v, signs);
+        if (block > 4) stage<2>(v, signs);
+        if (block > 8) stage<4>(v, signs);
+        if (block > 16) stage<8>(v, signs);
+    }
     if (block > 32) stage_across<2>(v);
     if (block > 64) stage_across<4>(v);
 }
 
-// What is left of blocks above 128 once each 128 of `row` have been rotated.
+// What is left of blocks above 128 once each chunk has been rotated: columns h apart, in either order.
 inline void butterfly_rest(float* row, int64_t k, int64_t block) {
     for (int64_t h = kChunk; h < block; h *= 2)
         for (int64_t start = 0; start < k; start += 2 * h)
             for (int64_t i = start; i < start + h; i += 16) {
-                const __m512 a = _mm512_loadu_ps(row + i), b = _mm512_loadu_ps(row + i + h);
-                _mm512_storeu_ps(row + i, _mm512_add_ps(a, b));
-                _mm512_storeu_ps(row + i + h, _mm512_sub_ps(a, b));
+                const __m512 a = _mm512_load_ps(row + i), b = _mm512_load_ps(row + i + h);
+                _mm512_store_ps(row + i, _mm512_add_ps(a, b));
+                _mm512_store_ps(row + i + h, _mm512_sub_ps(a, b));
             }
 }
 
-// Rows whose block is above 128 are rotated in memory first.
+// Rows whose block is above 128 (so that k is a multiple of 256) are rotated in memory first.
 template <Type T>
-inline void rotate_row(const void* x, int64_t k, int64_t block, float* row) {
+inline void rotate_row(const void* x, int64_t k, int64_t block, const Signs& signs, float* row) {
     for (int64_t i = 0; i < k; i += kChunk) {
         __m512 v[kRegisters];
         load_chunk<T>(x, i, k, v);
-        butterfly(v, block);
-        store_chunk<Type::f32>(row, i, k, v);
+        butterfly<T>(v, block, signs);
+        store_registers(row + i, v);
     }
     butterfly_rest(row, k, block);
+}
+
+// A rotated chunk: from x, or from the row that rotate_row left in scratch.
+template <Type T>
+BELLBOX_INLINE void rotated_chunk(const void* x, const float* scratch, int64_t i, int64_t k, int64_t block,
+                                  const Signs& signs, __m512 (&v)[kRegisters]) {
+    if (scratch != nullptr) {
+        load_registers(scratch + i, v);
+    } else {
+        load_chunk<T>(x, i, k, v);
+        butterfly<T>(v, block, signs);
+    }
 }
 
 // ---- sums of squares ----
 
 template <Type T>
-BELLBOX_INLINE void add_squares(const void* p, __m512d& a, __m512d& b) {
-    __m512d low, high;
-    if (T == Type::f32) {
-        low = _mm512_cvtps_pd(_mm256_loadu_ps(static_cast<const float*>(p)));
-        high = _mm512_cvtps_pd(_mm256_loadu_ps(static_cast<const float*>(p) + 8));
-    } else {  // even and odd entries: the order within a sum is free
-        const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
-        low = _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
-        high = _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536))));
-    }
-    a = _mm512_fmadd_pd(low, low, a);
-    b = _mm512_fmadd_pd(high, high, b);
-}
-
-template <Type T>
 inline double row_norm(const void* x, int64_t k) {
-    __m512d sum[8];
+    __m512d sum[4];
     BELLBOX_UNROLL
-    for (int j = 0; j < 8; ++j) sum[j] = _mm512_setzero_pd();
-    int64_t i = 0;
-    for (; i + 64 <= k; i += 64) {
+    for (int j = 0; j < 4; ++j) sum[j] = _mm512_setzero_pd();
+    for (int64_t i = 0; i < k; i += 32) {  // the order within the sum is free: even and odd columns of bf16 apart
+        __m512 v[2];
+        const uint32_t left = static_cast<uint32_t>(low_bits(k - i));
+        if (T == Type::f32) {
+            const void *at = element<T>(x, i), *next = element<T>(x, i + 16);
+            v[0] = k - i >= 32 ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(static_cast<__mmask16>(left), at);
+            v[1] = k - i >= 32 ? _mm512_loadu_ps(next) : _mm512_maskz_loadu_ps(static_cast<__mmask16>(left >> 16), next);
+        } else {
+            const __m512i both = k - i >= 32 ? _mm512_loadu_si512(element<T>(x, i))
+                                             : _mm512_maskz_loadu_epi16(left, element<T>(x, i));
+            v[0] = even_columns(both);
+            v[1] = odd_columns(both);
+        }
         BELLBOX_UNROLL
-        for (int j = 0; j < 4; ++j) add_squares<T>(element<T>(x, i + 16 * j), sum[2 * j], sum[2 * j + 1]);
+        for (int j = 0; j < 2; ++j) {
+            const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v[j]));
+            const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v[j], 1));
+            sum[2 * j] = _mm512_fmadd_pd(low, low, sum[2 * j]);
+            sum[2 * j + 1] = _mm512_fmadd_pd(high, high, sum[2 * j + 1]);
+        }
     }
-    for (; i < k; i += 16) {
-        const __m512 v = load16<T>(element<T>(x, i), static_cast<__mmask16>(low_bits(k - i)));
-        const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-        const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-        sum[0] = _mm512_fmadd_pd(low, low, sum[0]);
-        sum[1] = _mm512_fmadd_pd(high, high, sum[1]);
-    }
-    BELLBOX_UNROLL
-    for (int h = 4; h > 0; h /= 2) {
-        BELLBOX_UNROLL
-        for (int j = 0; j < h; ++j) sum[j] = _mm512_add_pd(sum[j], sum[j + h]);
-    }
-    return __builtin_sqrt(_mm512_reduce_add_pd(sum[0]));
+    return __builtin_sqrt(_mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3]))));
 }
 
 // ---- codes ----
@@ -238,53 +306,88 @@ inline __m512 padded_thresholds(const float* thresholds, int n) {
     return _mm512_mask_loadu_ps(_mm512_set1_ps(__builtin_nanf("")), static_cast<__mmask16>(low_bits(n - 1)), thresholds);
 }
 
+// The low bytes of the lanes of four registers, in the order of columns.
+template <Type ORDER>
+BELLBOX_INLINE __m512i low_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i index = _mm512_load_si512(kBytes<ORDER>.low);
+    return _mm512_mask_blend_epi32(0xff00, _mm512_permutex2var_epi8(a, index, b), _mm512_permutex2var_epi8(c, index, d));
+}
+
+// One bit for each lane of four registers as one mask.
 BELLBOX_INLINE __mmask64 join(__mmask16 a, __mmask16 b, __mmask16 c, __mmask16 d) {
     return _mm512_kunpackd(_mm512_kunpackw(d, c), _mm512_kunpackw(b, a));
 }
 
-// The low bytes of 4 x 16 lanes, each 0..255, in order.
-BELLBOX_INLINE __m512i low_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
-    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-    // Packing works within 128 bits: 32-bit word 4 * lane + source holds lane `lane` of that source.
-    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    return _mm512_permutexvar_epi32(order, bytes);
+// 64 bytes in the order of the bits of join() to the order of columns.
+template <Type ORDER>
+BELLBOX_INLINE __m512i in_columns(__m512i bytes) {
+    if (ORDER == Type::f32) return bytes;
+    // Within each 32, columns 2i and 2i + 1 lie at i and 16 + i.
+    const __m512i by_words = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 6, 4, 3, 1, 2, 0), bytes);
+    const __m512i halves = _mm512_shuffle_epi8(
+        by_words, _mm512_broadcast_i32x4(_mm_set_epi8(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0)));
+    return halves;
 }
 
-// The coders. index: codes of 16 values, exact for NaN (0) too. bytes: codes of 64 values.
+// What a code is worth: multiplier * code - shift, as int8.
+struct Values {
+    int multiplier, shift;
+    int8_t of(int code) const { return static_cast<int8_t>(multiplier * code - shift); }
+};
+
+// The coders. index: codes of 16 values, NaN gets 0. levels: int8 levels of 64 values that are not NaN (Search: NaN
+// too) in the order of columns.
 
 struct Two {  // 2 levels
     __m512 t;
-    explicit Two(const float* thresholds, int) : t(_mm512_set1_ps(thresholds[0])) {}
+    __m512i low, high;
+    Two(const float* thresholds, int, Values values)
+        : t(_mm512_set1_ps(thresholds[0])), low(_mm512_set1_epi8(values.of(0))), high(_mm512_set1_epi8(values.of(1))) {}
     BELLBOX_INLINE __mmask16 reached(__m512 v) const { return _mm512_cmp_ps_mask(v, t, _CMP_GE_OQ); }
     BELLBOX_INLINE __m512i index(__m512 v) const { return _mm512_maskz_set1_epi32(reached(v), 1); }
-    BELLBOX_INLINE __m512i bytes(__m512 a, __m512 b, __m512 c, __m512 d) const {
-        return _mm512_maskz_set1_epi8(join(reached(a), reached(b), reached(c), reached(d)), 1);
+    template <Type ORDER>
+    BELLBOX_INLINE __m512i levels(__m512 a, __m512 b, __m512 c, __m512 d) const {
+        return in_columns<ORDER>(_mm512_mask_blend_epi8(join(reached(a), reached(b), reached(c), reached(d)), low, high));
     }
 };
 
-struct Four {  // 3 or 4 levels: the middle threshold, then the lower or the upper one
+struct Four {  // 3 or 4 levels: the middle threshold, then the one below or above it
     __m512 low, middle, high;
-    explicit Four(const float* thresholds, int n)
+    __m512i level[4];
+    Four(const float* thresholds, int n, Values values)
         : low(_mm512_set1_ps(thresholds[0])),
           middle(_mm512_set1_ps(thresholds[1])),
-          high(_mm512_set1_ps(n > 3 ? thresholds[2] : __builtin_nanf(""))) {}
-    BELLBOX_INLINE __m512i index(__m512 v) const {
-        const __mmask16 upper = _mm512_cmp_ps_mask(v, middle, _CMP_GE_OQ);
-        const __mmask16 next = _mm512_cmp_ps_mask(v, _mm512_mask_blend_ps(upper, low, high), _CMP_GE_OQ);
-        const __m512i code = _mm512_maskz_set1_epi32(upper, 2);
-        return _mm512_mask_add_epi32(code, next, code, _mm512_set1_epi32(1));
+          high(_mm512_set1_ps(n > 3 ? thresholds[2] : __builtin_nanf(""))) {
+        for (int code = 0; code < 4; ++code) level[code] = _mm512_set1_epi8(values.of(code));
     }
-    BELLBOX_INLINE __m512i bytes(__m512 a, __m512 b, __m512 c, __m512 d) const {
-        return low_bytes(index(a), index(b), index(c), index(d));
+    BELLBOX_INLINE __mmask16 above(__m512 v) const { return _mm512_cmp_ps_mask(v, middle, _CMP_GE_OQ); }
+    BELLBOX_INLINE __mmask16 beyond(__m512 v, __mmask16 above) const {
+        return _mm512_cmp_ps_mask(v, _mm512_mask_blend_ps(above, low, high), _CMP_GE_OQ);
+    }
+    BELLBOX_INLINE __m512i index(__m512 v) const {
+        const __mmask16 upper = above(v);
+        const __m512i code = _mm512_maskz_set1_epi32(upper, 2);
+        return _mm512_mask_add_epi32(code, beyond(v, upper), code, _mm512_set1_epi32(1));
+    }
+    template <Type ORDER>
+    BELLBOX_INLINE __m512i levels(__m512 a, __m512 b, __m512 c, __m512 d) const {
+        const __mmask16 p = above(a), q = above(b), r = above(c), s = above(d);
+        const __mmask64 upper = join(p, q, r, s), next = join(beyond(a, p), beyond(b, q), beyond(c, r), beyond(d, s));
+        const __m512i below = _mm512_mask_blend_epi8(next, level[0], level[1]);
+        return in_columns<ORDER>(_mm512_mask_blend_epi8(upper, below, _mm512_mask_blend_epi8(next, level[2], level[3])));
     }
 };
 
 struct Search {  // any sorted thresholds, equal ones too: binary search by permutes
     __m512 table;
-    explicit Search(const float* thresholds, int n) : table(padded_thresholds(thresholds, n)) {}
+    __m512i level;
+    Search(const float* thresholds, int n, Values values) : table(padded_thresholds(thresholds, n)) {
+        alignas(16) int8_t bytes[16];
+        for (int code = 0; code < 16; ++code) bytes[code] = values.of(code);
+        level = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+    }
     template <int STEP>
-    BELLBOX_INLINE __m512i step(__m512 v, __m512i code) const {
-        // `code` thresholds are reached; are STEP more?
+    BELLBOX_INLINE __m512i step(__m512 v, __m512i code) const {  // `code` thresholds are reached; are STEP more?
         const __m512i next = _mm512_add_epi32(code, _mm512_set1_epi32(STEP - 1));
         const __mmask16 reached = _mm512_cmp_ps_mask(v, _mm512_permutexvar_ps(next, table), _CMP_GE_OQ);
         return _mm512_mask_add_epi32(code, reached, code, _mm512_set1_epi32(STEP));
@@ -292,136 +395,158 @@ struct Search {  // any sorted thresholds, equal ones too: binary search by perm
     BELLBOX_INLINE __m512i index(__m512 v) const {
         return step<1>(v, step<2>(v, step<4>(v, step<8>(v, _mm512_setzero_si512()))));
     }
-    BELLBOX_INLINE __m512i bytes(__m512 a, __m512 b, __m512 c, __m512 d) const {
-        return low_bytes(index(a), index(b), index(c), index(d));
+    template <Type ORDER>
+    BELLBOX_INLINE __m512i levels(__m512 a, __m512 b, __m512 c, __m512 d) const {
+        return _mm512_shuffle_epi8(level, low_bytes<ORDER>(index(a), index(b), index(c), index(d)));
     }
 };
 
-// Cells: cell(v) = round(clamp(v) * slope) + N/2, with the rounding of one fma. Each of its steps keeps order, so
-// cell() does too: with c the cell of v, a threshold whose own cell is below c is reached by v and one whose cell is
-// above c is not. If no two thresholds share a cell, at most one is left, in c itself, and it is number below[c], the
-// count of thresholds in lower cells; where c holds none, number below[c] is the next threshold above, and comparing
-// with it says no. So code = below[c] + (v >= threshold[below[c]]), whatever cell() rounds to. `exact` says whether
-// the condition holds, tried with the same instructions; if not, Search serves.
-template <int N>
+// cell(v) = 16 + round(clamp(v) * slope), with the rounding of one fma. Each of its steps keeps order, so cell() does
+// too: with c the cell of v, a threshold whose own cell is below c is reached by v, and one whose cell is above c is
+// not. If no two thresholds share a cell, at most one is left, in c itself, and it is number below[c], the count of
+// thresholds in lower cells; where c holds none, number below[c] is the next one above (or NaN), and the comparison
+// says no. So code = below[c] + (v >= threshold[below[c]]), whatever cell() rounds to. `exact` says whether the
+// condition holds, tried with the same instructions; if not, Search serves.
 struct Cells {
-    __m512 table, limit, slope, offset;
+    static constexpr int kCells = 32;
+    __m512 limit, slope, offset;
+    __m512 next[2];      // threshold[below[c]] of each cell
     __m512i below[2];
+    __m512i level;       // by cell + 32 * reached
     bool exact;
 
-    explicit Cells(const float* thresholds, int n) : table(padded_thresholds(thresholds, n)) {
+    Cells(const float* thresholds, int n, Values values) {
         const float first = __builtin_fabsf(thresholds[0]), last = __builtin_fabsf(thresholds[n - 2]);
-        const float largest = first > last ? first : last;
-        const float factor = static_cast<float>(N / 2 - 1) / largest;
-        exact = factor > 0 && factor < 1e30f && largest < 1e30f;
+        const float largest = first > last ? first : last, factor = 15 / largest;
+        exact = largest < 1e30f && factor < 1e30f;  // else the products below could overflow
         limit = _mm512_set1_ps(largest);
         slope = _mm512_set1_ps(factor);
-        offset = _mm512_set1_ps(12582912.0f + N / 2);  // 1.5 * 2^23: the sum has integer spacing, in its lowest bits
+        offset = _mm512_set1_ps(12582912.0f + 16);  // 1.5 * 2^23: the sum is an integer in the lowest bits
+        const __m512 table = padded_thresholds(thresholds, n);
+        const __m512i five_bits = _mm512_set1_epi32(kCells - 1), one = _mm512_set1_epi32(1);
         int32_t cells[16];
-        _mm512_storeu_si512(cells, _mm512_and_si512(cell(table), _mm512_set1_epi32(N - 1)));
+        _mm512_storeu_si512(cells, _mm512_and_si512(cell(table), five_bits));
         for (int j = 1; j < n - 1; ++j) exact = exact && cells[j - 1] < cells[j];
         __m512i number = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        for (int half = 0; half < N / 16; ++half) {
+        for (int half = 0; half < 2; ++half) {
             below[half] = _mm512_setzero_si512();
             for (int j = 0; j < n - 1; ++j) {
                 const __mmask16 passed = _mm512_cmpgt_epi32_mask(number, _mm512_set1_epi32(cells[j]));
-                below[half] = _mm512_mask_add_epi32(below[half], passed, below[half], _mm512_set1_epi32(1));
+                below[half] = _mm512_mask_add_epi32(below[half], passed, below[half], one);
             }
+            next[half] = _mm512_permutexvar_ps(below[half], table);
             number = _mm512_add_epi32(number, _mm512_set1_epi32(16));
         }
+        // Bytes: below and below + 1, to levels.
+        const __m512i codes = low_bytes<Type::f32>(below[0], below[1], _mm512_add_epi32(below[0], one),
+                                                   _mm512_add_epi32(below[1], one));
+        level = _mm512_shuffle_epi8(Search(thresholds, n, values).level, codes);
     }
-    // Low bits of each lane; permutes look at no others. NaN, by the order of the operands, gives the lowest cell.
+    // In the low five bits of each lane; permutes look at no others. NaN, by the order of the operands, gives the
+    // lowest cell, in which the comparison then says no.
     BELLBOX_INLINE __m512i cell(__m512 v) const {
-        const __m512 floor = _mm512_xor_ps(limit, _mm512_set1_ps(-0.0f));
-        const __m512 inside = _mm512_min_ps(_mm512_max_ps(v, floor), limit);
+        const __m512 inside = _mm512_min_ps(_mm512_max_ps(v, _mm512_sub_ps(_mm512_setzero_ps(), limit)), limit);
         return _mm512_castps_si512(_mm512_fmadd_ps(inside, slope, offset));
     }
     BELLBOX_INLINE __m512i index(__m512 v) const {
-        const __m512i c = cell(v);
-        const __m512i base = N == 16 ? _mm512_permutexvar_epi32(c, below[0]) : _mm512_permutex2var_epi32(below[0], c, below[1]);
-        const __mmask16 reached = _mm512_cmp_ps_mask(v, _mm512_permutexvar_ps(base, table), _CMP_GE_OQ);
+        const __m512i c = cell(v), base = _mm512_permutex2var_epi32(below[0], c, below[1]);
+        const __mmask16 reached = _mm512_cmp_ps_mask(v, _mm512_permutex2var_ps(next[0], c, next[1]), _CMP_GE_OQ);
         return _mm512_mask_add_epi32(base, reached, base, _mm512_set1_epi32(1));
     }
-    BELLBOX_INLINE __m512i bytes(__m512 a, __m512 b, __m512 c, __m512 d) const {
-        return low_bytes(index(a), index(b), index(c), index(d));
+    // The cell, and 32 where its threshold is reached, in the lowest byte. The clamp is one operation (the smaller
+    // magnitude, with the sign of v), the same cell as above for all but NaN.
+    BELLBOX_INLINE __m512i decide(__m512 v) const {
+        const __m512i c = _mm512_castps_si512(_mm512_fmadd_ps(_mm512_range_ps(v, limit, 2), slope, offset));
+        const __mmask16 reached = _mm512_cmp_ps_mask(v, _mm512_permutex2var_ps(next[0], c, next[1]), _CMP_GE_OQ);
+        return _mm512_mask_add_epi32(c, reached, c, _mm512_set1_epi32(kCells));
+    }
+    template <Type ORDER>
+    BELLBOX_INLINE __m512i levels(__m512 a, __m512 b, __m512 c, __m512 d) const {
+        return _mm512_permutexvar_epi8(low_bytes<ORDER>(decide(a), decide(b), decide(c), decide(d)), level);
     }
 };
 
 // Calls f(coder) with the cheapest coder that is exact for these thresholds.
 template <typename F>
-BELLBOX_INLINE void with_coder(const float* thresholds, int n, const F& f) {
-    if (n == 2) return f(Two(thresholds, n));
-    if (n <= 4) return f(Four(thresholds, n));
-    if (n <= 8) {
-        const Cells<16> cells(thresholds, n);
-        if (cells.exact) return f(cells);
-    }
-    const Cells<32> cells(thresholds, n);
+BELLBOX_INLINE void with_coder(const float* thresholds, int n, Values values, const F& f) {
+    if (n == 2) return f(Two(thresholds, n, values));
+    if (n <= 4) return f(Four(thresholds, n, values));
+    const Cells cells(thresholds, n, values);
     if (cells.exact) return f(cells);
-    f(Search(thresholds, n));
+    f(Search(thresholds, n, values));
 }
 
 // ---- encode ----
 
-// One row; `flag` becomes a NaN or infinity where the row is not finite or has entries above 1e19.
-template <Type T, typename Coder>
-inline int32_t encode_row(const Coder& coder, const void* x, int64_t k, int64_t block, float r, __m512i level_table,
-                          int8_t* levels, int64_t ldl, float* flag) {
+// The levels of one row up to the multiple of 64 that covers it; returns their sum. CHECK: `squares` becomes the fp32
+// sum of squares of x, which is not a finite number where an entry is not.
+template <Type T, bool CHECK, typename Coder>
+BELLBOX_INLINE int32_t encode_row(const Coder& coder, const Signs& signs, const void* x, const float* scratch, int64_t k,
+                                  int64_t block, float r, int8_t* levels, float& squares) {
     const __m512 factor = _mm512_set1_ps(r);
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    __m512 squares = _mm512_setzero_ps();
+    __m512 square[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t i = 0; i < k; i += kChunk) {
         __m512 v[kRegisters];
-        load_chunk<T>(x, i, k, v);
-        if (flag != nullptr) {
+        if (CHECK) {
+            load_chunk<T>(x, i, k, v);
             BELLBOX_UNROLL
-            for (int j = 0; j < kRegisters; ++j) squares = _mm512_fmadd_ps(v[j], v[j], squares);
+            for (int j = 0; j < kRegisters; ++j) square[j & 1] = _mm512_fmadd_ps(v[j], v[j], square[j & 1]);
+            if (scratch == nullptr)
+                butterfly<T>(v, block, signs);
+            else
+                load_registers(scratch + i, v);
+        } else {
+            rotated_chunk<T>(x, scratch, i, k, block, signs, v);
         }
-        butterfly(v, block);
         BELLBOX_UNROLL
         for (int j = 0; j < kRegisters; ++j) v[j] = _mm512_mul_ps(v[j], factor);
-        BELLBOX_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const __m512* u = v + 4 * half;
-            const int64_t at = i + 64 * half;
-            __m512i out = _mm512_shuffle_epi8(level_table, coder.bytes(u[0], u[1], u[2], u[3]));
-            if (k - i < kChunk) out = _mm512_maskz_mov_epi8(low_bits(k - at), out);
-            sum[half] = _mm512_dpbusd_epi32(sum[half], ones, out);
-            if (at < ldl) _mm512_storeu_si512(levels + at, out);
+        __m512i low = coder.template levels<T>(v[0], v[1], v[2], v[3]);
+        __m512i high = coder.template levels<T>(v[4], v[5], v[6], v[7]);
+        if (k - i < kChunk) {
+            low = _mm512_maskz_mov_epi8(low_bits(k - i), low);
+            high = _mm512_maskz_mov_epi8(low_bits(k - i - 64), high);
         }
+        sum[0] = _mm512_dpbusd_epi32(sum[0], ones, low);
+        sum[1] = _mm512_dpbusd_epi32(sum[1], ones, high);
+        _mm512_storeu_si512(levels + i, low);
+        if (k - i > 64) _mm512_storeu_si512(levels + i + 64, high);
     }
-    if (flag != nullptr) *flag = _mm512_reduce_add_ps(squares);
+    if (CHECK) squares = _mm512_reduce_add_ps(_mm512_add_ps(square[0], square[1]));
     return _mm512_reduce_add_epi32(_mm512_add_epi32(sum[0], sum[1]));
 }
 
 template <Type T, typename Coder>
-inline void encode_rows(const EncodeArgs& a, const Coder& coder, float* scratch, int64_t begin, int64_t end) {
-    alignas(16) int8_t bytes[16];
-    for (int code = 0; code < 16; ++code) bytes[code] = static_cast<int8_t>(a.multiplier * code - a.shift);
-    const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch, int64_t begin, int64_t end) {
+    const Coder coder = shared;  // a copy of its own: stores of bytes could change one that others see
+    const Search careful(a.thresholds, a.n, Values{a.multiplier, a.shift});
+    const Signs signs;
     const bool fixed = a.inverse_sigma > 0;
     const float fixed_r = static_cast<float>(a.inverse_sigma / __builtin_sqrt(static_cast<double>(a.block)));
     const int64_t written = (a.k + 63) / 64 * 64;
     for (int64_t i = begin; i < end; ++i) {
         const void* x = element<T>(a.x, i * a.ldx);
         int8_t* levels = a.levels + i * a.ldl;
-        float r = fixed_r, flag = 0, *flagged = fixed ? &flag : nullptr;
-        a.marks[i] = 1;
-        if (!fixed) {
-            r = normaliser(row_norm<T>(x, a.k), a.k, a.block);
-            a.marks[i] = r - r + 1;
-        }
-        if (scratch == nullptr) {
-            a.sums[i] = encode_row<T>(coder, x, a.k, a.block, r, table, levels, a.ldl, flagged);
+        float squares = 0;
+        if (scratch != nullptr) rotate_row<T>(x, a.k, a.block, signs, scratch);
+        if (fixed) {
+            a.marks[i] = 1;
+            a.sums[i] = encode_row<T, true>(coder, signs, x, scratch, a.k, a.block, fixed_r, levels, squares);
+            // A sum of squares that fits fp32 is far below the ceiling; the mark of others, and NaN among their
+            // values, are looked at with care.
+            if (!(squares < 3e38f) || !(fixed_r < 3e38f)) {
+                const float r = normaliser(row_norm<T>(x, a.k), a.k, a.block);
+                a.marks[i] = r - r + 1;
+                a.sums[i] = encode_row<T, false>(careful, signs, x, scratch, a.k, a.block, fixed_r, levels, squares);
+            }
         } else {
-            rotate_row<T>(x, a.k, a.block, scratch);
-            a.sums[i] = encode_row<Type::f32>(coder, scratch, a.k, 1, r, table, levels, a.ldl, flagged);
-        }
-        // A sum of squares that fits fp32 is far from the ceiling; only others need the statistic for their mark.
-        if (fixed && !(flag < 3e38f)) {
-            const float statistic = normaliser(row_norm<T>(x, a.k), a.k, a.block);
-            a.marks[i] = statistic - statistic + 1;
+            const float r = normaliser(row_norm<T>(x, a.k), a.k, a.block);
+            a.marks[i] = r - r + 1;
+            if (r == r)  // below the ceiling no value is a NaN
+                a.sums[i] = encode_row<T, false>(coder, signs, x, scratch, a.k, a.block, r, levels, squares);
+            else
+                a.sums[i] = encode_row<T, false>(careful, signs, x, scratch, a.k, a.block, r, levels, squares);
         }
         if (written < a.ldl) memset(levels + written, 0, static_cast<size_t>(a.ldl - written));
     }
@@ -429,57 +554,57 @@ inline void encode_rows(const EncodeArgs& a, const Coder& coder, float* scratch,
 
 // ---- training ----
 
-// e^(-v^2/2), relative error below 2e-7; NaN stays NaN. With v^2 = square + rest, exact:
-// -v^2/2 = n ln 2 + r, |r| <= ln 2 / 2; the polynomial is a minimax fit of (e^r - 1 - r) / r^2 made for this
-// (reweighted least squares, error 4e-9). Without `rest` the rounding of v^2 would cost up to 5e-6 at large v.
-BELLBOX_INLINE __m512 bell(__m512 v) {
-    v = _mm512_min_ps(_mm512_set1_ps(15), _mm512_abs_ps(v));  // e^(-15^2/2) rounds to 0
-    const __m512 square = _mm512_mul_ps(v, v), rest = _mm512_fmsub_ps(v, v, square), half = _mm512_set1_ps(0.5f);
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(square, _mm512_set1_ps(-0.72134752f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(0.693115234375f), _mm512_mul_ps(square, half));  // 12 bits: exact
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(3.194618329871446e-05f), r);
-    r = _mm512_fnmsub_ps(rest, half, r);
-    __m512 p = _mm512_set1_ps(0.0013813880505040288f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.008369063958525658f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.041668422520160675f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.166665181517601f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.4999999403953552f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
-    return _mm512_scalef_ps(_mm512_add_ps(p, _mm512_set1_ps(1)), n);
-}
-
 template <Type IN, Type OUT, typename Coder>
-inline void forward_rows(const ForwardArgs& a, const Coder& coder, float* scratch, int64_t begin, int64_t end) {
+inline void forward_rows(const ForwardArgs& a, const Coder shared, float* scratch, int64_t begin, int64_t end) {
+    const Coder coder = shared;
+    const Signs signs;
     const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512 centred = _mm512_sub_ps(codes, _mm512_set1_ps(a.offset));
+    const int64_t k = a.k, block = a.block;
     for (int64_t i = begin; i < end; ++i) {
-        const void* x = element<IN>(a.x, i * a.k);
-        void *x_hat = element<OUT>(a.x_hat, i * a.k), *kept = element<OUT>(a.v, i * a.k);
+        const void* x = element<IN>(a.x, i * k);
+        void *x_hat = element<OUT>(a.x_hat, i * k), *kept = element<OUT>(a.v, i * k);
         const float r = a.r[i * a.r_stride], scale = a.scale[i * a.scale_stride] * (r - r + 1);
         const __m512 factor = _mm512_set1_ps(r);
-        __m512 levels = _mm512_mul_ps(centred, _mm512_set1_ps(scale));  // what each code stands for, rounded once a row
-        if (OUT == Type::bf16) levels = _mm512_castsi512_ps(round_bf16(levels));
-        if (scratch != nullptr) rotate_row<IN>(x, a.k, a.block, scratch);
-        for (int64_t j = 0; j < a.k; j += kChunk) {
+        __m512 values = _mm512_mul_ps(centred, _mm512_set1_ps(scale));  // of each code, so rounded once a row
+        if (OUT == Type::bf16) values = round_bf16(values);
+        if (scratch != nullptr) rotate_row<IN>(x, k, block, signs, scratch);
+        for (int64_t j = 0; j < k; j += kChunk) {
             __m512 v[kRegisters], out[kRegisters];
-            if (scratch != nullptr) {
-                load_chunk<Type::f32>(scratch, j, a.k, v);
-            } else {
-                load_chunk<IN>(x, j, a.k, v);
-                butterfly(v, a.block);
-            }
+            rotated_chunk<IN>(x, scratch, j, k, block, signs, v);
             BELLBOX_UNROLL
             for (int l = 0; l < kRegisters; ++l) {
                 v[l] = _mm512_mul_ps(v[l], factor);
-                out[l] = _mm512_permutexvar_ps(coder.index(v[l]), levels);
+                out[l] = _mm512_permutexvar_ps(coder.index(v[l]), values);
             }
-            store_chunk<OUT>(kept, j, a.k, v);
-            store_chunk<OUT, true>(x_hat, j, a.k, out);
+            store_chunk<OUT, IN>(kept, j, k, v);
+            store_chunk<OUT, IN, true>(x_hat, j, k, out);
         }
     }
 }
 
-BELLBOX_INLINE double sum_of(__m512d v) { return _mm512_reduce_add_pd(v); }
+// e^(-v^2/2), relative error below 2e-7 down to 2^-126, then 0; NaN stays NaN. y = v^2 is held as square + rest, exact
+// (rounding it alone would cost 5e-6 at large v), and -y/2 = n ln 2 - z/2 with |z| <= ln 2. The polynomial for
+// e^(-z/2) is a minimax fit made for this (reweighted least squares, error 4e-9).
+BELLBOX_INLINE __m512 bell(__m512 v) {
+    v = _mm512_min_ps(_mm512_set1_ps(13.27f), _mm512_abs_ps(v));  // there n is -127, and 2^n comes out as 0
+    const __m512 square = _mm512_mul_ps(v, v), rest = _mm512_fmsub_ps(v, v, square);
+    // n + 127 in the lowest bits of `shifted`, from where it moves into the exponent.
+    const __m512 magic = _mm512_set1_ps(12582912.0f + 127);
+    const __m512 shifted = _mm512_fmadd_ps(square, _mm512_set1_ps(-0.72134752f), magic);
+    const __m512 power = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
+    const __m512 n = _mm512_sub_ps(shifted, magic);
+    __m512 z = _mm512_fmadd_ps(n, _mm512_set1_ps(1.38623046875f), square);  // 2 ln 2 in two parts, the first of 12 bits
+    z = _mm512_add_ps(_mm512_fmadd_ps(n, _mm512_set1_ps(6.389237e-05f), z), rest);
+    __m512 p = _mm512_set1_ps(2.1584188e-05f);
+    p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(-0.00026153325f));
+    p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(0.0026042764f));
+    p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(-0.020833148f));
+    p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(0.124999985f));
+    p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(-0.5f));
+    p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(1));
+    return _mm512_mul_ps(p, power);
+}
 
 // Sums of fp32 lanes are handed on to fp64 after each chunk, so their error does not grow with k.
 BELLBOX_INLINE __m512d add_wide(__m512d sum, __m512 v) {
@@ -489,56 +614,62 @@ BELLBOX_INLINE __m512d add_wide(__m512d sum, __m512 v) {
 
 template <Type T>
 inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, int64_t end) {
+    const Signs signs;
+    const int64_t k = a.k, block = a.block;
     for (int64_t i = begin; i < end; ++i) {
-        const void *grad = element<T>(a.grad, i * a.k), *kept = element<T>(a.v, i * a.k);
-        const void* x_hat = a.row_dot != nullptr ? element<T>(a.x_hat, i * a.k) : nullptr;
-        void* grad_x = element<T>(a.grad_x, i * a.k);
+        const void *grad = element<T>(a.grad, i * k), *kept = element<T>(a.v, i * k);
+        const void* x_hat = a.row_dot != nullptr ? element<T>(a.x_hat, i * k) : nullptr;
+        void* grad_x = element<T>(a.grad_x, i * k);
         const float r = a.r[i * a.r_stride], factor = 2 * 0.3989422804014327f * a.gamma[i * a.gamma_stride];
-        // g_v to scratch, and the sums over the row.
+        // g_v / factor to scratch, and the sums over the row.
         __m512d dot = _mm512_setzero_pd(), out_dot = _mm512_setzero_pd();
-        for (int64_t j = 0; j < a.k; j += kChunk) {
+        for (int64_t j = 0; j < k; j += kChunk) {
             __m512 g[kRegisters], v[kRegisters];
-            load_chunk<T>(grad, j, a.k, g);
+            load_chunk<T>(grad, j, k, g);
             if (x_hat != nullptr) {
-                load_chunk<T>(x_hat, j, a.k, v);
-                __m512 part = _mm512_setzero_ps();
+                load_chunk<T>(x_hat, j, k, v);
+                __m512 part = _mm512_mul_ps(g[0], v[0]), other = _mm512_mul_ps(g[1], v[1]);
                 BELLBOX_UNROLL
-                for (int l = 0; l < kRegisters; ++l) part = _mm512_fmadd_ps(g[l], v[l], part);
-                out_dot = add_wide(out_dot, part);
+                for (int l = 2; l < kRegisters; l += 2) {
+                    part = _mm512_fmadd_ps(g[l], v[l], part);
+                    other = _mm512_fmadd_ps(g[l + 1], v[l + 1], other);
+                }
+                out_dot = add_wide(out_dot, _mm512_add_ps(part, other));
             }
-            load_chunk<T>(kept, j, a.k, v);
-            __m512 part = _mm512_setzero_ps();
+            load_chunk<T>(kept, j, k, v);
+            __m512 part[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
             BELLBOX_UNROLL
             for (int l = 0; l < kRegisters; ++l) {
-                g[l] = _mm512_mul_ps(_mm512_mul_ps(bell(v[l]), _mm512_set1_ps(factor)), g[l]);
-                part = _mm512_fmadd_ps(g[l], v[l], part);
+                g[l] = _mm512_mul_ps(bell(v[l]), g[l]);
+                part[l & 1] = _mm512_fmadd_ps(g[l], v[l], part[l & 1]);
             }
-            dot = add_wide(dot, part);
-            store_chunk<Type::f32>(scratch, j, a.k, g);
+            dot = add_wide(dot, _mm512_add_ps(part[0], part[1]));
+            store_registers(scratch + j, g);
         }
-        if (x_hat != nullptr) a.row_dot[i] = static_cast<float>(sum_of(out_dot));
+        if (x_hat != nullptr) a.row_dot[i] = static_cast<float>(_mm512_reduce_add_pd(out_dot));
+        const double sum = static_cast<double>(factor) * _mm512_reduce_add_pd(dot);
         const float mean = a.mean != nullptr ? *a.mean
-                                             : static_cast<float>(sum_of(dot) / static_cast<double>(a.k)) *
-                                                   a.free[i * a.free_stride];
-        const __m512 centre = _mm512_set1_ps(mean), r16 = _mm512_set1_ps(r);
-        for (int64_t j = 0; j < a.k; j += kChunk) {
+                                             : static_cast<float>(sum / static_cast<double>(k)) * a.free[i * a.free_stride];
+        const __m512 centre = _mm512_set1_ps(mean), all = _mm512_set1_ps(r), own = _mm512_set1_ps(factor);
+        for (int64_t j = 0; j < k; j += kChunk) {
             __m512 g[kRegisters], v[kRegisters];
-            load_chunk<Type::f32>(scratch, j, a.k, g);
-            load_chunk<T>(kept, j, a.k, v);
+            load_registers(scratch + j, g);
+            load_chunk<T>(kept, j, k, v);
             BELLBOX_UNROLL
-            for (int l = 0; l < kRegisters; ++l) g[l] = _mm512_mul_ps(_mm512_fnmadd_ps(v[l], centre, g[l]), r16);
-            butterfly(g, a.block);
-            if (a.block <= kChunk)
-                store_chunk<T>(grad_x, j, a.k, g);
+            for (int l = 0; l < kRegisters; ++l)
+                g[l] = _mm512_mul_ps(_mm512_fmsub_ps(g[l], own, _mm512_mul_ps(v[l], centre)), all);
+            butterfly<T>(g, block, signs);
+            if (block <= kChunk)
+                store_chunk<T, T>(grad_x, j, k, g);
             else
-                store_chunk<Type::f32>(scratch, j, a.k, g);
+                store_registers(scratch + j, g);
         }
-        if (a.block > kChunk) {
-            butterfly_rest(scratch, a.k, a.block);
-            for (int64_t j = 0; j < a.k; j += kChunk) {
+        if (block > kChunk) {
+            butterfly_rest(scratch, k, block);
+            for (int64_t j = 0; j < k; j += kChunk) {
                 __m512 g[kRegisters];
-                load_chunk<Type::f32>(scratch, j, a.k, g);
-                store_chunk<T>(grad_x, j, a.k, g);
+                load_registers(scratch + j, g);
+                store_chunk<T, T>(grad_x, j, k, g);
             }
         }
     }
@@ -547,13 +678,14 @@ inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, 
 }  // namespace rows
 
 inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
-    const bool big = a.block > rows::kChunk;  // such rows are rotated in memory
-    const Scratch scratch(big ? a.k : 0);
-    rows::with_coder(a.thresholds, a.n, [&](const auto& coder) {
+    const bool in_memory = a.block > rows::kChunk;
+    const Scratch scratch(in_memory ? a.k : 0);
+    float* row = in_memory ? scratch.data : nullptr;
+    rows::with_coder(a.thresholds, a.n, rows::Values{a.multiplier, a.shift}, [&](const auto& coder) {
         if (a.x_type == Type::f32)
-            rows::encode_rows<Type::f32>(a, coder, big ? scratch.data : nullptr, begin, end);
+            rows::encode_rows<Type::f32>(a, coder, row, begin, end);
         else
-            rows::encode_rows<Type::bf16>(a, coder, big ? scratch.data : nullptr, begin, end);
+            rows::encode_rows<Type::bf16>(a, coder, row, begin, end);
     });
 }
 
@@ -564,10 +696,10 @@ inline void row_norms(const void* x, Type type, int64_t k, int64_t begin, int64_
 }
 
 inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
-    const bool big = a.block > rows::kChunk;
-    const Scratch scratch(big ? a.k : 0);
-    float* row = big ? scratch.data : nullptr;
-    rows::with_coder(a.thresholds, a.n, [&](const auto& coder) {
+    const bool in_memory = a.block > rows::kChunk;
+    const Scratch scratch(in_memory ? a.k : 0);
+    float* row = in_memory ? scratch.data : nullptr;
+    rows::with_coder(a.thresholds, a.n, rows::Values{1, 0}, [&](const auto& coder) {
         if (a.x_type == Type::f32 && a.out_type == Type::f32)
             rows::forward_rows<Type::f32, Type::f32>(a, coder, row, begin, end);
         else if (a.x_type == Type::f32)
@@ -580,7 +712,7 @@ inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
 }
 
 inline void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
-    const Scratch scratch(a.k);
+    const Scratch scratch(a.k + rows::kChunk);  // whole chunks
     if (a.type == Type::f32)
         rows::backward_rows<Type::f32>(a, scratch.data, begin, end);
     else
