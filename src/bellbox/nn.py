@@ -10,6 +10,7 @@ remembers what it made of a tensor until every sibling has asked for it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

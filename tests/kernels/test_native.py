@@ -173,7 +173,8 @@ def test_fake_quantization_forward_is_the_reference_and_backward_agrees(
             grad_x = native.bbq_backward(grad, v, r, gamma, free, block)
         assert torch.equal(mine, x_hat), name
         assert torch.equal(kept, v), name
-        error = (grad_x.double() - exact).norm() / exact.norm().clamp(min=1e-30)
+        # Against the size of what is subtracted: with one feature the exact gradient is zero.
+        error = (grad_x.double() - exact).norm() / (gamma * r * grad.float()).double().norm().clamp(min=1e-30)
         assert error < (1e-6 if out == torch.float32 else 4e-3), (name, float(error))
 
 
