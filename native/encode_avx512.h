@@ -54,20 +54,20 @@ BELLBOX_INLINE __m512 odd_columns(__m512i bf16) {
 }
 
 // Columns [i, i + 128) of a row of k; 0 beyond its end, where nothing is read.
-template <Type T>
-BELLBOX_INLINE void load_chunk(const void* row, int64_t i, int64_t k, __m512 (&v)[kRegisters]) {
+template <Type T, int R>
+BELLBOX_INLINE void load_chunk(const void* row, int64_t i, int64_t k, __m512 (&v)[R]) {
     const void* p = element<T>(row, i);
-    const bool whole = k - i >= kChunk;
+    const bool whole = k - i >= 16 * R;
     if (T == Type::f32) {
         BELLBOX_UNROLL
-        for (int j = 0; j < kRegisters; ++j) {
+        for (int j = 0; j < R; ++j) {
             const void* at = element<T>(p, 16 * j);
             v[j] = whole ? _mm512_loadu_ps(at)
                          : _mm512_maskz_loadu_ps(static_cast<__mmask16>(low_bits(k - i - 16 * j)), at);
         }
     } else {
         BELLBOX_UNROLL
-        for (int j = 0; j < kRegisters; j += 2) {
+        for (int j = 0; j < R; j += 2) {
             const void* at = element<T>(p, 16 * j);
             const __m512i both = whole ? _mm512_loadu_si512(at)
                                        : _mm512_maskz_loadu_epi16(static_cast<__mmask32>(low_bits(k - i - 16 * j)), at);
@@ -78,14 +78,16 @@ BELLBOX_INLINE void load_chunk(const void* row, int64_t i, int64_t k, __m512 (&v
 }
 
 // Registers as they are, to and from scratch memory (64-byte aligned, whole chunks).
-BELLBOX_INLINE void load_registers(const float* p, __m512 (&v)[kRegisters]) {
+template <int R>
+BELLBOX_INLINE void load_registers(const float* p, __m512 (&v)[R]) {
     BELLBOX_UNROLL
-    for (int j = 0; j < kRegisters; ++j) v[j] = _mm512_load_ps(p + 16 * j);
+    for (int j = 0; j < R; ++j) v[j] = _mm512_load_ps(p + 16 * j);
 }
 
-BELLBOX_INLINE void store_registers(float* p, const __m512 (&v)[kRegisters]) {
+template <int R>
+BELLBOX_INLINE void store_registers(float* p, const __m512 (&v)[R]) {
     BELLBOX_UNROLL
-    for (int j = 0; j < kRegisters; ++j) _mm512_store_ps(p + 16 * j, v[j]);
+    for (int j = 0; j < R; ++j) _mm512_store_ps(p + 16 * j, v[j]);
 }
 
 // bf16, round to nearest even, in the upper half of each lane. A NaN that comes out of arithmetic is quiet, so its
@@ -97,9 +99,9 @@ BELLBOX_INLINE __m512 round_bf16(__m512 v) {
     return _mm512_castsi512_ps(_mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits, up));
 }
 
-// Index of a permute of two registers in units of `unit` bits... see the two uses: column j of 32 that lie in ORDER.
+// Where column j of 32 lies in two registers in ORDER: 0..15 in the first, 16..31 in the second.
 template <Type ORDER>
-constexpr int place(int j) {  // 0..15: lane of the first register, 16..31: of the second
+constexpr int place(int j) {
     return ORDER == Type::f32 ? j : j / 2 + 16 * (j % 2);
 }
 
@@ -138,36 +140,35 @@ alignas(64) constexpr Lanes kLanes = make_lanes<ORDER>();
 template <Type ORDER>
 alignas(64) constexpr Bytes kBytes = make_bytes<ORDER>();
 
-// Columns [i, i + 128) of a row of k, from registers in ORDER. ROUNDED: they hold bf16 in upper halves already.
+// Columns [i, i + 32) of a row of k, from two registers in ORDER; those beyond its end are not written. ROUNDED: they
+// hold bf16 in upper halves already.
 template <Type OUT, Type ORDER, bool ROUNDED = false>
-BELLBOX_INLINE void store_chunk(void* row, int64_t i, int64_t k, const __m512 (&v)[kRegisters]) {
-    void* p = element<OUT>(row, i);
-    const bool whole = k - i >= kChunk;
-    BELLBOX_UNROLL
-    for (int j = 0; j < kRegisters; j += 2) {
-        void *at = element<OUT>(p, 16 * j), *next = element<OUT>(p, 16 * (j + 1));
-        const int64_t left = k - i - 16 * j;
-        if (OUT == Type::f32) {
-            const bool plain = ORDER == Type::f32;
-            const __m512i first = _mm512_load_si512(kLanes<ORDER>.first), second = _mm512_load_si512(kLanes<ORDER>.second);
-            const __m512 a = plain ? v[j] : _mm512_permutex2var_ps(v[j], first, v[j + 1]);
-            const __m512 b = plain ? v[j + 1] : _mm512_permutex2var_ps(v[j], second, v[j + 1]);
-            if (whole) {
-                _mm512_storeu_ps(at, a);
-                _mm512_storeu_ps(next, b);
-            } else {
-                _mm512_mask_storeu_ps(at, static_cast<__mmask16>(low_bits(left)), a);
-                _mm512_mask_storeu_ps(next, static_cast<__mmask16>(low_bits(left - 16)), b);
-            }
-        } else {
-            const __m512i a = _mm512_castps_si512(ROUNDED ? v[j] : round_bf16(v[j]));
-            const __m512i b = _mm512_castps_si512(ROUNDED ? v[j + 1] : round_bf16(v[j + 1]));
-            const __m512i both = _mm512_permutex2var_epi16(a, _mm512_load_si512(kWords<ORDER>.upper), b);
-            if (whole)
-                _mm512_storeu_si512(at, both);
-            else
-                _mm512_mask_storeu_epi16(at, static_cast<__mmask32>(low_bits(left)), both);
+BELLBOX_INLINE void store_pair(void* row, int64_t i, int64_t k, __m512 a, __m512 b) {
+    void* at = element<OUT>(row, i);
+    const bool whole = k - i >= 32;
+    const uint32_t mask = static_cast<uint32_t>(low_bits(k - i));
+    if (OUT == Type::f32) {
+        void* next = element<OUT>(row, i + 16);
+        if (ORDER == Type::bf16) {
+            const __m512 even = a;
+            a = _mm512_permutex2var_ps(even, _mm512_load_si512(kLanes<ORDER>.first), b);
+            b = _mm512_permutex2var_ps(even, _mm512_load_si512(kLanes<ORDER>.second), b);
         }
+        if (whole) {
+            _mm512_storeu_ps(at, a);
+            _mm512_storeu_ps(next, b);
+        } else {
+            _mm512_mask_storeu_ps(at, static_cast<__mmask16>(mask), a);
+            _mm512_mask_storeu_ps(next, static_cast<__mmask16>(mask >> 16), b);
+        }
+    } else {
+        const __m512i both =
+            _mm512_permutex2var_epi16(_mm512_castps_si512(ROUNDED ? a : round_bf16(a)), _mm512_load_si512(kWords<ORDER>.upper),
+                                      _mm512_castps_si512(ROUNDED ? b : round_bf16(b)));
+        if (whole)
+            _mm512_storeu_si512(at, both);
+        else
+            _mm512_mask_storeu_epi16(at, mask, both);
     }
 }
 
@@ -188,11 +189,11 @@ struct Signs {
 };
 
 // Distance H < 16 within registers: lane i becomes x[i] + x[i + H] or x[i - H] - x[i].
-template <int H>
-BELLBOX_INLINE void stage(__m512 (&v)[kRegisters], const Signs& signs) {
+template <int H, int R>
+BELLBOX_INLINE void stage(__m512 (&v)[R], const Signs& signs) {
     const __m512 sign = signs.of[H == 1 ? 0 : H == 2 ? 1 : H == 4 ? 2 : 3];
     BELLBOX_UNROLL
-    for (int j = 0; j < kRegisters; ++j) {
+    for (int j = 0; j < R; ++j) {
         const __m512 other = H == 1   ? _mm512_permute_ps(v[j], 0xb1)
                              : H == 2 ? _mm512_permute_ps(v[j], 0x4e)
                              : H == 4 ? _mm512_shuffle_f32x4(v[j], v[j], 0xb1)
@@ -202,10 +203,10 @@ BELLBOX_INLINE void stage(__m512 (&v)[kRegisters], const Signs& signs) {
 }
 
 // Registers H apart.
-template <int H>
-BELLBOX_INLINE void stage_across(__m512 (&v)[kRegisters]) {
+template <int H, int R>
+BELLBOX_INLINE void stage_across(__m512 (&v)[R]) {
     BELLBOX_UNROLL
-    for (int j = 0; j < kRegisters; ++j) {
+    for (int j = 0; j < R; ++j) {
         if (j & H) continue;
         const __m512 a = v[j], b = v[j + H];
         v[j] = _mm512_add_ps(a, b);
@@ -214,8 +215,8 @@ BELLBOX_INLINE void stage_across(__m512 (&v)[kRegisters]) {
 }
 
 // All stages of blocks up to 128. The branches go the same way for every chunk and cost nothing.
-template <Type ORDER>
-BELLBOX_INLINE void butterfly(__m512 (&v)[kRegisters], int64_t block, const Signs& signs) {
+template <Type ORDER, int R>
+BELLBOX_INLINE void butterfly(__m512 (&v)[R], int64_t block, const Signs& signs) {
     if (ORDER == Type::f32) {
         if (block > 1) stage<1>(v, signs);
         if (block > 2) stage<2>(v, signs);
@@ -257,9 +258,9 @@ inline void rotate_row(const void* x, int64_t k, int64_t block, const Signs& sig
 }
 
 // A rotated chunk: from x, or from the row that rotate_row left in scratch.
-template <Type T>
+template <Type T, int R>
 BELLBOX_INLINE void rotated_chunk(const void* x, const float* scratch, int64_t i, int64_t k, int64_t block,
-                                  const Signs& signs, __m512 (&v)[kRegisters]) {
+                                  const Signs& signs, __m512 (&v)[R]) {
     if (scratch != nullptr) {
         load_registers(scratch + i, v);
     } else {
@@ -270,33 +271,42 @@ BELLBOX_INLINE void rotated_chunk(const void* x, const float* scratch, int64_t i
 
 // ---- sums of squares ----
 
+BELLBOX_INLINE void add_square(__m512d v, __m512d& sum) { sum = _mm512_fmadd_pd(v, v, sum); }
+
+BELLBOX_INLINE void add_squares(__m512 v, __m512d (&sum)[2]) {
+    add_square(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), sum[0]);
+    add_square(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)), sum[1]);
+}
+
 template <Type T>
 inline double row_norm(const void* x, int64_t k) {
-    __m512d sum[4];
+    __m512d sums[4][2];  // in any order: even and odd columns of bf16 are apart
     BELLBOX_UNROLL
-    for (int j = 0; j < 4; ++j) sum[j] = _mm512_setzero_pd();
-    for (int64_t i = 0; i < k; i += 32) {  // the order within the sum is free: even and odd columns of bf16 apart
-        __m512 v[2];
-        const uint32_t left = static_cast<uint32_t>(low_bits(k - i));
-        if (T == Type::f32) {
-            const void *at = element<T>(x, i), *next = element<T>(x, i + 16);
-            v[0] = k - i >= 32 ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(static_cast<__mmask16>(left), at);
-            v[1] = k - i >= 32 ? _mm512_loadu_ps(next) : _mm512_maskz_loadu_ps(static_cast<__mmask16>(left >> 16), next);
-        } else {
-            const __m512i both = k - i >= 32 ? _mm512_loadu_si512(element<T>(x, i))
-                                             : _mm512_maskz_loadu_epi16(left, element<T>(x, i));
-            v[0] = even_columns(both);
-            v[1] = odd_columns(both);
-        }
+    for (int j = 0; j < 8; ++j) sums[j / 2][j % 2] = _mm512_setzero_pd();
+    int64_t i = 0;
+    for (; k - i >= 64; i += 64) {
         BELLBOX_UNROLL
-        for (int j = 0; j < 2; ++j) {
-            const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v[j]));
-            const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v[j], 1));
-            sum[2 * j] = _mm512_fmadd_pd(low, low, sum[2 * j]);
-            sum[2 * j + 1] = _mm512_fmadd_pd(high, high, sum[2 * j + 1]);
+        for (int j = 0; j < 4; ++j) {
+            if (T == Type::f32) {  // converted as it is read
+                const float* at = static_cast<const float*>(x) + i + 16 * j;
+                add_square(_mm512_cvtps_pd(_mm256_loadu_ps(at)), sums[j][0]);
+                add_square(_mm512_cvtps_pd(_mm256_loadu_ps(at + 8)), sums[j][1]);
+            } else {
+                const __m512i both = _mm512_loadu_si512(element<T>(x, i + 32 * (j / 2)));
+                add_squares(j % 2 == 0 ? even_columns(both) : odd_columns(both), sums[j]);
+            }
         }
     }
-    return __builtin_sqrt(_mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sum[0], sum[1]), _mm512_add_pd(sum[2], sum[3]))));
+    if (i < k) {
+        __m512 v[4];
+        load_chunk<T>(x, i, k, v);
+        BELLBOX_UNROLL
+        for (int j = 0; j < 4; ++j) add_squares(v[j], sums[j]);
+    }
+    __m512d sum = _mm512_setzero_pd();
+    BELLBOX_UNROLL
+    for (int j = 0; j < 8; ++j) sum = _mm512_add_pd(sum, sums[j / 2][j % 2]);
+    return __builtin_sqrt(_mm512_reduce_add_pd(sum));
 }
 
 // ---- codes ----
@@ -348,33 +358,6 @@ struct Two {  // 2 levels
     template <Type ORDER>
     BELLBOX_INLINE __m512i levels(__m512 a, __m512 b, __m512 c, __m512 d) const {
         return in_columns<ORDER>(_mm512_mask_blend_epi8(join(reached(a), reached(b), reached(c), reached(d)), low, high));
-    }
-};
-
-struct Four {  // 3 or 4 levels: the middle threshold, then the one below or above it
-    __m512 low, middle, high;
-    __m512i level[4];
-    Four(const float* thresholds, int n, Values values)
-        : low(_mm512_set1_ps(thresholds[0])),
-          middle(_mm512_set1_ps(thresholds[1])),
-          high(_mm512_set1_ps(n > 3 ? thresholds[2] : __builtin_nanf(""))) {
-        for (int code = 0; code < 4; ++code) level[code] = _mm512_set1_epi8(values.of(code));
-    }
-    BELLBOX_INLINE __mmask16 above(__m512 v) const { return _mm512_cmp_ps_mask(v, middle, _CMP_GE_OQ); }
-    BELLBOX_INLINE __mmask16 beyond(__m512 v, __mmask16 above) const {
-        return _mm512_cmp_ps_mask(v, _mm512_mask_blend_ps(above, low, high), _CMP_GE_OQ);
-    }
-    BELLBOX_INLINE __m512i index(__m512 v) const {
-        const __mmask16 upper = above(v);
-        const __m512i code = _mm512_maskz_set1_epi32(upper, 2);
-        return _mm512_mask_add_epi32(code, beyond(v, upper), code, _mm512_set1_epi32(1));
-    }
-    template <Type ORDER>
-    BELLBOX_INLINE __m512i levels(__m512 a, __m512 b, __m512 c, __m512 d) const {
-        const __mmask16 p = above(a), q = above(b), r = above(c), s = above(d);
-        const __mmask64 upper = join(p, q, r, s), next = join(beyond(a, p), beyond(b, q), beyond(c, r), beyond(d, s));
-        const __m512i below = _mm512_mask_blend_epi8(next, level[0], level[1]);
-        return in_columns<ORDER>(_mm512_mask_blend_epi8(upper, below, _mm512_mask_blend_epi8(next, level[2], level[3])));
     }
 };
 
@@ -470,7 +453,6 @@ struct Cells {
 template <typename F>
 BELLBOX_INLINE void with_coder(const float* thresholds, int n, Values values, const F& f) {
     if (n == 2) return f(Two(thresholds, n, values));
-    if (n <= 4) return f(Four(thresholds, n, values));
     const Cells cells(thresholds, n, values);
     if (cells.exact) return f(cells);
     f(Search(thresholds, n, values));
@@ -478,43 +460,55 @@ BELLBOX_INLINE void with_coder(const float* thresholds, int n, Values values, co
 
 // ---- encode ----
 
+// Sums over a row while its levels are made.
+struct Sums {
+    __m512i levels[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+};
+
+// The levels of 16 * R columns from i on.
+template <Type T, bool CHECK, int R, typename Coder>
+BELLBOX_INLINE void encode_chunk(const Coder& coder, const Signs& signs, const void* x, const float* scratch, int64_t i,
+                                 int64_t k, int64_t block, __m512 factor, int8_t* levels, Sums& sums) {
+    __m512 v[R];
+    if (CHECK) {
+        load_chunk<T>(x, i, k, v);
+        BELLBOX_UNROLL
+        for (int j = 0; j < R; ++j) sums.squares[j & 1] = _mm512_fmadd_ps(v[j], v[j], sums.squares[j & 1]);
+        if (scratch == nullptr)
+            butterfly<T>(v, block, signs);
+        else
+            load_registers(scratch + i, v);
+    } else {
+        rotated_chunk<T>(x, scratch, i, k, block, signs, v);
+    }
+    BELLBOX_UNROLL
+    for (int j = 0; j < R; ++j) v[j] = _mm512_mul_ps(v[j], factor);
+    const bool whole = k - i >= 16 * R;
+    BELLBOX_UNROLL
+    for (int j = 0; j < R; j += 4) {
+        const int64_t at = i + 16 * j;
+        __m512i out = coder.template levels<T>(v[j], v[j + 1], v[j + 2], v[j + 3]);
+        if (!whole) out = _mm512_maskz_mov_epi8(low_bits(k - at), out);
+        sums.levels[j / 4 & 1] = _mm512_dpbusd_epi32(sums.levels[j / 4 & 1], _mm512_set1_epi8(1), out);
+        if (whole || k > at) _mm512_storeu_si512(levels + at, out);
+    }
+}
+
 // The levels of one row up to the multiple of 64 that covers it; returns their sum. CHECK: `squares` becomes the fp32
 // sum of squares of x, which is not a finite number where an entry is not.
 template <Type T, bool CHECK, typename Coder>
 BELLBOX_INLINE int32_t encode_row(const Coder& coder, const Signs& signs, const void* x, const float* scratch, int64_t k,
                                   int64_t block, float r, int8_t* levels, float& squares) {
     const __m512 factor = _mm512_set1_ps(r);
-    const __m512i ones = _mm512_set1_epi8(1);
-    __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    __m512 square[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t i = 0; i < k; i += kChunk) {
-        __m512 v[kRegisters];
-        if (CHECK) {
-            load_chunk<T>(x, i, k, v);
-            BELLBOX_UNROLL
-            for (int j = 0; j < kRegisters; ++j) square[j & 1] = _mm512_fmadd_ps(v[j], v[j], square[j & 1]);
-            if (scratch == nullptr)
-                butterfly<T>(v, block, signs);
-            else
-                load_registers(scratch + i, v);
-        } else {
-            rotated_chunk<T>(x, scratch, i, k, block, signs, v);
-        }
-        BELLBOX_UNROLL
-        for (int j = 0; j < kRegisters; ++j) v[j] = _mm512_mul_ps(v[j], factor);
-        __m512i low = coder.template levels<T>(v[0], v[1], v[2], v[3]);
-        __m512i high = coder.template levels<T>(v[4], v[5], v[6], v[7]);
-        if (k - i < kChunk) {
-            low = _mm512_maskz_mov_epi8(low_bits(k - i), low);
-            high = _mm512_maskz_mov_epi8(low_bits(k - i - 64), high);
-        }
-        sum[0] = _mm512_dpbusd_epi32(sum[0], ones, low);
-        sum[1] = _mm512_dpbusd_epi32(sum[1], ones, high);
-        _mm512_storeu_si512(levels + i, low);
-        if (k - i > 64) _mm512_storeu_si512(levels + i + 64, high);
-    }
-    if (CHECK) squares = _mm512_reduce_add_ps(_mm512_add_ps(square[0], square[1]));
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(sum[0], sum[1]));
+    Sums sums;
+    int64_t i = 0;
+    for (; k - i >= 2 * kChunk; i += 2 * kChunk)
+        encode_chunk<T, CHECK, 2 * kRegisters>(coder, signs, x, scratch, i, k, block, factor, levels, sums);
+    for (; i < k; i += kChunk)
+        encode_chunk<T, CHECK, kRegisters>(coder, signs, x, scratch, i, k, block, factor, levels, sums);
+    if (CHECK) squares = _mm512_reduce_add_ps(_mm512_add_ps(sums.squares[0], sums.squares[1]));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(sums.levels[0], sums.levels[1]));
 }
 
 template <Type T, typename Coder>
@@ -554,6 +548,20 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch,
 
 // ---- training ----
 
+template <Type IN, Type OUT, int R, typename Coder>
+BELLBOX_INLINE void forward_chunk(const Coder& coder, const Signs& signs, const void* x, const float* scratch, int64_t i,
+                                  int64_t k, int64_t block, __m512 factor, __m512 values, void* kept, void* x_hat) {
+    __m512 v[R];
+    rotated_chunk<IN>(x, scratch, i, k, block, signs, v);
+    BELLBOX_UNROLL
+    for (int j = 0; j < R; j += 2) {
+        const __m512 a = _mm512_mul_ps(v[j], factor), b = _mm512_mul_ps(v[j + 1], factor);
+        store_pair<OUT, IN>(kept, i + 16 * j, k, a, b);
+        store_pair<OUT, IN, true>(x_hat, i + 16 * j, k, _mm512_permutexvar_ps(coder.index(a), values),
+                                  _mm512_permutexvar_ps(coder.index(b), values));
+    }
+}
+
 template <Type IN, Type OUT, typename Coder>
 inline void forward_rows(const ForwardArgs& a, const Coder shared, float* scratch, int64_t begin, int64_t end) {
     const Coder coder = shared;
@@ -569,17 +577,11 @@ inline void forward_rows(const ForwardArgs& a, const Coder shared, float* scratc
         __m512 values = _mm512_mul_ps(centred, _mm512_set1_ps(scale));  // of each code, so rounded once a row
         if (OUT == Type::bf16) values = round_bf16(values);
         if (scratch != nullptr) rotate_row<IN>(x, k, block, signs, scratch);
-        for (int64_t j = 0; j < k; j += kChunk) {
-            __m512 v[kRegisters], out[kRegisters];
-            rotated_chunk<IN>(x, scratch, j, k, block, signs, v);
-            BELLBOX_UNROLL
-            for (int l = 0; l < kRegisters; ++l) {
-                v[l] = _mm512_mul_ps(v[l], factor);
-                out[l] = _mm512_permutexvar_ps(coder.index(v[l]), values);
-            }
-            store_chunk<OUT, IN>(kept, j, k, v);
-            store_chunk<OUT, IN, true>(x_hat, j, k, out);
-        }
+        int64_t j = 0;
+        for (; k - j >= 2 * kChunk; j += 2 * kChunk)
+            forward_chunk<IN, OUT, 2 * kRegisters>(coder, signs, x, scratch, j, k, block, factor, values, kept, x_hat);
+        for (; j < k; j += kChunk)
+            forward_chunk<IN, OUT, kRegisters>(coder, signs, x, scratch, j, k, block, factor, values, kept, x_hat);
     }
 }
 
@@ -610,6 +612,22 @@ BELLBOX_INLINE __m512 bell(__m512 v) {
 BELLBOX_INLINE __m512d add_wide(__m512d sum, __m512 v) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
     return _mm512_add_pd(sum, _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+}
+
+// The second half of backward: the gradient of v to that of x.
+template <Type T, int R>
+BELLBOX_INLINE void gradient_chunk(const Signs& signs, float* scratch, const void* kept, int64_t i, int64_t k, int64_t block,
+                                   __m512 factor, __m512 mean, __m512 r, void* grad_x) {
+    __m512 g[R], v[R];
+    load_registers(scratch + i, g);
+    load_chunk<T>(kept, i, k, v);
+    BELLBOX_UNROLL
+    for (int j = 0; j < R; ++j)
+        g[j] = _mm512_mul_ps(_mm512_fmsub_ps(g[j], factor, _mm512_mul_ps(v[j], mean)), r);
+    butterfly<T>(g, block, signs);
+    if (block > kChunk) return store_registers(scratch + i, g);
+    BELLBOX_UNROLL
+    for (int j = 0; j < R; j += 2) store_pair<T, T>(grad_x, i + 16 * j, k, g[j], g[j + 1]);
 }
 
 template <Type T>
@@ -651,26 +669,15 @@ inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, 
         const float mean = a.mean != nullptr ? *a.mean
                                              : static_cast<float>(sum / static_cast<double>(k)) * a.free[i * a.free_stride];
         const __m512 centre = _mm512_set1_ps(mean), all = _mm512_set1_ps(r), own = _mm512_set1_ps(factor);
-        for (int64_t j = 0; j < k; j += kChunk) {
-            __m512 g[kRegisters], v[kRegisters];
-            load_registers(scratch + j, g);
-            load_chunk<T>(kept, j, k, v);
-            BELLBOX_UNROLL
-            for (int l = 0; l < kRegisters; ++l)
-                g[l] = _mm512_mul_ps(_mm512_fmsub_ps(g[l], own, _mm512_mul_ps(v[l], centre)), all);
-            butterfly<T>(g, block, signs);
-            if (block <= kChunk)
-                store_chunk<T, T>(grad_x, j, k, g);
-            else
-                store_registers(scratch + j, g);
-        }
+        int64_t j = 0;
+        for (; k - j >= 2 * kChunk; j += 2 * kChunk)
+            gradient_chunk<T, 2 * kRegisters>(signs, scratch, kept, j, k, block, own, centre, all, grad_x);
+        for (; j < k; j += kChunk)
+            gradient_chunk<T, kRegisters>(signs, scratch, kept, j, k, block, own, centre, all, grad_x);
         if (block > kChunk) {
             butterfly_rest(scratch, k, block);
-            for (int64_t j = 0; j < k; j += kChunk) {
-                __m512 g[kRegisters];
-                load_registers(scratch + j, g);
-                store_chunk<T, T>(grad_x, j, k, g);
-            }
+            for (j = 0; j < k; j += 32)
+                store_pair<T, T>(grad_x, j, k, _mm512_load_ps(scratch + j), _mm512_load_ps(scratch + j + 16));
         }
     }
 }
