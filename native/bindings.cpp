@@ -176,12 +176,16 @@ void forward(uintptr_t x, int x_type, int64_t rows, int64_t k, int block, uintpt
     share(rows, threads, [&](int64_t begin, int64_t end) { kernels().forward(a, begin, end); });
 }
 
-void backward(uintptr_t grad, uintptr_t v, int type, int64_t rows, int64_t k, int block, uintptr_t r, int64_t r_stride,
-              uintptr_t gamma, int64_t gamma_stride, uintptr_t free, int64_t free_stride, uintptr_t mean,
-              uintptr_t grad_x, int threads, uintptr_t x_hat, uintptr_t row_dot) {
-    const BackwardArgs a{at<void>(grad), at<void>(v), static_cast<Type>(type), rows, k, block, at<float>(r), r_stride,
-                         at<float>(gamma), gamma_stride, at<float>(free), free_stride,
-                         mean != 0 ? at<float>(mean) : nullptr, at<void>(grad_x), at<void>(x_hat), at<float>(row_dot)};
+void backward(uintptr_t grad, uintptr_t v, uintptr_t x_hat, int type, int64_t rows, int64_t k, int block, uintptr_t r,
+              int64_t r_stride, uintptr_t gamma, int64_t gamma_stride, uintptr_t free, int64_t free_stride,
+              uintptr_t grad_x, uintptr_t row_dot, int threads) {
+    BackwardArgs a{};
+    a.grad = at<void>(grad), a.v = at<void>(v), a.x_hat = at<void>(x_hat), a.type = static_cast<Type>(type);
+    a.rows = rows, a.k = k, a.block = block;
+    a.r = at<float>(r), a.r_stride = r_stride;
+    a.gamma = at<float>(gamma), a.gamma_stride = gamma_stride;
+    a.free = at<float>(free), a.free_stride = free_stride;
+    a.grad_x = at<void>(grad_x), a.row_dot = at<float>(row_dot);
     nb::gil_scoped_release release;
     share(rows, threads, [&](int64_t begin, int64_t end) { kernels().backward(a, begin, end); });
 }
@@ -202,8 +206,5 @@ NB_MODULE(_native, m) {
     m.def("linear", &linear);
     m.def("row_norms", &row_norms);
     m.def("forward", &forward);
-    m.def("backward", &backward, nb::arg("grad"), nb::arg("v"), nb::arg("type"), nb::arg("rows"), nb::arg("k"),
-          nb::arg("block"), nb::arg("r"), nb::arg("r_stride"), nb::arg("gamma"), nb::arg("gamma_stride"),
-          nb::arg("free"), nb::arg("free_stride"), nb::arg("mean"), nb::arg("grad_x"), nb::arg("threads"),
-          nb::arg("x_hat") = 0, nb::arg("row_dot") = 0);
+    m.def("backward", &backward);
 }

@@ -29,7 +29,7 @@ def test_operations_keep_their_registered_contract(shape, per_row):
     torch.library.opcheck(bbq_forward, (x, r, scale, THRESHOLDS, 1.5, 16, torch.bfloat16))
     out, v = bbq_forward(x, r, scale, THRESHOLDS, 1.5, 16, torch.float32)
     torch.library.opcheck(
-        bbq_backward, (torch.ones_like(out), v, r, scale, torch.ones_like(r), 16, not per_row)
+        bbq_backward, (torch.ones_like(out), v, out, r, scale, torch.ones_like(r), 16, not per_row)
     )
 
 

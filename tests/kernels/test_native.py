@@ -166,15 +166,18 @@ def test_fake_quantization_forward_is_the_reference_and_backward_agrees(
     grad = torch.randn(rows, features, generator=generator).to(out)
     args = x, r, gamma / (n / 2), levels.thresholds, levels.offset, block, out
     x_hat, v = bbq.reference_forward(*args)
-    exact = bbq.reference_backward(grad.double(), v.double(), r.double(), gamma.double(), free.double(), block, False)
+    doubles = [tensor.double() for tensor in (grad, v, x_hat, r, gamma, free)]
+    exact, exact_dots = bbq.reference_backward(*doubles, block, False)
     for name in ISAS:
         with native.use(name):
             mine, kept = native.bbq_forward(*args)
-            grad_x = native.bbq_backward(grad, v, r, gamma, free, block)
+            grad_x, dots = native.bbq_backward(grad, v, x_hat, r, gamma, free, block)
         assert torch.equal(mine, x_hat), name
         assert torch.equal(kept, v), name
         # Against the size of what is subtracted: with one feature the exact gradient is zero.
         error = (grad_x.double() - exact).norm() / (block**0.5 * gamma * r * grad.float()).double().norm()
+        products = (grad * x_hat).float().norm(dim=-1, keepdim=True) * features**0.5
+        assert ((dots.double() - exact_dots).abs() <= 1e-6 * products + 1e-30).all(), name
         assert error < (1e-6 if out == torch.float32 else 4e-3), (name, float(error))
 
 

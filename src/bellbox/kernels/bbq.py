@@ -98,13 +98,14 @@ def _soft_gradient(grad: Tensor, v: Tensor, gamma: Tensor, out: Tensor) -> Tenso
 
 @torch.library.custom_op("bellbox::bbq_backward", mutates_args=())
 def bbq_backward(
-    grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
-) -> Tensor:
+    grad: Tensor, v: Tensor, x_hat: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+) -> tuple[Tensor, Tensor]:
     """Closed-form backward to the input: straight-through in the rounding only, everything else differentiated.
 
     Args:
         grad: dL/dx_hat `[rows, features]`.
         v: what the forward kept, `[rows, features]`.
+        x_hat: what the forward returned, `[rows, features]`.
         r: as in the forward.
         gamma: `[rows, 1]` or `[1, 1]`, compute dtype.
         free: the shape of `r`; 1 where sigma follows the input, 0 where it is constant (its floor, an EMA).
@@ -112,18 +113,19 @@ def bbq_backward(
         whole_tensor: sigma is taken over the whole tensor, else over each row.
 
     Returns:
-        dL/dx `[rows, features]` in the dtype of `grad`.
+        dL/dx `[rows, features]` in the dtype of `grad`, and `sum(grad * x_hat)` of each row, `[rows, 1]` in the
+        compute dtype, which gives the gradient of gamma.
     """
-    if native.serves(grad, 2) and v.dtype == grad.dtype and not whole_tensor:
-        return native.bbq_backward(grad, v, r, gamma, free, block)
-    return reference_backward(grad, v, r, gamma, free, block, whole_tensor)
+    if native.serves(grad, 2) and v.dtype == x_hat.dtype == grad.dtype and not whole_tensor:
+        return native.bbq_backward(grad, v, x_hat, r, gamma, free, block)
+    return reference_backward(grad, v, x_hat, r, gamma, free, block, whole_tensor)
 
 
 def reference_backward(
-    grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
-) -> Tensor:
+    grad: Tensor, v: Tensor, x_hat: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+) -> tuple[Tensor, Tensor]:
     """`bbq_backward` in plain torch."""
-    grad_x = torch.empty_like(grad)
+    grad_x, dots = torch.empty_like(grad), torch.empty((len(grad), 1), dtype=r.dtype, device=grad.device)
     scratch = Scratch(grad, 5, r.dtype)
     # bf16 gradients: one small matrix product is cheaper than seven passes, at the gradient's own precision.
     matrix = _matrix(block, grad.device) if grad.dtype == torch.bfloat16 and block > 1 else None
@@ -140,6 +142,7 @@ def reference_backward(
     for rows in chunks(grad):
         a, b, c, d, e = scratch.rows(rows)
         g_v = _soft_gradient(b.copy_(grad[rows]), a.copy_(v[rows]), per_row(gamma, rows), c)
+        dots[rows] = d.copy_(x_hat[rows]).mul_(b).sum(-1, keepdim=True)
         mean = whole_mean
         if mean is None:
             mean = torch.mul(g_v, a, out=d).mean(-1, keepdim=True) * per_row(free, rows)
@@ -150,11 +153,11 @@ def reference_backward(
             torch.mm(g_v.to(torch.bfloat16).view(-1, block), matrix, out=grad_x[rows].view(-1, block))
         else:
             grad_x[rows] = butterfly_between(g_v, block, (d, e))
-    return grad_x
+    return grad_x, dots
 
 
 @bbq_backward.register_fake
 def _(
-    grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
-) -> Tensor:
-    return torch.empty_like(grad)
+    grad: Tensor, v: Tensor, x_hat: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad), r.new_empty((len(grad), 1))

@@ -243,16 +243,19 @@ def bbq_forward(
     return x_hat, v
 
 
-def bbq_backward(grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int) -> Tensor:
+def bbq_backward(
+    grad: Tensor, v: Tensor, x_hat: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
     """`bellbox::bbq_backward` for a statistic of rows; see `bellbox.kernels.bbq`."""
     module = _module()
     assert module is not None
     rows, features = grad.shape
     grad, r, gamma, free = grad.contiguous(), r.contiguous(), gamma.contiguous(), free.contiguous()
-    grad_x = torch.empty_like(grad)
+    grad_x, dots = torch.empty_like(grad), torch.empty(rows, 1)
     module.backward(
         grad.data_ptr(),
         v.data_ptr(),
+        x_hat.data_ptr(),
         _TYPES[grad.dtype],
         rows,
         features,
@@ -263,8 +266,8 @@ def bbq_backward(grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor, free: Tensor
         int(gamma.numel() > 1),
         free.data_ptr(),
         int(free.numel() > 1),
-        0,
         grad_x.data_ptr(),
+        dots.data_ptr(),
         torch.get_num_threads(),
     )
-    return grad_x
+    return grad_x, dots

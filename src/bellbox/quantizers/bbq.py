@@ -96,16 +96,13 @@ class _FakeQuantize(torch.autograd.Function):
         v, x_hat, r, free, gamma = ctx.saved_tensors
         (grad,) = grads
         grad = grad.contiguous()
-        g_x = None
-        if ctx.needs_input_grad[0]:
-            wide_gamma = gamma.to(r.dtype).reshape(-1, 1)
-            g_x = bbq_backward(grad, v, r, wide_gamma, free, ctx.block, ctx.whole_tensor).to(ctx.input_dtype)
+        wide_gamma = gamma.to(r.dtype).reshape(-1, 1)
+        g_x, dots = bbq_backward(grad, v, x_hat, r, wide_gamma, free, ctx.block, ctx.whole_tensor)
         # q / (n/2) is x_hat / gamma: no need to code v again. A gamma of exactly zero rests for this step.
         divisor = torch.where(gamma == 0, math.inf, gamma)
-        row_sums = torch.linalg.vecdot(grad, x_hat).to(r.dtype)
-        g_gamma = row_sums.reshape(gamma.shape) if gamma.dim() else row_sums.sum(dtype=torch.float64)
+        g_gamma = dots.reshape(gamma.shape) if gamma.dim() else dots.sum(dtype=torch.float64)
         g_gamma = g_gamma / divisor / math.sqrt(max(1, v.numel()))
-        return g_x, g_gamma.to(gamma.dtype), None, None, None, None, None, None
+        return g_x.to(ctx.input_dtype), g_gamma.to(gamma.dtype), None, None, None, None, None, None
 
 
 class BBQ(Quantizer):
