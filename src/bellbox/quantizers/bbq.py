@@ -100,7 +100,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             wide_gamma = gamma.to(r.dtype).reshape(-1, 1)
             g_x = bbq_backward(grad, v, r, wide_gamma, free, ctx.block, ctx.whole_tensor).to(ctx.input_dtype)
-        # q / (n/2) is x_hat / gamma: no need to code v again. A gamma of exactly zero rests for this step.
+        # q / (n/2) is x_hat / gamma: no need to code v again. A gamma of exactly zero gets no gradient.
         divisor = torch.where(gamma == 0, math.inf, gamma)
         row_sums = torch.linalg.vecdot(grad, x_hat).to(r.dtype)
         g_gamma = row_sums.reshape(gamma.shape) if gamma.dim() else row_sums.sum(dtype=torch.float64)
