@@ -89,11 +89,13 @@ def butterfly_between(x: Tensor, block: int, scratch: tuple[Tensor, Tensor]) -> 
     target, spare = scratch[0].view(-1), scratch[1].view(-1)
     if x.dtype == torch.float32 and x.device.type == "cpu" and block >= 16:
         # Runs of one, two and four floats defeat the vector units; the same additions in wider types do not.
-        pairs = torch.view_as_complex(source.view(-1, 2))  # (a - ib)(1 + i) = (a + b) + i(a - b)
-        torch.mul(pairs.conj(), 1 + 1j, out=torch.view_as_complex(target.view(-1, 2)))
+        # (a - ib)(1 + i) = (a + b) + i(a - b). Conjugated in memory: tracing loses torch's lazy conjugation.
+        wide = torch.view_as_complex(target.view(-1, 2))
+        torch.conj_physical(torch.view_as_complex(source.view(-1, 2)), out=wide)
+        torch.mul(wide, 1 + 1j, out=wide)
         source, target, spare = target, spare, target
-        for h, wide in ((2, torch.float64), (4, torch.complex128)):
-            halves, swapped = source.view(wide).view(-1, 2), target.view(wide).view(-1, 2)
+        for h, moved in ((2, torch.float64), (4, torch.complex128)):
+            halves, swapped = source.view(moved).view(-1, 2), target.view(moved).view(-1, 2)
             swapped[:, 0].copy_(halves[:, 1])
             swapped[:, 1].copy_(halves[:, 0])
             blocks = target.view(-1, block)

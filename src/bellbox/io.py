@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.files import new_folder, read_json, sha256_file
-from bellbox.hadamard import block_size
 from bellbox.levels import Levels
 from bellbox.nn import (
     InputCoding,
@@ -309,7 +308,7 @@ def _validated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise BellboxError(f"{path}: field '{where}': {first['msg']}") from None
+        raise BellboxError(f"{path}: field {where!r}: {first['msg']}") from None
 
 
 def _verify_file(path: Path, stated: Mapping[str, Any]) -> None:
@@ -358,12 +357,16 @@ def _packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, PackedLin
         try:
             weight, activation = _read_levels(entry["weight"]), _read_levels(entry["activation"])
             block = entry["hadamard_block"]
-            if block > 1 and block_size(entry["in_features"], block) != block:
-                raise BellboxError(f"Hadamard block {block} does not divide {entry['in_features']}")
+            if block & (block - 1) or entry["in_features"] % block:
+                raise BellboxError(
+                    f"Hadamard block {block}: must be a power of two that divides {entry['in_features']}"
+                )
+            if entry["input"] not in stored:
+                raise BellboxError(f"its input is that of layer {entry['input']!r}, which is not in the file")
             if not (weight.fits_int8 and activation.fits_int8):
                 raise BellboxError("levels do not fit int8")
         except BellboxError as error:
-            raise BellboxError(f"{root / CONFIG}: layer '{name}': {error}") from None
+            raise BellboxError(f"{root / CONFIG}: layer {name!r}: {error}") from None
         coding = InputCoding(activation, block, entry["statistic"])
         with torch.device("meta"):
             layers[name] = PackedLinear(
@@ -397,13 +400,14 @@ def _check_fit(
         place = places.get(name)
         if not isinstance(place, (nn.Linear, QuantizedLinear, PackedLinear)):
             kind = "nothing" if place is None else type(place).__name__
-            raise BellboxError(f"{root}: layer '{name}' is {kind} in the model, not a linear layer")
+            raise BellboxError(f"{root}: layer {name!r} is {kind} in the model, not a linear layer")
         here, there = (place.out_features, place.in_features), (layer.out_features, layer.in_features)
         if here != there:
-            raise BellboxError(f"{root}: layer '{name}' is {there} in the file and {here} in the model")
+            raise BellboxError(f"{root}: layer {name!r} is {there} in the file and {here} in the model")
     inside = tuple(f"{name}." if name else "" for name in packed)
+    # What is not packed may be stored in another precision than the model has, but not as another kind of number.
     expected: dict[str, tuple[torch.Size, torch.dtype | None]] = {
-        name: (value.shape, None)
+        name: (value.shape, None if value.is_floating_point() else value.dtype)
         for name, value in unique_tensors(model).items()
         if not name.startswith(inside)
     }
@@ -413,12 +417,13 @@ def _check_fit(
     for name, (shape, dtype) in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
-            raise BellboxError(f"{root / TENSORS}: tensor '{name}' is missing")
-        if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
-            found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{dtype or ''} {tuple(shape)}".strip()
-            raise BellboxError(f"{root / TENSORS}: tensor '{name}' is {found}, the model needs {wanted}")
+            raise BellboxError(f"{root / TENSORS}: tensor {name!r} is missing")
+        fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        if tensor.shape != shape or not fits:
+            found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{dtype or 'float'} {tuple(shape)}"
+            raise BellboxError(f"{root / TENSORS}: tensor {name!r} is {found}, the model needs {wanted}")
     if unknown := sorted(set(tensors) - set(expected)):
-        raise BellboxError(f"{root / TENSORS}: tensor '{unknown[0]}' is not in the model")
+        raise BellboxError(f"{root / TENSORS}: tensor {unknown[0]!r} is not in the model")
     owners: dict[int, tuple[InputCoding, Tensor | None]] = {}
     for name, layer in packed.items():
         prefix = f"{name}." if name else ""
@@ -427,17 +432,17 @@ def _check_fit(
         )
         same = rsigma is None or torch.equal(rsigma, tensors.get(prefix + "act_rsigma", rsigma + 1))
         if coding != layer.coding or not same:
-            raise BellboxError(f"{root}: layer '{name}' shares an input that it codes differently")
+            raise BellboxError(f"{root}: layer {name!r} shares an input that it codes differently")
         for buffer in ("weight_scale", "act_scale", "act_rsigma", "bias"):
             value = tensors.get(prefix + buffer)
             if value is not None and not bool(value.isfinite().all()):
-                raise BellboxError(f"{root / TENSORS}: tensor '{prefix}{buffer}' holds NaN or infinity")
+                raise BellboxError(f"{root / TENSORS}: tensor {prefix + buffer!r} holds NaN or infinity")
         levels = layer.weight_levels
         if levels.n & (levels.n - 1):  # only then can bytes hold codes that do not exist
             codes = unpack(tensors[prefix + "weight_packed"], layer.in_features, levels.n)
             if int(codes.max()) >= levels.n:
                 raise BellboxError(
-                    f"{root / TENSORS}: '{prefix}weight_packed' has codes above {levels.n - 1}"
+                    f"{root / TENSORS}: {prefix + 'weight_packed'!r} has codes above {levels.n - 1}"
                 )
 
 

@@ -9,7 +9,7 @@ key) is refused here, with one line, before a tensor is allocated.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from math import inf
+from sys import float_info
 from typing import Any, ClassVar
 
 from bellbox.errors import BellboxError
@@ -42,7 +42,11 @@ class _Config:
                 if type(value) is not int or not 1 <= value <= most:
                     raise BellboxError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
             elif name in _POSITIVE_FLOATS:
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+                if (
+                    isinstance(value, bool)
+                    or not isinstance(value, int | float)
+                    or not 0 < value <= float_info.max
+                ):
                     raise BellboxError(f"{name} is {value!r}; it must be a finite number above 0")
             elif name == "tie_word_embeddings" and not isinstance(value, bool):
                 raise BellboxError(f"{name} is {value!r}; it must be true or false")

@@ -98,7 +98,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad = grad.contiguous()
         wide_gamma = gamma.to(r.dtype).reshape(-1, 1)
         g_x, dots = bbq_backward(grad, v, x_hat, r, wide_gamma, free, ctx.block, ctx.whole_tensor)
-        # q / (n/2) is x_hat / gamma: no need to code v again. A gamma of exactly zero rests for this step.
+        # q / (n/2) is x_hat / gamma: no need to code v again. A gamma of exactly zero gets no gradient.
         divisor = torch.where(gamma == 0, math.inf, gamma)
         g_gamma = dots.reshape(gamma.shape) if gamma.dim() else dots.sum(dtype=torch.float64)
         g_gamma = g_gamma / divisor / math.sqrt(max(1, v.numel()))

@@ -1,0 +1,146 @@
+"""The worked examples of docs/format.md, read from the page itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bellbox as bb
+from bellbox.hadamard import butterfly
+from bellbox.io import FORMAT, VERSION
+from bellbox.kernels.encode import normaliser, row_sigma
+from bellbox.levels import Levels
+from bellbox.nn import InputCoding, PackedLinear
+from bellbox.packing import pack, unpack
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+def table(header: str) -> list[list[str]]:
+    """Cells of the rows below a header line."""
+    lines = PAGE[PAGE.index(header) :].splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    assert rows
+    return rows
+
+
+def numbers(text: str) -> list[float]:
+    return [float(word) for word in text.replace(",", " ").split()]
+
+
+def example_layer() -> nn.Module:
+    levels = Levels.gaussian(4)
+    layer = PackedLinear(8, 1, levels, InputCoding(levels, 4, "token"), True)
+    words = re.search(
+        r"bytes `([0-9a-f ]+)` .*`weight_scale` ([\d.]+), `act_scale` ([\d.]+), `bias` ([\d.]+):", PAGE
+    )
+    assert words
+    layer.weight_packed.copy_(torch.tensor([list(bytes.fromhex(words[1]))]))
+    layer.weight_scale.fill_(float(words[2]))
+    layer.act_scale.fill_(float(words[3]))
+    layer.bias.fill_(float(words[4]))  # type: ignore[union-attr]
+    return nn.ModuleDict({"fc": layer})
+
+
+def test_bytes_of_rows():
+    rows = table("| n | codes of a row |")
+    assert [int(row[0]) for row in rows] == [2, 4, 8, 16, 3]
+    for n, codes, stored in rows:
+        tensor = torch.tensor([[int(code) for code in codes.split()]], dtype=torch.uint8)
+        assert bytes(pack(tensor, int(n))[0].tolist()) == bytes.fromhex(stored)
+
+
+def test_thresholds():
+    for n, zero_point, upper in table("| n | zero_point |"):
+        levels = Levels.gaussian(int(n))
+        assert levels.zero_point == float(zero_point)
+        assert [t for t in levels.thresholds if t >= 0] == numbers(upper)
+
+
+def test_configuration(tmp_path):
+    bb.save(example_layer(), tmp_path / "m")
+    text = re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    assert text
+    shown, written = json.loads(text[1]), json.loads((tmp_path / "m" / "config.json").read_text())
+    shown["sha256"] = written["sha256"]
+    assert set(shown["files"]["model.safetensors"]) == {"bytes", "sha256"}
+    shown["files"] = written["files"]
+    assert shown == written
+    assert (FORMAT, VERSION) == ("bellbox-packed", 1)
+
+
+def test_the_worked_function():
+    steps = {row[0]: numbers(row[1]) for row in table("| step | numbers |")}
+    layer = example_layer().fc
+    assert isinstance(layer, PackedLinear)
+    x = torch.tensor([steps["input"]])
+    assert butterfly(x, 4).tolist() == [steps["rotated"]]
+    sigma, r = steps["sigma, r"]
+    assert float(row_sigma(x)) == pytest.approx(sigma, rel=1e-13)
+    assert float(normaliser(row_sigma(x), 4).float()) == r
+    codes, _ = layer.coding.encode(x, None)
+    assert codes.tolist() == [steps["codes"]]
+    assert layer.coding.levels.decode_int8(codes).tolist() == [steps["integers"]]
+    weights = layer.weight_levels.decode_int8(unpack(layer.weight_packed, 8, 4))
+    assert weights.tolist() == [steps["weight integers"]]
+    assert (
+        sum(a * b for a, b in zip(steps["integers"], steps["weight integers"], strict=True))
+        == steps["sum"][0]
+    )
+    assert layer(x).tolist() == [steps["output"]]
+
+
+def test_every_stored_field_is_explained(tmp_path):
+    bb.save(example_layer(), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    layer = config["quantization"]["layers"]["fc"]
+    for name in (
+        *config,
+        *layer,
+        *layer["weight"],
+        *PackedLinear(8, 1, Levels.gaussian(4), InputCoding(Levels.gaussian(4), 1, "ema"), True)._buffers,
+    ):
+        assert re.search(rf"[`.]{name}[`.]", PAGE), name
+
+
+def canonical(value: object) -> str:
+    """The checksum's text, by the page's own words, without Python's json."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{canonical(k)}:{canonical(value[k])}" for k in sorted(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(canonical, value)) + "]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, str):
+        short = dict(zip('"\\\b\t\n\f\r', '"\\btnfr', strict=True))
+        units = value.encode("utf-16-be")
+        pairs = [int.from_bytes(units[i : i + 2]) for i in range(0, len(units), 2)]
+        plain = [
+            f"\\{short[c]}" if (c := chr(u)) in short else c if 32 <= u < 127 else f"\\u{u:04x}"
+            for u in pairs
+        ]
+        return '"' + "".join(plain) + '"'
+    return repr(value)
+
+
+def test_the_checksum_of_the_configuration_can_be_computed_from_the_page(tmp_path):
+    import hashlib
+
+    levels = Levels(3, -0.5, (-1e-5, 0.1))
+    layer = PackedLinear(8, 1, levels, InputCoding(levels, 4, "token"), False)
+    bb.save(nn.ModuleDict({'größe_\U0001d54f "\\ \t\n\x7f\x01/': layer}), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    stated = config.pop("sha256")
+    assert hashlib.sha256(canonical(config).encode("ascii")).hexdigest() == stated
+    assert {"1e-05": 1e-5, "0.0": 0.0, "1e+16": 1e16}.items() == {
+        repr(v): v for v in (1e-5, 0.0, 1e16)
+    }.items()
