@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bellbox as bb
 from bellbox.errors import BellboxError
+from bellbox.kernels import native
 from bellbox.levels import Levels
 from bellbox.nn import (
     ActivationQuantizer,
@@ -79,15 +80,18 @@ def test_siblings_quantize_their_input_once(calls):
     assert count(calls, model.q_proj) == 1
 
 
-def test_packed_siblings_code_their_input_once(monkeypatch):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_packed_siblings_code_their_input_once(monkeypatch, compiled):
+    if compiled and not native.available():
+        pytest.skip("the compiled kernels were not built")
+    monkeypatch.setattr(native, "serves", lambda *_: compiled)
+    work = "_native_outputs" if compiled else "_input_integers"
     model = attention()
     model(some_input())
     packed = bb.convert(model)
     made = []
-    original = PackedLinear._input_integers
-    monkeypatch.setattr(
-        PackedLinear, "_input_integers", lambda self, x: made.append(self) or original(self, x)
-    )
+    original = getattr(PackedLinear, work)
+    monkeypatch.setattr(PackedLinear, work, lambda self, *args: made.append(self) or original(self, *args))
     packed(some_input())
     assert [layer is packed.o_proj for layer in made] == [False, True]
     with torch.inference_mode():  # no version to tell a change by: each for itself

@@ -434,6 +434,15 @@ class PackedLinear(nn.Module):
         outs = native.linear(x, weights, scales, self.coding.levels, self.coding.block, ready[0][3], dtype)
         return outs if dtype == wanted else [out.to(wanted) for out in outs]
 
+    @torch.no_grad()
+    def input_codes(self, x: Tensor) -> Tensor:
+        """uint8 codes `[rows, in_features]` of an input, from the very path that a forward takes."""
+        rows, coding = x.reshape(-1, self.in_features), self.coding
+        if not native.serves(x, self.weight_levels.n, coding.levels.n):
+            return coding.encode(rows, self.act_rsigma)[0]
+        integers, _, _ = native.encode(rows, coding.levels, coding.block, self.prepack()[3])
+        return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
+
     def prepack(self) -> tuple[tuple[Any, ...], native.Weights, float, float]:
         """The weights in the machine's layout, made at the first use and again only if a buffer has changed."""
         buffers = (self.weight_packed, self.weight_scale, self.act_scale, self.act_rsigma, self.bias)

@@ -35,14 +35,18 @@ def reference_codes(x, levels, block, rsigma):
 
 def same(a, b):
     """Equal bits, NaN included."""
-    return torch.equal(torch.nan_to_num(a, 7.25), torch.nan_to_num(b, 7.25)) and torch.equal(a.isnan(), b.isnan())
+    return torch.equal(torch.nan_to_num(a, 7.25), torch.nan_to_num(b, 7.25)) and torch.equal(
+        a.isnan(), b.isnan()
+    )
 
 
 def packed_layer(inputs, outputs, weight_levels, activation_levels, statistic, bias=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     linear = torch.nn.Linear(inputs, outputs, bias=bias)
     linear.weight.data.normal_(generator=generator)
-    recipe = bb.Recipe.bbq(weight_levels=weight_levels, activation_levels=activation_levels, statistic=statistic)
+    recipe = bb.Recipe.bbq(
+        weight_levels=weight_levels, activation_levels=activation_levels, statistic=statistic
+    )
     model = bb.prepare(linear, recipe)
     model(torch.randn(5, inputs, generator=generator))
     model.eval()
@@ -182,9 +186,13 @@ def test_fake_quantization_forward_is_the_reference_and_backward_agrees(
 
 
 def test_four_threads_with_shapes_of_their_own_do_not_disturb_each_other(isa):
-    layers = [packed_layer(inputs, outputs, n, n, "token", seed=n)[1] for inputs, outputs, n in
-              ((256, 96, 4), (640, 33, 16), (130, 257, 3), (64, 64, 2))]
-    inputs = [torch.randn(rows, layer.in_features) for layer, rows in zip(layers, (1, 7, 40, 130), strict=True)]
+    layers = [
+        packed_layer(inputs, outputs, n, n, "token", seed=n)[1]
+        for inputs, outputs, n in ((256, 96, 4), (640, 33, 16), (130, 257, 3), (64, 64, 2))
+    ]
+    inputs = [
+        torch.randn(rows, layer.in_features) for layer, rows in zip(layers, (1, 7, 40, 130), strict=True)
+    ]
     expected = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
     wrong = []
 
@@ -203,5 +211,8 @@ def test_four_threads_with_shapes_of_their_own_do_not_disturb_each_other(isa):
 
 
 def test_an_unknown_instruction_set_is_refused_by_name():
-    with pytest.raises(bb.BellboxError, match=r"BELLBOX_ISA=sse9: unknown; this processor runs: .*portable"), native.use("sse9"):
+    with (
+        pytest.raises(bb.BellboxError, match=r"BELLBOX_ISA=sse9: unknown; this processor runs: .*portable"),
+        native.use("sse9"),
+    ):
         pass

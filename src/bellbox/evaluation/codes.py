@@ -170,8 +170,7 @@ def _input_codes(
     def hook(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
         if isinstance(layer, PackedLinear):
-            codes, _ = layer.coding.encode(x.reshape(-1, layer.in_features), layer.act_rsigma)
-            receive(name, codes, layer.coding.levels.n)
+            receive(name, layer.input_codes(x), layer.coding.levels.n)
         elif isinstance(layer, QuantizedLinear) and layer.activation_quantizer is not None:
             quantizer = layer.activation_quantizer.quantizer
             receive(name, quantizer.codes(x), quantizer.levels.n)

@@ -55,7 +55,13 @@ def bbq_forward(
 
 
 def reference_forward(
-    x: Tensor, r: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, block: int, dtype: torch.dtype
+    x: Tensor,
+    r: Tensor,
+    scale: Tensor,
+    thresholds: Sequence[float],
+    offset: float,
+    block: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`bbq_forward` in plain torch."""
     x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -98,7 +104,14 @@ def _soft_gradient(grad: Tensor, v: Tensor, gamma: Tensor, out: Tensor) -> Tenso
 
 @torch.library.custom_op("bellbox::bbq_backward", mutates_args=())
 def bbq_backward(
-    grad: Tensor, v: Tensor, x_hat: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+    grad: Tensor,
+    v: Tensor,
+    x_hat: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    free: Tensor,
+    block: int,
+    whole_tensor: bool,
 ) -> tuple[Tensor, Tensor]:
     """Closed-form backward to the input: straight-through in the rounding only, everything else differentiated.
 
@@ -122,7 +135,14 @@ def bbq_backward(
 
 
 def reference_backward(
-    grad: Tensor, v: Tensor, x_hat: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+    grad: Tensor,
+    v: Tensor,
+    x_hat: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    free: Tensor,
+    block: int,
+    whole_tensor: bool,
 ) -> tuple[Tensor, Tensor]:
     """`bbq_backward` in plain torch."""
     grad_x, dots = torch.empty_like(grad), torch.empty((len(grad), 1), dtype=r.dtype, device=grad.device)
@@ -158,6 +178,13 @@ def reference_backward(
 
 @bbq_backward.register_fake
 def _(
-    grad: Tensor, v: Tensor, x_hat: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+    grad: Tensor,
+    v: Tensor,
+    x_hat: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    free: Tensor,
+    block: int,
+    whole_tensor: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad), r.new_empty((len(grad), 1))

@@ -50,7 +50,9 @@ def describe() -> str:
     """One line for people: which kernels run, such as `native avx512` or `torch reference (...)`."""
     module = _module()
     if module is None:
-        return "torch reference (the compiled kernels were not built; install with a C++ compiler to get them)"
+        return (
+            "torch reference (the compiled kernels were not built; install with a C++ compiler to get them)"
+        )
     return f"native {module.isa()}"
 
 
@@ -112,7 +114,15 @@ class Weights:
         pointer = 0 if bias is None else bias.data_ptr()
         self.rows, self.columns = rows, columns
         self.handle = module.PackedWeights(
-            codes.data_ptr(), columns, bits, rows, columns, levels.multiplier, shift, scale.data_ptr(), pointer
+            codes.data_ptr(),
+            columns,
+            bits,
+            rows,
+            columns,
+            levels.multiplier,
+            shift,
+            scale.data_ptr(),
+            pointer,
         )
 
     @property
@@ -213,7 +223,13 @@ def linear(
 
 
 def bbq_forward(
-    x: Tensor, r: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, block: int, dtype: torch.dtype
+    x: Tensor,
+    r: Tensor,
+    scale: Tensor,
+    thresholds: Sequence[float],
+    offset: float,
+    block: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`bellbox::bbq_forward` on fp32 or bf16 rows; see `bellbox.kernels.bbq`."""
     module = _module()
