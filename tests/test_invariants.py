@@ -40,9 +40,7 @@ def prepared(architecture: str, n: int, statistic: str) -> Llama | GPT:
 def input_codes(layer: QuantizedLinear | PackedLinear, x: Tensor) -> Tensor:
     """Codes of a layer's input, computed by what the layer itself holds."""
     if isinstance(layer, PackedLinear):
-        codes, marks = layer.coding.encode(x.reshape(-1, layer.in_features), layer.act_rsigma)
-        assert marks.eq(1).all()
-        return codes.reshape(x.shape)
+        return layer.input_codes(x).reshape(x.shape)
     assert layer.activation_quantizer is not None
     return layer.activation_quantizer.quantizer.codes(x)
 

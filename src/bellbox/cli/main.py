@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(0 if arguments else 2)
     if arguments[0] in ("-V", "--version"):
         from bellbox import __version__
+        from bellbox.kernels import native
 
-        print(f"bellbox {__version__}")
+        print(f"bellbox {__version__}, kernels: {native.describe()}")
         raise SystemExit(0)
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import bellbox
+from bellbox.kernels import native
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -20,6 +21,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "bellbox": bellbox.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "kernels": native.describe(),
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
