@@ -110,13 +110,14 @@ BELLBOX_INLINE void add_sub(__m256& a, __m256& b) {
     a = sum;
 }
 
-// The stages of blocks up to 128 on one chunk in place.
-BELLBOX_INLINE void butterfly(float* p, int64_t block) {
+// The stages of blocks up to 128 on one chunk, given as load(column), to p.
+template <typename Load>
+BELLBOX_INLINE void butterfly(float* p, int64_t block, const Load& load) {
     for (int i = 0; i < kChunk; i += 32) {
         __m256 v[4];
         BELLBOX_UNROLL
         for (int j = 0; j < 4; ++j) {
-            v[j] = _mm256_load_ps(p + i + 8 * j);
+            v[j] = load(i + 8 * j);
             if (block > 1) v[j] = stage<1>(v[j]);
             if (block > 2) v[j] = stage<2>(v[j]);
             if (block > 4) v[j] = stage<4>(v[j]);
@@ -156,13 +157,13 @@ template <Type T, bool CHECK>
 BELLBOX_INLINE void rotate_chunk(const void* x, int64_t i, int64_t k, int64_t block, float* p, __m256& squares) {
     Window window;
     const void* from = window.read<T>(x, i, k);
-    BELLBOX_UNROLL
-    for (int j = 0; j < kChunk; j += 8) {
+    __m256 sum = squares;
+    butterfly(p, block, [&](int j) {
         const __m256 v = load8<T>(element<T>(from, j));
-        if (CHECK) squares = _mm256_fmadd_ps(v, v, squares);
-        _mm256_store_ps(p + j, v);
-    }
-    butterfly(p, block);
+        if (CHECK) sum = _mm256_fmadd_ps(v, v, sum);
+        return v;
+    });
+    squares = sum;
 }
 
 // The scratch memory of rows: a chunk, or the whole row where blocks are longer than a chunk.
@@ -258,13 +259,39 @@ struct Search {
         return bits;
     }
 
-    // Levels of 32 values.
-    BELLBOX_INLINE __m256i levels(__m256 a, __m256 b, __m256 c, __m256 d) const {
+    // The lowest four bits of minus the codes of 32 values, as bytes.
+    BELLBOX_INLINE __m256i index(__m256 a, __m256 b, __m256 c, __m256 d) const {
         const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(minus_code(a), minus_code(b)),
                                                  _mm256_packs_epi32(minus_code(c), minus_code(d)));
         // Packing works within 128 bits: 32-bit word 4 * half + source holds that half of the source.
         const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        return _mm256_shuffle_epi8(level, _mm256_and_si256(ordered, _mm256_set1_epi8(15)));
+        return _mm256_and_si256(ordered, _mm256_set1_epi8(15));
+    }
+
+    BELLBOX_INLINE __m256i levels(__m256 a, __m256 b, __m256 c, __m256 d) const {
+        return _mm256_shuffle_epi8(level, index(a, b, c, d));
+    }
+};
+
+// What each code is worth in bf16, its two bytes apart, by the lowest four bits of minus the code.
+struct Worth {
+    __m256i low, high;
+    Worth(float offset, float scale) {
+        alignas(16) uint8_t bytes[2][16];
+        for (int c = 0; c < 16; ++c) {
+            const uint16_t value = float_to_bf16((static_cast<float>(c) - offset) * scale);
+            bytes[0][-c & 15] = static_cast<uint8_t>(value & 255);
+            bytes[1][-c & 15] = static_cast<uint8_t>(value >> 8);
+        }
+        low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[0])));
+        high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[1])));
+    }
+    // 32 bf16 numbers to p.
+    BELLBOX_INLINE void store32(void* p, __m256i index) const {
+        index = _mm256_permute4x64_epi64(index, 0xd8);  // interleaving works within 128 bits
+        const __m256i l = _mm256_shuffle_epi8(low, index), h = _mm256_shuffle_epi8(high, index);
+        _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_unpacklo_epi8(l, h));
+        _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, _mm256_unpackhi_epi8(l, h));
     }
 };
 
@@ -345,23 +372,30 @@ inline void forward_rows(const ForwardArgs& a, const Coder shared, const Rotatio
         const void* x = element<IN>(a.x, i * k);
         void *x_hat = element<OUT>(a.x_hat, i * k), *kept = element<OUT>(a.v, i * k);
         const float r = a.r[i * a.r_stride], scale = a.scale[i * a.scale_stride] * (r - r + 1);
-        const __m256 factor = _mm256_set1_ps(r), worth = _mm256_set1_ps(scale);
+        const __m256 factor = _mm256_set1_ps(r), factor_out = _mm256_set1_ps(scale);
+        const Worth worth(OUT == Type::bf16 ? a.offset : 0, scale);
         __m256 unused = _mm256_setzero_ps();
         rotation.begin<IN, false>(x, unused);
         for (int64_t j = 0; j < k; j += kChunk) {
             const float* p = rotation.chunk<IN, false>(x, j, unused);
             Window v_window, x_window;
             void *v_out = v_window.write<OUT>(kept, j, k), *x_out = x_window.write<OUT>(x_hat, j, k);
-            for (int l = 0; l < kChunk; l += 16) {
-                __m256 v[2], q[2];
+            for (int l = 0; l < kChunk; l += 32) {
+                __m256 v[4];
                 BELLBOX_UNROLL
-                for (int h = 0; h < 2; ++h) {
-                    v[h] = _mm256_mul_ps(_mm256_load_ps(p + l + 8 * h), factor);
-                    const __m256 code = _mm256_cvtepi32_ps(_mm256_abs_epi32(coder.minus_code(v[h])));
-                    q[h] = _mm256_mul_ps(_mm256_sub_ps(code, offset), worth);
-                }
+                for (int h = 0; h < 4; ++h) v[h] = _mm256_mul_ps(_mm256_load_ps(p + l + 8 * h), factor);
                 store16<OUT>(element<OUT>(v_out, l), v[0], v[1]);
-                store16<OUT>(element<OUT>(x_out, l), q[0], q[1]);
+                store16<OUT>(element<OUT>(v_out, l + 16), v[2], v[3]);
+                if (OUT == Type::bf16) {
+                    worth.store32(element<OUT>(x_out, l), coder.index(v[0], v[1], v[2], v[3]));
+                } else {
+                    BELLBOX_UNROLL
+                    for (int h = 0; h < 4; ++h) {
+                        const __m256 code = _mm256_cvtepi32_ps(_mm256_abs_epi32(coder.minus_code(v[h])));
+                        const __m256 out = _mm256_mul_ps(_mm256_sub_ps(code, offset), factor_out);
+                        _mm256_storeu_ps(static_cast<float*>(x_out) + l + 8 * h, out);
+                    }
+                }
             }
             v_window.done<OUT>(kept, j, k);
             x_window.done<OUT>(x_hat, j, k);
@@ -438,13 +472,10 @@ inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, 
         const __m256 centre = _mm256_set1_ps(mean), all = _mm256_set1_ps(r), own = _mm256_set1_ps(factor);
         for (int64_t j = 0; j < k; j += kChunk) {
             const void* v_in = window.read<T>(kept, j, k);
-            BELLBOX_UNROLL
-            for (int l = 0; l < kChunk; l += 8) {
+            butterfly(scratch + j, block, [&](int l) {
                 const __m256 g = _mm256_load_ps(scratch + j + l), v = load8<T>(element<T>(v_in, l));
-                const __m256 centred = _mm256_fmsub_ps(g, own, _mm256_mul_ps(v, centre));
-                _mm256_store_ps(scratch + j + l, _mm256_mul_ps(centred, all));
-            }
-            butterfly(scratch + j, block);
+                return _mm256_mul_ps(_mm256_fmsub_ps(g, own, _mm256_mul_ps(v, centre)), all);
+            });
         }
         if (block > kChunk) butterfly_rest(scratch, k, block);
         for (int64_t j = 0; j < k; j += kChunk) {
