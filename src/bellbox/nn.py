@@ -345,6 +345,8 @@ class PackedLinear(nn.Module):
         self._integers: tuple[Tensor, int, Tensor] | None = None
         self._prepacked: tuple[tuple[Any, ...], native.Weights, float, float] | None = None
         self._key = _register(self)
+        # Asked here, once: a compiler that traces the forward cannot look for a module.
+        self._compiled = native.available()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy packs its own weights."""
@@ -402,7 +404,7 @@ class PackedLinear(nn.Module):
             raise BellboxError(
                 f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
             )
-        if native.serves(x, self.weight_levels.n, self.coding.levels.n):
+        if self._compiled and native.takes(x, self.weight_levels.n, self.coding.levels.n):
             tracing = torch.compiler.is_compiling()
             return torch.ops.bellbox.packed_linear(x, self._key) if tracing else self.run_native(x)
         purpose = ("packed", self.coding)
@@ -438,7 +440,7 @@ class PackedLinear(nn.Module):
     def input_codes(self, x: Tensor) -> Tensor:
         """uint8 codes `[rows, in_features]` of an input, from the very path that a forward takes."""
         rows, coding = x.reshape(-1, self.in_features), self.coding
-        if not native.serves(x, self.weight_levels.n, coding.levels.n):
+        if not (self._compiled and native.takes(x, self.weight_levels.n, coding.levels.n)):
             return coding.encode(rows, self.act_rsigma)[0]
         integers, _, _ = native.encode(rows, coding.levels, coding.block, self.prepack()[3])
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)

@@ -16,7 +16,10 @@ from bellbox.kernels.encode import encode, mark, normaliser, row_sigma, static_n
 from bellbox.levels import Levels
 from bellbox.nn import PackedLinear
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built"),
+    pytest.mark.filterwarnings("ignore:.*no factor of two"),
+]
 ISAS = native.instruction_sets() if native.available() else []
 
 
@@ -120,7 +123,6 @@ def test_a_row_that_is_not_finite_comes_out_as_nan_and_no_other_row_does(isa, ba
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-@pytest.mark.filterwarnings("ignore:.*no factor of two")
 def test_a_packed_layer_gives_the_bits_of_the_reference(
     rows, inputs, outputs, weight_levels, activation_levels, statistic, bias, dtype, seed
 ):

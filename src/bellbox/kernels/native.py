@@ -40,7 +40,6 @@ def _module() -> ModuleType | None:
     return _native
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the compiled kernels are there."""
     return _module() is not None
@@ -82,9 +81,14 @@ def use(isa: str) -> Iterator[None]:
         module.use(before)
 
 
+def takes(x: Tensor, *levels: int) -> bool:
+    """Whether the kernels, where they are there, take this tensor and these numbers of levels."""
+    return x.device.type == "cpu" and x.dtype in _TYPES and max(levels) <= MAX_LEVELS
+
+
 def serves(x: Tensor, *levels: int) -> bool:
-    """Whether the kernels take this tensor and these numbers of levels."""
-    return x.device.type == "cpu" and x.dtype in _TYPES and max(levels) <= MAX_LEVELS and available()
+    """Whether the kernels are there and take this tensor and these numbers of levels."""
+    return takes(x, *levels) and available()
 
 
 @functools.lru_cache(maxsize=256)
