@@ -301,6 +301,18 @@ class InputCoding:
         return encode(rows, r, self.levels.thresholds, self.block), mark(r, len(rows))
 
 
+@dataclass(frozen=True)
+class Prepacked:
+    """What the compiled kernels need of a packed layer."""
+
+    version: list[tuple[int, int] | None]
+    """Of the buffers that it was made from."""
+    weights: native.Weights
+    act_scale: float
+    """What one integer of the input is worth."""
+    coding: native.Coding
+
+
 class PackedLinear(nn.Module):
     """A linear layer of integers: packed weight codes, and a rule for coding its input.
 
@@ -343,10 +355,10 @@ class PackedLinear(nn.Module):
         self.register_buffer("act_rsigma", torch.zeros(()) if coding.statistic == "ema" else None)
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self._integers: tuple[Tensor, int, Tensor] | None = None
-        self._prepacked: tuple[tuple[Any, ...], native.Weights, float, float] | None = None
+        self._prepacked: Prepacked | None = None
         self._key = _register(self)
         # Asked here, once: a compiler that traces the forward cannot look for a module.
-        self._compiled = native.available()
+        self._compiled = native.available() and max(weight_levels.n, coding.levels.n) <= native.MAX_LEVELS
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy packs its own weights."""
@@ -397,16 +409,19 @@ class PackedLinear(nn.Module):
         """uint8 codes of the weight, `[out_features, in_features]`."""
         return packing.unpack(self.weight_packed, self.in_features, self.weight_levels.n)
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, without gradient."""
         if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
             raise BellboxError(
                 f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
             )
-        if self._compiled and native.takes(x, self.weight_levels.n, self.coding.levels.n):
+        if self._compiled and native.takes(x):
             tracing = torch.compiler.is_compiling()
             return torch.ops.bellbox.packed_linear(x, self._key) if tracing else self.run_native(x)
+        return self._run_reference(x)
+
+    @torch.no_grad()
+    def _run_reference(self, x: Tensor) -> Tensor:
         purpose = ("packed", self.coding)
         levels, marks = self.shared.once(self, x, purpose, (self.act_rsigma,), self._input_integers)
         weight_scale = self.weight_scale / self.weight_levels.multiplier
@@ -424,38 +439,42 @@ class PackedLinear(nn.Module):
         members = self.shared.members
         if len(members) != self.shared.readers or not self.shared.remembers(x):
             return self._native_outputs(x, [self])[0]
-        state = [buffer for member in members for buffer in member.buffers(recurse=False)]
+        state = [buffer for member in members for buffer in member._buffers.values()]
         outputs = self.shared.once(self, x, ("native",), state, lambda x: self._native_outputs(x, members))
         return outputs[next(i for i, member in enumerate(members) if member is self)]
 
     def _native_outputs(self, x: Tensor, layers: list[PackedLinear]) -> list[Tensor]:
         ready = [layer.prepack() for layer in layers]
-        weights, scales = [each[1] for each in ready], [each[2] for each in ready]
         wanted = self.output_dtype(x)
         dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
-        outs = native.linear(x, weights, scales, self.coding.levels, self.coding.block, ready[0][3], dtype)
+        weights, scales = [each.weights for each in ready], [each.act_scale for each in ready]
+        outs = native.linear(x, weights, scales, ready[0].coding, dtype)
         return outs if dtype == wanted else [out.to(wanted) for out in outs]
 
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:
         """uint8 codes `[rows, in_features]` of an input, from the very path that a forward takes."""
         rows, coding = x.reshape(-1, self.in_features), self.coding
-        if not (self._compiled and native.takes(x, self.weight_levels.n, coding.levels.n)):
+        if not (self._compiled and native.takes(x)):
             return coding.encode(rows, self.act_rsigma)[0]
-        integers, _, _ = native.encode(rows, coding.levels, coding.block, self.prepack()[3])
+        integers, _, _ = native.encode(rows, coding.levels, coding.block, self._fixed_rsigma())
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
-    def prepack(self) -> tuple[tuple[Any, ...], native.Weights, float, float]:
+    def prepack(self) -> Prepacked:
         """The weights in the machine's layout, made at the first use and again only if a buffer has changed."""
-        buffers = (self.weight_packed, self.weight_scale, self.act_scale, self.act_rsigma, self.bias)
-        key = tuple((id(buffer), version_of(buffer)) for buffer in buffers)
-        if self._prepacked is None or self._prepacked[0] != key:
+        version = [None if b is None else (id(b), version_of(b)) for b in self._buffers.values()]
+        if self._prepacked is None or self._prepacked.version != version:
             scale = self.weight_scale / self.weight_levels.multiplier
-            weights = native.Weights(self.weight_codes(), self.weight_levels, scale, self.bias)
-            act_scale = float(self.act_scale / self.coding.levels.multiplier)
-            rsigma = 0.0 if self.act_rsigma is None else float(self.act_rsigma)
-            self._prepacked = (key, weights, act_scale, rsigma)
+            self._prepacked = Prepacked(
+                version,
+                native.Weights(self.weight_codes(), self.weight_levels, scale, self.bias),
+                float(self.act_scale / self.coding.levels.multiplier),
+                native.Coding(self.coding.levels, self.coding.block, self._fixed_rsigma()),
+            )
         return self._prepacked
+
+    def _fixed_rsigma(self) -> float:
+        return 0.0 if self.act_rsigma is None else float(self.act_rsigma)
 
     def _input_integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes, marks = self.coding.encode(x.reshape(-1, self.in_features), self.act_rsigma)

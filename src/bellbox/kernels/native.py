@@ -81,20 +81,36 @@ def use(isa: str) -> Iterator[None]:
         module.use(before)
 
 
-def takes(x: Tensor, *levels: int) -> bool:
-    """Whether the kernels, where they are there, take this tensor and these numbers of levels."""
-    return x.device.type == "cpu" and x.dtype in _TYPES and max(levels) <= MAX_LEVELS
+def takes(x: Tensor) -> bool:
+    """Whether the kernels, where they are there, take this tensor."""
+    return x.is_cpu and x.dtype in _TYPES
 
 
 def serves(x: Tensor, *levels: int) -> bool:
     """Whether the kernels are there and take this tensor and these numbers of levels."""
-    return takes(x, *levels) and available()
+    return takes(x) and max(levels) <= MAX_LEVELS and available()
 
 
 @functools.lru_cache(maxsize=256)
-def _thresholds(thresholds: tuple[float, ...]) -> np.ndarray[Any, Any]:
-    """The thresholds as fp32 in memory that stays where it is."""
-    return np.asarray(thresholds, dtype=np.float32)
+def _table(thresholds: tuple[float, ...]) -> tuple[np.ndarray[Any, Any], int]:
+    """The thresholds as fp32 in memory that stays where it is, and where that is (asking numpy is slow)."""
+    table = np.asarray(thresholds, dtype=np.float32)
+    return table, table.ctypes.data
+
+
+class Coding:
+    """How an input is coded, in the form that the kernels take; made once, since a decode step has no time for it.
+
+    Args:
+        levels: at most 16.
+        block: rotation block.
+        rsigma: fixed 1/sigma, or 0 for the RMS of each row.
+    """
+
+    def __init__(self, levels: Levels, block: int, rsigma: float) -> None:
+        self._table, address = _table(levels.thresholds)  # kept alive with the address
+        shift = int(levels.multiplier * levels.offset)
+        self.arguments = (block, address, levels.n, rsigma, levels.multiplier, shift)
 
 
 class Weights:
@@ -160,12 +176,7 @@ def encode(x: Tensor, levels: Levels, block: int, rsigma: float) -> tuple[Tensor
         rows,
         features,
         features,
-        block,
-        _thresholds(levels.thresholds).ctypes.data,
-        levels.n,
-        rsigma,
-        levels.multiplier,
-        int(levels.multiplier * levels.offset),
+        *Coding(levels, block, rsigma).arguments,
         integers.data_ptr(),
         padded,
         sums.data_ptr(),
@@ -176,13 +187,7 @@ def encode(x: Tensor, levels: Levels, block: int, rsigma: float) -> tuple[Tensor
 
 
 def linear(
-    x: Tensor,
-    weights: Sequence[Weights],
-    act_scales: Sequence[float],
-    levels: Levels,
-    block: int,
-    rsigma: float,
-    dtype: torch.dtype,
+    x: Tensor, weights: Sequence[Weights], act_scales: Sequence[float], coding: Coding, dtype: torch.dtype
 ) -> list[Tensor]:
     """Code one input and multiply it with one or several weight matrices, in one call.
 
@@ -190,9 +195,7 @@ def linear(
         x: `[..., features]`, fp32 or bf16, on the CPU.
         weights: matrices with `features` columns.
         act_scales: for each, what one integer of the activation is worth.
-        levels: of the activation.
-        block: rotation block.
-        rsigma: fixed 1/sigma, or 0 for the RMS of each row.
+        coding: of the input.
         dtype: of the results, fp32 or bf16.
 
     Returns:
@@ -200,23 +203,16 @@ def linear(
     """
     module = _module()
     assert module is not None
-    features = x.shape[-1]
-    rows = x.numel() // features if features else 0
+    *leading, features = x.shape
     x = x.contiguous()
-    outs = [torch.empty((*x.shape[:-1], each.rows), dtype=dtype) for each in weights]
-    thresholds = _thresholds(levels.thresholds)
+    outs = [torch.empty((*leading, each.rows), dtype=dtype) for each in weights]
     module.linear(
         x.data_ptr(),
         _TYPES[x.dtype],
-        rows,
+        x.numel() // features,
         features,
         features,
-        block,
-        thresholds.ctypes.data,
-        levels.n,
-        rsigma,
-        levels.multiplier,
-        int(levels.multiplier * levels.offset),
+        *coding.arguments,
         [each.handle for each in weights],
         act_scales,
         [out.data_ptr() for out in outs],
@@ -241,14 +237,14 @@ def bbq_forward(
     rows, features = x.shape
     x, r, scale = x.contiguous(), r.contiguous(), scale.contiguous()
     x_hat, v = torch.empty(rows, features, dtype=dtype), torch.empty(rows, features, dtype=dtype)
-    table = _thresholds(tuple(thresholds))
+    _, table = _table(tuple(thresholds))
     module.forward(
         x.data_ptr(),
         _TYPES[x.dtype],
         rows,
         features,
         block,
-        table.ctypes.data,
+        table,
         len(thresholds) + 1,
         offset,
         r.data_ptr(),
