@@ -147,8 +147,8 @@ inline void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
             if (a.row_dot != nullptr) out_dot += static_cast<double>(g) * load(a.x_hat, a.type, i * a.k + j);
         }
         if (a.row_dot != nullptr) a.row_dot[i] = static_cast<float>(out_dot);
-        const float mean =
-            a.mean != nullptr ? *a.mean : static_cast<float>(dot / static_cast<double>(a.k)) * a.free[i * a.free_stride];
+        const float own_mean = static_cast<float>(dot / static_cast<double>(a.k)) * a.free[i * a.free_stride];
+        const float mean = a.mean != nullptr ? *a.mean : own_mean;
         for (int64_t j = 0; j < a.k; ++j)
             row[j] = (row[j] - load(a.v, a.type, i * a.k + j) * mean) * r;
         butterfly(row, a.k, a.block);
