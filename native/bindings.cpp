@@ -159,13 +159,6 @@ void linear(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, int b
     }
 }
 
-void row_norms(uintptr_t x, int type, int64_t rows, int64_t k, uintptr_t norms, int threads) {
-    nb::gil_scoped_release release;
-    share(rows, threads, [&](int64_t begin, int64_t end) {
-        kernels().row_norms(at<void>(x), static_cast<Type>(type), k, begin, end, at<double>(norms));
-    });
-}
-
 void forward(uintptr_t x, int x_type, int64_t rows, int64_t k, int block, uintptr_t thresholds, int n, float offset,
              uintptr_t r, int64_t r_stride, uintptr_t scale, int64_t scale_stride, uintptr_t x_hat, uintptr_t v,
              int out_type, int threads) {
@@ -204,7 +197,6 @@ NB_MODULE(_native, m) {
     m.def("available", [] { return std::string(available()); });
     m.def("encode", &encode);
     m.def("linear", &linear);
-    m.def("row_norms", &row_norms);
     m.def("forward", &forward);
     m.def("backward", &backward);
 }

@@ -508,12 +508,6 @@ inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
     });
 }
 
-inline void row_norms(const void* x, Type type, int64_t k, int64_t begin, int64_t end, double* norms) {
-    for (int64_t i = begin; i < end; ++i)
-        norms[i] = type == Type::f32 ? rows::row_norm<Type::f32>(rows::element<Type::f32>(x, i * k), k)
-                                     : rows::row_norm<Type::bf16>(rows::element<Type::bf16>(x, i * k), k);
-}
-
 inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
     const bool whole = a.block > rows::kChunk;
     const Scratch scratch(whole ? a.k : rows::kChunk);

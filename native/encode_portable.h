@@ -84,10 +84,6 @@ inline double row_norm(const void* x, Type type, int64_t begin, int64_t k) {
     return __builtin_sqrt(sum);
 }
 
-inline void row_norms(const void* x, Type type, int64_t k, int64_t begin, int64_t end, double* norms) {
-    for (int64_t i = begin; i < end; ++i) norms[i] = row_norm(x, type, i * k, k);
-}
-
 inline int code_of(float v, const float* thresholds, int n) {
     int code = 0;
     for (int t = 0; t < n - 1; ++t) code += v >= thresholds[t];

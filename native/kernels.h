@@ -98,8 +98,6 @@ struct BackwardArgs {
 struct Kernels {
     const char* name;
     void (*encode)(const EncodeArgs&, int64_t row_begin, int64_t row_end);
-    // RMS statistic alone: sqrt(sum of squares), fp64, per row; used by training.
-    void (*row_norms)(const void* x, Type type, int64_t k, int64_t row_begin, int64_t row_end, double* norms);
     void (*forward)(const ForwardArgs&, int64_t row_begin, int64_t row_end);
     void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end);
     // Columns of the output [16*tile_begin, 16*tile_end) and rows [m_begin, m_end).

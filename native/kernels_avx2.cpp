@@ -5,5 +5,5 @@
 #include "linear_avx2.h"
 
 namespace bellbox {
-const Kernels avx2_kernels = {"avx2", avx2::encode, avx2::row_norms, avx2::forward, avx2::backward, avx2::linear};
+const Kernels avx2_kernels = {"avx2", avx2::encode, avx2::forward, avx2::backward, avx2::linear};
 }  // namespace bellbox

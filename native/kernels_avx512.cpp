@@ -5,5 +5,5 @@
 #include "linear_avx512.h"
 
 namespace bellbox {
-const Kernels avx512_kernels = {"avx512", avx512::encode, avx512::row_norms, avx512::forward, avx512::backward, avx512::linear};
+const Kernels avx512_kernels = {"avx512", avx512::encode, avx512::forward, avx512::backward, avx512::linear};
 }  // namespace bellbox

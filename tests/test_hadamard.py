@@ -113,3 +113,10 @@ def test_a_prime_size_works_and_says_so_once():
 def test_impossible_blocks_are_refused(features, largest):
     with pytest.raises(BellboxError):
         block_size(features, largest)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_a_view_at_any_offset_is_rotated(offset):
+    x = torch.randn(3 * 64 + offset)[offset:].view(3, 64)
+    scratch = torch.empty_like(x), torch.empty_like(x)
+    assert torch.equal(butterfly_between(x, 32, scratch), butterfly(x, 32))

@@ -85,6 +85,8 @@ def butterfly_between(x: Tensor, block: int, scratch: tuple[Tensor, Tensor]) -> 
     Returns:
         One of the two buffers.
     """
+    if x.storage_offset() % 2:
+        x = x.clone()  # a view that begins between two floats cannot be looked at as complex numbers
     source, h = x.view(-1), 1
     target, spare = scratch[0].view(-1), scratch[1].view(-1)
     if x.dtype == torch.float32 and x.device.type == "cpu" and block >= 16:
