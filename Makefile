@@ -10,14 +10,14 @@ JOBS ?= 2
 help:
 	@echo "make demo    train, pack and run a 2-bit language model on bundled books (about 5 minutes)"
 	@echo "make test    linter, types and tests (under 10 minutes)"
-	@echo "make bench   the step-time benchmark"
+	@echo "make bench   the time of a training step and of a packed layer"
 
 setup: $(VENV)/.ready
 
 # torch goes first and by exact version: packages that come after find it there and bring no other one.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("Bellbox needs Python 3.11 or newer, this is %d.%d; set PYTHON=..." % v)'
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -42,6 +42,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/linear.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis

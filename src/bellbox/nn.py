@@ -358,7 +358,7 @@ class PackedLinear(nn.Module):
         self._prepacked: Prepacked | None = None
         self._key = _register(self)
         # Asked here, once: a compiler that traces the forward cannot look for a module.
-        self._compiled = native.available() and max(weight_levels.n, coding.levels.n) <= native.MAX_LEVELS
+        self._compiled = native.can_multiply(weight_levels, coding.levels)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy packs its own weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import TypeVar, cast
 
@@ -47,6 +48,7 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         raise BellboxError(
             "the recipe matches no linear layer of the model; look at the patterns of its rules"
         )
+    _warn_of_idle_rules(model, recipe)
     layers: list[tuple[nn.Linear, QuantizedLinear]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
     groups = _sibling_groups(decided) if recipe.share_inputs else {}
@@ -87,6 +89,8 @@ def convert(model: Model) -> Model:
     """
     layers = dict(quantized_layers(model))
     if not layers:
+        if any(isinstance(module, PackedLinear) for module in model.modules()):
+            raise BellboxError("the model is packed already; save it, or use it as it is")
         raise BellboxError("nothing to convert: the model has no quantized layers; call prepare first")
     require_causal(model, "converting")
     shared: dict[int, SharedInput] = {}
@@ -121,6 +125,15 @@ def require_causal(model: nn.Module, doing: str) -> None:
                 f"{doing} is refused: layer {name or type(layer).__name__} has statistic='tensor', which looks at "
                 "future tokens and at the rest of the batch; train with statistic='token' or 'ema'"
             )
+
+
+def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:
+    """A pattern with a typing error would quantize what it was to keep: say so."""
+    usual = {rule.pattern for rule in Recipe.bbq().rules}
+    names = [name for name, _ in _linears(model)]
+    for rule in recipe.rules:
+        if rule.pattern not in usual and not any(map(rule.matches, names)):
+            warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no linear layer", stacklevel=3)
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -171,7 +184,7 @@ def summary(model: nn.Module) -> str:
 
     Equal layers of repeated blocks are listed once, with their number.
     """
-    rows: dict[tuple[str, ...], int] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     quantized = 0
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
@@ -199,9 +212,10 @@ def summary(model: nn.Module) -> str:
             continue
         pattern = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "(the model)"
         key = (pattern, f"{layer.out_features} x {layer.in_features}", *cells)
-        rows[key] = rows.get(key, 0) + 1
+        rows.setdefault(key, []).append(name or "(the model)")
     header = ("layer", "out x in", "weight bits", "input bits", "statistic", "block", "input", "count")
-    table = [header, *((*key, str(count)) for key, count in rows.items())]
+    named = {key: key[0] if len(names) > 1 else names[0] for key, names in rows.items()}
+    table = [header, *((named[key], *key[1:], str(len(names))) for key, names in rows.items())]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

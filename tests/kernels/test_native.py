@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -134,6 +135,18 @@ def test_a_packed_layer_gives_the_bits_of_the_reference(
     for name in ISAS:
         with native.use(name):
             assert same(packed(x), expected), name
+
+
+@pytest.mark.parametrize("zero_point", [-30.5, -10.5, -2.5, 1, 7.5, 26])
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 16])
+def test_a_shifted_grid_gives_the_bits_of_the_reference(isa, n, zero_point):
+    spec = bb.QuantizerSpec(levels=n, zero_point=zero_point)
+    rule = bb.Rule("*", dataclasses.replace(spec, statistic="row"), spec)
+    model = bb.prepare(torch.nn.Linear(512, 40), bb.Recipe((rule,)))
+    x = torch.randn(9, 512)
+    model(x)
+    with torch.no_grad():
+        assert torch.equal(bb.convert(model)(x), model.eval()(x))
 
 
 def test_long_rows_and_extreme_levels_do_not_overflow(isa):

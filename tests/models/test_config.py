@@ -18,7 +18,7 @@ def test_a_preset_survives_json(name):
 
 
 def test_the_papers_presets_are_its_table():
-    table = {  # METHODS.md section 1
+    table = {  # arXiv 2603.01599, the LLaMA models of its experiments
         "95M": (6, 640, 5, 1792),
         "125M": (7, 768, 6, 2048),
         "200M": (8, 1024, 8, 2816),

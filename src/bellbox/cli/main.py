@@ -24,6 +24,13 @@ def _usage() -> str:
     return "usage: bellbox COMMAND [...]   (bellbox COMMAND --help)\n\n" + "\n".join(lines)
 
 
+def _version() -> str:
+    from bellbox import __version__
+    from bellbox.kernels import native
+
+    return f"bellbox {__version__}, kernels: {native.describe()}"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command. Exits with 0, with 2 on a user's error, with 130 on Ctrl-C.
 
@@ -34,17 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         raise SystemExit(0 if arguments else 2)
-    if arguments[0] in ("-V", "--version"):
-        from bellbox import __version__
-        from bellbox.kernels import native
-
-        print(f"bellbox {__version__}, kernels: {native.describe()}")
-        raise SystemExit(0)
     command, rest = arguments[0], arguments[1:]
-    if command not in COMMANDS:
+    if command not in COMMANDS and command not in ("-V", "--version"):
         print(f"bellbox: error: no command '{command}'; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     try:
+        if command in ("-V", "--version"):
+            print(_version())
+            return
         importlib.import_module(f"bellbox.cli.{command}").main(rest)
     except BellboxError as error:
         print(f"bellbox: error: {error}", file=sys.stderr)

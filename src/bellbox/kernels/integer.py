@@ -1,7 +1,8 @@
 """Integer matrix product and its epilogue: the reference for packed inference.
 
-Evaluation of the fake-quantized model and of the packed one both end here, which is what makes them the same
-function to the last bit: the integer sum is exact, and the epilogue is three separate fp32 roundings.
+Evaluation of the fake-quantized model ends here, that of the packed one here or in the compiled kernels, which do
+the same: the integer sum is exact, and the epilogue is separate fp32 roundings in a fixed order. That is what makes
+them one function to the last bit.
 """
 
 from __future__ import annotations

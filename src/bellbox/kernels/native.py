@@ -25,6 +25,8 @@ from bellbox.levels import Levels
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_LEVELS = 16
 """The kernels serve 2 to 16 levels (1 to 4 bits); more run on the reference."""
+MAX_INTEGER = 34
+"""Largest magnitude of an activation's integer for which the 16-bit partial sums of AVX2 cannot overflow."""
 
 
 @functools.cache
@@ -79,6 +81,12 @@ def use(isa: str) -> Iterator[None]:
         yield
     finally:
         module.use(before)
+
+
+def can_multiply(weight: Levels, activation: Levels) -> bool:
+    """Whether the kernels are there and serve a product of such levels; others run on the reference."""
+    largest = max(map(abs, (activation.integers[0], activation.integers[-1])))
+    return available() and max(weight.n, activation.n) <= MAX_LEVELS and largest <= MAX_INTEGER
 
 
 def takes(x: Tensor) -> bool:
