@@ -1,8 +1,8 @@
 """The compiled CPU kernels: found lazily, called with plain addresses.
 
 `bellbox._native` is built from `native/` when the package is installed; it picks the best instruction set that
-the processor has, or the one that the environment variable BELLBOX_ISA names. Where it was not built (no
-compiler), everything runs on the torch reference with the same results, only slower; `describe()` says which.
+the processor has, or the one that the environment variable BELLBOX_ISA names (avx512, avx2, portable; reference
+for none of them). Where it was not built (no compiler), everything runs on the torch reference with the same results, only slower; `describe()` says which.
 
 This module checks what the compiled code takes on trust: device, dtype, contiguity, sizes.
 """
@@ -10,6 +10,7 @@ This module checks what the compiled code takes on trust: device, dtype, contigu
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -31,6 +32,8 @@ MAX_INTEGER = 34
 
 @functools.cache
 def _module() -> ModuleType | None:
+    if os.environ.get("BELLBOX_ISA") == "reference":
+        return None
     try:
         from bellbox import _native  # pyright: ignore[reportAttributeAccessIssue]
     except ModuleNotFoundError:
@@ -49,6 +52,8 @@ def available() -> bool:
 
 def describe() -> str:
     """One line for people: which kernels run, such as `native avx512` or `torch reference (...)`."""
+    if os.environ.get("BELLBOX_ISA") == "reference":
+        return "torch reference (BELLBOX_ISA=reference)"
     module = _module()
     if module is None:
         return (
