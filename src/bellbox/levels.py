@@ -172,6 +172,6 @@ def levels_from_bits(bits: int) -> int:
     Raises:
         BellboxError: any other value.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+    if type(bits) is not int or not 1 <= bits <= 8:  # True is an int to isinstance
         raise BellboxError(f"bits={bits!r}: must be a whole number from 1 to 8 (ternary is levels=3)")
     return 2**bits

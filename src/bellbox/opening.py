@@ -78,7 +78,7 @@ def open_model(path: str | Path, checkpoint: str = "last") -> OpenedModel:
         raise BellboxError(f"{root}: only a run has checkpoints, and this is none; leave out --checkpoint")
     if io.is_packed(root):
         model = io.load(root)
-        tokenizer = io.tokenizer_path(root)
+        tokenizer = io.tokenizer_path(root) or _tokenizer_beside(root)
         return OpenedModel(
             root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"
         )
@@ -86,13 +86,17 @@ def open_model(path: str | Path, checkpoint: str = "last") -> OpenedModel:
         from bellbox.models import load_hf
 
         model = load_hf(root)
-        tokenizer = next((root / name for name in _TOKENIZERS if (root / name).is_file()), None)
+        tokenizer = _tokenizer_beside(root)
         about = f"Hugging Face model {root}: {_shape(model)}"
         return OpenedModel(root, model, "huggingface", tokenizer, _longest(model), about)
     raise BellboxError(
         f"{root}: no model here: neither a run (config.yaml, checkpoints/), nor a packed or Hugging Face model "
         "(config.json, model.safetensors)"
     )
+
+
+def _tokenizer_beside(root: Path) -> Path | None:
+    return next((root / name for name in _TOKENIZERS if (root / name).is_file()), None)
 
 
 def _open_run(root: Path, checkpoint: str) -> OpenedModel:
