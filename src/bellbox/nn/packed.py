@@ -1,0 +1,267 @@
+"""The layer for inference: codes only, multiplied as integers by the compiled kernels or by the reference."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bellbox import packing
+from bellbox.errors import BellboxError
+from bellbox.kernels import native
+from bellbox.kernels.encode import compute_dtype, encode, mark, normaliser, row_sigma, static_normaliser
+from bellbox.kernels.integer import scaled_product
+from bellbox.levels import Levels
+from bellbox.nn.quantized import QuantizedLinear, finish
+from bellbox.nn.shared import SharedInput, version_of
+
+
+@dataclass(frozen=True)
+class InputCoding:
+    """How a packed layer codes its input: everything but the numbers that lie in its buffers."""
+
+    levels: Levels
+    block: int
+    statistic: Literal["token", "ema"]
+
+    def encode(self, rows: Tensor, rsigma: Tensor | None) -> tuple[Tensor, Tensor]:
+        """uint8 codes `[rows, features]` and fp32 marks `[rows, 1]` of float rows."""
+        if self.statistic == "ema":
+            assert rsigma is not None
+            r = static_normaliser(rsigma, rows, self.block)
+        else:
+            r = normaliser(row_sigma(rows), self.block)
+        r = r.to(compute_dtype(rows))
+        return encode(rows, r, self.levels.thresholds, self.block), mark(r, len(rows))
+
+
+@dataclass(frozen=True)
+class Prepacked:
+    """What the compiled kernels need of a packed layer."""
+
+    version: list[tuple[int, int] | None]
+    """Of the buffers that it was made from."""
+    weights: native.Weights
+    act_scale: float
+    """What one integer of the input is worth."""
+    coding: native.Coding
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of integers: packed weight codes, and a rule for coding its input.
+
+    Args:
+        in_features: length of the last dimension of the input.
+        out_features: length of the last dimension of the output.
+        weight_levels: the integers that weight codes stand for.
+        coding: how the input is coded.
+        bias: whether there is a bias.
+        shared: memory of the siblings that read the same input.
+
+    Its buffers are what `docs/format.md` stores: `weight_packed` uint8 `[out, row bytes]`, `weight_scale` fp32 `[out]`
+    and `act_scale` fp32 `[]` (what one level is worth), `act_rsigma` fp32 `[]` (`ema` only), `bias` fp32 `[out]`.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    act_scale: Tensor
+    act_rsigma: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weight_levels: Levels,
+        coding: InputCoding,
+        bias: bool,
+        shared: SharedInput | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_levels, self.coding = weight_levels, coding
+        self.shared = shared or SharedInput()
+        self.shared.members.append(self)
+        size = packing.row_bytes(in_features, weight_levels.n)
+        self.register_buffer("weight_packed", torch.zeros(out_features, size, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.zeros(out_features))
+        self.register_buffer("act_scale", torch.zeros(()))
+        self.register_buffer("act_rsigma", torch.zeros(()) if coding.statistic == "ema" else None)
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self._integers: tuple[Tensor, int, Tensor] | None = None
+        self._prepacked: Prepacked | None = None
+        self._key = _register(self)
+        # Asked here, once: a compiler that traces the forward cannot look for a module.
+        self._compiled = native.can_multiply(weight_levels, coding.levels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy packs its own weights."""
+        return {**self.__dict__, "_prepacked": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has its own key."""
+        super().__setstate__(state)
+        self._key = _register(self)
+
+    @classmethod
+    def from_quantized(cls, layer: QuantizedLinear, shared: SharedInput | None = None) -> PackedLinear:
+        """Pack a trained layer.
+
+        Raises:
+            BellboxError: it cannot be packed; the message says why and what to do.
+        """
+        weight, activation = layer.weight_quantizer, layer.activation_quantizer
+        if weight is None or activation is None:
+            raise BellboxError("only layers with quantized weights and activations can be packed")
+        for quantizer in (weight, activation.quantizer):
+            if reason := quantizer.why_not_packed():
+                raise BellboxError(f"{quantizer.name or 'a layer'} cannot be packed: {reason}")
+        codes = layer.weight_codes()
+        statistic = activation.quantizer.statistic
+        assert statistic in ("token", "ema")
+        coding = InputCoding(activation.levels, activation.quantizer.block, statistic)
+        bias = layer.bias
+        packed = cls(layer.in_features, layer.out_features, weight.levels, coding, bias is not None, shared)
+        packed.to(layer.weight.device)
+        packed.weight_packed.copy_(packing.pack(codes, weight.levels.n))
+        packed.weight_scale.copy_(weight.scale().reshape(-1).expand(layer.out_features))
+        packed.act_scale.copy_(activation.quantizer.scale().reshape(()))
+        if packed.act_rsigma is not None:
+            packed.act_rsigma.copy_(activation.quantizer.get_buffer("r_ema"))
+        if bias is not None and packed.bias is not None:
+            packed.bias.copy_(bias.detach())
+        return packed.train(layer.training)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weight_levels={self.weight_levels.n}, activation_levels={self.coding.levels.n}"
+        )
+
+    def weight_codes(self) -> Tensor:
+        """uint8 codes of the weight, `[out_features, in_features]`."""
+        return packing.unpack(self.weight_packed, self.in_features, self.weight_levels.n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`, without gradient."""
+        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
+            raise BellboxError(
+                f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
+            )
+        if self._compiled and native.takes(x):
+            tracing = torch.compiler.is_compiling()
+            return torch.ops.bellbox.packed_linear(x, self._key) if tracing else self.run_native(x)
+        return self._run_reference(x)
+
+    @torch.no_grad()
+    def _run_reference(self, x: Tensor) -> Tensor:
+        purpose = ("packed", self.coding)
+        levels, marks = self.shared.once(self, x, purpose, (self.act_rsigma,), self._input_integers)
+        weight_scale = self.weight_scale / self.weight_levels.multiplier
+        act_scale = self.act_scale / self.coding.levels.multiplier
+        product = scaled_product(levels, self._weight_integers(), weight_scale, act_scale, marks)
+        return finish(product, self.bias, x)
+
+    def output_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype that the caller of a linear layer expects for an input `x`."""
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+    def run_native(self, x: Tensor) -> Tensor:
+        """The compiled kernels: rotation, codes, product and epilogue in one call, for all siblings at once."""
+        members = self.shared.members
+        if len(members) != self.shared.readers or not self.shared.remembers(x):
+            return self._native_outputs(x, [self])[0]
+        state = [buffer for member in members for buffer in member._buffers.values()]
+        outputs = self.shared.once(self, x, ("native",), state, lambda x: self._native_outputs(x, members))
+        return outputs[next(i for i, member in enumerate(members) if member is self)]
+
+    def _native_outputs(self, x: Tensor, layers: list[PackedLinear]) -> list[Tensor]:
+        ready = [layer.prepack() for layer in layers]
+        wanted = self.output_dtype(x)
+        dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
+        weights, scales = [each.weights for each in ready], [each.act_scale for each in ready]
+        outs = native.linear(x, weights, scales, ready[0].coding, dtype)
+        return outs if dtype == wanted else [out.to(wanted) for out in outs]
+
+    @torch.no_grad()
+    def input_codes(self, x: Tensor) -> Tensor:
+        """uint8 codes `[rows, in_features]` of an input, from the very path that a forward takes."""
+        rows, coding = x.reshape(-1, self.in_features), self.coding
+        if not (self._compiled and native.takes(x)):
+            return coding.encode(rows, self.act_rsigma)[0]
+        integers, _, _ = native.encode(rows, coding.levels, coding.block, self._fixed_rsigma())
+        return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
+
+    def prepack(self) -> Prepacked:
+        """The weights in the machine's layout, made at the first use and again only if a buffer has changed."""
+        version = [None if b is None else (id(b), version_of(b)) for b in self._buffers.values()]
+        if self._prepacked is None or self._prepacked.version != version:
+            scale = self.weight_scale / self.weight_levels.multiplier
+            self._prepacked = Prepacked(
+                version,
+                native.Weights(self.weight_codes(), self.weight_levels, scale, self.bias),
+                float(self.act_scale / self.coding.levels.multiplier),
+                native.Coding(self.coding.levels, self.coding.block, self._fixed_rsigma()),
+            )
+        return self._prepacked
+
+    def _fixed_rsigma(self) -> float:
+        return 0.0 if self.act_rsigma is None else float(self.act_rsigma)
+
+    def _input_integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, marks = self.coding.encode(x.reshape(-1, self.in_features), self.act_rsigma)
+        return self.coding.levels.decode_int8(codes), marks
+
+    def _weight_integers(self) -> Tensor:
+        """int8 `[out, in]`, unpacked at the first use and kept: the reference trades memory for simplicity."""
+        if torch.compiler.is_compiling():  # a compiled graph cannot tell whether the codes have changed
+            return self.weight_levels.decode_int8(self.weight_codes())
+        packed, version, kept = self.weight_packed, version_of(self.weight_packed), self._integers
+        if kept is None or kept[0] is not packed or kept[1] != version:
+            kept = self._integers = (packed, version, self.weight_levels.decode_int8(self.weight_codes()))
+        return kept[2]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Follow moves between devices, never a change of dtype: the scales are part of an exact function."""
+        self._integers = None
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+_layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+_keys = itertools.count(1)
+
+
+def _register(layer: PackedLinear) -> int:
+    key = next(_keys)
+    _layers[key] = layer
+    return key
+
+
+# A compiled graph cannot hold a Python object: it holds the layer's key and the operation looks it up.
+_library = torch.library.Library("bellbox", "FRAGMENT")
+_library.define("packed_linear(Tensor x, int key) -> Tensor")
+
+
+def _packed_linear(x: Tensor, key: int) -> Tensor:
+    return _layers[key].run_native(x)
+
+
+def _packed_linear_fake(x: Tensor, key: int) -> Tensor:
+    layer = _layers[key]
+    return x.new_empty((*x.shape[:-1], layer.out_features), dtype=layer.output_dtype(x))
+
+
+_library.impl("packed_linear", _packed_linear, "CPU")
+torch.library.register_fake("bellbox::packed_linear", _packed_linear_fake, lib=_library)

@@ -1,0 +1,201 @@
+"""The layer for training: full-precision weight, fake-quantized with its input in every forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bellbox.errors import BellboxError
+from bellbox.kernels.integer import scaled_product
+from bellbox.levels import Levels
+from bellbox.nn.shared import SharedInput, version_of
+from bellbox.quantizers.base import Quantizer
+
+
+class ActivationQuantizer(nn.Module):
+    """An activation quantizer with its siblings' memory and its observers."""
+
+    def __init__(self, quantizer: Quantizer, readers: int = 1) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.shared = SharedInput(readers)
+        self.observers: list[Callable[[Tensor], None]] = []
+
+    @property
+    def levels(self) -> Levels:
+        """The integers that the quantizer uses."""
+        return self.quantizer.levels
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """The learned scale, where the method has one."""
+        return getattr(self.quantizer, "gamma", None)
+
+    def forward(self, x: Tensor, reader: object = None) -> Tensor:
+        """Fake-quantize `[..., features]` for a layer, differentiable."""
+        return self.shared.once(reader, x, ("fake", self.training), self._state(), self._fake)
+
+    def integers(self, x: Tensor, reader: object = None) -> tuple[Tensor, Tensor]:
+        """int8 integer levels `[rows, features]` and fp32 marks `[rows, 1]` of `[..., features]`, for a layer."""
+        return self.shared.once(reader, x, ("integers",), self._state(), self._integers)
+
+    def _state(self) -> list[Tensor | None]:
+        return [*self.quantizer._parameters.values(), *self.quantizer._buffers.values()]
+
+    def _fake(self, x: Tensor) -> Tensor:
+        if self.observers:
+            self._observe(self.quantizer.codes(x))
+        return self.quantizer(x)
+
+    def _integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, mark = self.quantizer.encode(x)
+        self._observe(codes)
+        return self.levels.decode_int8(codes).reshape(-1, x.shape[-1]), mark.reshape(-1, 1)
+
+    def _observe(self, codes: Tensor) -> None:
+        for observer in self.observers:
+            observer(codes)
+
+
+class QuantizedLinear(nn.Module):
+    """`nn.Linear` whose weight and input are fake-quantized.
+
+    Args:
+        linear: the layer to take weight and bias from (shared with it, not copied).
+        weight_quantizer: quantizer of the weight, or None to leave it.
+        activation_quantizer: of the input, or None to leave it. One that another layer owns is passed with
+            `owned=False`, and then appears in the state dict under its owner only.
+        owned: whether this layer registers the activation quantizer.
+    """
+
+    activation_quantizer: ActivationQuantizer | None
+    weight_quantizer: Quantizer | None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight_quantizer: Quantizer | None,
+        activation_quantizer: ActivationQuantizer | None,
+        owned: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.weight_quantizer = weight_quantizer
+        if owned:
+            self.activation_quantizer = activation_quantizer
+        else:
+            # Past nn.Module's own bookkeeping: a borrowed quantizer must not be registered twice.
+            object.__setattr__(self, "activation_quantizer", activation_quantizer)
+        self._cached: tuple[Tensor, int, Tensor, Tensor] | None = None
+        if weight_quantizer is not None and activation_quantizer is not None:
+            blocks = weight_quantizer.block, activation_quantizer.quantizer.block
+            if blocks[0] != blocks[1]:
+                raise BellboxError(f"weight and activation must be rotated alike, not by blocks {blocks}")
+        elif (weight_quantizer or (activation_quantizer and activation_quantizer.quantizer)) is not None:
+            self._require_unrotated()
+
+    def _require_unrotated(self) -> None:
+        for quantizer in (
+            self.weight_quantizer,
+            self.activation_quantizer and self.activation_quantizer.quantizer,
+        ):
+            if quantizer is not None and quantizer.block != 1:
+                raise BellboxError(
+                    "quantizing only weights or only activations needs block=1: a rotation must cancel"
+                )
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+    @property
+    def runs_on_integers(self) -> bool:
+        """Whether evaluation multiplies integers: both sides quantized to levels that fit int8."""
+        pair = self.weight_quantizer, self.activation_quantizer
+        return all(q is not None and q.levels.fits_int8 for q in pair)
+
+    def weight_codes(self) -> Tensor:
+        """uint8 codes of the weight, `[out_features, in_features]`, in the rotated domain.
+
+        Raises:
+            BellboxError: the weight is not quantized, or holds NaN or infinity.
+        """
+        if self.weight_quantizer is None:
+            raise BellboxError("the weight of this layer is not quantized")
+        codes, mark = self.weight_quantizer.encode(self.weight)
+        if bool(mark.isnan().any()):
+            raise BellboxError(
+                f"the weight of {self.weight_quantizer.name or 'a layer'} holds NaN or infinity"
+            )
+        return codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        if self.training or not self.runs_on_integers:
+            return self._dequantized(x)
+        exact = self._integer(x)
+        if not torch.is_grad_enabled():
+            return exact
+        # Values of the integer path, gradient of the other: lin - lin is exactly zero.
+        smooth = self._dequantized(x)
+        return exact.detach() + (smooth - smooth.detach())
+
+    def _dequantized(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        x = x if self.activation_quantizer is None else self.activation_quantizer(x, self)
+        return F.linear(x, weight, self.bias)
+
+    def _integer(self, x: Tensor) -> Tensor:
+        assert self.activation_quantizer is not None
+        weight, weight_scale = self._integer_weight()
+        levels, mark = self.activation_quantizer.integers(x, self)
+        act_scale = integer_scale(self.activation_quantizer.quantizer).reshape(())
+        return finish(scaled_product(levels, weight, weight_scale, act_scale, mark), self.bias, x)
+
+    @torch.no_grad()
+    def _integer_weight(self) -> tuple[Tensor, Tensor]:
+        """int8 weight and its scale, made anew only when the parameter has changed (a compiled graph cannot tell)."""
+        assert self.weight_quantizer is not None
+        if torch.compiler.is_compiling():
+            integers, mark = self._encoded_weight()
+        else:
+            version, cached = version_of(self.weight), self._cached
+            if cached is None or cached[0] is not self.weight or cached[1] != version:
+                cached = self._cached = (self.weight, version, *self._encoded_weight())
+            _, _, integers, mark = cached
+        return integers, integer_scale(self.weight_quantizer).reshape(-1) * mark
+
+    def _encoded_weight(self) -> tuple[Tensor, Tensor]:
+        assert self.weight_quantizer is not None
+        codes, mark = self.weight_quantizer.encode(self.weight)
+        return self.weight_quantizer.levels.decode_int8(codes), mark.reshape(-1)
+
+    def train(self, mode: bool = True) -> QuantizedLinear:
+        """Training needs no integer copy of the weight: drop it."""
+        if mode:
+            self._cached = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        self._cached = None
+        return super()._apply(fn, recurse)
+
+
+def integer_scale(quantizer: Quantizer) -> Tensor:
+    """What one *integer* is worth, fp32: the scale of a level, halved (exactly) where integers are doubled."""
+    return quantizer.scale() / quantizer.levels.multiplier
+
+
+def finish(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Add the bias and give `[rows, out]` the leading shape of `x` and the dtype its caller expects."""
+    if bias is not None:
+        product = product + bias.to(torch.float32)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return product.to(dtype).reshape(*x.shape[:-1], product.shape[-1])

@@ -1,0 +1,74 @@
+"""Looking into a model and changing its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.entropy import code_counts
+from bellbox.nn.quantized import ActivationQuantizer, QuantizedLinear
+
+
+def without_fused_paths(model: nn.Module) -> None:
+    """Have torch's own transformer layers call their linear layers.
+
+    In evaluation they may read the weights past the layers' forward, which would use float weights where there
+    are quantized ones; these attributes, checked by torch before it does, switch that off.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def replace_layer(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put `new` in every place of `root` where `old` stands (a layer may be used under several names).
+
+    Returns:
+        `root`, or `new` where `root` is the layer itself.
+    """
+    for parent in list(root.modules()):
+        for leaf, child in parent._modules.items():
+            if child is old:
+                setattr(parent, leaf, new)
+    return new if root is old else root
+
+
+def _add_counts(total: Tensor, codes: Tensor) -> None:
+    total += code_counts(codes, len(total))
+
+
+@contextmanager
+def record_activation_codes(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Count the activation codes of every quantized layer while the context is open.
+
+    Yields:
+        layer name -> int64 `[n]`, filled by each forward. Siblings that share a quantizer appear under its owner.
+    """
+    counts: dict[str, Tensor] = {}
+    attached: list[tuple[ActivationQuantizer, Callable[[Tensor], None]]] = []
+    for name, layer in quantized_layers(model):
+        quantizer = layer._modules.get("activation_quantizer")
+        if isinstance(quantizer, ActivationQuantizer):
+            counts[name] = torch.zeros(quantizer.levels.n, dtype=torch.int64, device=layer.weight.device)
+
+            observe = partial(_add_counts, counts[name])
+            quantizer.observers.append(observe)
+            attached.append((quantizer, observe))
+    try:
+        yield counts
+    finally:
+        for quantizer, observe in attached:
+            quantizer.observers.remove(observe)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Every `QuantizedLinear` with its dotted name."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield name, module
