@@ -16,6 +16,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -87,11 +88,24 @@ class PackedWeights {
     Weights view_{};
 };
 
-EncodeArgs encode_args(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, int block, uintptr_t thresholds,
-                       int n, double inverse_sigma, int multiplier, int shift) {
-    return EncodeArgs{at<void>(x), static_cast<Type>(x_type), rows,  k,       ldx,     block,  at<float>(thresholds), n,
-                      inverse_sigma, multiplier,              shift, nullptr, 0,       nullptr, nullptr};
-}
+// How rows are coded: everything of EncodeArgs but the rows.
+struct Coding {
+    int32_t block;
+    std::vector<float> thresholds;
+    int32_t normalise;
+    double rsigma;
+    bool rescale;
+    int32_t multiplier, shift;
+
+    EncodeArgs of(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx) const {
+        EncodeArgs a{};
+        a.x = at<void>(x), a.x_type = static_cast<Type>(x_type), a.rows = rows, a.k = k, a.ldx = ldx;
+        a.block = block, a.thresholds = thresholds.data(), a.n = static_cast<int32_t>(thresholds.size()) + 1;
+        a.normalise = static_cast<Normalise>(normalise), a.rsigma = rsigma, a.rescale = rescale;
+        a.multiplier = multiplier, a.shift = shift;
+        return a;
+    }
+};
 
 // Work below which a second thread costs more than it gives.
 constexpr int64_t kEncodeGrain = 1 << 13;   // elements
@@ -116,20 +130,19 @@ void run_linear(const LinearArgs& a, int threads) {
     }
 }
 
-void encode(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, int block, uintptr_t thresholds, int n,
-            double inverse_sigma, int multiplier, int shift, uintptr_t levels, int64_t ldl, uintptr_t sums,
-            uintptr_t marks, int threads) {
-    EncodeArgs a = encode_args(x, x_type, rows, k, ldx, block, thresholds, n, inverse_sigma, multiplier, shift);
+void encode(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const Coding& coding, uintptr_t levels,
+            int64_t ldl, uintptr_t sums, uintptr_t marks, int threads) {
+    EncodeArgs a = coding.of(x, x_type, rows, k, ldx);
     a.levels = at<int8_t>(levels), a.ldl = ldl, a.sums = at<int32_t>(sums), a.marks = at<float>(marks);
     nb::gil_scoped_release release;
     run_encode(a, threads);
 }
 
 // Rotation, codes, product and epilogue of one input with one or several weight matrices.
-void linear(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, int block, uintptr_t thresholds, int n,
-            double inverse_sigma, int multiplier, int shift, const std::vector<const PackedWeights*>& weights,
-            const std::vector<float>& act_scales, const std::vector<uintptr_t>& outs, int out_type, int threads) {
-    EncodeArgs a = encode_args(x, x_type, rows, k, ldx, block, thresholds, n, inverse_sigma, multiplier, shift);
+void linear(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const Coding& coding,
+            const std::vector<const PackedWeights*>& weights, const std::vector<float>& act_scales,
+            const std::vector<uintptr_t>& outs, int out_type, int threads) {
+    EncodeArgs a = coding.of(x, x_type, rows, k, ldx);
     nb::gil_scoped_release release;
     a.ldl = (k + 63) / 64 * 64;
     // Rows are worked on in slabs of even size whose codes stay in the caches between quantizer and product (1 MB a
@@ -157,6 +170,16 @@ void linear(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, int b
                        threads);
         }
     }
+}
+
+void rotate(uintptr_t x, int x_type, int64_t rows, int64_t k, int block, float factor, uintptr_t out, int out_type,
+            int threads) {
+    const RotateArgs a{at<void>(x), static_cast<Type>(x_type), rows, k, block, factor, at<void>(out),
+                       static_cast<Type>(out_type)};
+    const int64_t useful = std::max<int64_t>(1, rows * k / kEncodeGrain);
+    nb::gil_scoped_release release;
+    share(rows, static_cast<int>(std::min<int64_t>(threads, useful)),
+          [&](int64_t begin, int64_t end) { kernels().rotate(a, begin, end); });
 }
 
 void forward(uintptr_t x, int x_type, int64_t rows, int64_t k, int block, uintptr_t thresholds, int n, float offset,
@@ -192,10 +215,16 @@ NB_MODULE(_native, m) {
         .def_prop_ro("n", &PackedWeights::n)
         .def_prop_ro("k", &PackedWeights::k)
         .def_prop_ro("nbytes", &PackedWeights::nbytes);
+    nb::class_<Coding>(m, "Coding")
+        .def("__init__", [](Coding* self, int32_t block, std::vector<float> thresholds, int32_t normalise, double rsigma,
+                            bool rescale, int32_t multiplier, int32_t shift) {
+            new (self) Coding{block, std::move(thresholds), normalise, rsigma, rescale, multiplier, shift};
+        });
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("use", [](const std::string& name) { use(name.c_str()); });
     m.def("available", [] { return std::string(available()); });
     m.def("encode", &encode);
+    m.def("rotate", &rotate);
     m.def("linear", &linear);
     m.def("forward", &forward);
     m.def("backward", &backward);

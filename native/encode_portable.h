@@ -50,16 +50,42 @@ inline void store(void* p, Type type, int64_t i, float value) {
         static_cast<uint16_t*>(p)[i] = float_to_bf16(value);
 }
 
+// Two types as template arguments: calls f with a Tag for each.
+template <Type T>
+struct Tag {
+    static constexpr Type type = T;
+};
+
+template <typename F>
+inline void with_types(Type in, Type out, const F& f) {
+    if (in == Type::f32 && out == Type::f32) return f(Tag<Type::f32>(), Tag<Type::f32>());
+    if (in == Type::f32) return f(Tag<Type::f32>(), Tag<Type::bf16>());
+    if (out == Type::f32) return f(Tag<Type::bf16>(), Tag<Type::f32>());
+    f(Tag<Type::bf16>(), Tag<Type::bf16>());
+}
+
 constexpr double kSigmaFloor = 1e-8;
 constexpr double kSigmaCeiling = 1e30;  // above it the fp32 butterfly could overflow
 
-// 1 / (max(sigma, floor) sqrt(block)), the rounding of src/bellbox/kernels/encode.py; NaN for a row that is not finite
-// or too large.
-inline float normaliser(double norm, int64_t k, int block) {
-    const double sigma = norm / __builtin_sqrt(static_cast<double>(k > 0 ? k : 1));
-    if (!(sigma <= kSigmaCeiling)) return __builtin_nanf("");
-    return static_cast<float>(1.0 / (sigma > kSigmaFloor ? sigma : kSigmaFloor) /
-                              __builtin_sqrt(static_cast<double>(block)));
+// What a row is multiplied with before it is coded, and its mark; with the roundings of
+// src/bellbox/kernels/encode.py. Both are NaN for a row that is not finite or too large.
+struct RowScale {
+    float r, mark;
+};
+
+inline double rms(double norm, int64_t k) { return norm / __builtin_sqrt(static_cast<double>(k > 0 ? k : 1)); }
+
+inline float fixed_scale(const EncodeArgs& a) {
+    return static_cast<float>(a.rsigma / __builtin_sqrt(static_cast<double>(a.block)));
+}
+
+// sigma: the statistic of the row, or its RMS where sigma is fixed (only its size matters then).
+inline RowScale row_scale(double sigma, const EncodeArgs& a) {
+    if (!(sigma <= kSigmaCeiling)) return {__builtin_nanf(""), __builtin_nanf("")};
+    if (a.normalise == Normalise::fixed) return {fixed_scale(a), 1};
+    const double floored = sigma > kSigmaFloor ? sigma : kSigmaFloor;
+    const double r = 1.0 / floored / __builtin_sqrt(static_cast<double>(a.block));
+    return {static_cast<float>(r), a.rescale ? static_cast<float>(floored) : 1.0f};
 }
 
 namespace portable {
@@ -84,6 +110,17 @@ inline double row_norm(const void* x, Type type, int64_t begin, int64_t k) {
     return __builtin_sqrt(sum);
 }
 
+// The largest magnitude; NaN if there is one.
+inline double row_absmax(const void* x, Type type, int64_t begin, int64_t k) {
+    float largest = 0;
+    for (int64_t j = 0; j < k; ++j) {
+        const float value = __builtin_fabsf(load(x, type, begin + j));
+        if (!(value <= largest)) largest = value;
+        if (value != value) break;
+    }
+    return largest;
+}
+
 inline int code_of(float v, const float* thresholds, int n) {
     int code = 0;
     for (int t = 0; t < n - 1; ++t) code += v >= thresholds[t];
@@ -94,21 +131,31 @@ inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
     const Scratch scratch(a.k);
     float* row = scratch.data;
     for (int64_t i = begin; i < end; ++i) {
-        const double norm = row_norm(a.x, a.x_type, i * a.ldx, a.k);
-        float r = normaliser(norm, a.k, a.block);
-        a.marks[i] = r - r + 1;
-        if (a.inverse_sigma > 0) r = static_cast<float>(a.inverse_sigma / __builtin_sqrt(static_cast<double>(a.block)));
+        const double sigma = a.normalise == Normalise::absmax ? row_absmax(a.x, a.x_type, i * a.ldx, a.k)
+                                                              : rms(row_norm(a.x, a.x_type, i * a.ldx, a.k), a.k);
+        const RowScale scale = row_scale(sigma, a);
+        a.marks[i] = scale.mark;
         for (int64_t j = 0; j < a.k; ++j) row[j] = load(a.x, a.x_type, i * a.ldx + j);
         butterfly(row, a.k, a.block);
         int8_t* levels = a.levels + i * a.ldl;
         int32_t sum = 0;
         for (int64_t j = 0; j < a.k; ++j) {
-            const int level = a.multiplier * code_of(row[j] * r, a.thresholds, a.n) - a.shift;
+            const int level = a.multiplier * code_of(row[j] * scale.r, a.thresholds, a.n) - a.shift;
             levels[j] = static_cast<int8_t>(level);
             sum += level;
         }
         memset(levels + a.k, 0, static_cast<size_t>(a.ldl - a.k));
         a.sums[i] = sum;
+    }
+}
+
+inline void rotate(const RotateArgs& a, int64_t begin, int64_t end) {
+    const Scratch scratch(a.k);
+    float* row = scratch.data;
+    for (int64_t i = begin; i < end; ++i) {
+        for (int64_t j = 0; j < a.k; ++j) row[j] = load(a.x, a.x_type, i * a.k + j);
+        butterfly(row, a.k, a.block);
+        for (int64_t j = 0; j < a.k; ++j) store(a.out, a.out_type, i * a.k + j, row[j] * a.factor);
     }
 }
 

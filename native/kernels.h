@@ -11,6 +11,7 @@
 namespace bellbox {
 
 enum class Type : int32_t { f32 = 0, bf16 = 1 };
+enum class Normalise : int32_t { rms = 0, absmax = 1, fixed = 2 };  // sigma: of each row, or 1 / rsigma
 
 // Rows of floats to rows of integer levels.
 struct EncodeArgs {
@@ -20,13 +21,26 @@ struct EncodeArgs {
     int32_t block;             // Hadamard block, a power of two dividing k; 1 for none
     const float* thresholds;   // n - 1 rising numbers
     int32_t n;                 // levels, 2..16
-    double inverse_sigma;      // fixed 1/sigma, or <= 0: 1 / RMS of each row, floor 1e-8
+    Normalise normalise;       // sigma of a row: RMS or largest |x|, floor 1e-8; or one number for all
+    double rsigma;             // 1 / sigma where it is fixed
+    bool rescale;              // marks carry sigma
     int32_t multiplier;        // integer level = multiplier * code - shift
     int32_t shift;
     int8_t* levels;            // [rows, ldl], ldl >= k a multiple of 64; columns k..ldl-1 are set to 0
     int64_t ldl;
     int32_t* sums;             // [rows]: sum of the integer levels of a row
-    float* marks;              // [rows]: 1.0, or NaN where the row has a NaN or infinity
+    float* marks;              // [rows]: 1.0, or sigma if `rescale`; NaN where the row has a NaN or infinity
+};
+
+// Rows of floats to rotated rows: out = butterfly(x) * factor.
+struct RotateArgs {
+    const void* x;             // [rows, k] contiguous
+    Type x_type;
+    int64_t rows, k;
+    int32_t block;
+    float factor;
+    void* out;                 // [rows, k]
+    Type out_type;
 };
 
 // A weight matrix in the layout of the kernels: see pack() in dispatch.cpp.
@@ -98,6 +112,7 @@ struct BackwardArgs {
 struct Kernels {
     const char* name;
     void (*encode)(const EncodeArgs&, int64_t row_begin, int64_t row_end);
+    void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end);
     void (*forward)(const ForwardArgs&, int64_t row_begin, int64_t row_end);
     void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end);
     // Columns of the output [16*tile_begin, 16*tile_end) and rows [m_begin, m_end).

@@ -3,7 +3,9 @@
 
 #include "encode_avx2.h"
 #include "linear_avx2.h"
+#include "training_avx2.h"
 
 namespace bellbox {
-const Kernels avx2_kernels = {"avx2", avx2::encode, avx2::forward, avx2::backward, avx2::linear};
+const Kernels avx2_kernels = {
+    "avx2", avx2::encode, avx2::rotate, avx2::forward, avx2::backward, avx2::linear};
 }  // namespace bellbox

@@ -5,5 +5,6 @@
 #include "linear_portable.h"
 
 namespace bellbox {
-const Kernels portable_kernels = {"portable", portable::encode, portable::forward, portable::backward, portable::linear};
+const Kernels portable_kernels = {
+    "portable", portable::encode, portable::rotate, portable::forward, portable::backward, portable::linear};
 }  // namespace bellbox

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bellbox as bb
-from bellbox.hadamard import block_size
+from bellbox.hadamard import block_size, butterfly
 from bellbox.kernels import bbq, native
 from bellbox.kernels.encode import encode, mark, normaliser, row_sigma, static_normaliser
+from bellbox.kernels.rotate import reference_rotate, rotate
 from bellbox.levels import Levels
 from bellbox.nn import PackedLinear
 
@@ -30,11 +31,19 @@ def isa(request):
         yield request.param
 
 
-def reference_codes(x, levels, block, rsigma):
+def reference_codes(x, levels, block, normalise, rsigma=0.0, rescale=False):
     rows = x.reshape(-1, x.shape[-1])
-    r = static_normaliser(torch.tensor(rsigma), rows, block) if rsigma else normaliser(row_sigma(rows), block)
+    sigma = rows.double().abs().amax(-1, keepdim=True) if normalise == "absmax" else row_sigma(rows)
+    r = (
+        static_normaliser(torch.tensor(rsigma), rows, block)
+        if normalise == "static"
+        else normaliser(sigma, block)
+    )
     r = r.float()
-    return encode(rows, r, levels.thresholds, block), mark(r, len(rows))
+    marks = mark(r, len(rows)).clone()
+    if rescale:
+        marks *= sigma.clamp(min=1e-8).float()
+    return encode(rows, r, levels.thresholds, block), marks
 
 
 def same(a, b):
@@ -63,17 +72,27 @@ def packed_layer(inputs, outputs, weight_levels, activation_levels, statistic, b
     features=st.integers(1, 300),
     n=st.integers(2, 16),
     largest=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]),
-    rsigma=st.sampled_from([0.0, 0.5, 3.0]),
+    rule=st.sampled_from(
+        [
+            ("rms", 0.0, False),
+            ("rms", 0.0, True),
+            ("absmax", 0.0, False),
+            ("absmax", 0.0, True),
+            ("static", 0.5, False),
+            ("static", 3.0, False),
+        ]
+    ),
+    size=st.sampled_from([1.0, 1e-9, 1e20]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**16),
 )
-def test_codes_and_marks_are_those_of_the_reference(rows, features, n, largest, rsigma, dtype, seed):
-    x = torch.randn(rows, features, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    levels, block = Levels.gaussian(n), block_size(features, largest)
-    codes, marks = reference_codes(x, levels, block, rsigma)
+def test_codes_and_marks_are_those_of_the_reference(rows, features, n, largest, rule, size, dtype, seed):
+    x = torch.randn(rows, features, generator=torch.Generator().manual_seed(seed)).mul_(size).to(dtype)
+    levels, block = Levels.gaussian(n), 1 if rule[0] == "absmax" else block_size(features, largest)
+    codes, marks = reference_codes(x, levels, block, *rule)
     for name in ISAS:
         with native.use(name):
-            integers, sums, native_marks = native.encode(x, levels, block, rsigma)
+            integers, sums, native_marks = native.encode(x, levels, block, *rule)
         assert torch.equal(integers, levels.decode_int8(codes)), name
         assert torch.equal(sums, integers.sum(-1, dtype=torch.int32)), name
         assert same(native_marks, marks.reshape(-1)), name
@@ -84,7 +103,7 @@ def test_a_value_on_a_threshold_goes_up(isa, n):
     levels = Levels.gaussian(n)
     below = [float(torch.nextafter(torch.tensor(t), torch.tensor(-9.0))) for t in levels.thresholds]
     x = torch.tensor([[*levels.thresholds, *below]])
-    integers, _, _ = native.encode(x, levels, 1, 1.0)
+    integers, _, _ = native.encode(x, levels, 1, "static", 1.0)
     expected = [*range(1, n), *range(n - 1)]
     assert integers.tolist() == [[levels.integers[code] for code in expected]]
 
@@ -95,8 +114,48 @@ def test_zeros_denormals_and_huge_values_are_coded_as_the_reference_does(isa):
     x[4, 7] = -0.0
     for n in (2, 4, 8, 16):
         levels = Levels.gaussian(n)
-        codes, _ = reference_codes(x, levels, 128, 0.0)
-        assert torch.equal(native.encode(x, levels, 128, 0.0)[0], levels.decode_int8(codes))
+        for block, normalise in ((128, "rms"), (1, "absmax")):
+            codes, marks = reference_codes(x, levels, block, normalise, rescale=True)
+            integers, _, native_marks = native.encode(x, levels, block, normalise, rescale=True)
+            assert torch.equal(integers, levels.decode_int8(codes))
+            assert same(native_marks, marks.reshape(-1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rule", [("rms", 0.0, True), ("absmax", 0.0, True), ("static", 1.0, False)])
+@pytest.mark.parametrize("place", [0, 17, 191])
+def test_the_mark_of_a_row_that_is_not_finite_is_nan(isa, bad, rule, place):
+    x = torch.randn(4, 192)
+    x[1, place], x[3, :] = bad, 3e38
+    marks = native.encode(x, Levels.gaussian(8), 1, *rule)[2]
+    assert marks.isnan().tolist() == [False, True, False, True]
+
+
+def test_rules_that_contradict_themselves_are_refused():
+    with pytest.raises(bb.BellboxError, match=r"absmax.*block=1"):
+        native.Coding(Levels.gaussian(4), 128, "absmax")
+    with pytest.raises(bb.BellboxError, match=r"static.*rescale"):
+        native.Coding(Levels.gaussian(4), 128, "static", 1.0, rescale=True)
+    with pytest.raises(bb.BellboxError, match="at most 16 levels"):
+        native.Coding(Levels.gaussian(17), 128, "rms")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    leading=st.sampled_from([(), (1,), (7,), (2, 3), (0,)]),
+    blocks=st.integers(1, 9),
+    block=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 256, 1024]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    out=st.sampled_from([torch.float32, torch.bfloat16]),
+    factor=st.sampled_from([1.0, -0.3, 128**-0.5]),
+)
+def test_rotation_gives_the_bits_of_the_butterfly(leading, blocks, block, dtype, out, factor):
+    x = torch.randn(*leading, blocks * block, generator=torch.Generator().manual_seed(blocks)).to(dtype)
+    expected = (butterfly(x.float(), block) * factor).to(out)
+    assert torch.equal(reference_rotate(x, factor, block, out), expected)
+    for name in ISAS:
+        with native.use(name):
+            assert torch.equal(rotate(x, factor, block, out), expected), name
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -155,10 +214,10 @@ def test_long_rows_and_extreme_levels_do_not_overflow(isa):
     codes = torch.full((3, inputs), 15, dtype=torch.uint8)
     weights = native.Weights(codes, levels, torch.ones(3), None)
     x = torch.full((2, inputs), 9.0)
-    (y,) = native.linear(x, [weights], [1.0], native.Coding(levels, 1, 1.0), torch.float32)
+    (y,) = native.linear(x, [weights], [1.0], native.Coding(levels, 1, "static", 1.0), torch.float32)
     assert y.tolist() == [[float(7 * 7 * inputs)] * 3] * 2
     low = native.Weights(torch.zeros_like(codes), levels, torch.ones(3), None)
-    (y,) = native.linear(-x, [low], [1.0], native.Coding(levels, 1, 1.0), torch.float32)
+    (y,) = native.linear(-x, [low], [1.0], native.Coding(levels, 1, "static", 1.0), torch.float32)
     assert y.tolist() == [[float(8 * 8 * inputs)] * 3] * 2
 
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from bellbox.errors import BellboxError
 from bellbox.levels import Levels
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
+Normalise = Literal["rms", "absmax", "static"]
+_NORMALISE: dict[Normalise, int] = {"rms": 0, "absmax": 1, "static": 2}
 MAX_LEVELS = 16
 """The kernels serve 2 to 16 levels (1 to 4 bits); more run on the reference."""
 MAX_INTEGER = 34
@@ -117,14 +119,35 @@ class Coding:
 
     Args:
         levels: at most 16.
-        block: rotation block.
-        rsigma: fixed 1/sigma, or 0 for the RMS of each row.
+        block: rotation block; 1 for `absmax`.
+        normalise: where sigma comes from: `rms` or `absmax` (largest magnitude) of each row, with a floor of 1e-8, or
+            `static`, one number for all.
+        rsigma: 1/sigma of `static`; not looked at otherwise.
+        rescale: the output follows sigma: marks are sigma, rounded to fp32, instead of 1. Not for `static`, whose
+            sigma is one number: put it into the scale.
+
+    Raises:
+        BellboxError: one of these limits is broken.
     """
 
-    def __init__(self, levels: Levels, block: int, rsigma: float) -> None:
-        self._table, address = _table(levels.thresholds)  # kept alive with the address
+    def __init__(
+        self, levels: Levels, block: int, normalise: Normalise, rsigma: float = 0.0, rescale: bool = False
+    ) -> None:
+        if levels.n > MAX_LEVELS:
+            raise BellboxError(f"the kernels code at most {MAX_LEVELS} levels, not {levels.n}")
+        if normalise == "absmax" and block != 1:
+            raise BellboxError(
+                f"normalise='absmax' needs block=1, not {block}: it is taken before a rotation"
+            )
+        if normalise == "static" and rescale:
+            raise BellboxError("a static sigma has no rescale: put it into the scale of the levels")
+        module = _module()
+        assert module is not None
         shift = int(levels.multiplier * levels.offset)
-        self.arguments = (block, address, levels.n, rsigma, levels.multiplier, shift)
+        self.levels = levels
+        self.handle = module.Coding(
+            block, levels.thresholds, _NORMALISE[normalise], rsigma, rescale, levels.multiplier, shift
+        )
 
 
 class Weights:
@@ -165,17 +188,27 @@ class Weights:
         return self.handle.nbytes
 
 
-def encode(x: Tensor, levels: Levels, block: int, rsigma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Integer levels of rows.
+def encode(
+    x: Tensor,
+    levels: Levels,
+    block: int,
+    normalise: Normalise,
+    rsigma: float = 0.0,
+    rescale: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Integer levels of rows, coded as `Coding` says.
 
     Args:
         x: `[rows, features]`, fp32 or bf16, on the CPU.
-        levels: at most 16.
-        block: rotation block.
-        rsigma: fixed 1/sigma, or 0 for the RMS of each row.
+        levels: as in `Coding`, like all that follows.
+        block: a power of two that divides `features`.
+        normalise: where sigma comes from.
+        rsigma: 1/sigma of `static`.
+        rescale: whether marks carry sigma.
 
     Returns:
-        int8 `[rows, features]`, their int32 sums `[rows]`, and fp32 marks `[rows]` (NaN: the row is not finite).
+        int8 `[rows, features]`, their int32 sums `[rows]`, and fp32 marks `[rows]`: 1, or sigma where `rescale`; NaN
+        for a row that is not finite.
     """
     module = _module()
     assert module is not None
@@ -190,7 +223,7 @@ def encode(x: Tensor, levels: Levels, block: int, rsigma: float) -> tuple[Tensor
         rows,
         features,
         features,
-        *Coding(levels, block, rsigma).arguments,
+        Coding(levels, block, normalise, rsigma, rescale).handle,
         integers.data_ptr(),
         padded,
         sums.data_ptr(),
@@ -226,7 +259,7 @@ def linear(
         x.numel() // features,
         features,
         features,
-        *coding.arguments,
+        coding.handle,
         [each.handle for each in weights],
         act_scales,
         [out.data_ptr() for out in outs],
@@ -234,6 +267,27 @@ def linear(
         torch.get_num_threads(),
     )
     return outs
+
+
+def rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
+    """`bellbox::rotate` on fp32 or bf16 rows; see `bellbox.kernels.rotate`."""
+    module = _module()
+    assert module is not None
+    features = x.shape[-1]
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=dtype)
+    module.rotate(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        x.numel() // max(1, features),
+        features,
+        block,
+        factor,
+        out.data_ptr(),
+        _TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def bbq_forward(

@@ -196,7 +196,7 @@ class PackedLinear(nn.Module):
         rows, coding = x.reshape(-1, self.in_features), self.coding
         if not (self._compiled and native.takes(x)):
             return coding.encode(rows, self.act_rsigma)[0]
-        integers, _, _ = native.encode(rows, coding.levels, coding.block, self._fixed_rsigma())
+        integers, _, _ = native.encode(rows, coding.levels, coding.block, *self._normalise())
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
     def prepack(self) -> Prepacked:
@@ -208,12 +208,12 @@ class PackedLinear(nn.Module):
                 version,
                 native.Weights(self.weight_codes(), self.weight_levels, scale, self.bias),
                 float(self.act_scale / self.coding.levels.multiplier),
-                native.Coding(self.coding.levels, self.coding.block, self._fixed_rsigma()),
+                native.Coding(self.coding.levels, self.coding.block, *self._normalise()),
             )
         return self._prepacked
 
-    def _fixed_rsigma(self) -> float:
-        return 0.0 if self.act_rsigma is None else float(self.act_rsigma)
+    def _normalise(self) -> tuple[native.Normalise, float]:
+        return ("rms", 0.0) if self.act_rsigma is None else ("static", float(self.act_rsigma))
 
     def _input_integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes, marks = self.coding.encode(x.reshape(-1, self.in_features), self.act_rsigma)
