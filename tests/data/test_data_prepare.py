@@ -85,6 +85,35 @@ def test_of_a_single_document_the_tail_is_held_out(
     assert made.train.bytes + made.valid.bytes == len(text.encode())
 
 
+@pytest.mark.parametrize("piece_chars", [300, 1 << 18])
+def test_of_a_few_documents_the_tail_of_the_text_is_held_out(
+    tmp_path: Path, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, piece_chars: int
+) -> None:
+    monkeypatch.setattr("bellbox.data.sources.PIECE_CHARS", piece_chars)
+    books = [sentences(100 + i) for i in range(6)]
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for number, book in enumerate(books):
+        (shelf / f"{number}.txt").write_text(book, encoding="utf-8")
+    made = prepare([shelf], tmp_path / "out", tokenizer=small_tokenizer, valid_fraction=0.02)
+    train, valid = documents_of(made.train), documents_of(made.valid)
+    assert train[:5] == books[:5]
+    assert len(train) == 6
+    assert train[5] + "".join(valid) == books[5]
+    assert 0.01 < len("".join(valid)) / sum(map(len, books)) < 0.03
+
+
+def test_the_tail_may_begin_in_any_document(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    rows = [f"row {i} of a short file" for i in range(4)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    made = prepare([file], tmp_path / "out", tokenizer=small_tokenizer, valid_fraction=0.4)
+    # By their hashes all four rows would train: 60 % of the characters do instead.
+    assert "".join(documents_of(made.train) + documents_of(made.valid)) == "".join(rows)
+    assert made.train.documents == 3
+    assert documents_of(made.valid)[-1] == rows[3]
+
+
 def test_several_inputs_are_one_corpus_and_files_end_documents(
     tmp_path: Path, small_tokenizer: Tokenizer
 ) -> None:
@@ -124,7 +153,7 @@ def test_options_that_contradict_or_do_nothing_are_refused(tmp_path: Path, docum
         ({"vocab_size": 100}, "vocabulary of 100: needs at least 257"),
         (
             {"valid_fraction": 1e-9},
-            "validation split would be empty: no document fell into the fraction 1e-09",
+            "validation split would be empty: nothing falls into the fraction 1e-09",
         ),
         ({"valid_fraction": 0.999999}, "no text is left for training|no text to train a tokenizer on"),
     ]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from bellbox.cli.output import help_text
 from bellbox.errors import require
 
 require("tyro", "cli")
@@ -37,7 +38,7 @@ class Prepare:
     vocab_size: int | None = None
     """Entries of the byte-level BPE to train; 8,192 where not given."""
     valid: tuple[str, ...] = ()
-    """Files for the validation split; else a fraction of the documents, or the tail of a single one."""
+    """Files for the validation split; else a fraction of the documents, or the tail of the text where they are few."""
     valid_fraction: float | None = None
     """That fraction; 0.01 where not given."""
     text_field: str | None = None
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
         Prepare | Info,  # type: ignore[arg-type]
         args=argv,
         prog="bellbox data",
-        description=__doc__,
+        description=help_text(__doc__),
     )
     if isinstance(command, Prepare):
         _prepare(command)

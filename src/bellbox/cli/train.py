@@ -1,4 +1,4 @@
-"""`bellbox train`: train a model from a YAML file, from flags, or from both (flags win).
+"""Train a model from a YAML file, from flags, or from both (flags win).
 
 bellbox train                                               # tiny, 2 bits, the bundled books
 bellbox train --folder runs/w4 --quantization.bits 4 --steps 500
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
 from bellbox.surgery import summary
 from bellbox.training import TrainConfig, Trainer, load_config
@@ -24,10 +25,7 @@ from bellbox.training.checkpoint import CheckpointWarning
 
 @dataclass
 class TrainFlags(TrainConfig):
-    """Train a model, low-bit or not, from a YAML file, from flags, or from both (flags win).
-
-    To go on after a kill: bellbox train --config RUN/config.yaml
-    """
+    """Train a model, low-bit or not, from a YAML file, from flags, or from both (flags win)."""
 
     config: str | None = None
     """YAML file with any of the keys below."""
@@ -78,6 +76,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
     flags = tyro.cli(
         TrainFlags,
         prog="bellbox train",
+        description=help_text(__doc__),
         args=argv,
         default=default,
         registry=_mapping_flags(tyro, base),

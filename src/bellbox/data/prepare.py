@@ -32,7 +32,7 @@ class Progress:
     """Where a preparation stands."""
 
     phase: str
-    """`survey` (looking for a second document), `tokenizer` (training it) or `encode`."""
+    """`survey` (whether both splits get a document), `tokenizer` (training it) or `encode`."""
     bytes_read: int = 0
     """Bytes read from disk in this phase."""
     bytes_total: int | None = None
@@ -87,7 +87,8 @@ def prepare(
             268 million characters where it is longer).
         vocab_size: entries of the tokenizer to train, 8,192 where None; not together with `tokenizer`.
         valid: files for the validation split. Without them a fraction of the documents is taken, chosen by
-            a hash of their beginning, hence the same ones every time; of a single document, its tail.
+            a hash of their beginning, hence the same ones every time. Where that leaves a split without any (a
+            single book, a shelf of them), it is the tail of the whole text instead.
         valid_fraction: that fraction, 0.01 where None; not together with `valid`.
         text_field: field of JSON lines and dataset rows that holds the text, `text` where None.
         shard_tokens: tokens a file.
@@ -124,13 +125,13 @@ def prepare(
 
     reporter = _Reporter(progress)
     column = text_field or "text"
-    single: int | None = None
+    head: int | None = None
     if not valid_sources:
         reporter.start("survey", train_sources)
-        single = _length_if_single(train_sources, column, reporter)
-    router = _Router(None if valid_sources else fraction, single)
+        head = _head_to_cut(train_sources, column, fraction, reporter)
 
     def from_inputs() -> Iterator[tuple[str, Piece]]:
+        router = _Router(None if valid_sources else fraction, head)
         for source in train_sources:
             yield from router.route(source.pieces(column, reporter.on_read))
 
@@ -149,7 +150,7 @@ def prepare(
     explanation = (
         "no text in the validation files"
         if valid_sources
-        else f"no document fell into the fraction {fraction:g}; raise --valid-fraction or give --valid FILE"
+        else f"nothing falls into the fraction {fraction:g}; raise --valid-fraction or give --valid FILE"
     )
     try:
         _write(out, from_everything(), tokenizer, names, shard_tokens, explanation, overwrite, reporter)
@@ -159,14 +160,15 @@ def prepare(
 
 
 class _Router:
-    """Sends each document to a split, piece by piece; all to training where there is no fraction."""
+    """Sends each document to a split, piece by piece; all to training where there is no fraction.
 
-    def __init__(self, fraction: float | None, single_length: int | None) -> None:
-        self._fraction = fraction
-        # Characters of a single document's head; its tail is the validation split.
-        self._head = (
-            None if single_length is None or fraction is None else round(single_length * (1 - fraction))
-        )
+    Args:
+        fraction: of the documents, for validation.
+        head: characters that are for training, where the whole text is cut in two instead.
+    """
+
+    def __init__(self, fraction: float | None, head: int | None) -> None:
+        self._fraction, self._head = fraction, head
 
     def route(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, Piece]]:
         if self._head is not None:
@@ -174,46 +176,49 @@ class _Router:
             return
         split: str | None = None
         for piece in pieces:
-            if split is None:
-                split = "valid" if self._fraction and _fraction_of(piece.text) < self._fraction else "train"
+            split = split or ("train" if self._fraction is None else _split_of(piece.text, self._fraction))
             yield split, piece
             if piece.ends:
                 split = None
 
-    @staticmethod
-    def _cut(pieces: Iterable[Piece], head: int) -> Iterator[tuple[str, Piece]]:
+    def _cut(self, pieces: Iterable[Piece], head: int) -> Iterator[tuple[str, Piece]]:
         for piece in pieces:
             if head <= 0:
                 yield "valid", piece
-            elif len(piece.text) <= head and not piece.ends:
+            elif len(piece.text) <= head:
                 head -= len(piece.text)
-                yield "train", piece
-                if not head:
-                    yield "train", Piece("", True)
+                yield "train", Piece(piece.text, piece.ends or not head)
             else:
                 cut = sources.cut_point(piece.text, head)
                 head = 0
                 yield "train", Piece(piece.text[:cut], True)
                 yield "valid", Piece(piece.text[cut:], piece.ends)
+        self._head = head  # the next source goes on from here
 
 
-def _fraction_of(text: str) -> float:
-    """A number in [0, 1) that is a function of the text alone; equal documents stay on one side."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / (1 << 56)
+def _split_of(beginning: str, fraction: float) -> str:
+    """A function of the document alone, so equal documents stay on one side."""
+    place = int.from_bytes(hashlib.sha256(beginning.encode()).digest()[:7], "big") / (1 << 56)
+    return "valid" if place < fraction else "train"
 
 
-def _length_if_single(read: Sequence[Source], column: str, reporter: _Reporter) -> int | None:
-    """Characters of the corpus where it is one document; stops reading at the second, and returns None."""
-    total = documents = 0
+def _head_to_cut(read: Sequence[Source], column: str, fraction: float, reporter: _Reporter) -> int | None:
+    """Characters for training where the documents alone would leave a split empty; None where they do not.
+
+    Stops reading as soon as each split has a document, which is early in a corpus of many.
+    """
+    total = 0
+    seen: set[str] = set()
     for source in read:
-        inside = False
+        begins = True
         for piece in source.pieces(column, reporter.on_read):
-            documents += not inside
-            if documents > 1:
-                return None
-            inside = not piece.ends
+            if begins:
+                seen.add(_split_of(piece.text, fraction))
+                if len(seen) == 2:
+                    return None
+            begins = piece.ends
             total += len(piece.text)
-    return total
+    return total - round(total * fraction)
 
 
 def _at_most(texts: Iterable[str], limit: int) -> Iterator[str]:
