@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": "pack a trained run into integers",
     "generate": "continue a prompt",
     "report": "write an HTML page with pictures of a run",
+    "compare": "train methods, bit widths and seeds alike, and draw the table",
     "demo": "the main job end to end, on bundled text",
 }
 

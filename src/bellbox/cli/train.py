@@ -21,6 +21,7 @@ from bellbox.errors import BellboxError, require
 from bellbox.surgery import summary
 from bellbox.training import TrainConfig, Trainer, load_config
 from bellbox.training.checkpoint import CheckpointWarning
+from bellbox.training.memory import keep_freed_memory
 
 
 @dataclass
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, both with a checkpoint saved.
     """
     config, resume = parse(argv)
+    keep_freed_memory()
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
     print(summary(trainer.model), flush=True)
     with warnings.catch_warnings():

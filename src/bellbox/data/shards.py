@@ -74,6 +74,11 @@ class Manifest(_Strict):
         """SHA-256 over the fields in a fixed spelling."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
+    def content_checksum(self) -> str:
+        """SHA-256 of tokenizer and tokens alone: equal wherever the sources lay when they were prepared."""
+        content = self.model_dump(include={"tokenizer_sha256", "splits"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
 
 def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
     """The smallest stored type that holds every id."""

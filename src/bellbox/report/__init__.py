@@ -1,4 +1,4 @@
-"""One HTML page about a run, from what the run recorded and from arrays that the caller hands in.
+"""HTML pages: about a run, from what it recorded and arrays that the caller hands in; and about a comparison.
 
 Nothing here opens or runs a model: `read_record` reads the run's own files, the caller brings the weights'
 values, and `render` returns the page as a string that needs no other file.
@@ -10,17 +10,22 @@ page = render(ReportInput(record=read_record("runs/small")))
 ```
 """
 
+from bellbox.report.comparison import Picture, comparison_pictures
+from bellbox.report.comparison_page import comparison_page
 from bellbox.report.content import LayerValues, ReportInput, Sample, SizeRow, Verification
 from bellbox.report.page import render
 from bellbox.report.record import RunRecord, read_record
 
 __all__ = [
     "LayerValues",
+    "Picture",
     "ReportInput",
     "RunRecord",
     "Sample",
     "SizeRow",
     "Verification",
+    "comparison_page",
+    "comparison_pictures",
     "read_record",
     "render",
 ]

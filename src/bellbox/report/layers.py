@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import numpy as np
 
 from bellbox.report.content import ReportInput
-from bellbox.report.style import BLUE, GREEN, ORANGE, RED, figure, short, styled, to_svg, token_axis
+from bellbox.report.style import BLUE, GREEN, ORANGE, RED, figure, kind_of, short, styled, to_svg, token_axis
 
 DASHED = (0, (4, 3))
 _KINDS = ("weight_entropy", "activation_entropy")
@@ -99,9 +98,7 @@ def gammas(content: ReportInput) -> str:
     """Histograms of the learned row scales by kind of layer, and the scale of every layer input."""
     groups: dict[str, list[np.ndarray]] = {}
     for name, values in content.weight_gamma.items():
-        groups.setdefault(re.sub(r"^\d+\.", "", short(name)), []).append(
-            np.asarray(values, float).reshape(-1)
-        )
+        groups.setdefault(kind_of(name), []).append(np.asarray(values, float).reshape(-1))
     columns = 4
     panels = len(groups) + bool(content.activation_gamma)
     rows = -(-panels // columns)

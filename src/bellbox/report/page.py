@@ -6,14 +6,13 @@ follows the reader's light or dark setting, and prints on white.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable
 from typing import Any
 
 from bellbox.report import bell_box, curves, layers
 from bellbox.report.content import ReportInput, SizeRow
-from bellbox.report.sheet import STYLE
+from bellbox.report.html import document, figure_with_caption, section, text
 
 
 def render(content: ReportInput) -> str:
@@ -33,19 +32,14 @@ def render(content: ReportInput) -> str:
         _sample(content),
         _configuration(content),
     ]
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_text(title)}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
-    )
+    return document(title, "".join(sections))
 
 
 def _headline(content: ReportInput) -> str:
     about = [part for part in (content.model, _when(content)) if part]
     return (
-        f'<header>\n<p class="kicker">Bellbox report</p>\n<h1>{_text(content.title or content.record.name)}</h1>\n'
-        f'<p class="about">{"<br>".join(map(_text, about))}</p>\n</header>\n'
+        f'<header>\n<p class="kicker">Bellbox report</p>\n<h1>{text(content.title or content.record.name)}</h1>\n'
+        f'<p class="about">{"<br>".join(map(text, about))}</p>\n</header>\n'
         f'<div class="cards">{"".join(_cards(content))}</div>\n'
     )
 
@@ -92,13 +86,13 @@ def _cards(content: ReportInput) -> Iterable[str]:
 
 def _card(label: str, value: str, note: str) -> str:
     return (
-        f'<div class="card"><div class="label">{_text(label)}</div><div class="value">{_text(value)}</div>'
-        f'<div class="note">{_text(note)}</div></div>'
+        f'<div class="card"><div class="label">{text(label)}</div><div class="value">{text(value)}</div>'
+        f'<div class="note">{text(note)}</div></div>'
     )
 
 
 def _training(content: ReportInput) -> str:
-    body = _figure(
+    body = figure_with_caption(
         curves.loss_and_bits(content),
         "Left: the loss in nats per token (perplexity is its exponential, scale on the right); the thin line is"
         " single training batches, the points are the whole validation split. Right: the same validation loss"
@@ -106,12 +100,12 @@ def _training(content: ReportInput) -> str:
         " dashed line, a full-precision model that knows only how often each token occurs.",
     )
     if content.record.train:
-        body += _figure(
+        body += figure_with_caption(
             curves.learning_rate_and_gradient(content),
             "Left: the learning rate's one cycle. Right: the gradient's norm before clipping; it should stay"
             " bounded, without spikes that grow.",
         )
-    return _section("Training", body)
+    return section("Training", body)
 
 
 def _method(content: ReportInput) -> str:
@@ -119,9 +113,9 @@ def _method(content: ReportInput) -> str:
         return ""
     layer = content.layer
     n = len(layer.integers)
-    return _section(
+    return section(
         "Bell, box, codes",
-        _figure(
+        figure_with_caption(
             bell_box.bell_box_codes(layer),
             f"The trained weights of {layer.name} ({layer.codes.size:,} values). 1: rotation and normalisation"
             f" make a bell; it should follow N(0, 1), and the dashed thresholds cut it into {n} equal areas. 2: its"
@@ -138,20 +132,20 @@ def _entropy(content: ReportInput) -> str:
     if not content.levels or not measured:
         return ""
     most = math.log2(content.levels)
-    return _section(
+    return section(
         "How well the codes are used",
-        _figure(
+        figure_with_caption(
             layers.entropy_over_time(content),
             f"Entropy of the codes at each validation. A code can carry at most log2({content.levels}) = {most:.4g}"
             " bits, and does when all codes occur equally often. The lines should stay close under the maximum;"
             " a falling line is a layer whose weights leave the bell shape.",
         )
-        + _figure(
+        + figure_with_caption(
             layers.entropy_by_layer(content),
             "The same at the checkpoint, layer by layer. Layers that read the same tensor share one input and"
             " show it once, at the first of them.",
         )
-        + _figure(
+        + figure_with_caption(
             layers.saturation(content),
             f"Share of codes that are the first or the last. Equal use puts {2 / content.levels:.3g} of them there;"
             " more means that values pile up at the ends, less that the ends are wasted.",
@@ -162,9 +156,9 @@ def _entropy(content: ReportInput) -> str:
 def _scales(content: ReportInput) -> str:
     if not content.weight_gamma:
         return ""
-    return _section(
+    return section(
         "Learned scales",
-        _figure(
+        figure_with_caption(
             layers.gammas(content),
             "What the model learned its codes to be worth: gamma of each weight row by kind of layer, all blocks"
             " together (the line is the mean), and gamma of each layer input. A kind's rows should form one hill. A"
@@ -199,7 +193,7 @@ def _sizes(content: ReportInput) -> str:
             f" <b>{found.codes:,} codes compared, {found.mismatches:,} differ</b>; logits"
             f" {found.logit_difference:.3g} ({exact}).</p>\n"
         )
-    return _section("Size", body)
+    return section("Size", body)
 
 
 def _size_row(row: SizeRow, largest: int) -> str:
@@ -210,7 +204,7 @@ def _size_row(row: SizeRow, largest: int) -> str:
         for kind, value in (("before", row.bf16), ("after", row.packed))
     )
     return (
-        f'<tr><th scope="row">{_text(row.part)}</th>{cells}<td>{ratio}</td><td class="wide">{bars}</td></tr>'
+        f'<tr><th scope="row">{text(row.part)}</th>{cells}<td>{ratio}</td><td class="wide">{bars}</td></tr>'
     )
 
 
@@ -218,24 +212,24 @@ def _sample(content: ReportInput) -> str:
     if content.sample is None:
         return ""
     sample = content.sample
-    words = _text(sample.continuation).replace("\n", "<br>")
-    return _section(
+    words = text(sample.continuation).replace("\n", "<br>")
+    return section(
         "What it writes",
-        f"<blockquote><b>{_text(sample.prompt)}</b>{words}</blockquote>\n"
-        f'<p class="caption">Prompt in bold. {_text(sample.settings)}</p>\n',
+        f"<blockquote><b>{text(sample.prompt)}</b>{words}</blockquote>\n"
+        f'<p class="caption">Prompt in bold. {text(sample.settings)}</p>\n',
     )
 
 
 def _configuration(content: ReportInput) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{_text(key)}</th><td>{_text(_plain(value))}</td></tr>'
+        f'<tr><th scope="row">{text(key)}</th><td>{text(_plain(value))}</td></tr>'
         for key, value in content.record.environment.items()
     )
     environment = f'<div class="scroll"><table class="facts">{rows}</table></div>' if rows else ""
-    return _section(
+    return section(
         "Configuration and environment",
         f"<details open><summary>Environment</summary>{environment}</details>\n"
-        f"<details open><summary>config.yaml</summary><pre>{_text(content.record.config)}</pre></details>\n",
+        f"<details open><summary>config.yaml</summary><pre>{text(content.record.config)}</pre></details>\n",
     )
 
 
@@ -245,17 +239,5 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{_text(title)}</h2>\n{body}</section>\n"
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>\n{svg}\n<figcaption>{_text(caption)}</figcaption>\n</figure>\n"
-
-
 def _number(value: float | None, digits: int) -> str:
     return "not finite" if value is None else f"{value:,.{digits}f}"
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)

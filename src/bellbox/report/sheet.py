@@ -62,3 +62,11 @@ pre {{ margin: 0; padding: .9rem 1rem; overflow-x: auto; background: var(--panel
   pre {{ white-space: pre-wrap; }}
 }}
 """
+
+
+def standalone(svg: str) -> str:
+    """A picture of the page as a file of its own: it brings the colours, light or dark as the reader has it."""
+    scheme = f"svg {{ {_LIGHT} }}\n@media (prefers-color-scheme: dark) {{ svg {{ {_DARK} }} }}"
+    opening, rest = svg.split(">", 1)
+    opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f"{opening}>\n<style>{scheme}</style>{rest}\n"

@@ -139,3 +139,8 @@ def short(name: str) -> str:
     """A layer's name without what all of them share: `0.mlp.down_proj` of `model.layers.0.mlp.down_proj`."""
     match = re.search(r"(?:^|\.)(\d+\..*)$", name)
     return (match.group(1) if match else name).removesuffix("_proj")
+
+
+def kind_of(name: str) -> str:
+    """What a layer is, whichever block it sits in: `mlp.down` of `model.layers.0.mlp.down_proj`."""
+    return re.sub(r"^\d+\.", "", short(name))

@@ -1,0 +1,181 @@
+"""What is to be compared: a YAML file of rows, bit widths, seeds and learning rates.
+
+```yaml
+about: 2-bit methods at 1M tokens
+base: {model: {preset: tiny}, data: {source: data/wiki, context: 256}, tokens: 1000000}   # or: base: base.yaml
+lr: [1.0e-3, 2.0e-3, 4.0e-3]
+seeds: [0, 1, 2]
+bits: [1, 2, 3, 4]
+rows:
+  full precision: {quantization: {method: none}}
+  BBQ: {quantization: {method: bbq}}
+  BBQ, kept ends: {quantization: {method: bbq, block: 64}, bits: [2], lr: [2.0e-3]}
+```
+
+A row holds any keys of a training configuration, laid over `base`; its own `lr`, `bits` and `seeds` go before the
+grid's. Rows that fix their levels themselves (full precision, `levels`, a whole `recipe`) ignore the grid's
+`bits`. A seed decides the initial weights and the order of the text, alike for every row.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bellbox.errors import BellboxError, require
+from bellbox.training.config import TrainConfig
+from bellbox.training.config_file import config_from_dict
+
+KEYS = ("about", "base", "lr", "seeds", "bits", "rows")
+ROW_KEYS = ("lr", "seeds", "bits")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row at one bit width: what gets its learning rate tuned, and its seeds."""
+
+    row: str
+    bits: float | None
+    """Bits of a code: log2 of the levels; None in full precision, or where a recipe decides layer by layer."""
+    values: dict[str, Any]
+    """The whole training configuration, but for the learning rate and the seeds."""
+    overrides: dict[str, Any]
+    """What the row lays over the grid's base."""
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    def config(self, lr: float, seed: int) -> TrainConfig:
+        """The training configuration of one run; `folder` is still to be set."""
+        changes = {"optimizer": {"lr": lr}, "data": {"seed": seed}, "seed": seed}
+        return config_from_dict(merged(self.values, changes), f"row '{self.row}'")
+
+    @property
+    def label(self) -> str:
+        """`BBQ, 2 bits`."""
+        return self.row if self.bits is None else f"{self.row}, {bits_text(self.bits)} bits"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything that one file asks for."""
+
+    study: str
+    """Name of the file without its ending."""
+    about: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are if none fails: learning rates on the first seed, then the other seeds."""
+        return sum(len(cell.lrs) + len(cell.seeds) - 1 for cell in self.cells)
+
+
+def bits_text(bits: float) -> str:
+    """2, 1.58."""
+    return f"{bits:.3g}"
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping; neither is changed."""
+    result = copy.deepcopy(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
+    return result
+
+
+def load_grid(path: str | os.PathLike[str]) -> Grid:
+    """Read a grid and check every configuration in it, before anything is run.
+
+    Raises:
+        BellboxError: an unreadable file, an unknown key, or a row that cannot be trained, by name.
+    """
+    file = Path(path)
+    data = _read_mapping(file)
+    unknown = sorted(set(map(str, data)) - set(KEYS))
+    if unknown:
+        raise BellboxError(f"{file}: unknown key '{unknown[0]}'; there are: {', '.join(KEYS)}")
+    base = data.get("base", {})
+    if isinstance(base, str):
+        base = _read_mapping(file.parent / base)
+    rows = data.get("rows")
+    if not isinstance(base, dict):
+        raise BellboxError(f"{file}: base must be a mapping of training keys, or the name of a YAML file")
+    if not isinstance(rows, dict) or not rows:
+        raise BellboxError(
+            f"{file}: rows must map names to training keys, such as BBQ: {{quantization: ...}}"
+        )
+    common = {key: data[key] for key in ROW_KEYS if key in data}
+    cells: list[Cell] = []
+    for name, row in rows.items():
+        if not isinstance(row, dict):
+            raise BellboxError(f"{file}: row '{name}' must be a mapping of training keys")
+        cells += _cells(file, str(name), base, common | row)
+    return Grid(file.stem, str(data.get("about", "")), tuple(cells))
+
+
+def _cells(file: Path, name: str, base: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
+    lrs = _numbers(file, name, "lr", row.get("lr"), float)
+    seeds = _numbers(file, name, "seeds", row.get("seeds", [0]), int)
+    widths = _numbers(file, name, "bits", row.get("bits", [2]), int)
+    overrides = {key: value for key, value in row.items() if key not in ROW_KEYS}
+    values = merged(base, overrides)
+    where = f"{file}: row '{name}'"
+    quantization = config_from_dict(values, where).quantization
+    given = overrides.get("quantization") or {}
+    if quantization.recipe is not None or quantization.method == "none":
+        choices: list[tuple[float | None, dict[str, Any]]] = [(None, {})]
+    elif quantization.levels is not None:
+        choices = [(math.log2(quantization.levels), {})]
+    elif given.get("bits") is not None:
+        choices = [(float(given["bits"]), {})]
+    else:
+        choices = [(float(bits), {"quantization": {"bits": bits}}) for bits in widths]
+    cells = [
+        Cell(name, bits, merged(values, change), merged(overrides, change), lrs, seeds)
+        for bits, change in choices
+    ]
+    for cell in cells:
+        for lr in lrs:
+            try:
+                cell.config(lr, seeds[0])
+            except BellboxError as error:
+                raise BellboxError(f"{file}: {error}") from None
+    return cells
+
+
+def _numbers(file: Path, row: str, key: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """A list of different numbers; a single one may stand without brackets."""
+    entries: list[Any] = value if isinstance(value, list) else [value]
+    if kind is float:  # YAML reads 1e-3, without a point, as text
+        entries = [_float(entry) if isinstance(entry, str) else entry for entry in entries]
+    allowed = (int,) if kind is int else (int, float)
+    if not entries or any(isinstance(x, bool) or not isinstance(x, allowed) for x in entries):
+        raise BellboxError(f"{file}: row '{row}': {key} must be a list of numbers, such as {key}: [1, 2]")
+    if len(set(entries)) < len(entries):
+        raise BellboxError(f"{file}: row '{row}': {key} names a number twice")
+    return tuple(kind(x) for x in entries)
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    yaml = require("yaml", "cli")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BellboxError(f"cannot read '{path}': {error}") from None
+    except yaml.YAMLError as error:
+        raise BellboxError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise BellboxError(f"{path}: must be a mapping of keys to values")
+    return data

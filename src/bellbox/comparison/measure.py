@@ -1,0 +1,118 @@
+"""What a finished run is judged by, from its own record and from the trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bellbox import io
+from bellbox.errors import BellboxError
+from bellbox.nn import quantized_layers
+from bellbox.packing import row_bytes
+from bellbox.recipe import Recipe
+from bellbox.report.style import kind_of
+from bellbox.surgery import convert
+from bellbox.training.metrics import read_records
+
+BINS = 32
+
+
+def measure(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """The fields of a `Result` that a run brings, but for where and when.
+
+    Args:
+        model: as it is after training.
+        folder: the run's.
+    """
+    records = read_records(folder / "metrics.jsonl")
+    evals = [record for record in records if record["kind"] == "eval"]
+    last = evals[-1]
+    weights = last.get("weight_entropy") or {"mean": None, "layers": {}}
+    size, refusal = block_bytes(model)
+    return {
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "loss": last["loss"],
+        "perplexity": last["perplexity"],
+        "weight_entropy": weights["mean"],
+        "lowest_weight_entropy": min(weights["layers"].values(), default=None),
+        "activation_entropy": _mean(last, "activation_entropy"),
+        "step_seconds": _step_seconds(records),
+        "block_bytes": size,
+        "not_packed": refusal,
+        "history": [
+            {
+                "step": record["step"],
+                "tokens": record["tokens"],
+                "loss": record["loss"],
+                "weight_entropy": _mean(record, "weight_entropy"),
+                "activation_entropy": _mean(record, "activation_entropy"),
+            }
+            for record in evals
+        ],
+        "gamma": _gamma_histograms(model),
+        "seconds": last["seconds"],
+    }
+
+
+def block_bytes(model: nn.Module) -> tuple[int, str | None]:
+    """Bytes of the blocks' linear layers: codes, scales and constants where quantized, bf16 where not.
+
+    Returns:
+        The bytes, and None or why the model cannot be packed; in that case quantized layers count with their codes
+        and one fp32 scale a row.
+    """
+    layers = dict(quantized_layers(model))
+    blocks = Recipe.bbq()
+    left = [
+        module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and blocks.rule_for(name) is not None
+    ]
+    floats = 2 * sum(p.numel() for module in left for p in module.parameters())
+    if not layers:
+        return floats, None
+    try:
+        return floats + io.sizes(convert(model)).packed_bytes, None
+    except BellboxError as error:
+        codes = sum(
+            2 * layer.weight.numel()
+            if layer.weight_quantizer is None
+            else layer.out_features * (row_bytes(layer.in_features, layer.weight_quantizer.levels.n) + 4)
+            for layer in layers.values()
+        )
+        return floats + codes, str(error)
+
+
+def _mean(record: dict[str, Any], name: str) -> float | None:
+    return (record.get(name) or {}).get("mean")
+
+
+def _step_seconds(records: list[dict[str, Any]]) -> float | None:
+    """Of the quickest logged stretch; the first, with its set-up, does not count unless it is all there is."""
+    train = [record for record in records if record["kind"] == "train"]
+    found: list[float] = []
+    for before, record in zip([None, *train], train, strict=False):
+        tokens_a_step = record["tokens"] / record["step"]
+        if before is not None or len(train) == 1:
+            found.append(tokens_a_step / record["tokens_per_s"])
+    return min(found, default=None)
+
+
+def _gamma_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
+    kinds: dict[str, list[torch.Tensor]] = {}
+    for name, layer in quantized_layers(model):
+        gamma = getattr(layer.weight_quantizer, "gamma", None)
+        if isinstance(gamma, torch.Tensor):
+            kinds.setdefault(kind_of(name), []).append(gamma.detach().double().flatten())
+    histograms: dict[str, dict[str, Any]] = {}
+    for kind, parts in kinds.items():
+        values = torch.cat(parts)
+        low, high = float(values.min()), float(values.max())
+        if low < high:
+            counts = torch.histc(values, BINS, low, high).long().tolist()
+            histograms[kind] = {"low": low, "high": high, "counts": counts}
+    return histograms

@@ -1,0 +1,105 @@
+"""Which runs a grid still wants, as a pure function of the results that are there.
+
+First every cell's learning rates on its first seed, then, cell by cell at its best rate, the second seed, the third,
+and so on: whenever one looks, what is there compares fairly. Since nothing is remembered but results, a grid goes on
+after a kill as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bellbox import data
+from bellbox.comparison.grid import Cell, Grid
+from bellbox.comparison.results import Result, Results, identity
+from bellbox.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One run of a cell."""
+
+    cell: Cell
+    lr: float
+    seed: int
+    config: TrainConfig
+    data: str
+    """Checksum of its tokens."""
+    key: str
+    """Its `identity`."""
+
+
+def best_lr(scores: dict[float, float]) -> float | None:
+    """The learning rate of the lowest loss; None where all are infinite."""
+    finite = {lr: score for lr, score in scores.items() if math.isfinite(score)}
+    return min(finite, key=lambda lr: finite[lr]) if finite else None
+
+
+class Plan:
+    """A grid against its results.
+
+    Args:
+        grid: what is asked for.
+        results: what is there.
+
+    Raises:
+        BellboxError: data that cannot be opened.
+    """
+
+    def __init__(self, grid: Grid, results: Results):
+        self.grid, self.results = grid, results
+        self._data: dict[str, str] = {}
+        self._wanted: dict[tuple[str, float | None, float, int], Wanted] = {}
+
+    def wanted(self, cell: Cell, lr: float, seed: int) -> Wanted:
+        """The run of a cell."""
+        place = (cell.row, cell.bits, lr, seed)
+        if place not in self._wanted:
+            config = cell.config(lr, seed)
+            tokens = self._tokens(config.data.source)
+            key = identity(config.to_dict(), tokens)
+            self._wanted[place] = Wanted(cell, lr, seed, config, tokens, key)
+        return self._wanted[place]
+
+    def _tokens(self, source: str) -> str:
+        if source not in self._data:
+            self._data[source] = data.open(source).manifest.content_checksum()
+        return self._data[source]
+
+    def runs(self) -> Iterator[Wanted]:
+        """All runs that are known to be wanted by now, done or not, in their order."""
+        for cell in self.grid.cells:
+            for lr in cell.lrs:
+                yield self.wanted(cell, lr, cell.seeds[0])
+        for number in range(1, max(len(cell.seeds) for cell in self.grid.cells)):
+            for cell in self.grid.cells:
+                lr = self._best(cell)
+                if number < len(cell.seeds) and lr is not None:
+                    yield self.wanted(cell, lr, cell.seeds[number])
+
+    def missing(self) -> list[Wanted]:
+        """Those of `runs` that have no result in this study yet."""
+        return [run for run in self.runs() if self.result(run) is None]
+
+    def result(self, run: Wanted) -> Result | None:
+        """The run's line in this study."""
+        mine = (self.grid.study, run.cell.row, run.cell.bits)
+        found = (one for one in self.results.find(run.key) if (one.study, one.row, one.bits) == mine)
+        return next(found, None)
+
+    def elsewhere(self, run: Wanted) -> Result | None:
+        """The same run's line under another study or name; it need not be run again."""
+        return next((one for one in self.results.find(run.key) if one.error is None), None)
+
+    def is_hopeless(self, cell: Cell) -> bool:
+        """Whether all its learning rates have been tried and failed."""
+        found = [self.result(self.wanted(cell, lr, cell.seeds[0])) for lr in cell.lrs]
+        return all(result is not None and math.isinf(result.score) for result in found)
+
+    def _best(self, cell: Cell) -> float | None:
+        """None until all its learning rates have been tried, and where all of them failed."""
+        found = {lr: self.result(self.wanted(cell, lr, cell.seeds[0])) for lr in cell.lrs}
+        scores = {lr: result.score for lr, result in found.items() if result is not None}
+        return best_lr(scores) if len(scores) == len(cell.lrs) else None

@@ -1,0 +1,129 @@
+"""How a whole grid goes: a live bar on a terminal, a line a run anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bellbox.comparison.plan import Plan, Wanted
+from bellbox.comparison.process import Process
+from bellbox.comparison.results import Result
+from bellbox.errors import require
+
+_LINE_SECONDS = 60.0
+
+
+class GridProgress:
+    """Where the runner says what happens. To be entered around it.
+
+    Args:
+        plan: what is wanted and what is there.
+        jobs: runs at a time.
+        show: False for silence.
+    """
+
+    def __init__(self, plan: Plan, jobs: int, show: bool):
+        self.plan, self.jobs, self.show = plan, jobs, show
+        self._bar: Any = None
+        self._task: Any = None
+        self._spent, self._stepped = 0.0, 0
+        self._said = time.monotonic()
+
+    def __enter__(self) -> GridProgress:
+        if self.show and sys.stdout.isatty():
+            rich = require("rich.progress", "cli")
+            self._bar = rich.Progress(
+                rich.TextColumn("runs {task.fields[runs]}"),
+                rich.BarColumn(bar_width=20),
+                rich.TextColumn("{task.fields[now]}"),
+                rich.TextColumn("{task.fields[left]} left"),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("grid", total=1, runs="", now="", left="?")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif self.show:
+            print(text, flush=True)
+
+    def announce(self, folder: Path) -> None:
+        """What is about to happen."""
+        grid, missing = self.plan.grid, len(self.plan.missing())
+        total = grid.runs
+        done = sum(self.plan.result(run) is not None for run in self.plan.runs())
+        self.note(f"study {grid.study} in {folder}: {total} runs, {done} done, {missing} to run by now")
+
+    def update(self, active: list[Process]) -> None:
+        """Called many times a second."""
+        now = time.monotonic()
+        wait = 0.5 if self._bar is not None else _LINE_SECONDS
+        if now - self._said < wait:
+            return
+        self._said = now
+        running = ", ".join(
+            f"{p.wanted.cell.label}, lr {p.wanted.lr:g}, seed {p.wanted.seed}: step {p.step}"
+            f"/{p.wanted.config.total_steps}"
+            for p in active
+        )
+        done, total = self._count()
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=done,
+                total=total,
+                runs=f"{done}/{total}",
+                now=running,
+                left=self._left(active),
+            )
+        else:
+            self.note(f"  {done}/{total} runs done; {running}; {self._left(active)} left")
+
+    def ended(self, run: Wanted, result: Result, process: Process | None, *, reused: bool) -> None:
+        """A run has its result."""
+        if process is not None:
+            self._spent += process.seconds
+            self._stepped += max(0, result.steps - process.first_step)
+        done, total = self._count()
+        if result.error is not None:
+            what = f"FAILED: {result.error}"
+        else:
+            loss, perplexity = result.loss, result.perplexity
+            what = "diverged" if loss is None or perplexity is None else f"perplexity {perplexity:.2f}"
+            if result.weight_entropy is not None:
+                what += f", weight entropy {result.weight_entropy:.3f}"
+            what += " (known from another study)" if reused else ""
+            what += "" if process is None else f", {_clock(process.seconds)}"
+        left = self._left([])
+        self.note(f"[{done}/{total}] {run.cell.label}, lr {run.lr:g}, seed {run.seed}: {what}; {left} left")
+
+    def _count(self) -> tuple[int, int]:
+        """Runs with a result, and runs in all: those of a cell whose rates all failed do not come."""
+        known = list(self.plan.runs())
+        done = sum(self.plan.result(run) is not None for run in known)
+        hopeless = sum(len(cell.seeds) - 1 for cell in self.plan.grid.cells if self.plan.is_hopeless(cell))
+        return done, self.plan.grid.runs - hopeless
+
+    def _left(self, active: list[Process]) -> str:
+        """Time left, from the steps and seconds of this start."""
+        spent = self._spent + sum(process.seconds for process in active)
+        stepped = self._stepped + sum(max(0, process.step - process.first_step) for process in active)
+        if not stepped:
+            return "unknown time"
+        done, total = self._count()
+        sizes = [run.config.total_steps for run in self.plan.runs()]
+        steps = (total - done) * sum(sizes) / len(sizes) - sum(process.step for process in active)
+        return _clock(max(0.0, steps) * spent / stepped / self.jobs)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,160 @@
+"""`results.jsonl`: one line a finished run, complete in itself, only ever added to.
+
+A line says which study, row, bits, seed and learning rate it belongs to, the whole configuration, the checksum of
+the tokens, what came out, and on which machine, when, with which version. So the file can be committed, and whoever
+goes on with the study adds to it. A run is looked up by its configuration and its tokens: keys that the
+configuration did not have when a line was written count as their present defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bellbox.errors import BellboxError
+from bellbox.training.config import TrainConfig
+
+FILE = "results.jsonl"
+# Where a run lives, how it is watched and saved: they do not decide its numbers.
+FREE = ("folder", "threads", "eval_every", "checkpoint_every", "log_every", "tensorboard", "debug")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. Perplexity is that of the last validation; null numbers were not finite."""
+
+    study: str
+    row: str
+    bits: float | None
+    lr: float
+    seed: int
+    overrides: dict[str, Any]
+    """What the row laid over the grid's base."""
+    config: dict[str, Any]
+    """The whole training configuration, without its folder."""
+    data: str
+    """Checksum of tokens and tokenizer."""
+    error: str | None = None
+    """Why it did not finish; then there is nothing below but where it ran."""
+    steps: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    """Nats per token."""
+    perplexity: float | None = None
+    weight_entropy: float | None = None
+    """Bits per code, mean of the layers."""
+    lowest_weight_entropy: float | None = None
+    activation_entropy: float | None = None
+    step_seconds: float | None = None
+    """Of the quickest logged stretch of steps, so that a busy moment of the machine does not count."""
+    block_bytes: int | None = None
+    """Linear layers of the blocks: packed where they are quantized, bf16 where not."""
+    not_packed: str | None = None
+    """Why the model cannot be packed into integers; its bytes are then those of its codes and scales."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """step, tokens, loss, weight_entropy, activation_entropy of each validation."""
+    gamma: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Kind of layer -> low, high, counts: histogram of the learned row scales over the blocks."""
+    seconds: float | None = None
+    """Training and validation, wall clock."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
+    version: str = ""
+
+    @property
+    def score(self) -> float:
+        """Loss to choose by: infinite where the run failed or diverged."""
+        return math.inf if self.error is not None or self.loss is None else self.loss
+
+
+def identity(config: dict[str, Any], data: str) -> str:
+    """Hex digest that two runs share exactly if they compute the same.
+
+    Args:
+        config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as their defaults.
+        data: checksum of the tokens.
+    """
+    full = _filled(config, dataclasses.asdict(TrainConfig()))
+    if full["tokens"] is not None:
+        full["steps"], full["tokens"] = -(-full["tokens"] // full["batch"]["tokens"]), None
+    for key in FREE:
+        full.pop(key, None)
+    full["data"].pop("source", None)
+    text = json.dumps([full, data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    result = defaults | given
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(given.get(key), dict):
+            result[key] = _filled(given[key], default)
+    return result
+
+
+class Results:
+    """The lines of a folder's `results.jsonl`.
+
+    Args:
+        folder: holds the file, or will.
+
+    Raises:
+        BellboxError: a line that is not a result.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.path = Path(folder) / FILE
+        self.all: list[Result] = []
+        self._keys: list[str] = []
+        for number, line in enumerate(self._whole_lines(), 1):
+            try:
+                result = Result(**json.loads(line))
+            except (ValueError, TypeError):
+                raise BellboxError(f"{self.path}: line {number} is not a result; remove the line") from None
+            self._remember(result)
+
+    def find(self, key: str) -> list[Result]:
+        """The results of the run with this `identity`, in the order of the file."""
+        return [result for result, known in zip(self.all, self._keys, strict=True) if known == key]
+
+    def add(self, result: Result) -> None:
+        """Append a line and have it on the disk."""
+        whole = b"".join(self._whole_lines())
+        line = json.dumps(dataclasses.asdict(result), allow_nan=False) + "\n"
+        with self.path.open("ab") as file:
+            file.truncate(len(whole))  # half a line that a kill left
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._remember(result)
+
+    def drop_failed(self, keys: set[str]) -> int:
+        """Forget failed runs with these identities, so that they are tried again; returns how many."""
+        from bellbox.training.files import write_text
+
+        pairs = zip(self.all, self._keys, strict=True)
+        kept = [(result, key) for result, key in pairs if result.error is None or key not in keys]
+        dropped = len(self.all) - len(kept)
+        if dropped:
+            write_text(self.path, "".join(json.dumps(dataclasses.asdict(one)) + "\n" for one, _ in kept))
+            self.all, self._keys = [one for one, _ in kept], [key for _, key in kept]
+        return dropped
+
+    def _remember(self, result: Result) -> None:
+        self.all.append(result)
+        self._keys.append(identity(result.config, result.data))
+
+    def _whole_lines(self) -> list[bytes]:
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise BellboxError(f"{self.path}: cannot be read ({error.strerror})") from None
+        return lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines

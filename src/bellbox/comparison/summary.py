@@ -1,0 +1,182 @@
+"""From single runs to one line a method: the best learning rate, the mean over seeds and its deviation."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from bellbox.comparison.plan import best_lr
+from bellbox.comparison.results import Result
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A row of a study at one bit width."""
+
+    row: str
+    bits: float | None
+    lr: float | None
+    """The best one, by the loss on the first seed; None where all failed."""
+    tried: dict[float, float | None]
+    """Learning rate -> perplexity on the first seed; None where the run failed or diverged."""
+    perplexities: dict[int, float]
+    """Seed -> perplexity at the best rate; runs that failed or diverged are not in it."""
+    ratio: float | None
+    """To full precision, over the seeds that both have."""
+    weight_entropy: float | None
+    lowest_weight_entropy: float | None
+    activation_entropy: float | None
+    step_seconds: float | None
+    block_bytes: int | None
+    not_packed: str | None
+    errors: tuple[str, ...]
+    """What failed or diverged, and how."""
+    results: tuple[Result, ...] = field(repr=False)
+    """The runs at the best rate."""
+    full_precision: bool = False
+
+    @property
+    def mean(self) -> float | None:
+        """Perplexity, mean over the seeds."""
+        return statistics.fmean(self.perplexities.values()) if self.perplexities else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the perplexity over the seeds (n - 1); None for a single seed."""
+        return statistics.stdev(self.perplexities.values()) if len(self.perplexities) > 1 else None
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the lowest or highest of several tried: a better one may lie beyond."""
+        return self.lr is not None and len(self.tried) > 1 and self.lr in (min(self.tried), max(self.tried))
+
+
+@dataclass(frozen=True)
+class Study:
+    """The summaries of one grid, and what all its runs have in common."""
+
+    name: str
+    summaries: tuple[Summary, ...]
+    tokens: int
+    """Training tokens of each run."""
+    context: int
+    machines: tuple[str, ...]
+    dates: tuple[str, ...]
+    versions: tuple[str, ...]
+    left_out: int
+    """Older runs of other data, budget or definition of their row, which do not compare."""
+
+
+def summarise(results: Iterable[Result]) -> list[Study]:
+    """One `Study` a study name, rows in the order in which they first appear."""
+    studies: dict[str, list[Result]] = {}
+    for result in results:
+        studies.setdefault(result.study, []).append(result)
+    return [_study(name, found) for name, found in studies.items()]
+
+
+def _study(name: str, everything: list[Result]) -> Study:
+    frame = _frame(everything[-1])
+    cells: dict[tuple[str, float | None], list[Result]] = {}
+    for result in everything:
+        if _frame(result) == frame:
+            cells.setdefault((result.row, result.bits), []).append(result)
+    current = {place: _last_definition(found) for place, found in cells.items()}
+    floors = [found for found in current.values() if _is_full_precision(found[0])]
+    floor = _best_runs(floors[0]) if floors else {}
+    kept = [result for found in current.values() for result in found]
+    return Study(
+        name=name,
+        summaries=tuple(_summary(found, floor) for found in current.values()),
+        tokens=max((result.tokens for result in kept), default=0),
+        context=frame[1],
+        machines=tuple(dict.fromkeys(_machine(result) for result in kept)),
+        dates=tuple(sorted({result.date for result in kept})),
+        versions=tuple(dict.fromkeys(result.version for result in kept)),
+        left_out=len(everything) - len(kept),
+    )
+
+
+def _frame(result: Result) -> tuple[str, int, int]:
+    """What runs must share to be compared: the text, the context, the budget."""
+    config = result.config
+    steps, size = config.get("steps"), config["batch"]["tokens"]
+    budget = config.get("tokens") or (0 if steps is None else steps * size)
+    return result.data, config["data"]["context"], budget
+
+
+def _last_definition(found: list[Result]) -> list[Result]:
+    """The runs that differ from the last one in learning rate and seed only."""
+    definition = _definition(found[-1].config)
+    return [result for result in found if _definition(result.config) == definition]
+
+
+def _definition(config: dict[str, Any]) -> str:
+    rest = {**config, "seed": None, "optimizer": {**config["optimizer"], "lr": None}}
+    for key in ("threads", "eval_every", "checkpoint_every", "log_every", "tensorboard", "debug", "data"):
+        rest.pop(key, None)
+    return json.dumps(rest, sort_keys=True)
+
+
+def _is_full_precision(result: Result) -> bool:
+    section = result.config["quantization"]
+    return section["method"] == "none" and section.get("recipe") is None
+
+
+def _first_seed(found: list[Result]) -> dict[float, Result]:
+    return {result.lr: result for result in found if result.seed == found[0].seed}
+
+
+def _best_runs(found: list[Result]) -> dict[int, Result]:
+    """Seed -> run at the best learning rate."""
+    lr = best_lr({lr: result.score for lr, result in _first_seed(found).items()})
+    return {result.seed: result for result in found if result.lr == lr}
+
+
+def _summary(found: list[Result], floor: dict[int, Result]) -> Summary:
+    sweep = _first_seed(found)
+    runs = _best_runs(found)
+    sound = {seed: result.perplexity for seed, result in runs.items() if result.perplexity is not None}
+    floors = {seed: r.perplexity for seed, r in floor.items() if r.perplexity is not None and seed in sound}
+    ratio = sum(sound[seed] for seed in floors) / sum(floors.values()) if floors else None
+    good = [result for result in runs.values() if result.perplexity is not None]
+    return Summary(
+        row=found[0].row,
+        bits=found[0].bits,
+        lr=best_lr({lr: result.score for lr, result in sweep.items()}),
+        tried={lr: sweep[lr].perplexity for lr in sorted(sweep)},
+        perplexities=dict(sorted(sound.items())),
+        ratio=ratio,
+        weight_entropy=_mean(result.weight_entropy for result in good),
+        lowest_weight_entropy=min(
+            (r.lowest_weight_entropy for r in good if r.lowest_weight_entropy is not None), default=None
+        ),
+        activation_entropy=_mean(result.activation_entropy for result in good),
+        step_seconds=_mean(result.step_seconds for result in good),
+        block_bytes=good[0].block_bytes if good else None,
+        not_packed=good[0].not_packed if good else None,
+        errors=tuple(
+            f"lr {result.lr:g}, seed {result.seed}: {result.error or 'the loss is not finite'}"
+            for result in found
+            if result.perplexity is None
+        ),
+        results=tuple(good),
+        full_precision=_is_full_precision(found[0]),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else None
+
+
+def _machine(result: Result) -> str:
+    machine = result.machine
+    device = machine.get("device", "")
+    where = (
+        f"{machine.get('cpu', '?')}, {machine.get('threads', '?')} thread(s)" if device == "cpu" else device
+    )
+    return f"{where}, torch {machine.get('torch', '?')}, kernels: {machine.get('kernels', '?')}"

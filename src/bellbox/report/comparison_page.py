@@ -1,0 +1,47 @@
+"""The page of a comparison: for each study its table, its pictures, its learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bellbox.comparison import tables
+from bellbox.comparison.summary import Study
+from bellbox.report.comparison import Picture
+from bellbox.report.html import document, figure_with_caption, section, text
+
+
+def comparison_page(drawn: Sequence[tuple[Study, Sequence[Picture]]]) -> str:
+    """One self-contained HTML page.
+
+    Args:
+        drawn: studies with their pictures.
+    """
+    count = sum(len(study.summaries) for study, _ in drawn)
+    header = (
+        '<header>\n<p class="kicker">Bellbox comparison</p>\n'
+        f"<h1>{text(', '.join(study.name for study, _ in drawn))}</h1>\n"
+        f'<p class="about">{len(drawn)} {"study" if len(drawn) == 1 else "studies"}, {count} rows</p>\n</header>\n'
+    )
+    return document("Bellbox comparison", header + "".join(_study(*pair) for pair in drawn))
+
+
+def _study(study: Study, pictures: Sequence[Picture]) -> str:
+    body = _table([name for name, _ in tables.COLUMNS], tables.cells(study))
+    body += "".join(f'<p class="caption">{text(note)}</p>\n' for note in tables.notes(study))
+    body += "".join(figure_with_caption(picture.svg, picture.caption) for picture in pictures)
+    if any(len(summary.tried) > 1 for summary in study.summaries):
+        body += (
+            "<details open><summary>Perplexity on the first seed, by learning rate</summary>"
+            f"{_table(*tables.rates(study))}</details>\n"
+        )
+    return section(study.name, body)
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{text(name)}</th>" for name in headings)
+    body = "".join(
+        f'<tr><th scope="row">{text(line[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in line[1:])}</tr>'
+        for line in rows
+    )
+    table = f'<table class="sizes"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>\n'

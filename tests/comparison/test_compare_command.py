@@ -1,0 +1,160 @@
+"""The whole command, in processes: runs, failures, kills, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bellbox.cli.main import main
+from bellbox.comparison import Results
+from bellbox.training.metrics import read_records
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.01)
+
+
+def run_folders(out: Path) -> list[Path]:
+    return sorted((out / "runs").glob("*")) if (out / "runs").exists() else []
+
+
+def metrics_lines(out: Path) -> int:
+    return sum(
+        len(read_records(one / "metrics.jsonl"))
+        for one in run_folders(out)
+        if (one / "metrics.jsonl").exists()
+    )
+
+
+def test_a_grid_runs_goes_on_after_a_failing_row_and_then_has_nothing_to_do(
+    grid, start, tmp_path: Path
+) -> None:
+    rows = {
+        "full": {"quantization": {"method": "none"}},
+        "broken": {"quantization": {"block": 3}},
+        "BBQ": {"quantization": {"block": 16}, "lr": [1e-2, 2e-2]},
+    }
+    file, out = grid(rows=rows), tmp_path / "out"
+    running = start(file, "--out", out, "--jobs", 2)
+    said, error = running.communicate(timeout=120)
+    assert running.returncode == 1, error
+    assert "broken, 2 bits, lr 0.01, seed 0: FAILED: " in said
+    results = Results(out).all
+    assert sorted((one.row, one.lr, one.error is None) for one in results) == [
+        ("BBQ", 0.01, True), ("BBQ", 0.02, True), ("broken", 0.01, False), ("full", 0.01, True),
+    ]  # fmt: skip
+    bbq = next(one for one in results if one.row == "BBQ")
+    assert bbq.perplexity is not None
+    assert bbq.weight_entropy is not None
+    assert 1.5 < bbq.weight_entropy <= 2.0
+    assert [point["step"] for point in bbq.history] == [2, 4]
+    assert bbq.config["quantization"]["block"] == 16
+    assert bbq.overrides == {"quantization": {"block": 16, "bits": 2}}
+    # q, k, v, o of 32 x 32, gate and up of 64 x 32, down of 32 x 64: 2 bits a code, 4 bytes a row and an input each.
+    full = next(one for one in results if one.row == "full")
+    assert full.block_bytes == 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert bbq.block_bytes is not None
+    assert 0 < bbq.block_bytes - full.block_bytes // 8 < 4 * (4 * 32 + 64 + 64 + 32 + 14)
+    # Finished runs are gone, the failed one keeps its log.
+    (left,) = run_folders(out)
+    assert "block 3" in (left / "log.txt").read_text()
+    for name in ("tables.md", "tables.csv", "tables.tex", "comparison.html"):
+        assert "BBQ" in (out / name).read_text()
+    assert list((out / "pictures").glob("small-*.svg"))
+
+    before = (out / "results.jsonl").read_bytes()
+    again = start(file, "--out", out)
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 1  # the failure is still there, and named
+    assert "4 done, 0 to run" in said
+    assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_killed_with_its_run_it_goes_on_to_the_same_result(grid, start, tmp_path: Path) -> None:
+    file = grid(rows={"BBQ": {}}, steps=30)
+    whole = start(file, "--out", tmp_path / "whole")
+    whole.communicate(timeout=120)
+    out = tmp_path / "killed"
+    running = start(file, "--out", out)
+    wait_for(lambda: metrics_lines(out) > 4, "some steps")
+    running.kill()
+    running.communicate()
+    # Its run sees the pipe close, saves and leaves; a new start need not wait for anything but that.
+    folder = run_folders(out)[0]
+    wait_for(lambda: _unlocked(folder), "the run to leave")
+    assert Results(out).all == []
+    again = start(file, "--out", out)
+    said, error = again.communicate(timeout=120)
+    assert again.returncode == 0, said + error
+    one, two = Results(out).all[0], Results(tmp_path / "whole").all[0]
+    assert one.loss == two.loss
+    assert [p["weight_entropy"] for p in one.history] == [p["weight_entropy"] for p in two.history]
+    assert run_folders(out) == []
+
+
+def _unlocked(folder: Path) -> bool:
+    from bellbox.errors import BellboxError
+    from bellbox.training.files import lock
+
+    try:
+        lock(folder).close()
+    except BellboxError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("to_the_group", [True, False])
+def test_ctrl_c_saves_the_run_and_says_how_to_go_on(grid, start, tmp_path: Path, to_the_group: bool) -> None:
+    file, out = grid(rows={"BBQ": {}}, steps=100000), tmp_path / "out"
+    running = start(file, "--out", out)
+    wait_for(lambda: metrics_lines(out) > 4, "some steps")
+    if to_the_group:  # as a terminal does: the run hears it too
+        child = int(Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()[0])
+        os.kill(child, signal.SIGINT)
+    running.send_signal(signal.SIGINT)
+    said, error = running.communicate(timeout=60)
+    assert running.returncode == 130, said + error
+    assert "0 of 1 runs done; go on with: bellbox compare" in said
+    assert "Traceback" not in said + error
+    (folder,) = run_folders(out)
+    last = read_records(folder / "metrics.jsonl")[-1]["step"]
+    assert (folder / "checkpoints" / f"step-{last:08d}").is_dir()
+
+
+def test_what_cannot_be_compared_is_refused_in_a_line(
+    grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = grid(rows={"BBQ": {}})
+    for arguments, message in (
+        ([file], "name a folder: --out"),
+        ([tmp_path, "--out", tmp_path / "o"], "is a folder; to draw its tables anew, add --tables"),
+        ([tmp_path, "--tables"], "holds no results yet"),
+        ([file, "--tables"], "--tables takes the folder"),
+        ([tmp_path / "none.yaml", "--out", tmp_path / "o"], "cannot read"),
+        ([file, "--out", tmp_path / "o", "--jobs", 0], "jobs is 0"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["compare", *map(str, arguments)])
+        error = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert error.startswith("bellbox: error: ")
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_tables_are_drawn_anew_from_results_alone(
+    tmp_path: Path, result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Results(tmp_path)
+    results.add(result())
+    main(["compare", str(tmp_path), "--tables"])
+    assert "| BBQ | 2 | 20.00 |" in capsys.readouterr().out
+    assert "20.00" in (tmp_path / "tables.md").read_text()

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from bellbox.comparison import Results, load_grid
+from bellbox.comparison.plan import Plan
+from bellbox.comparison.results import identity
+from bellbox.errors import BellboxError
+from bellbox.training import TrainConfig
+
+
+def test_what_is_added_is_read_again_and_half_a_line_is_cut_away(tmp_path: Path, result) -> None:
+    results = Results(tmp_path)
+    results.add(result(seed=0))
+    with results.path.open("a") as file:
+        file.write('{"study": "cut sho')
+    again = Results(tmp_path)
+    assert again.all == results.all
+    again.add(result(seed=1))
+    assert [one.seed for one in Results(tmp_path).all] == [0, 1]
+
+
+def test_a_line_that_is_no_result_is_refused_by_number(tmp_path: Path, result) -> None:
+    results = Results(tmp_path)
+    results.add(result())
+    with results.path.open("a") as file:
+        file.write('{"study": 3}\n')
+    with pytest.raises(BellboxError, match="line 2 is not a result"):
+        Results(tmp_path)
+
+
+def test_identity_ignores_how_a_run_is_watched_and_heeds_what_it_computes() -> None:
+    config = TrainConfig().to_dict()
+    key = identity(config, "d")
+    assert identity({**config, "folder": "elsewhere", "eval_every": 7, "threads": 3}, "d") == key
+    assert identity({**config, "data": {**config["data"], "source": "moved"}}, "d") == key
+    # A line written before a key existed counts as having its default.
+    older = json.loads(json.dumps(config))
+    del older["optimizer"]["eps"], older["compile"]
+    assert identity(older, "d") == key
+    # A budget in tokens is that in steps.
+    assert identity({**config, "steps": 10}, "d") == identity({**config, "tokens": 10 * 8192 - 5}, "d") != key
+    assert identity(config, "other") != key
+    assert identity({**config, "seed": 1}, "d") != key
+
+
+def finished(run, loss: float | None, result, **changes):
+    config = run.config.to_dict()
+    config.pop("folder")
+    made = result(run.cell.row, run.cell.bits, run.lr, run.seed)
+    return dataclasses.replace(made, study="small", config=config, data=run.data, loss=loss, **changes)
+
+
+def test_the_rates_come_first_then_the_other_seeds_at_the_best_one(grid, tmp_path: Path, result) -> None:
+    file = grid(rows={"a": {}, "b": {"lr": [0.1]}}, bits=[2], seeds=[0, 1, 2], lr=[0.01, 0.02])
+    results = Results(tmp_path)
+    plan = Plan(load_grid(file), results)
+    losses = {0.01: 3.0, 0.02: 2.5, 0.1: None}
+    order = []
+    while missing := plan.missing():
+        run = missing[0]
+        order.append((run.cell.row, run.lr, run.seed))
+        results.add(finished(run, losses[run.lr], result))
+    # Row b diverged at its only rate, so its other seeds are not tried.
+    assert order == [("a", 0.01, 0), ("a", 0.02, 0), ("b", 0.1, 0), ("a", 0.02, 1), ("a", 0.02, 2)]
+    assert [plan.is_hopeless(cell) for cell in plan.grid.cells] == [False, True]
+
+
+def test_a_run_known_from_another_study_is_found_and_a_failed_one_is_not(
+    grid, tmp_path: Path, result
+) -> None:
+    results = Results(tmp_path)
+    run = Plan(load_grid(grid(rows={"a": {}})), results).missing()[0]
+    other = Plan(load_grid(grid("second", rows={"renamed": {}})), results)
+    results.add(finished(run, None, result, error="out of luck"))
+    assert other.elsewhere(other.missing()[0]) is None
+    assert results.drop_failed({run.key}) == 1
+    results.add(finished(run, 2.0, result))
+    found = other.elsewhere(other.missing()[0])
+    assert found is not None
+    assert found.row == "a"
+    assert Results(tmp_path).all == results.all

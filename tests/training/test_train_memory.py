@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+TRIAL = """
+import resource
+import torch
+from bellbox.training.memory import keep_freed_memory
+
+def cleared(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.zeros(1 << 22)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+assert keep_freed_memory()
+cleared(2)
+print(cleared(20))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc can")
+def test_large_buffers_that_were_freed_are_used_again() -> None:
+    # 16 MiB are 4,096 pages, which the system would have to clear each of the 20 times.
+    done = subprocess.run(
+        [sys.executable, "-c", TRIAL], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert int(done.stdout) < 4096
