@@ -45,6 +45,12 @@ def test_identity_ignores_how_a_run_is_watched_and_heeds_what_it_computes() -> N
     # A budget in tokens is that in steps.
     assert identity({**config, "steps": 10}, "d") == identity({**config, "tokens": 10 * 8192 - 5}, "d") != key
     assert identity(config, "other") != key
+    full = {**config, "quantization": {**config["quantization"], "method": "none"}}
+    assert (
+        identity({**full, "quantization": {**full["quantization"], "bits": 3}}, "d")
+        == identity(full, "d")
+        != key
+    )
     assert identity({**config, "seed": 1}, "d") != key
 
 

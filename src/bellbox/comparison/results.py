@@ -86,6 +86,8 @@ def identity(config: dict[str, Any], data: str) -> str:
     for key in FREE:
         full.pop(key, None)
     full["data"].pop("source", None)
+    if full["quantization"]["method"] == "none" and full["quantization"].get("recipe") is None:
+        full["quantization"] = None  # nothing is quantized, whatever the other keys say
     text = json.dumps([full, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
