@@ -10,7 +10,7 @@ import bellbox as bb
 from bellbox.errors import BellboxError
 from bellbox.nn import PackedLinear, QuantizedLinear, quantized_layers
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
-from bellbox.surgery import require_causal
+from bellbox.surgery import prepare, require_causal, unprepare
 
 
 class Nested(nn.Module):
@@ -331,3 +331,19 @@ def test_a_hugging_face_bert_with_a_tied_head(transformers, tmp_path):
         assert loaded is fresh
         assert torch.equal(loaded(ids).logits, expected)
     assert loaded.cls.predictions.decoder.weight is loaded.bert.embeddings.word_embeddings.weight
+
+
+def test_unprepare_gives_the_plain_layers_back_with_the_same_parameters() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    x, weights = torch.randn(3, 8), list(model.parameters())
+    before, structure = model(x), str(model)
+    prepare(model, Recipe.bbq(bits=2))
+    assert not torch.equal(model(x), before)
+    assert unprepare(model) is model
+    assert str(model) == structure
+    assert all(left is right for left, right in zip(model.parameters(), weights, strict=True))
+    assert torch.equal(model(x), before)
+    assert str(unprepare(model)) == structure  # nothing to do
+    alone = unprepare(prepare(nn.Linear(8, 4).eval(), Recipe.bbq(bits=2)))
+    assert type(alone) is nn.Linear
+    assert not alone.training

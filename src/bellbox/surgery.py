@@ -79,6 +79,23 @@ def prepare(model: Model, recipe: Recipe) -> Model:
     return cast(Model, result)
 
 
+def unprepare(model: Model) -> Model:
+    """The way back from `prepare`: plain linear layers that hold the trained weights, in place.
+
+    The quantizers and their scales are dropped. Parameters stay the same objects, for an optimizer that knows them.
+    A model without quantized layers is left as it is.
+
+    Returns:
+        The same model (a new layer where `model` is itself one quantized layer).
+    """
+    result: nn.Module = model
+    for _, layer in list(quantized_layers(model)):
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
+        result = replace_layer(result, layer, linear.train(layer.training))
+    return cast(Model, result)
+
+
 def convert(model: Model) -> Model:
     """A packed copy of a prepared model: codes instead of weights, ready for `save` and for inference.
 

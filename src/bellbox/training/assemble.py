@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.io import unique_tensors
 from bellbox.models import build, preset
+from bellbox.planner import quantized_fraction
 from bellbox.recipe import Recipe, recipe_from_dict
 from bellbox.surgery import prepare
 from bellbox.training.config import QuantizationSection, TrainConfig
@@ -43,7 +45,27 @@ def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
             f"data.context is {context}, model.overrides.max_position_embeddings only {positions}; raise that"
         )
     config.steps, config.tokens = config.total_steps, None
+    if config.phases.quantized == "optimal":
+        config.phases.quantized = _optimal_fraction(config)
     return config
+
+
+def _optimal_fraction(config: TrainConfig) -> float:
+    section = config.quantization
+    if section.recipe is not None or section.method == "none":
+        raise BellboxError(
+            "phases.quantized: optimal follows from quantization.bits or levels, which this run does not have; "
+            "give a number"
+        )
+    with torch.device("meta"):
+        parameters = sum(
+            p.numel() for p in build(preset(config.model.preset, **config.model.overrides)).parameters()
+        )
+    bits = section.bits if section.levels is None else math.log2(section.levels)
+    try:
+        return quantized_fraction(config.total_steps * config.batch.tokens, parameters, bits or 2)
+    except BellboxError as error:
+        raise BellboxError(f"phases.quantized: optimal: {error}") from None
 
 
 def make_recipe(section: QuantizationSection) -> Recipe:
@@ -65,10 +87,15 @@ def make_recipe(section: QuantizationSection) -> Recipe:
     )
 
 
-def make_model(config: TrainConfig) -> nn.Module:
-    """Build and prepare the model of a resolved configuration, on the CPU; weights follow `seed`."""
+def make_model(config: TrainConfig, quantization: QuantizationSection | None = None) -> nn.Module:
+    """Build and prepare the model of a resolved configuration, on the CPU; weights follow `seed`.
+
+    Args:
+        config: the configuration.
+        quantization: that of the phase; the final one where None.
+    """
     model = build(preset(config.model.preset, **config.model.overrides), seed=config.seed)
-    return prepare(model, make_recipe(config.quantization))
+    return prepare(model, make_recipe(quantization or config.quantization))
 
 
 def pick_device(name: str) -> torch.device:

@@ -58,7 +58,9 @@ class State:
     loss: float | None = None
     """Validation loss of exactly this step in nats per token, where it was validated."""
     best_loss: float | None = None
-    """Lowest validation loss of the run so far."""
+    """Lowest validation loss of the phase so far."""
+    phase: int = 0
+    """Number of the phase that the model is in; losses of different phases are not compared."""
     data: str = ""
     """Checksum of the dataset's manifest."""
     random: dict[str, Any] = field(default_factory=dict)
@@ -114,9 +116,10 @@ class Checkpoints:
         return self._first_sound(reversed(self.steps()))
 
     def best(self) -> Checkpoint | None:
-        """The sound checkpoint of the lowest validation loss; the newest, where none was validated."""
-        scored = [(loss, step) for step in self.steps() if (loss := self._loss(step)) is not None]
-        return self._first_sound(step for _, step in sorted(scored)) if scored else self.last()
+        """The sound checkpoint of the latest phase with the lowest validation loss; the newest, where none was
+        validated."""
+        scored = self._scored(self.steps())
+        return self._first_sound(step for _, step in scored) if scored else self.last()
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of one step.
@@ -197,17 +200,22 @@ class Checkpoints:
                 warnings.warn(f"passed over: {error}", CheckpointWarning, stacklevel=3)
         return None
 
-    def _loss(self, step: int) -> float | None:
+    def _scored(self, steps: list[int]) -> list[tuple[tuple[int, float], int]]:
+        """Validated steps with what to sort them by, the best first: the latest phase, then the lowest loss."""
+        scored = [(score, step) for step in steps if (score := self._score(step)) is not None]
+        return sorted(scored)
+
+    def _score(self, step: int) -> tuple[int, float] | None:
         try:
-            loss = json.loads((self.path(step) / "state.json").read_text(encoding="utf-8"))["loss"]
-        except (OSError, ValueError, KeyError, TypeError):
+            state = json.loads((self.path(step) / "state.json").read_text(encoding="utf-8"))
+            loss, phase = state["loss"], state.get("phase", 0)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return loss if isinstance(loss, float) else None
+        return (-phase, loss) if isinstance(loss, float) and isinstance(phase, int) else None
 
     def _drop_unwanted(self) -> None:
         steps = self.steps()
-        scored = [(loss, step) for step in steps if (loss := self._loss(step)) is not None]
-        wanted = {*steps[-self.keep :], *(step for _, step in sorted(scored)[:1])}
+        wanted = {*steps[-self.keep :], *(step for _, step in self._scored(steps)[:1])}
         for step in steps:
             if step not in wanted:
                 # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.

@@ -74,6 +74,20 @@ class QuantizationSection:
 
 
 @dataclass
+class PhasesSection:
+    """Full precision first, then quantized, perhaps with fewer bits from time to time."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    quantized: float | Literal["optimal"] = 1.0
+    """Fraction of the steps trained quantized, after the rest in full precision; 1: from the first step.
+    `optimal`: by the law of arXiv 2509.22935, from tokens, parameters and bits (see `bellbox.planner`)."""
+    bits_before: list[int] = field(default_factory=list)
+    """Bits of the quantized steps before those of `quantization`: [4, 3] with bits 2 trains 4, then 3, then 2."""
+    shares: list[float] = field(default_factory=list)
+    """Share of the quantized steps for each of these widths and the final one; equal where not given."""
+
+
+@dataclass
 class OptimizerSection:
     """AdamW and the gradient clip."""
 
@@ -124,6 +138,7 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     quantization: QuantizationSection = field(default_factory=QuantizationSection)
+    phases: PhasesSection = field(default_factory=PhasesSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     batch: BatchSection = field(default_factory=BatchSection)
@@ -193,8 +208,16 @@ class TrainConfig:
         ):
             if value < low:
                 raise BellboxError(f"{name} is {value}, must be at least {low}")
-        optimizer, schedule = self.optimizer, self.schedule
+        optimizer, schedule, phases = self.optimizer, self.schedule, self.phases
+        quantized = phases.quantized
         for name, ok, limit in (
+            (
+                "phases.quantized",
+                quantized == "optimal" or 0 < float(quantized) <= 1,
+                "in (0, 1], or optimal",
+            ),
+            ("phases.bits_before", all(1 <= bits <= 8 for bits in phases.bits_before), "bits from 1 to 8"),
+            ("phases.shares", all(0 < share < 1 for share in phases.shares), "numbers between 0 and 1"),
             ("optimizer.lr", 0 < optimizer.lr < float("inf"), "above 0"),
             ("optimizer.betas", all(0 <= b < 1 for b in optimizer.betas), "in [0, 1)"),
             ("optimizer.eps", optimizer.eps > 0, "above 0"),

@@ -29,8 +29,16 @@ from torch.nn import functional as F
 from bellbox import data
 from bellbox.errors import BellboxError
 from bellbox.evaluation import perplexity
+from bellbox.surgery import prepare, unprepare
 from bellbox.training import random_state
-from bellbox.training.assemble import load_model_tensors, make_model, model_tensors, pick_device, resolve
+from bellbox.training.assemble import (
+    load_model_tensors,
+    make_model,
+    make_recipe,
+    model_tensors,
+    pick_device,
+    resolve,
+)
 from bellbox.training.checkpoint import Checkpoint, Checkpoints, State
 from bellbox.training.config import TrainConfig
 from bellbox.training.config_file import differences, load_config, save_config
@@ -40,7 +48,14 @@ from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
 from bellbox.training.metrics import MetricsWriter, perplexity_of
 from bellbox.training.modes import debug_mode, determinism
-from bellbox.training.optimizer import make_adamw, optimizer_tensors, restore_optimizer, set_lr
+from bellbox.training.optimizer import (
+    carry_state,
+    make_adamw,
+    optimizer_tensors,
+    restore_optimizer,
+    set_lr,
+)
+from bellbox.training.phases import Phase, phase_after, phase_at, phases_of
 from bellbox.training.progress import Progress
 from bellbox.training.run import CONFIG_FILE, TOKENIZER_FILE
 from bellbox.training.schedule import one_cycle
@@ -65,7 +80,7 @@ class RunResult:
     validation: dict[str, Any] | None
     """The last evaluation record of the run, None where there is none yet."""
     best_loss: float | None
-    """Lowest validation loss in nats per token."""
+    """Lowest validation loss of the last phase in nats per token."""
     stopped_by: int | None = None
     """Number of the signal that stopped it early."""
 
@@ -97,14 +112,10 @@ class Trainer:
         self.device = pick_device(self.config.device)
         self.resume, self.show = resume, show
         random_state.seed_all(self.config.seed)
-        self.model = make_model(self.config).to(self.device)
-        # Debug hooks would break a compiled graph anyway.
-        compiled = self.config.compile and not self.config.debug
-        self.forward = torch.compile(self.model) if compiled else self.model
-        section = self.config.optimizer
-        self.optimizer = make_adamw(
-            self.model, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
-        )
+        self.phases = phases_of(self.config)
+        self.phase = self.phases[0]
+        self.model = make_model(self.config, self.phase.quantization).to(self.device)
+        self._build_around_model()
         self.batches = data.Batches(
             self.dataset.train,
             context=self.config.data.context,
@@ -116,6 +127,26 @@ class Trainer:
         self.saved_step = 0
         self.signals = StopSignals()
         self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    def _build_around_model(self) -> None:
+        """The optimizer and the training forward, for the layers that the model has in this phase."""
+        # Debug hooks would break a compiled graph anyway.
+        compiled = self.config.compile and not self.config.debug
+        self.forward = torch.compile(self.model) if compiled else self.model
+        section = self.config.optimizer
+        self.optimizer = make_adamw(
+            self.model, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+        )
+
+    def _enter(self, phase: Phase) -> None:
+        """Go over to another phase: the weights and their moments stay, the quantizers are made anew."""
+        self.phase = phase
+        prepare(unprepare(self.model), make_recipe(phase.quantization))
+        before = self.optimizer
+        self._build_around_model()
+        carry_state(before, self.optimizer)
+        # Losses of different phases are losses of different models.
+        self.state.phase, self.state.best_loss = phase.index, None
 
     def run(self) -> RunResult:
         """Train to the last step, or until a signal comes.
@@ -179,6 +210,11 @@ class Trainer:
             f"{config.batch.tokens:,} tokens a step in {config.accumulation} passes, "
             f"{config.precision} on {self.device}"
         )
+        if len(self.phases) > 1:
+            self.progress.note(
+                "phases: "
+                + ", then ".join(f"{phase.label} from step {phase.start + 1}" for phase in self.phases)
+            )
 
     def _find_checkpoint(self) -> Checkpoint | None:
         self.checkpoints.clean()
@@ -202,6 +238,9 @@ class Trainer:
             raise BellboxError(
                 f"data.source '{self.config.data.source}' is not what '{self.folder}' was begun with"
             )
+        phase = phase_after(self.phases, checkpoint.step)
+        if phase != self.phase:
+            self._enter(phase)
         load_model_tensors(self.model, checkpoint.model_tensors(), str(checkpoint.path))
         try:
             restore_optimizer(self.optimizer, self.model.named_parameters(), checkpoint.optimizer_tensors())
@@ -229,6 +268,10 @@ class Trainer:
     def _train_step(self) -> None:
         config, state = self.config, self.state
         begun = time.monotonic()
+        phase = phase_at(self.phases, state.step)
+        if phase != self.phase:
+            self.progress.note(f"step {state.step + 1:>6}  from here on: {phase.label}")
+            self._enter(phase)
         schedule = config.schedule
         lr = one_cycle(
             state.step, config.total_steps, config.optimizer.lr,
@@ -264,6 +307,7 @@ class Trainer:
                 {
                     "kind": "train",
                     "step": state.step,
+                    "phase": state.phase,
                     "tokens": state.tokens,
                     "loss": loss_value,
                     "perplexity": perplexity_of(loss_value),
@@ -292,8 +336,8 @@ class Trainer:
         autocast = torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
         )
-        # The first batch sets the scales of the activations, a branch that no compiled graph should hold.
-        forward = self.model if self.state.step == 0 else self.forward
+        # A phase's first batch sets the scales of the activations, a branch that no compiled graph should hold.
+        forward = self.model if self.state.step == self.phase.start else self.forward
         with watched, autocast:
             logits = forward(inputs)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -329,6 +373,7 @@ class Trainer:
         self.validation = {
             "kind": "eval",
             "step": state.step,
+            "phase": state.phase,
             "tokens": state.tokens,
             "loss": result.loss,
             "perplexity": result.perplexity,

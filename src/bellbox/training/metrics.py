@@ -4,8 +4,8 @@
 is resumed from step s, the records after s are cut away first, so that the file ends as if nothing had
 happened. Only the fields of `WALL_CLOCK` may differ between two equal runs.
 
-    {"kind": "train", "step", "tokens", "loss", "perplexity", "lr", "grad_norm", "tokens_per_s", "seconds"}
-    {"kind": "eval", "step", "tokens", "loss", "perplexity", "bits_per_byte",
+    {"kind": "train", "step", "phase", "tokens", "loss", "perplexity", "lr", "grad_norm", "tokens_per_s", "seconds"}
+    {"kind": "eval", "step", "phase", "tokens", "loss", "perplexity", "bits_per_byte",
      "weight_entropy": {"mean", "layers": {name: bits}}, "activation_entropy": likewise,
      "gamma": {"weight": {name: {"mean", "std", "min", "max"}}, "activation": {name: value}},
      "saturated": {"weight": {"mean", "layers"}, "activation": likewise}, "seconds"}

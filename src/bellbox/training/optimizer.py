@@ -57,6 +57,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def carry_state(before: torch.optim.Optimizer, after: torch.optim.Optimizer) -> None:
+    """Give `after` the moments of all the parameters that both of them train; the others start without."""
+    known = {id(parameter) for group in after.param_groups for parameter in group["params"]}
+    for parameter, state in before.state.items():
+        if id(parameter) in known:
+            after.state[parameter] = state
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Iterable[tuple[str, nn.Parameter]]
 ) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from bellbox.training.assemble import load_model_tensors, make_model
 from bellbox.training.checkpoint import Checkpoint, Checkpoints
 from bellbox.training.config import TrainConfig
 from bellbox.training.config_file import load_config
+from bellbox.training.phases import Phase, phase_after, phases_of
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -25,9 +26,11 @@ class LoadedRun:
     folder: Path
     """The run folder."""
     model: nn.Module
-    """Prepared, with the checkpoint's weights, in evaluation mode, on the CPU in fp32."""
+    """Prepared as in the checkpoint's phase, with its weights, in evaluation mode, on the CPU in fp32."""
     config: TrainConfig
     """The resolved configuration of the run."""
+    phase: Phase
+    """The phase that the checkpoint was made in: what `model` is prepared with."""
     step: int
     """Optimizer steps done at this checkpoint."""
     tokens: int
@@ -57,12 +60,14 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
         raise BellboxError(f"'{folder}' is no run folder: it has no {CONFIG_FILE}")
     config = load_config(root / CONFIG_FILE)
     found = _find(Checkpoints(root / "checkpoints"), checkpoint)
-    model = make_model(config)
+    phase = phase_after(phases_of(config), found.step)
+    model = make_model(config, phase.quantization)
     load_model_tensors(model, found.model_tensors(), str(found.path))
     return LoadedRun(
         folder=root,
         model=model.eval(),
         config=config,
+        phase=phase,
         step=found.step,
         tokens=found.state.tokens,
         tokenizer=root / TOKENIZER_FILE,

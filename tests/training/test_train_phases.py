@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bellbox.errors import BellboxError
+from bellbox.nn import quantized_layers
+from bellbox.training import TrainConfig, Trainer, load_run, train
+from bellbox.training.assemble import resolve
+from bellbox.training.config import PhasesSection, QuantizationSection
+from bellbox.training.config_file import config_from_dict
+from bellbox.training.metrics import WALL_CLOCK, read_records
+from bellbox.training.phases import phase_after, phase_at, phases_of
+
+Tiny = Callable[..., TrainConfig]
+SCHEDULE = PhasesSection(quantized=0.75, bits_before=[4, 3], shares=[0.25, 0.25, 0.5])
+
+
+def records(config: TrainConfig) -> list[dict[str, Any]]:
+    found = read_records(Path(config.folder) / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in WALL_CLOCK} for record in found]
+
+
+def widths(model: torch.nn.Module) -> set[int]:
+    """Levels of all weights and activations of the quantized layers."""
+    found: set[int] = set()
+    for _, layer in quantized_layers(model):
+        assert layer.weight_quantizer is not None
+        assert layer.activation_quantizer is not None
+        found |= {layer.weight_quantizer.levels.n, layer.activation_quantizer.levels.n}
+    return found
+
+
+class Cut(Trainer):
+    """Stops after some steps, as after SIGTERM."""
+
+    stops: tuple[int, ...] = ()
+
+    def _train_step(self) -> None:
+        super()._train_step()
+        if self.state.step in self.stops and self.state.step != self.saved_step:
+            self.signals.received = 15
+
+
+def test_by_default_there_is_one_phase() -> None:
+    config = TrainConfig(steps=70)
+    (phase,) = phases_of(config)
+    assert (phase.start, phase.end, phase.quantization) == (0, 70, config.quantization)
+
+
+def test_phases_cover_all_steps_in_order() -> None:
+    phases = phases_of(TrainConfig(steps=101, phases=SCHEDULE))
+    assert [phase.label for phase in phases] == [
+        "full precision",
+        "bbq, 4 bits",
+        "bbq, 3 bits",
+        "bbq, 2 bits",
+    ]
+    assert phases[0].start == 0
+    assert phases[-1].end == 101
+    assert all(left.end == right.start for left, right in itertools.pairwise(phases))
+    assert [phase.start for phase in phases] == [0, 25, 44, 63]
+    assert [phase_at(phases, step).index for step in (0, 24, 25, 43, 44, 62, 63, 100)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
+    assert [phase_after(phases, steps).index for steps in (0, 25, 26, 101)] == [0, 0, 1, 3]
+
+
+def test_ternary_may_follow_whole_bits() -> None:
+    section = QuantizationSection(levels=3)
+    phases = phases_of(TrainConfig(steps=10, quantization=section, phases=PhasesSection(bits_before=[2])))
+    assert [phase.label for phase in phases] == ["bbq, 2 bits", "bbq, 3 levels"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phases": {"quantized": 0}}, r"phases.quantized is 0.0, must be in \(0, 1\]"),
+        ({"phases": {"quantized": "most"}}, "phases.quantized"),
+        ({"phases": {"bits_before": [9]}}, r"phases.bits_before is \[9\], must be bits from 1 to 8"),
+        ({"phases": {"bits_befor": [4]}}, "unknown key 'phases.bits_befor'; did you mean 'bits_before'"),
+        ({"phases": {"bits_before": [4], "shares": [0.5, 0.6]}}, "must be 2 numbers that add up to 1"),
+        ({"phases": {"shares": [0.5, 0.5]}}, "must be 1 numbers that add up to 1"),
+        ({"phases": {"bits_before": [4, 3]}, "steps": 2}, r"phase 2 .* gets none of the 2 steps"),
+        ({"phases": {"quantized": 0.1}, "steps": 3}, r"phase 2 .* gets none of the 3 steps"),
+        ({"phases": {"quantized": 0.5}, "quantization": {"method": "none"}}, "nothing can be scheduled"),
+        (
+            {"phases": {"bits_before": [4]}, "quantization": {"recipe": {"rules": []}}},
+            "leave one of them out",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BellboxError, match=message) as caught:
+        phases_of(config_from_dict(changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_optimal_fraction_is_filled_in_before_the_run_is_saved() -> None:
+    config = TrainConfig(tokens=3_000_000_000, phases=PhasesSection(quantized="optimal"))
+    config.model.preset = "95M"
+    resolved = resolve(config, 32000)
+    parameters = 71_442_560
+    density = resolved.total_steps * 8192 * 8 / (parameters * 2)
+    assert resolved.phases.quantized == pytest.approx(math.exp(-6.7297 / math.log(density)))
+    assert 0.2 < float(resolved.phases.quantized) < 0.3
+    few = TrainConfig(tokens=8192, phases=PhasesSection(quantized="optimal"))
+    with pytest.raises(BellboxError, match=r"phases.quantized: optimal: .* tokens a byte"):
+        resolve(few, 4096)
+    own = TrainConfig(quantization=QuantizationSection(recipe={"rules": []}), phases=few.phases)
+    with pytest.raises(BellboxError, match="give a number"):
+        resolve(own, 4096)
+
+
+def test_each_phase_has_its_layers_and_each_checkpoint_opens_as_what_it_was(tiny: Tiny) -> None:
+    config = tiny(steps=8, phases=SCHEDULE, eval_every=1, checkpoint_every=1)
+    seen: dict[int, set[int]] = {}
+
+    class Watch(Trainer):
+        def _train_step(self) -> None:
+            super()._train_step()
+            seen[self.state.step] = widths(self.model)
+
+        def _save(self) -> None:
+            super()._save()
+            run = load_run(self.folder)
+            assert run.step == self.state.step
+            assert widths(run.model) == widths(self.model)
+            assert run.phase == self.phase
+
+    Watch(config, show=False).run()
+    assert list(seen.values()) == [set(), set(), {16}, {16}, {8}, {4}, {4}, {4}]
+    lines = [record for record in records(config) if record["kind"] == "eval"]
+    assert [record["phase"] for record in lines] == [0, 0, 1, 1, 2, 3, 3, 3]
+    assert ["weight_entropy" in record for record in lines] == [False] * 2 + [True] * 6
+    highest = [max(record["weight_entropy"]["layers"].values()) for record in lines[2:]]
+    assert [round(bits) for bits in highest] == [4, 4, 3, 2, 2, 2]
+
+
+def test_at_a_border_the_weights_and_their_moments_stay(tiny: Tiny) -> None:
+    trainer = Trainer(tiny(steps=4, log_every=100, phases=PhasesSection(quantized=0.5)), show=False)
+    trainer.signals.received = 15  # opens the folder and leaves at once
+    trainer.run()
+    for _ in range(2):
+        trainer._train_step()
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    moments = {id(p): state["exp_avg"].clone() for p, state in trainer.optimizer.state.items()}
+    trainer._enter(trainer.phases[1])
+    parameters = dict(trainer.model.named_parameters())
+    added = parameters.keys() - before.keys()
+    assert added
+    assert all(name.endswith("gamma") for name in added)
+    for name, value in before.items():
+        assert torch.equal(parameters[name], value), name
+        assert torch.equal(
+            trainer.optimizer.state[parameters[name]]["exp_avg"], moments[id(parameters[name])]
+        )
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in parameters.values()}
+    # The scales of weights are set by the weights of now, those of inputs by the batch to come.
+    name, layer = next(quantized_layers(trainer.model))
+    assert layer.weight_quantizer is not None
+    gamma = layer.weight_quantizer.get_parameter("gamma")
+    expected = 1.694 * before[f"{name}.weight"].double().square().mean().sqrt()
+    assert torch.allclose(gamma, expected.float().expand_as(gamma))
+    assert layer.activation_quantizer is not None
+    assert not bool(layer.activation_quantizer.quantizer.get_buffer("initialized"))
+    trainer._train_step()
+    assert bool(layer.activation_quantizer.quantizer.get_buffer("initialized"))
+
+
+@pytest.mark.parametrize("statistic", ["token", "ema"])
+def test_a_run_in_pieces_equals_a_run_in_one_across_every_border(tiny: Tiny, statistic: Any) -> None:
+    settings = {"steps": 8, "phases": SCHEDULE, "quantization": QuantizationSection(statistic=statistic)}
+    whole, pieces = tiny("whole", **settings), tiny("pieces", **settings)
+    train(whole, show=False)
+    Cut.stops = (1, 2, 3, 4, 5, 6, 7)  # the borders are at 2, 4 and 5
+    for expected in (1, 3, 5, 7, 8):
+        result = Cut(pieces, show=False).run()
+        while result.step < expected:
+            result = Cut(pieces, show=False).run()
+    assert result.finished
+    assert records(whole) == records(pieces)
+    ours, theirs = load_run(whole.folder).model.state_dict(), load_run(pieces.folder).model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_the_best_checkpoint_is_one_of_the_last_phase(tiny: Tiny) -> None:
+    # Full precision first, at a learning rate that learns; one bit afterwards, so the earlier losses are lower.
+    section = QuantizationSection(bits=1)
+    config = tiny(steps=20, quantization=section, phases=PhasesSection(quantized=0.1), eval_every=1)
+    config.optimizer.lr = 1e-2
+    result = train(config, show=False)
+    lines = [record for record in records(config) if record["kind"] == "eval"]
+    full = min(record["loss"] for record in lines if record["phase"] == 0)
+    last = min(record["loss"] for record in lines if record["phase"] == 1)
+    assert full < last
+    assert result.best_loss == last
+    best = load_run(config.folder, "best")
+    assert widths(best.model) == {2}
+    assert best.phase.index == 1
+
+
+def test_another_schedule_is_another_run(tiny: Tiny) -> None:
+    config = tiny(steps=4, phases=PhasesSection(quantized=0.5))
+    train(config, show=False)
+    other = dataclasses.replace(config, phases=PhasesSection(quantized=0.75))
+    with pytest.raises(BellboxError, match=r"phases.quantized is 0.5 there, 0.75 here"):
+        train(other, show=False)
+
+
+def test_the_phases_are_said(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(steps=4, phases=PhasesSection(quantized=0.5)))
+    output = capsys.readouterr().out
+    assert "phases: full precision from step 1, then bbq, 2 bits from step 3" in output
+    assert "step      3  from here on: bbq, 2 bits" in output
