@@ -14,7 +14,7 @@ import bellbox as bb
 from bellbox.hadamard import butterfly
 from bellbox.io import FORMAT, VERSION
 from bellbox.kernels.encode import normaliser, row_sigma
-from bellbox.levels import Levels
+from bellbox.levels import Grid, Levels
 from bellbox.nn import InputCoding, PackedLinear
 from bellbox.packing import pack, unpack
 
@@ -39,7 +39,7 @@ def numbers(text: str) -> list[float]:
 
 def example_layer() -> nn.Module:
     levels = Levels.gaussian(4)
-    layer = PackedLinear(8, 1, levels, InputCoding(levels, 4, "token"), True)
+    layer = PackedLinear(8, 1, levels, InputCoding(levels, 4), True)
     words = re.search(
         r"bytes `([0-9a-f ]+)` .*`weight_scale` ([\d.]+), `act_scale` ([\d.]+), `bias` ([\d.]+):", PAGE
     )
@@ -75,7 +75,7 @@ def test_configuration(tmp_path):
     assert set(shown["files"]["model.safetensors"]) == {"bytes", "sha256"}
     shown["files"] = written["files"]
     assert shown == written
-    assert (FORMAT, VERSION) == ("bellbox-packed", 1)
+    assert (FORMAT, VERSION) == ("bellbox-packed", 2)
 
 
 def test_the_worked_function():
@@ -87,7 +87,7 @@ def test_the_worked_function():
     sigma, r = steps["sigma, r"]
     assert float(row_sigma(x)) == pytest.approx(sigma, rel=1e-13)
     assert float(normaliser(row_sigma(x), 4).float()) == r
-    codes, _ = layer.coding.encode(x, None)
+    codes, _ = layer.coding.encode(x, None, None)
     assert codes.tolist() == [steps["codes"]]
     assert layer.coding.levels.decode_int8(codes).tolist() == [steps["integers"]]
     weights = layer.weight_levels.decode_int8(unpack(layer.weight_packed, 8, 4))
@@ -107,7 +107,10 @@ def test_every_stored_field_is_explained(tmp_path):
         *config,
         *layer,
         *layer["weight"],
-        *PackedLinear(8, 1, Levels.gaussian(4), InputCoding(Levels.gaussian(4), 1, "ema"), True)._buffers,
+        *layer["activation"],
+        *PackedLinear(
+            8, 1, Grid(4, -0.5), InputCoding(Levels.gaussian(4), 1, "static", signs=True), True
+        )._buffers,
     ):
         assert re.search(rf"[`.]{name}[`.]", PAGE), name
 
@@ -136,7 +139,7 @@ def test_the_checksum_of_the_configuration_can_be_computed_from_the_page(tmp_pat
     import hashlib
 
     levels = Levels(3, -0.5, (-1e-5, 0.1))
-    layer = PackedLinear(8, 1, levels, InputCoding(levels, 4, "token"), False)
+    layer = PackedLinear(8, 1, levels, InputCoding(levels, 4), False)
     bb.save(nn.ModuleDict({'größe_\U0001d54f "\\ \t\n\x7f\x01/': layer}), tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     stated = config.pop("sha256")

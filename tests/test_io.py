@@ -67,7 +67,7 @@ def rewrite(folder: Path, change, files: bool = False) -> None:
 
 def tiny() -> nn.Sequential:
     """Two siblings' worth of packed numbers that fit a page: 2 bits, ternary, one with a bias."""
-    coding = InputCoding(Levels.gaussian(4), 2, "ema")
+    coding = InputCoding(Levels.gaussian(4), 2, "static")
     shared = SharedInput(2)
     first = PackedLinear(6, 2, Levels.gaussian(4), coding, True, shared)
     second = PackedLinear(6, 1, Levels.gaussian(3), coding, False, shared)
@@ -113,17 +113,19 @@ def test_exact_configuration(tmp_path):
     bb.save(tiny(), tmp_path / "m")
     config = json.loads((tmp_path / "m" / CONFIG).read_text())
     data = (tmp_path / "m" / TENSORS).read_bytes()
-    quaternary = {"levels": 4, "zero_point": -0.5, "thresholds": "gaussian"}
+    quaternary = {"levels": 4, "zero_point": -0.5}
     common = {
         "in_features": 6,
         "hadamard_block": 2,
-        "statistic": "ema",
-        "activation": quaternary,
+        "normalise": "static",
+        "rescale": False,
+        "signs": False,
+        "activation": {**quaternary, "thresholds": "gaussian"},
         "input": "0",
     }
     assert config == {
         "format": "bellbox-packed",
-        "version": 1,
+        "version": 2,
         "model": None,
         "quantization": {
             "layers": {
@@ -138,12 +140,14 @@ def test_exact_configuration(tmp_path):
 
 def test_thresholds_of_ones_own_are_stored(tmp_path):
     levels = Levels(3, -0.5, (-1.0, 0.1))
-    layer = PackedLinear(4, 1, levels, InputCoding(levels, 1, "token"), False)
+    layer = PackedLinear(4, 1, levels, InputCoding(levels), False)
     bb.save(nn.Sequential(layer), tmp_path / "m")
-    stored = json.loads((tmp_path / "m" / CONFIG).read_text())["quantization"]["layers"]["0"]["weight"]
-    assert stored["thresholds"] == [-1.0, 0.10000000149011612]
+    stored = json.loads((tmp_path / "m" / CONFIG).read_text())["quantization"]["layers"]["0"]
+    assert stored["activation"]["thresholds"] == [-1.0, 0.10000000149011612]
+    assert stored["weight"] == {"levels": 3, "zero_point": -0.5}
     loaded = bb.load(tmp_path / "m", into=nn.Sequential(nn.Linear(4, 1, bias=False)))
-    assert loaded[0].weight_levels == loaded[0].coding.levels == levels
+    assert loaded[0].coding.levels == levels
+    assert loaded[0].weight_levels == levels.grid
 
 
 def test_a_loaded_model_is_the_saved_one(original):
@@ -557,9 +561,9 @@ def layer_of(config: dict[str, Any], name: str = "model.layers.0.self_attn.q_pro
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(version=2), "version 2"),
+        (lambda c: c.update(version=1), "version 1"),
         (lambda c: c.update(version=None), "version None"),
-        (lambda c: c.update(version="1"), "version '1'"),
+        (lambda c: c.update(version="2"), "version '2'"),
         (lambda c: c.update(format="gguf"), "not a packed Bellbox model"),
         (lambda c: layer_of(c).update(in_features=32), "16"),
         (lambda c: layer_of(c).update(out_features=8), "8"),
@@ -568,14 +572,19 @@ def layer_of(config: dict[str, Any], name: str = "model.layers.0.self_attn.q_pro
         (lambda c: layer_of(c)["weight"].update(zero_point=0.3), "zero point"),
         (lambda c: layer_of(c)["weight"].update(zero_point=1e308), "zero point"),
         (lambda c: layer_of(c)["weight"].update(zero_point=250.0), "int8"),
-        (lambda c: layer_of(c)["weight"].update(thresholds=[0.0]), "3 thresholds"),
-        (lambda c: layer_of(c)["weight"].update(thresholds=[1e300, 1e301, 1e302]), "fp32"),
-        (lambda c: layer_of(c).update(statistic="tensor"), "statistic"),
+        (lambda c: layer_of(c)["activation"].update(thresholds=[0.0]), "3 thresholds"),
+        (lambda c: layer_of(c)["activation"].update(thresholds=[1e300, 1e301, 1e302]), "fp32"),
+        (lambda c: layer_of(c)["weight"].update(thresholds="gaussian"), "thresholds"),
+        (lambda c: layer_of(c).update(normalise="tensor"), "normalise"),
+        (lambda c: layer_of(c).update(normalise="absmax"), "hadamard_block 1"),
+        (lambda c: layer_of(c).update(rescale=True), "rescale needs a sigma"),
+        (lambda c: layer_of(c).update(rescale=1), "rescale"),
+        (lambda c: layer_of(c).update(signs=True), "act_signs"),
         (lambda c: layer_of(c).update(hadamard_block=32), "divides 16"),
         (lambda c: layer_of(c).update(hadamard_block=3), "power of two"),
         (lambda c: layer_of(c).update(hadamard_block=8), "shares an input"),
         (lambda c: layer_of(c).update(bias=True), "bias"),
-        (lambda c: layer_of(c).update(statistic="token"), "act_rsigma"),
+        (lambda c: layer_of(c).update(normalise="rms"), "act_rsigma"),
         (lambda c: layer_of(c).update(input="nobody"), "nobody"),
         (lambda c: c["quantization"]["layers"].pop("model.layers.0.mlp.up_proj"), "up_proj"),
         (lambda c: c["quantization"]["layers"].update({"model.nothing": layer_of(c)}), "nothing"),

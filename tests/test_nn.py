@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import bellbox as bb
 from bellbox.errors import BellboxError
+from bellbox.hadamard import butterfly
 from bellbox.kernels import native
-from bellbox.levels import Levels
 from bellbox.nn import (
     ActivationQuantizer,
     PackedLinear,
@@ -20,7 +20,7 @@ from bellbox.nn import (
     quantized_layers,
     record_activation_codes,
 )
-from bellbox.quantizers import BBQ
+from bellbox.quantizers.bbq import BBQ
 
 WIDTH = 32
 
@@ -358,20 +358,37 @@ def test_recorded_codes_are_those_that_the_layers_use():
         assert not any(layer.activation_quantizer.observers for _, layer in quantized_layers(model))
 
 
-def test_one_side_alone_needs_no_rotation():
+def bbq(levels: int, block: int, rows: int | None = None, **options: bool) -> BBQ:
+    return BBQ(16, bb.QuantizerSpec(levels=levels, block=block, options=options), rows)
+
+
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("block", [1, 16])
+def test_one_side_alone_is_quantized_and_the_other_only_rotated(block, signs):
     plain = nn.Linear(16, 4)
-    weight = BBQ(16, Levels.gaussian(16), "row", 1, 4)
+    matrix = butterfly(torch.eye(16, dtype=torch.float64), block) * block**-0.5
+    weight, activation = bbq(16, block, 4, signs=signs), bbq(16, block, signs=signs)
+    turn = matrix * (weight.signs[:, None] if weight.signs is not None else 1)
     weight.initialize(plain.weight)
     layer = QuantizedLinear(plain, weight, None)
-    x = torch.randn(64, 16)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight(plain.weight), plain.bias))
+    x = torch.randn(64, 16, requires_grad=True)
+    out = layer(x)
+    expected = nn.functional.linear((x.double() @ turn).float(), weight(plain.weight), plain.bias)
+    torch.testing.assert_close(out, expected)
     assert torch.equal(layer.eval()(x), layer.train()(x))
-    with pytest.raises(BellboxError, match="block=1"):
-        QuantizedLinear(plain, BBQ(16, Levels.gaussian(16), "row", 16, 4), None)
-    with pytest.raises(BellboxError, match="block=1"):
-        QuantizedLinear(plain, None, ActivationQuantizer(BBQ(16, Levels.gaussian(16))))
+    ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    inputs = QuantizedLinear(plain, None, ActivationQuantizer(activation))
+    turned = (plain.weight.double() @ turn).float()
+    torch.testing.assert_close(inputs(x), nn.functional.linear(activation(x), turned, plain.bias))
+
+
+def test_sides_that_are_rotated_differently_are_refused():
+    plain, weight = nn.Linear(16, 4), bbq(16, 1, 4)
     with pytest.raises(BellboxError, match="rotated alike"):
-        QuantizedLinear(plain, weight, ActivationQuantizer(BBQ(16, Levels.gaussian(16))))
+        QuantizedLinear(plain, weight, ActivationQuantizer(bbq(16, 16)))
+    with pytest.raises(BellboxError, match="both have random signs"):
+        QuantizedLinear(plain, weight, ActivationQuantizer(bbq(16, 1, signs=True)))
 
 
 @pytest.mark.parametrize("form", ["training", "evaluation", "packed"])

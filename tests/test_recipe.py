@@ -20,14 +20,14 @@ def test_bits_and_levels_reach_both_sides():
     ):
         rule = recipe.rule_for("model.layers.0.mlp.up_proj")
         assert rule is not None
-        assert rule.weights == QuantizerSpec("bbq", n, None, "row", 128, 1.694)
-        assert rule.activations == QuantizerSpec("bbq", n, None, "token", 128, 1.694)
+        assert rule.weights == QuantizerSpec("bbq", n)
+        assert rule.activations == QuantizerSpec("bbq", n)
     rule = Recipe.bbq(
         2, weight_levels=3, activation_levels=16, statistic="ema", block=32, gamma_init=2.0
     ).rule_for("x")
     assert rule is not None
-    assert rule.weights == QuantizerSpec("bbq", 3, None, "row", 32, 2.0)
-    assert rule.activations == QuantizerSpec("bbq", 16, None, "ema", 32, 2.0)
+    assert rule.weights == QuantizerSpec("bbq", 3, None, None, 32, {"gamma_init": 2.0})
+    assert rule.activations == QuantizerSpec("bbq", 16, None, "ema", 32, {"gamma_init": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,10 @@ def test_a_recipe_is_plain_data():
         ({"rules": [{"pattern": "*", "weights": {"levels": "many"}}]}, "levels"),
         ({"rules": [{"pattern": "*", "weights": {"block": 96}}]}, "power of two"),
         ({"rules": [{"pattern": "*", "weights": {"zero_point": 0.3}}]}, "zero point"),
-        ({"rules": [{"pattern": "*", "weights": {"gamma_init": math.nan}}]}, "gamma_init"),
-        ({"rules": [{"pattern": "*", "weights": {"gamma_init": 0.0}}]}, "gamma_init"),
+        ({"rules": [{"pattern": "*", "weights": {"options": {"gamma_init": math.nan}}}]}, "gamma_init"),
+        ({"rules": [{"pattern": "*", "weights": {"options": {"gamma_init": 0.0}}}]}, "gamma_init"),
+        ({"rules": [{"pattern": "*", "weights": {"options": {"gama": 1.0}}}]}, "gama.*options: gamma_init"),
+        ({"rules": [{"pattern": "*", "weights": {"options": {"gamma": "loose"}}}]}, "gamma.*learned"),
         ({"share_inputs": "perhaps"}, "share_inputs"),
     ],
 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.files import new_folder, read_json, sha256_file
-from bellbox.levels import Levels
+from bellbox.levels import Grid, Levels
 from bellbox.nn import (
     InputCoding,
     PackedLinear,
@@ -33,7 +33,7 @@ from bellbox.nn import (
 from bellbox.packing import unpack
 
 FORMAT = "bellbox-packed"
-VERSION = 1
+VERSION = 2
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 HEADER_LIMIT = 64 << 20
 
@@ -204,7 +204,7 @@ def sizes(model: nn.Module) -> Sizes:
         f"{prefix}.{name}" if prefix else name
         for prefix, layer in model.named_modules()
         if isinstance(layer, PackedLinear)
-        for name in ("weight_packed", "weight_scale", "act_scale", "act_rsigma")
+        for name in ("weight_packed", "weight_scale", "act_scale", "act_rsigma", "act_signs")
     }
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
     inside = sum(t.numel() * t.element_size() for name, t in tensors.items() if name in packed_names)
@@ -243,7 +243,11 @@ def _describe_model(model: nn.Module) -> dict[str, Any] | None:
 def _describe_levels(levels: Levels) -> dict[str, Any]:
     gaussian = Levels.gaussian(levels.n, levels.zero_point) == levels
     thresholds = "gaussian" if gaussian else list(levels.thresholds)
-    return {"levels": levels.n, "zero_point": levels.zero_point, "thresholds": thresholds}
+    return {**_describe_grid(levels), "thresholds": thresholds}
+
+
+def _describe_grid(grid: Grid) -> dict[str, Any]:
+    return {"levels": grid.n, "zero_point": grid.zero_point}
 
 
 def _describe_layers(layers: Mapping[str, PackedLinear]) -> dict[str, Any]:
@@ -254,8 +258,10 @@ def _describe_layers(layers: Mapping[str, PackedLinear]) -> dict[str, Any]:
             "out_features": layer.out_features,
             "bias": layer.bias is not None,
             "hadamard_block": layer.coding.block,
-            "statistic": layer.coding.statistic,
-            "weight": _describe_levels(layer.weight_levels),
+            "normalise": layer.coding.normalise,
+            "rescale": layer.coding.rescale,
+            "signs": layer.coding.signs,
+            "weight": _describe_grid(layer.weight_levels),
             "activation": _describe_levels(layer.coding.levels),
             "input": owners.setdefault(id(layer.shared), name),
         }
@@ -273,9 +279,11 @@ def _validated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     class Strict(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)
 
-    class StoredLevels(Strict):
+    class StoredGrid(Strict):
         levels: int = Field(ge=2, le=256)
         zero_point: float
+
+    class StoredLevels(StoredGrid):
         thresholds: Literal["gaussian"] | list[float]
 
     class StoredLayer(Strict):
@@ -283,8 +291,10 @@ def _validated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         out_features: int = Field(ge=1, le=1 << 24)
         bias: bool
         hadamard_block: int = Field(ge=1, le=1 << 16)
-        statistic: Literal["token", "ema"]
-        weight: StoredLevels
+        normalise: Literal["rms", "absmax", "static"]
+        rescale: bool
+        signs: bool
+        weight: StoredGrid
         activation: StoredLevels
         input: str
 
@@ -355,19 +365,23 @@ def _packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, PackedLin
     layers = {}
     for name, entry in stored.items():
         try:
-            weight, activation = _read_levels(entry["weight"]), _read_levels(entry["activation"])
-            block = entry["hadamard_block"]
+            weight = Grid(entry["weight"]["levels"], entry["weight"]["zero_point"])
+            activation, block = _read_levels(entry["activation"]), entry["hadamard_block"]
             if block & (block - 1) or entry["in_features"] % block:
                 raise BellboxError(
                     f"Hadamard block {block}: must be a power of two that divides {entry['in_features']}"
                 )
+            if entry["normalise"] == "absmax" and block != 1:
+                raise BellboxError(f"normalise 'absmax' goes with hadamard_block 1, not {block}")
+            if entry["normalise"] == "static" and entry["rescale"]:
+                raise BellboxError("rescale needs a sigma that follows the input, not normalise 'static'")
             if entry["input"] not in stored:
                 raise BellboxError(f"its input is that of layer {entry['input']!r}, which is not in the file")
             if not (weight.fits_int8 and activation.fits_int8):
                 raise BellboxError("levels do not fit int8")
         except BellboxError as error:
             raise BellboxError(f"{root / CONFIG}: layer {name!r}: {error}") from None
-        coding = InputCoding(activation, block, entry["statistic"])
+        coding = InputCoding(activation, block, entry["normalise"], entry["rescale"], entry["signs"])
         with torch.device("meta"):
             layers[name] = PackedLinear(
                 entry["in_features"],
@@ -424,15 +438,19 @@ def _check_fit(
             raise BellboxError(f"{root / TENSORS}: tensor {name!r} is {found}, the model needs {wanted}")
     if unknown := sorted(set(tensors) - set(expected)):
         raise BellboxError(f"{root / TENSORS}: tensor {unknown[0]!r} is not in the model")
-    owners: dict[int, tuple[InputCoding, Tensor | None]] = {}
+    owners: dict[int, tuple[InputCoding, list[Tensor | None]]] = {}
     for name, layer in packed.items():
         prefix = f"{name}." if name else ""
-        coding, rsigma = owners.setdefault(
-            id(layer.shared), (layer.coding, tensors.get(prefix + "act_rsigma"))
+        mine = [tensors.get(prefix + buffer) for buffer in ("act_rsigma", "act_signs")]
+        coding, numbers = owners.setdefault(id(layer.shared), (layer.coding, mine))
+        same = (
+            a is None or (b is not None and torch.equal(a, b)) for a, b in zip(numbers, mine, strict=True)
         )
-        same = rsigma is None or torch.equal(rsigma, tensors.get(prefix + "act_rsigma", rsigma + 1))
-        if coding != layer.coding or not same:
+        if coding != layer.coding or not all(same):
             raise BellboxError(f"{root}: layer {name!r} shares an input that it codes differently")
+        signs = tensors.get(prefix + "act_signs")
+        if signs is not None and not bool((signs.abs() == 1).all()):
+            raise BellboxError(f"{root / TENSORS}: tensor {prefix + 'act_signs'!r} holds more than 1 and -1")
         for buffer in ("weight_scale", "act_scale", "act_rsigma", "bias"):
             value = tensors.get(prefix + buffer)
             if value is not None and not bool(value.isfinite().all()):

@@ -4,8 +4,8 @@ Every path (fake quantization, packed inference, kernels, exports) decides codes
 fp32 thresholds, so the thresholds live here, once, rounded to fp32 once.
 
 Codes are the stored integers 0..n-1. Levels are the values that codes stand for in the compute domain,
-`q = code - n/2 - zero_point`. Thresholds are the n-1 decision boundaries on the normalised input; a value
-exactly on a threshold belongs to the upper code.
+`q = code - n/2 - zero_point`: that is a `Grid`. Thresholds are the n-1 decision boundaries on the normalised input, a
+value exactly on a threshold belongs to the upper code: with them it is `Levels`.
 """
 
 from __future__ import annotations
@@ -62,48 +62,22 @@ def default_zero_point(n: int) -> float:
 
 
 @dataclass(frozen=True)
-class Levels:
-    """n integer levels `code - n/2 - zero_point` with n-1 sorted fp32 thresholds.
+class Grid:
+    """n integer levels `code - n/2 - zero_point`: all that a matrix product needs to know.
 
     Raises:
-        BellboxError: n outside 2..256, a zero point that is not a multiple of 1/2, thresholds that are not
-            n-1 strictly rising finite numbers.
+        BellboxError: n outside 2..256, or a zero point that is not a multiple of 1/2.
     """
 
     n: int
     """Number of levels; 2**bits for whole bits, 3 for ternary."""
     zero_point: float
     """Shift of the integer grid, in levels; a multiple of 1/2."""
-    thresholds: tuple[float, ...] = field(repr=False)
-    """n-1 decision boundaries on the normalised input, each exactly representable in fp32."""
 
     def __post_init__(self) -> None:
         check_levels(self.n)
         check_zero_point(self.zero_point)
-        thresholds = tuple(map(_float32, self.thresholds))
-        rising = all(a < b for a, b in itertools.pairwise(thresholds))
-        if len(thresholds) != self.n - 1 or not rising or not all(map(math.isfinite, thresholds)):
-            raise BellboxError(
-                f"{self.n} levels need {self.n - 1} thresholds, finite and strictly rising in fp32"
-            )
         object.__setattr__(self, "zero_point", float(self.zero_point))
-        object.__setattr__(self, "thresholds", thresholds)
-
-    @classmethod
-    def gaussian(cls, n: int, zero_point: float | None = None) -> Levels:
-        """Levels that a standard normal variable uses equally often: thresholds Phi^-1(i/n).
-
-        Args:
-            n: number of levels, 2..256.
-            zero_point: multiple of 1/2; `default_zero_point(n)` where None.
-        """
-        normal = NormalDist()
-        check_levels(n)
-        # inv_cdf(1/2) is -0.0 on some platforms and an odd function only to rounding: build one half, mirror it.
-        upper = [normal.inv_cdf(i / n) for i in range(n // 2 + 1, n)]
-        middle = [0.0] if n % 2 == 0 else []
-        thresholds = (*(-t for t in reversed(upper)), *middle, *upper)
-        return cls(n, default_zero_point(n) if zero_point is None else zero_point, thresholds)
 
     @property
     def bits(self) -> float:
@@ -132,20 +106,6 @@ class Levels:
         multiplier, offset = self.multiplier, self.offset  # asked in every forward: not by way of `integers`
         return multiplier * -offset >= -128 and multiplier * (self.n - 1 - offset) <= 127
 
-    def encode(self, v: Tensor) -> Tensor:
-        """Codes of normalised values: the number of thresholds t with v >= t.
-
-        Args:
-            v: any shape, float. NaN compares false everywhere and would get code 0: callers exclude it.
-
-        Returns:
-            uint8, the shape of `v`.
-        """
-        codes = torch.zeros(v.shape, dtype=torch.uint8, device=v.device)
-        for threshold in self.thresholds:
-            codes += (v >= threshold).view(torch.uint8)
-        return codes
-
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Levels `code - n/2 - zero_point` of codes; exact in `dtype` for n <= 256 (bf16 included up to n = 128)."""
         return codes.to(dtype) - self.offset
@@ -164,6 +124,75 @@ class Levels:
             .sub_(int(self.multiplier * self.offset))
             .to(torch.int8)
         )
+
+
+@dataclass(frozen=True)
+class Levels(Grid):
+    """A grid with n-1 sorted fp32 thresholds: which value gets which code.
+
+    Raises:
+        BellboxError: as `Grid`, or thresholds that are not n-1 strictly rising finite numbers.
+    """
+
+    thresholds: tuple[float, ...] = field(repr=False)
+    """n-1 decision boundaries on the normalised input, each exactly representable in fp32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        thresholds = tuple(map(_float32, self.thresholds))
+        rising = all(a < b for a, b in itertools.pairwise(thresholds))
+        if len(thresholds) != self.n - 1 or not rising or not all(map(math.isfinite, thresholds)):
+            raise BellboxError(
+                f"{self.n} levels need {self.n - 1} thresholds, finite and strictly rising in fp32"
+            )
+        object.__setattr__(self, "thresholds", thresholds)
+
+    @classmethod
+    def gaussian(cls, n: int, zero_point: float | None = None) -> Levels:
+        """Levels that a standard normal variable uses equally often: thresholds Phi^-1(i/n).
+
+        Args:
+            n: number of levels, 2..256.
+            zero_point: multiple of 1/2; `default_zero_point(n)` where None.
+        """
+        normal = NormalDist()
+        check_levels(n)
+        # inv_cdf(1/2) is -0.0 on some platforms and an odd function only to rounding: build one half, mirror it.
+        upper = [normal.inv_cdf(i / n) for i in range(n // 2 + 1, n)]
+        middle = [0.0] if n % 2 == 0 else []
+        thresholds = (*(-t for t in reversed(upper)), *middle, *upper)
+        return cls(n, default_zero_point(n) if zero_point is None else zero_point, thresholds)
+
+    @classmethod
+    def uniform(cls, n: int, zero_point: float = -0.5, step: float = 1.0) -> Levels:
+        """Thresholds halfway between neighbouring levels: rounding to the nearest of `step * level`.
+
+        Args:
+            n: number of levels, 2..256.
+            zero_point: multiple of 1/2; with -1/2 the levels are symmetric about zero.
+            step: what one level is worth on the normalised input.
+        """
+        offset = Grid(n, zero_point).offset
+        return cls(n, zero_point, tuple((i - 0.5 - offset) * step for i in range(1, n)))
+
+    @property
+    def grid(self) -> Grid:
+        """The levels without their thresholds."""
+        return Grid(self.n, self.zero_point)
+
+    def encode(self, v: Tensor) -> Tensor:
+        """Codes of normalised values: the number of thresholds t with v >= t.
+
+        Args:
+            v: any shape, float. NaN compares false everywhere and would get code 0: callers exclude it.
+
+        Returns:
+            uint8, the shape of `v`.
+        """
+        codes = torch.zeros(v.shape, dtype=torch.uint8, device=v.device)
+        for threshold in self.thresholds:
+            codes += (v >= threshold).view(torch.uint8)
+        return codes
 
 
 def levels_from_bits(bits: int) -> int:

@@ -7,17 +7,17 @@ match decides. It reads from YAML or JSON through `recipe_from_dict`, which refu
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 from bellbox.errors import BellboxError
-from bellbox.hadamard import DEFAULT_BLOCK, block_size
+from bellbox.hadamard import block_size
 from bellbox.levels import check_levels, check_zero_point, levels_from_bits
 
-Method = Literal["bbq"]
+Statistic = Literal["row", "tensor", "ema", "token", "learned"]
+"""How sigma is taken. Weights: `row`, `tensor`. Activations: `token` (each row), `ema`, `tensor`. Or `learned`."""
 
 HEADS = (
     *("lm_head", "embed_out", "output_projection", "classifier", "score", "head"),
@@ -37,32 +37,32 @@ SIBLINGS = (
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """One quantizer, by name and numbers."""
+    """One quantizer, by name and numbers; what is None is the method's own choice for a weight or an activation."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    method: Method = "bbq"
-    """The quantization method."""
+    method: str = "bbq"
+    """The quantization method, one of `bellbox.quantizers.METHODS`."""
     levels: int = 4
     """Number of levels n: 2**bits, or 3 for ternary."""
     zero_point: float | None = None
-    """Shift of the integer grid, a multiple of 1/2; the method's own where None."""
-    statistic: Literal["row", "token", "ema", "tensor"] = "token"
-    """How sigma is taken: `row` for weights; `token`, `ema` or `tensor` for activations."""
-    block: int = DEFAULT_BLOCK
+    """Shift of the integer grid, a multiple of 1/2."""
+    statistic: Statistic | None = None
+    """How sigma is taken: `row` for weights; `token`, `ema` or `tensor` for activations; `learned`."""
+    block: int | None = None
     """Largest Hadamard block, a power of two; 1 for no rotation."""
-    gamma_init: float = 1.694
-    """Initial scale in units of the RMS of the whole tensor."""
+    options: dict[str, bool | float | str] = field(default_factory=dict[str, bool | float | str])
+    """Options of the method by name."""
 
     def __post_init__(self) -> None:
+        from bellbox.quantizers import check_method  # a recipe knows the names only
+
+        check_method(self.method, self.options)
         check_levels(self.levels)
         if self.zero_point is not None:
             check_zero_point(self.zero_point)
-        block_size(1 << 30, self.block)
-        if not 0 < self.gamma_init < math.inf:
-            raise BellboxError(
-                f"gamma_init {self.gamma_init}: must be a finite number above 0, such as 1.694"
-            )
+        if self.block is not None:
+            block_size(1 << 30, self.block)
 
 
 @dataclass(frozen=True)
@@ -95,48 +95,84 @@ class Recipe:
     """Whether siblings that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
 
     @classmethod
-    def bbq(
+    def of(
         cls,
+        method: str,
         bits: int | None = None,
         *,
         levels: int | None = None,
         weight_levels: int | None = None,
         activation_levels: int | None = None,
-        statistic: Literal["token", "ema", "tensor"] = "token",
-        block: int = DEFAULT_BLOCK,
-        gamma_init: float = 1.694,
+        zero_point: float | None = None,
+        statistic: Statistic | None = None,
+        weight_statistic: Statistic | None = None,
+        block: int | None = None,
+        options: Mapping[str, bool | float | str] | None = None,
+        weight_only: Literal["float", "int8"] | None = None,
         share_inputs: bool = True,
         keep: tuple[str, ...] = (),
         rules: tuple[Rule, ...] = (),
     ) -> Recipe:
-        """Bell Box Quantization of every linear layer but the output head.
+        """A method on every linear layer but the output head. What is not said is the method's own choice.
 
         Args:
+            method: one of `bellbox.quantizers.METHODS`, or `none` for full precision.
             bits: of weights and activations, 1 to 8 (2 where nothing is said).
             levels: number of levels instead of bits; 3 is ternary.
             weight_levels: levels of the weights alone, where they differ.
             activation_levels: levels of the activations alone.
+            zero_point: shift of the integer grid, of both.
             statistic: of the activations.
-            block: largest Hadamard block.
-            gamma_init: initial scale in units of the RMS of the whole tensor.
+            weight_statistic: of the weights.
+            block: largest Hadamard block, of both.
+            options: of the method.
+            weight_only: quantize weights only, and leave activations in `float` or round them to 8 bits (`int8`).
             share_inputs: see `Recipe.share_inputs`.
             keep: name patterns of further layers to leave in full precision.
             rules: rules that go before all others.
 
         Raises:
-            BellboxError: both `bits` and `levels`, or a value out of range.
+            BellboxError: both `bits` and `levels`, an unknown method, or a value out of range.
         """
+        if method == "none":
+            return cls.none()
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
         common = levels if levels is not None else levels_from_bits(2 if bits is None else bits)
 
-        def spec(n: int | None, statistic: Literal["row", "token", "ema", "tensor"]) -> QuantizerSpec:
+        def spec(n: int | None, statistic: Statistic | None) -> QuantizerSpec:
             n = common if n is None else n
-            return QuantizerSpec("bbq", n, None, statistic, block, gamma_init)
+            return QuantizerSpec(method, n, zero_point, statistic, block, dict(options or {}))
 
+        weights = spec(weight_levels, weight_statistic)
+        if weight_only is None:
+            activations = spec(activation_levels, statistic)
+        else:
+            activations = None if weight_only == "float" else _int8_beside(weights)
         left = tuple(Rule(pattern) for head in HEADS for pattern in (head, f"*.{head}"))
-        everything = Rule("*", spec(weight_levels, "row"), spec(activation_levels, statistic))
-        return cls((*rules, *map(Rule, keep), *left, everything), share_inputs)
+        return cls((*rules, *map(Rule, keep), *left, Rule("*", weights, activations)), share_inputs)
+
+    @classmethod
+    def bbq(cls, bits: int | None = None, *, gamma_init: float | None = None, **choices: Any) -> Recipe:
+        """Bell Box Quantization as Bellbox does it: causal, with the statistic `token`.
+
+        Args:
+            bits: of weights and activations, 1 to 8 (2 where nothing is said).
+            gamma_init: initial scale in units of the RMS of the whole tensor; the paper's 1.694 where None.
+            choices: as in `Recipe.of`.
+
+        Raises:
+            BellboxError: both `bits` and `levels`, or a value out of range.
+        """
+        if gamma_init is not None:
+            choices["options"] = {**choices.get("options", {}), "gamma_init": gamma_init}
+        return cls.of("bbq", bits, **choices)
+
+    @classmethod
+    def bbq_paper(cls, bits: int | None = None, **choices: Any) -> Recipe:
+        """Bell Box Quantization as in the paper (arXiv 2603.01599): the statistic `tensor`, which is not causal."""
+        choices.setdefault("statistic", "tensor")
+        return cls.of("bbq", bits, **choices)
 
     @classmethod
     def none(cls) -> Recipe:
@@ -153,6 +189,18 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON or YAML; `recipe_from_dict` gives the equal recipe."""
         return dataclasses.asdict(self)
+
+
+def _int8_beside(weights: QuantizerSpec) -> QuantizerSpec:
+    """8-bit activations for a weight: 255 levels, -127..127, so that integers fit int8.
+
+    Where weights are rotated, activations are too, and being bells then they are clipped (QuEST's rule); else the
+    largest magnitude of a token is the last level.
+    """
+    from bellbox.quantizers import METHODS
+
+    block = METHODS[weights.method].own_block if weights.block is None else weights.block
+    return QuantizerSpec("rtn", 255) if block == 1 else QuantizerSpec("quest", 255, None, None, block)
 
 
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:

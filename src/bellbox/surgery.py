@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.levels import Levels
+from bellbox.levels import Grid
 from bellbox.nn import (
     ActivationQuantizer,
     PackedLinear,
@@ -192,7 +192,7 @@ def _sibling_groups(decided: list[tuple[str, nn.Linear, Rule]]) -> dict[str, tup
     return groups
 
 
-def _label(levels: Levels) -> str:
+def _label(levels: Grid) -> str:
     return f"{levels.bits:.4g}"
 
 
@@ -221,7 +221,7 @@ def summary(model: nn.Module) -> str:
             cells = (
                 _label(layer.weight_levels),
                 _label(coding.levels),
-                coding.statistic,
+                coding.normalise,
                 str(coding.block),
                 sharing,
             )

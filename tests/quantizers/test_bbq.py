@@ -12,7 +12,9 @@ from bellbox.entropy import code_counts, entropy_bits
 from bellbox.errors import BellboxError
 from bellbox.kernels.encode import SIGMA_FLOOR
 from bellbox.levels import Levels
-from bellbox.quantizers import BBQ, set_debug
+from bellbox.quantizers import set_debug
+from bellbox.quantizers.bbq import BBQ
+from bellbox.recipe import QuantizerSpec
 
 ROWS, FEATURES, BLOCK = 6, 48, 16
 COUNTS = (2, 3, 4, 8, 16)
@@ -67,7 +69,8 @@ def formula(
 def quantizer(
     statistic: str, n: int = 4, features: int = FEATURES, block: int = BLOCK, rows: int = ROWS
 ) -> BBQ:
-    return BBQ(features, Levels.gaussian(n), statistic, block, rows if statistic == "row" else None)  # type: ignore[arg-type]
+    spec = QuantizerSpec(levels=n, statistic=statistic, block=block)  # type: ignore[arg-type]
+    return BBQ(features, spec, rows if statistic == "row" else None)
 
 
 def some_input(dtype: torch.dtype = torch.float32, seed: int = 0, rows: int = ROWS) -> Tensor:
@@ -411,12 +414,12 @@ def test_an_input_of_the_wrong_shape_or_dtype_is_refused(bad):
 def test_a_statistic_that_does_not_fit_its_role_is_refused():
     for statistic, rows in (("row", None), ("token", 4), ("channel", None)):
         with pytest.raises(BellboxError, match="statistic"):
-            BBQ(8, Levels.gaussian(4), statistic, 8, rows)  # type: ignore[arg-type]
+            BBQ(8, QuantizerSpec(statistic=statistic, block=8), rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_more_is_saved_for_backward_than_the_output_and_one_tensor_of_its_size(autocast):
-    q = BBQ(256, Levels.gaussian(4))
+    q = BBQ(256, QuantizerSpec())
     x = torch.randn(128, 256, requires_grad=True)
     q(x.detach())
     saved: list[Tensor] = []
@@ -434,7 +437,7 @@ def test_no_more_is_saved_for_backward_than_the_output_and_one_tensor_of_its_siz
 @pytest.mark.parametrize(("n", "block"), list(itertools.product(COUNTS, (1, 128))))
 def test_gaussian_weights_use_all_of_their_bits(n, block):
     weight = 0.02 * torch.randn(2048, 1024, generator=torch.Generator().manual_seed(n))
-    q = BBQ(1024, Levels.gaussian(n), "row", block, 2048)
+    q = BBQ(1024, QuantizerSpec(levels=n, block=block), 2048)
     assert entropy_bits(code_counts(q.codes(weight), n)) == pytest.approx(math.log2(n), abs=1e-3)
 
 
@@ -442,7 +445,7 @@ def test_rotation_recovers_the_bits_of_heavy_tailed_activations():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 1024, generator=generator) / torch.rand(512, 1024, generator=generator).pow(0.75)
     rotated, plain = (
-        entropy_bits(code_counts(BBQ(1024, Levels.gaussian(16), "token", block).codes(x), 16))
+        entropy_bits(code_counts(BBQ(1024, QuantizerSpec(levels=16, block=block)).codes(x), 16))
         for block in (128, 1)
     )
     assert plain < 3.3

@@ -44,7 +44,10 @@ def test_a_file_is_read_and_written_without_loss(tmp_path: Path) -> None:
         ({"batch": {"tokens": 1.5}}, "'batch.tokens' is 1.5, must be a valid integer"),
         ({"batch": 3}, "'batch' is 3, must be a dictionary"),
         ({"model": {"overrides": {"rope_theta": [1]}}}, "'model.overrides.rope_theta' is"),
-        ({"quantization": {"method": "magic"}}, "'quantization.method' is 'magic', must be 'bbq' or 'none'"),
+        (
+            {"quantization": {"weight_only": "int4"}},
+            "'quantization.weight_only' is 'int4', must be 'float' or 'int8'",
+        ),
         ({"compile": "perhaps"}, "'compile' is 'perhaps', must be a valid boolean"),
         ([1], "holds list, must be a mapping"),
     ],
@@ -73,6 +76,11 @@ def test_what_is_wrong_is_said_in_one_line_with_the_dotted_name(data: object, me
         ({"optimizer": {"betas": [0.9, 1.0]}}, r"optimizer.betas is \(0.9, 1.0\), must be in \[0, 1\)"),
         ({"schedule": {"warmup": 1.5}}, "schedule.warmup is 1.5"),
         ({"eval_every": 0}, "eval_every is 0"),
+        (
+            {"quantization": {"method": "magic"}},
+            "quantization: no quantization method 'magic'; there are: bbq",
+        ),
+        ({"quantization": {"method": "quest", "options": {"rul": "clip"}}}, "'rul' of quest.*options: rule"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_limit(data: object, message: str) -> None:

@@ -24,7 +24,7 @@ from bellbox.evaluation.codes import Agreement
 from bellbox.kernels.encode import normaliser, rotate_normalise, row_sigma
 from bellbox.nn import QuantizedLinear, quantized_layers
 from bellbox.opening import OpenedModel, open_model
-from bellbox.quantizers import BBQ
+from bellbox.quantizers.bbq import BBQ
 from bellbox.report import (
     LayerValues,
     ReportInput,

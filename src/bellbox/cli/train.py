@@ -92,21 +92,27 @@ def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
     yaml = require("yaml", "cli")
     registry = tyro.constructors.ConstructorRegistry()
 
-    def read(words: list[str]) -> dict[str, Any]:
+    mappings = {
+        dict[str, bool | int | float | str]: base.model.overrides,
+        dict[str, bool | float | str]: base.quantization.options,
+    }
+
+    def read(words: list[str], before: dict[str, Any]) -> dict[str, Any]:
         pairs = [word.partition("=") for word in words]
         for key, equals, _ in pairs:
             if not equals or not key:
                 raise ValueError(f"'{key}' must be written KEY=VALUE")
-        return {**base.model.overrides, **{key: yaml.safe_load(value) for key, _, value in pairs}}
+        return {**before, **{key: yaml.safe_load(value) for key, _, value in pairs}}
 
     @registry.primitive_rule
-    def overrides(info: Any) -> Any:
-        if info.type != dict[str, bool | int | float | str]:
+    def mapping(info: Any) -> Any:
+        before = next((value for kind, value in mappings.items() if info.type == kind), None)
+        if before is None:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
             metavar="KEY=VALUE",
-            instance_from_str=read,
+            instance_from_str=lambda words: read(words, before),
             is_instance=lambda value: isinstance(value, dict),
             str_from_instance=lambda value: [f"{key}={entry}" for key, entry in value.items()],
         )

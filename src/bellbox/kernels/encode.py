@@ -45,6 +45,15 @@ def row_sigma(rows: Tensor) -> Tensor:
     return norm / math.sqrt(max(1, rows.shape[-1]))
 
 
+def row_absmax(rows: Tensor) -> Tensor:
+    """Largest magnitude of each row, fp64 `[rows, 1]`, of `[rows, features]`; NaN or infinite where an entry is."""
+    return rows.abs().amax(-1, keepdim=True).to(torch.float64)
+
+
+MEASURES = {"rms": row_sigma, "absmax": row_absmax}
+"""What a row may be divided by, by the name that the packed format has for it."""
+
+
 def normaliser(sigma: Tensor, block: int) -> Tensor:
     """`1 / (max(sigma, 1e-8) sqrt(block))` in the dtype of `sigma`; NaN where sigma is NaN or above 1e30."""
     inverse = 1 / sigma.clamp(min=SIGMA_FLOOR)
@@ -57,9 +66,16 @@ def static_normaliser(inverse_sigma: Tensor, rows: Tensor, block: int) -> Tensor
     return torch.where(row_sigma(rows) <= SIGMA_CEILING, fixed, math.nan)
 
 
-def mark(r: Tensor, rows: int) -> Tensor:
-    """fp32 `[rows, 1]`: 1.0, or NaN where the normaliser `r` is. A comparison would swallow a NaN; this keeps it."""
-    return (r - r + 1).to(torch.float32).expand(rows, 1)
+def mark(r: Tensor, rows: int, sigma: Tensor | None = None) -> Tensor:
+    """What a row's product is multiplied with, fp32 `[rows, 1]`: 1.0, or NaN where the normaliser `r` is.
+
+    With `sigma`, fp64 of the shape of `r`: `max(sigma, 1e-8)` in place of 1.0. A comparison would swallow a NaN; this
+    keeps it.
+    """
+    marks = (r - r + 1).to(torch.float32)
+    if sigma is not None:
+        marks = marks * sigma.clamp(min=SIGMA_FLOOR).to(torch.float32)
+    return marks.expand(rows, 1)
 
 
 def rotate_normalise(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bellbox.errors import BellboxError
-from bellbox.levels import Levels
+from bellbox.levels import Grid, Levels
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 Normalise = Literal["rms", "absmax", "static"]
@@ -91,7 +91,7 @@ def use(isa: str) -> Iterator[None]:
         module.use(before)
 
 
-def can_multiply(weight: Levels, activation: Levels) -> bool:
+def can_multiply(weight: Grid, activation: Levels) -> bool:
     """Whether the kernels are there and serve a product of such levels; others run on the reference."""
     largest = max(map(abs, (activation.integers[0], activation.integers[-1])))
     return available() and max(weight.n, activation.n) <= MAX_LEVELS and largest <= MAX_INTEGER
@@ -160,7 +160,7 @@ class Weights:
         bias: fp32 `[out]`, or None.
     """
 
-    def __init__(self, codes: Tensor, levels: Levels, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, levels: Grid, scale: Tensor, bias: Tensor | None) -> None:
         module = _module()
         assert module is not None
         codes, scale = codes.contiguous(), scale.contiguous()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from bellbox import packing
 from bellbox.errors import BellboxError
 from bellbox.kernels import native
-from bellbox.kernels.encode import compute_dtype, encode, mark, normaliser, row_sigma, static_normaliser
+from bellbox.kernels.encode import MEASURES, compute_dtype, encode, mark, normaliser, static_normaliser
 from bellbox.kernels.integer import scaled_product
-from bellbox.levels import Levels
+from bellbox.levels import Grid, Levels
 from bellbox.nn.quantized import QuantizedLinear, finish
 from bellbox.nn.shared import SharedInput, version_of
 
@@ -26,18 +26,32 @@ class InputCoding:
     """How a packed layer codes its input: everything but the numbers that lie in its buffers."""
 
     levels: Levels
-    block: int
-    statistic: Literal["token", "ema"]
+    block: int = 1
+    """Rotation block."""
+    normalise: Literal["rms", "absmax", "static"] = "rms"
+    """What a row is divided by: its RMS, its largest magnitude, or a stored number."""
+    rescale: bool = False
+    """Whether the product is multiplied by it again."""
+    signs: bool = False
+    """Whether entries change sign before the rotation, as stored signs say."""
 
-    def encode(self, rows: Tensor, rsigma: Tensor | None) -> tuple[Tensor, Tensor]:
+    def encode(self, rows: Tensor, rsigma: Tensor | None, signs: Tensor | None) -> tuple[Tensor, Tensor]:
         """uint8 codes `[rows, features]` and fp32 marks `[rows, 1]` of float rows."""
-        if self.statistic == "ema":
+        rows, sigma = with_signs(rows, signs), None
+        if self.normalise == "static":
             assert rsigma is not None
             r = static_normaliser(rsigma, rows, self.block)
         else:
-            r = normaliser(row_sigma(rows), self.block)
+            sigma = MEASURES[self.normalise](rows)
+            r = normaliser(sigma, self.block)
         r = r.to(compute_dtype(rows))
-        return encode(rows, r, self.levels.thresholds, self.block), mark(r, len(rows))
+        codes = encode(rows, r, self.levels.thresholds, self.block)
+        return codes, mark(r, len(rows), sigma if self.rescale else None)
+
+
+def with_signs(x: Tensor, signs: Tensor | None) -> Tensor:
+    """`x` with the sign of each entry of a row changed where `signs` is -1."""
+    return x if signs is None else x * signs
 
 
 @dataclass(frozen=True)
@@ -64,20 +78,22 @@ class PackedLinear(nn.Module):
         shared: memory of the siblings that read the same input.
 
     Its buffers are what `docs/format.md` stores: `weight_packed` uint8 `[out, row bytes]`, `weight_scale` fp32 `[out]`
-    and `act_scale` fp32 `[]` (what one level is worth), `act_rsigma` fp32 `[]` (`ema` only), `bias` fp32 `[out]`.
+    and `act_scale` fp32 `[]` (what one level is worth), `act_rsigma` fp32 `[]` (`static` only), `act_signs` int8 `[in]`
+    (where there are signs), `bias` fp32 `[out]`.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
     act_scale: Tensor
     act_rsigma: Tensor | None
+    act_signs: Tensor | None
     bias: Tensor | None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        weight_levels: Levels,
+        weight_levels: Grid,
         coding: InputCoding,
         bias: bool,
         shared: SharedInput | None = None,
@@ -91,7 +107,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_packed", torch.zeros(out_features, size, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.zeros(out_features))
         self.register_buffer("act_scale", torch.zeros(()))
-        self.register_buffer("act_rsigma", torch.zeros(()) if coding.statistic == "ema" else None)
+        self.register_buffer("act_rsigma", torch.zeros(()) if coding.normalise == "static" else None)
+        signs = torch.ones(in_features, dtype=torch.int8) if coding.signs else None
+        self.register_buffer("act_signs", signs)
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self._integers: tuple[Tensor, int, Tensor] | None = None
         self._prepacked: Prepacked | None = None
@@ -121,18 +139,24 @@ class PackedLinear(nn.Module):
         for quantizer in (weight, activation.quantizer):
             if reason := quantizer.why_not_packed():
                 raise BellboxError(f"{quantizer.name or 'a layer'} cannot be packed: {reason}")
-        codes = layer.weight_codes()
-        statistic = activation.quantizer.statistic
-        assert statistic in ("token", "ema")
-        coding = InputCoding(activation.levels, activation.quantizer.block, statistic)
-        bias = layer.bias
-        packed = cls(layer.in_features, layer.out_features, weight.levels, coding, bias is not None, shared)
+        codes, marks = layer.encoded_weight()
+        quantizer, bias = activation.quantizer, layer.bias
+        normalise, signs = quantizer.normalise, quantizer.signs
+        assert normalise != "tensor"
+        coding = InputCoding(
+            quantizer.levels, quantizer.block, normalise, quantizer.rescale, signs is not None
+        )
+        packed = cls(
+            layer.in_features, layer.out_features, weight.levels.grid, coding, bias is not None, shared
+        )
         packed.to(layer.weight.device)
         packed.weight_packed.copy_(packing.pack(codes, weight.levels.n))
-        packed.weight_scale.copy_(weight.scale().reshape(-1).expand(layer.out_features))
-        packed.act_scale.copy_(activation.quantizer.scale().reshape(()))
+        packed.weight_scale.copy_((weight.scale() * marks).reshape(-1))
+        packed.act_scale.copy_(quantizer.scale().reshape(()))
         if packed.act_rsigma is not None:
-            packed.act_rsigma.copy_(activation.quantizer.get_buffer("r_ema"))
+            packed.act_rsigma.copy_(quantizer.rsigma().reshape(()))
+        if packed.act_signs is not None and signs is not None:
+            packed.act_signs.copy_(signs)
         if bias is not None and packed.bias is not None:
             packed.bias.copy_(bias.detach())
         return packed.train(layer.training)
@@ -162,7 +186,8 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def _run_reference(self, x: Tensor) -> Tensor:
         purpose = ("packed", self.coding)
-        levels, marks = self.shared.once(self, x, purpose, (self.act_rsigma,), self._input_integers)
+        state = self.act_rsigma, self.act_signs
+        levels, marks = self.shared.once(self, x, purpose, state, self._input_integers)
         weight_scale = self.weight_scale / self.weight_levels.multiplier
         act_scale = self.act_scale / self.coding.levels.multiplier
         product = scaled_product(levels, self._weight_integers(), weight_scale, act_scale, marks)
@@ -187,7 +212,7 @@ class PackedLinear(nn.Module):
         wanted = self.output_dtype(x)
         dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
         weights, scales = [each.weights for each in ready], [each.act_scale for each in ready]
-        outs = native.linear(x, weights, scales, ready[0].coding, dtype)
+        outs = native.linear(with_signs(x, layers[0].act_signs), weights, scales, ready[0].coding, dtype)
         return outs if dtype == wanted else [out.to(wanted) for out in outs]
 
     @torch.no_grad()
@@ -195,8 +220,9 @@ class PackedLinear(nn.Module):
         """uint8 codes `[rows, in_features]` of an input, from the very path that a forward takes."""
         rows, coding = x.reshape(-1, self.in_features), self.coding
         if not (self._compiled and native.takes(x)):
-            return coding.encode(rows, self.act_rsigma)[0]
-        integers, _, _ = native.encode(rows, coding.levels, coding.block, *self._normalise())
+            return coding.encode(rows, self.act_rsigma, self.act_signs)[0]
+        rows = with_signs(rows, self.act_signs)
+        integers, _, _ = native.encode(rows, *self._coding_arguments())
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
     def prepack(self) -> Prepacked:
@@ -208,15 +234,17 @@ class PackedLinear(nn.Module):
                 version,
                 native.Weights(self.weight_codes(), self.weight_levels, scale, self.bias),
                 float(self.act_scale / self.coding.levels.multiplier),
-                native.Coding(self.coding.levels, self.coding.block, *self._normalise()),
+                native.Coding(*self._coding_arguments()),
             )
         return self._prepacked
 
-    def _normalise(self) -> tuple[native.Normalise, float]:
-        return ("rms", 0.0) if self.act_rsigma is None else ("static", float(self.act_rsigma))
+    def _coding_arguments(self) -> tuple[Levels, int, native.Normalise, float, bool]:
+        coding, rsigma = self.coding, 0.0 if self.act_rsigma is None else float(self.act_rsigma)
+        return coding.levels, coding.block, coding.normalise, rsigma, coding.rescale
 
     def _input_integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        codes, marks = self.coding.encode(x.reshape(-1, self.in_features), self.act_rsigma)
+        rows = x.reshape(-1, self.in_features)
+        codes, marks = self.coding.encode(rows, self.act_rsigma, self.act_signs)
         return self.coding.levels.decode_int8(codes), marks
 
     def _weight_integers(self) -> Tensor:

@@ -92,21 +92,7 @@ class QuantizedLinear(nn.Module):
             object.__setattr__(self, "activation_quantizer", activation_quantizer)
         self._cached: tuple[Tensor, int, Tensor, Tensor] | None = None
         if weight_quantizer is not None and activation_quantizer is not None:
-            blocks = weight_quantizer.block, activation_quantizer.quantizer.block
-            if blocks[0] != blocks[1]:
-                raise BellboxError(f"weight and activation must be rotated alike, not by blocks {blocks}")
-        elif (weight_quantizer or (activation_quantizer and activation_quantizer.quantizer)) is not None:
-            self._require_unrotated()
-
-    def _require_unrotated(self) -> None:
-        for quantizer in (
-            self.weight_quantizer,
-            self.activation_quantizer and self.activation_quantizer.quantizer,
-        ):
-            if quantizer is not None and quantizer.block != 1:
-                raise BellboxError(
-                    "quantizing only weights or only activations needs block=1: a rotation must cancel"
-                )
+            _require_same_rotation(weight_quantizer, activation_quantizer.quantizer)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -117,8 +103,9 @@ class QuantizedLinear(nn.Module):
     @property
     def runs_on_integers(self) -> bool:
         """Whether evaluation multiplies integers: both sides quantized to levels that fit int8."""
-        pair = self.weight_quantizer, self.activation_quantizer
-        return all(q is not None and q.levels.fits_int8 for q in pair)
+        activation = self.activation_quantizer
+        pair = self.weight_quantizer, activation and activation.quantizer
+        return all(q is not None and q.on_grid and q.levels.fits_int8 for q in pair)
 
     def weight_codes(self) -> Tensor:
         """uint8 codes of the weight, `[out_features, in_features]`, in the rotated domain.
@@ -126,14 +113,22 @@ class QuantizedLinear(nn.Module):
         Raises:
             BellboxError: the weight is not quantized, or holds NaN or infinity.
         """
+        return self.encoded_weight()[0]
+
+    def encoded_weight(self) -> tuple[Tensor, Tensor]:
+        """`weight_codes`, and what the scale of each row is multiplied with: fp32 `[out_features, 1]`.
+
+        Raises:
+            BellboxError: the weight is not quantized, or holds NaN or infinity.
+        """
         if self.weight_quantizer is None:
             raise BellboxError("the weight of this layer is not quantized")
-        codes, mark = self.weight_quantizer.encode(self.weight)
-        if bool(mark.isnan().any()):
+        codes, marks = self.weight_quantizer.encode(self.weight)
+        if bool(marks.isnan().any()):
             raise BellboxError(
                 f"the weight of {self.weight_quantizer.name or 'a layer'} holds NaN or infinity"
             )
-        return codes
+        return codes, marks
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
@@ -147,8 +142,15 @@ class QuantizedLinear(nn.Module):
         return exact.detach() + (smooth - smooth.detach())
 
     def _dequantized(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        x = x if self.activation_quantizer is None else self.activation_quantizer(x, self)
+        quantizer, activation = self.weight_quantizer, self.activation_quantizer
+        if quantizer is not None:
+            weight = quantizer(self.weight)
+        else:  # the rotations must cancel: what is not quantized is rotated all the same
+            weight = self.weight if activation is None else activation.quantizer.rotate(self.weight)
+        if activation is not None:
+            x = activation(x, self)
+        elif quantizer is not None:
+            x = quantizer.rotate(x)
         return F.linear(x, weight, self.bias)
 
     def _integer(self, x: Tensor) -> Tensor:
@@ -163,18 +165,18 @@ class QuantizedLinear(nn.Module):
         """int8 weight and its scale, made anew only when the parameter has changed (a compiled graph cannot tell)."""
         assert self.weight_quantizer is not None
         if torch.compiler.is_compiling():
-            integers, mark = self._encoded_weight()
+            integers, mark = self._integers_of_weight()
         else:
             version, cached = version_of(self.weight), self._cached
             if cached is None or cached[0] is not self.weight or cached[1] != version:
-                cached = self._cached = (self.weight, version, *self._encoded_weight())
+                cached = self._cached = (self.weight, version, *self._integers_of_weight())
             _, _, integers, mark = cached
-        return integers, integer_scale(self.weight_quantizer).reshape(-1) * mark
+        return integers, (integer_scale(self.weight_quantizer) * mark).reshape(-1)
 
-    def _encoded_weight(self) -> tuple[Tensor, Tensor]:
+    def _integers_of_weight(self) -> tuple[Tensor, Tensor]:
         assert self.weight_quantizer is not None
         codes, mark = self.weight_quantizer.encode(self.weight)
-        return self.weight_quantizer.levels.decode_int8(codes), mark.reshape(-1)
+        return self.weight_quantizer.levels.decode_int8(codes), mark
 
     def train(self, mode: bool = True) -> QuantizedLinear:
         """Training needs no integer copy of the weight: drop it."""
@@ -185,6 +187,17 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self._cached = None
         return super()._apply(fn, recurse)
+
+
+def _require_same_rotation(weight: Quantizer, activation: Quantizer) -> None:
+    if weight.block != activation.block:
+        raise BellboxError(
+            f"weight and activation must be rotated alike, not by blocks {weight.block, activation.block}"
+        )
+    if (weight.signs is None) != (activation.signs is None):
+        raise BellboxError(
+            "weight and activation must both have random signs before the rotation, or neither"
+        )
 
 
 def integer_scale(quantizer: Quantizer) -> Tensor:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from bellbox.errors import BellboxError
-from bellbox.levels import Levels
-from bellbox.quantizers.base import Quantizer, Statistic, set_debug
+from bellbox.quantizers.base import Quantizer, read_options, set_debug
 from bellbox.quantizers.bbq import BBQ
+from bellbox.quantizers.lsq import LSQ
+from bellbox.quantizers.quest import QuEST
+from bellbox.quantizers.rtn import RTN
 from bellbox.recipe import QuantizerSpec
 
-__all__ = ["BBQ", "METHODS", "Quantizer", "Statistic", "build_quantizer", "set_debug"]
+__all__ = ["METHODS", "Quantizer", "build_quantizer", "check_method", "set_debug"]
 
-METHODS = {"bbq": BBQ}
-"""Method name -> class."""
+METHODS: dict[str, type[Quantizer]] = {kind.method: kind for kind in (BBQ, QuEST, LSQ, RTN)}
+"""Method name -> class. Add your own: see `docs/methods.md`."""
 
 
-def build_quantizer(spec: QuantizerSpec, features: int, rows: int | None, name: str) -> BBQ:
+def check_method(method: str, options: dict[str, bool | float | str]) -> type[Quantizer]:
+    """The class of a method, its options read for a trial.
+
+    Raises:
+        BellboxError: an unknown method or option, or an option of the wrong type.
+    """
+    if method not in METHODS:
+        raise BellboxError(f"no quantization method {method!r}; there are: {', '.join(METHODS)}")
+    read_options(method, METHODS[method].Options, options)
+    return METHODS[method]
+
+
+def build_quantizer(spec: QuantizerSpec, features: int, rows: int | None, name: str) -> Quantizer:
     """A quantizer from its specification.
 
     Args:
@@ -26,15 +40,6 @@ def build_quantizer(spec: QuantizerSpec, features: int, rows: int | None, name: 
     Raises:
         BellboxError: an unknown method, or numbers out of range.
     """
-    if spec.method not in METHODS:
-        raise BellboxError(f"no quantization method {spec.method!r}; there are: {', '.join(METHODS)}")
-    quantizer = METHODS[spec.method](
-        features,
-        Levels.gaussian(spec.levels, spec.zero_point),
-        spec.statistic,
-        spec.block,
-        rows,
-        spec.gamma_init,
-    )
+    quantizer = check_method(spec.method, spec.options)(features, spec, rows)
     quantizer.name = name
     return quantizer

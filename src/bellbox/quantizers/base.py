@@ -5,21 +5,43 @@ A quantizer turns a float tensor into codes and back. Two views of it must be th
 - `forward(x)`: fake quantization. Returns the dequantized tensor, differentiable, for training.
 - `encode(x)` with `scale()`: the stored integers and what one level is worth, for evaluation and packing.
 
-Both live in the rotated domain (`block`): weights and activations are rotated alike and never rotated back.
+Every method whose levels are an integer grid is, on rows of its input:
+
+    v = butterfly(x) * r;  code = number of thresholds t with v >= t;  q = code - offset;  x_hat = scale * mark * q
+
+and methods differ in four things: what a row is divided by (`measure`, or a stored number: `rsigma`), whether the
+result is multiplied by it again (`rescale`: mark is then sigma, else 1), the thresholds (`levels`), and the backward.
+A tie goes up. Both sides of a product live in the rotated domain (`block`) and are never rotated back.
+
+A new method is a small class: see `docs/methods.md`.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from abc import ABC, abstractmethod
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from bellbox.errors import BellboxError
+from bellbox.hadamard import block_size
+from bellbox.kernels.encode import (
+    MEASURES,
+    SIGMA_FLOOR,
+    compute_dtype,
+    encode,
+    mark,
+    normaliser,
+    static_normaliser,
+)
+from bellbox.kernels.rotate import rotate
 from bellbox.levels import Levels
-
-Statistic = Literal["row", "tensor", "ema", "token"]
-"""How sigma is taken. Weights: `row`. Activations: `token` (RMS of each row), `ema` (running scale), `tensor`."""
+from bellbox.recipe import QuantizerSpec, Statistic
 
 _debug = os.environ.get("BELLBOX_DEBUG", "") not in ("", "0")
 
@@ -38,39 +60,270 @@ def debug_enabled() -> bool:
     return _debug
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a method that has none. Each method names its own in such a class, with types and defaults."""
+
+
+@functools.cache
+def _reader(options: type) -> Any:
+    from pydantic import ConfigDict, TypeAdapter, with_config
+
+    return TypeAdapter(with_config(ConfigDict(extra="forbid"))(options))
+
+
+def read_options(method: str, kind: type, values: dict[str, Any]) -> Any:
+    """A method's options from plain data.
+
+    Raises:
+        BellboxError: an unknown option or a value of the wrong type, by name.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _reader(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        known = ", ".join(each.name for each in fields(kind)) or "none"
+        raise BellboxError(f"option {where!r} of {method}: {first['msg']} (options: {known})") from None
+
+
+class Normaliser(NamedTuple):
+    """What rows are multiplied with, and what it was made of."""
+
+    r: Tensor
+    """`[rows, 1]` or `[1, 1]`, compute dtype: 1 / (sigma sqrt(block)); NaN where sigma is not finite."""
+    sigma: Tensor | None
+    """fp64, the shape of `r`, at least 1e-8; None where 1/sigma is a stored number."""
+    free: Tensor
+    """The shape of `r`: 1 where sigma follows the input, 0 where it is constant."""
+
+
 class Quantizer(nn.Module, ABC):
-    """One tensor's quantizer: a weight matrix, or the input of one or several sibling layers."""
+    """One tensor's quantizer: a weight matrix, or the input of one or several sibling layers.
+
+    Args:
+        features: length of the last dimension.
+        spec: method and numbers.
+        rows: rows of a weight; None for an activation.
+
+    Raises:
+        BellboxError: options or a statistic that the method does not have, or an activation of a weight-only method.
+    """
+
+    method: ClassVar[str]
+    """Its name in recipes."""
+    Options: ClassVar[type] = NoOptions
+    """A frozen dataclass: the method's own options."""
+    own_block: ClassVar[int] = 1
+    """Largest rotation block where a recipe names none."""
+    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("row",)
+    """Statistics that a weight may have, the default first."""
+    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("token",)
+    """Likewise for activations; empty where the method quantizes weights only."""
+    on_grid: ClassVar[bool] = True
+    """Whether its levels are evenly spaced, so that products run on integers."""
+    measured: ClassVar[Literal["rms", "absmax"]] = "rms"
+    """What a row is divided by under the statistics `row` and `token`."""
+    decayed: tuple[str, ...] = ()
+    """Names of own parameters that weight decay pulls on."""
 
     levels: Levels
-    block: int
-    """Rotation block along the last dimension; 1 for none."""
     statistic: Statistic
+    normalise: Literal["rms", "absmax", "static", "tensor"]
+    """Where 1/sigma comes from in evaluation; `tensor` exists for training only."""
+    rescale: bool = False
+    """Whether the result is multiplied by sigma again."""
+    signs: Tensor | None
+    """int8 `[features]` of +-1, multiplied with before the rotation; None for none."""
+    learning_rates: dict[str, float]
+    """Own parameter -> its learning rate, as a multiple of everything else's."""
     name: str = ""
     """Dotted name of the layer it belongs to, for messages."""
 
-    @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize: `[..., features]` to the same shape, rotated domain, autocast dtype where active."""
+    def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
+        super().__init__()
+        self.features, self.rows = features, rows
+        self.options = read_options(self.method, self.Options, spec.options)
+        self.statistic = self._choose_statistic(spec.statistic)
+        each = self.statistic in ("row", "token")
+        self.normalise = self.measured if each else "tensor" if self.statistic == "tensor" else "static"
+        self.block = block_size(features, self.own_block if spec.block is None else spec.block)
+        if self.measured == "absmax" and self.block != 1:
+            raise BellboxError(
+                f"{self.method} divides by the largest magnitude, taken before any rotation: block=1"
+            )
+        self.levels = self.make_levels(spec.levels, spec.zero_point)
+        self.register_buffer("signs", None)
+        self.learning_rates = {}
+        # A mirror in Python of the buffer `initialized`: reading that would synchronise a GPU and break a graph.
+        self._ready = True
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        levels = f"n={self.levels.n}, zero_point={self.levels.zero_point}"
+        return f"{levels}, statistic={self.statistic}, block={self.block}"
 
     @abstractmethod
+    def make_levels(self, n: int, zero_point: float | None) -> Levels:
+        """The grid and its thresholds.
+
+        Raises:
+            BellboxError: a number of levels or a zero point that the method does not have.
+        """
+
+    @abstractmethod
+    def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
+        """`x_hat` of `[rows, features]` in `dtype`, differentiable."""
+
+    @abstractmethod
+    def scale(self) -> Tensor:
+        """What one level is worth (before `rescale`), fp32: `[rows, 1]` or `[]` for weights, `[]` for activations."""
+
+    def initialize(self, x: Tensor) -> None:
+        """Set what is learned from a first tensor. A weight's is called when its layer is prepared."""
+
+    def rsigma(self) -> Tensor:
+        """The stored 1/sigma of a static statistic, `[]` or `[rows, 1]`."""
+        raise NotImplementedError
+
+    def measure(self, rows: Tensor) -> Tensor:
+        """What rows are divided by, fp64 `[rows, 1]`, or `[1, 1]` for all together."""
+        sigma = MEASURES[self.measured](rows)
+        whole = self.statistic in ("tensor", "ema")
+        return sigma.square().mean().sqrt().reshape(1, 1) if whole else sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize: `[..., features]` to the same shape, rotated domain, autocast dtype where active."""
+        rows = self._rows(x)
+        self._see_first(rows)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        norm = self.normaliser(rows, training=self.training)
+        return self.fake_quantize(rows, norm, dtype).reshape(x.shape)
+
+    @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes, and which rows may be trusted.
+        """Codes, and what each row's result is multiplied with. As in evaluation, whatever the mode.
+
+        Like `forward`, it sets the scales where this is the first batch.
 
         Args:
             x: `[..., features]`.
 
         Returns:
-            uint8 codes `[..., features]`, and fp32 `[..., 1]`: 1.0, or NaN for a row with a non-finite entry.
+            uint8 codes `[..., features]`, and fp32 marks `[..., 1]`: 1.0, or sigma where `rescale`; NaN for a row
+            with a non-finite entry.
         """
+        rows = self._rows(x)
+        self._see_first(rows)
+        norm = self.normaliser(rows, training=False)
+        codes = encode(rows, norm.r, self.levels.thresholds, self.block)
+        marks = mark(norm.r, len(rows), norm.sigma if self.rescale else None)
+        return codes.reshape(x.shape), marks.reshape(*x.shape[:-1], 1)
 
-    @abstractmethod
-    def scale(self) -> Tensor:
-        """What one level is worth, fp32: `[rows, 1]` for weights, `[]` for activations."""
-
-    @abstractmethod
-    def why_not_packed(self) -> str | None:
-        """None where it can be packed into integers and run causally, else the reason and the way out."""
+    def rotate(self, x: Tensor) -> Tensor:
+        """`[..., features]` in the rotated domain and not quantized: the other side of a product with this one."""
+        rows, device = self._rows(x), x.device.type
+        if self.block == 1:
+            return rows.reshape(x.shape)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return rotate(rows, self.block**-0.5, self.block, dtype).reshape(x.shape)
 
     def codes(self, x: Tensor) -> Tensor:
         """Only the codes of `encode`."""
         return self.encode(x)[0]
+
+    def why_not_packed(self) -> str | None:
+        """None where it can be packed into integers and run causally, else the reason and the way out."""
+        if not self.on_grid:
+            return f"{self.method} needs a float product: its levels are not evenly spaced"
+        if self.statistic == "tensor" and self.rows is None:
+            return (
+                "statistic='tensor' looks at future tokens and at the rest of the batch; "
+                "train with statistic='token' or 'ema'"
+            )
+        if not self._ready:
+            return "its scale is not set yet; run one batch through the model first"
+        if not self.levels.fits_int8:
+            return f"{self.levels.n} levels with zero point {self.levels.zero_point} do not fit int8"
+        return None
+
+    @torch.no_grad()
+    def normaliser(self, rows: Tensor, training: bool) -> Normaliser:  # noqa: ARG002 (for methods with a running scale)
+        """What `[rows, features]` are multiplied with, NaN for groups that are not finite."""
+        work = compute_dtype(rows)
+        if self.normalise == "static":
+            r = static_normaliser(self.rsigma(), rows, self.block).to(work)
+            return Normaliser(self._checked(r, rows), None, torch.zeros_like(r))
+        return self.normaliser_of(self.measure(rows), rows)
+
+    def normaliser_of(self, sigma: Tensor, rows: Tensor) -> Normaliser:
+        """The normaliser that follows from fp64 `sigma`, `[rows, 1]` or `[1, 1]`."""
+        work = compute_dtype(rows)
+        r = self._checked(normaliser(sigma, self.block).to(work), rows)
+        return Normaliser(r, sigma.clamp(min=SIGMA_FLOOR), (sigma > SIGMA_FLOOR).to(work))
+
+    def _choose_statistic(self, asked: Statistic | None) -> Statistic:
+        weight = self.rows is not None
+        offered = self.weight_statistics if weight else self.activation_statistics
+        if not offered:
+            raise BellboxError(
+                f"{self.method} quantizes weights only: choose another method for activations, or weight_only"
+            )
+        if asked is not None and asked not in offered:
+            role = "weights" if weight else "activations"
+            raise BellboxError(
+                f"statistic {asked!r} does not fit {role} of {self.method}: {' or '.join(offered)}"
+            )
+        return asked or offered[0]
+
+    def _see_first(self, rows: Tensor) -> None:
+        if not self._ready and rows.numel():
+            self.initialize(rows)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != self.features:
+            where = f" of {self.name}" if self.name else ""
+            raise BellboxError(
+                f"input{where} has shape {tuple(x.shape)} and dtype {x.dtype}: "
+                f"a float tensor with last dimension {self.features} is needed"
+            )
+        x = x.reshape(-1, self.features)
+        return x if self.signs is None else x * self.signs
+
+    def _checked(self, r: Tensor, rows: Tensor) -> Tensor:
+        if debug_enabled() and rows.numel() and not bool(r.isfinite().all()):
+            where = self.name or ("an activation" if self.rows is None else "a weight")
+            raise BellboxError(f"{where}: the quantizer's input holds NaN or infinity (or an RMS above 1e30)")
+        return r
+
+
+class LearnedQuantizer(Quantizer):
+    """A quantizer with numbers of its own that a first tensor sets: whether it has is a buffer, so it is state."""
+
+    initialized: Tensor
+
+    def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
+        super().__init__(features, spec, rows)
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self._ready = False
+
+    @abstractmethod
+    def set_from(self, x: Tensor) -> None:
+        """Set the numbers from a first tensor, fp64 `[rows, features]`, finite and not all zero for an activation."""
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set the numbers from a first tensor, `[..., features]`; an activation does so itself on the first batch."""
+        wide = x.detach().to(torch.float64).reshape(-1, self.features)
+        if self.rows is None and not 0 < float(wide.square().mean()) < math.inf:
+            return  # a dead or broken first batch says nothing about the scale: wait for the next
+        self.set_from(wide)
+        self.initialized.fill_(True)
+        self._ready = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
+        self._ready = bool(self.initialized)

@@ -34,35 +34,34 @@ tokens and at the other sequences of the batch, so it cannot generate; it is her
 trains like `tensor`, evaluates with E = EMA(1/sigma), decay .99: a static scale. `token`: the RMS of each row; causal
 and independent of the batch by construction, and the same function in training and evaluation. It is our default.
 
+**Options** (`BBQOptions`) are what the paper's ablations and our studies change: gamma's start, whether and how fast it
+is trained, no division by sigma, random signs before the rotation, and BBQ-Vision's fixed zeta: x_hat = zeta sigma q /
+(n/2), where sigma is differentiated in both of its places, which adds `x mean(G x_hat) / sigma^2` to g_x.
+
 **Where this differs from the paper.** The statistic `token` is ours. Any number of levels n >= 2 is allowed (n = 3 is
-ternary). sigma has a floor of 1e-8 for activations too, so zeros stay finite. RMS is taken of the input, which equals
-that of its rotation. Weights get their gamma when the layer is prepared instead of at the first batch: the same
-number. A NaN or infinity makes its normalisation group NaN instead of some code.
+ternary). The weights' sigma may be taken over the whole tensor (`tensor`), with one gamma a row. sigma has a floor of
+1e-8 for activations too, so zeros stay finite. RMS is taken of the input, which equals that of its rotation. Weights
+get their gamma when the layer is prepared instead of at the first batch: the same number. A NaN or infinity makes its
+normalisation group NaN instead of some code.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bellbox.errors import BellboxError
-from bellbox.hadamard import DEFAULT_BLOCK, block_size
+from bellbox.hadamard import DEFAULT_BLOCK
 from bellbox.kernels.bbq import bbq_backward, bbq_forward
-from bellbox.kernels.encode import (
-    SIGMA_FLOOR,
-    compute_dtype,
-    encode,
-    mark,
-    normaliser,
-    row_sigma,
-    static_normaliser,
-)
+from bellbox.kernels.encode import SIGMA_FLOOR, compute_dtype, normaliser
 from bellbox.levels import Levels
-from bellbox.quantizers.base import Quantizer, Statistic, debug_enabled
+from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.recipe import QuantizerSpec, Statistic
 
 GAMMA_INIT = 1.694
 EMA_DECAY = 0.99
@@ -81,173 +80,168 @@ class _FakeQuantize(torch.autograd.Function):
         levels: Levels,
         block: int,
         whole_tensor: bool,
+        follow: bool,  # gamma is a multiple of sigma, which is differentiated too
         dtype: torch.dtype,
     ) -> Tensor:
         work = compute_dtype(x)
         scale = gamma.to(work).reshape(-1, 1) / (levels.n / 2)
         x_hat, v = bbq_forward(x, r, scale, levels.thresholds, levels.offset, block, dtype)
-        ctx.save_for_backward(v, x_hat, r, free, gamma)  # the matrix product keeps x_hat anyway
+        # The matrix product keeps x_hat anyway.
+        ctx.save_for_backward(v, x_hat, r, free, gamma, x if follow else None)
         ctx.levels, ctx.block, ctx.whole_tensor, ctx.input_dtype = levels, block, whole_tensor, x.dtype
         return x_hat
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        v, x_hat, r, free, gamma = ctx.saved_tensors
+        v, x_hat, r, free, gamma, x = ctx.saved_tensors
         (grad,) = grads
         grad = grad.contiguous()
         wide_gamma = gamma.to(r.dtype).reshape(-1, 1)
         g_x, dots = bbq_backward(grad, v, x_hat, r, wide_gamma, free, ctx.block, ctx.whole_tensor)
+        if x is not None:  # x_hat is a multiple of sigma: d sigma / dx = x / (numel sigma)
+            dots = dots.sum().reshape(1, 1) if ctx.whole_tensor else dots
+            numel = v.numel() if ctx.whole_tensor else v.shape[-1]
+            inverse = r * math.sqrt(ctx.block)
+            g_x = g_x + x * (dots * inverse.square() * free / numel)
+            return g_x.to(ctx.input_dtype), *[None] * 8
         # q / (n/2) is x_hat / gamma: no need to code v again. A gamma of exactly zero gets no gradient.
         divisor = torch.where(gamma == 0, math.inf, gamma)
         g_gamma = dots.reshape(gamma.shape) if gamma.dim() else dots.sum(dtype=torch.float64)
         g_gamma = g_gamma / divisor / math.sqrt(max(1, v.numel()))
-        return g_x.to(ctx.input_dtype), g_gamma.to(gamma.dtype), None, None, None, None, None, None
+        return g_x.to(ctx.input_dtype), g_gamma.to(gamma.dtype), *[None] * 7
 
 
-class BBQ(Quantizer):
-    """Bell Box Quantization of one tensor.
+@dataclass(frozen=True)
+class BBQOptions:
+    """What the paper's ablations and our own studies change."""
 
-    Args:
-        features: length of the last dimension, which is rotated.
-        levels: which integers; `Levels.gaussian(n)` for the method proper.
-        statistic: `row` for a weight (sigma and gamma per row); `token`, `ema` or `tensor` for an activation.
-        block: largest Hadamard block (a power of two); the largest one up to it that divides `features` is used.
-        rows: number of rows of a weight; gamma is then `[rows, 1]`. None for an activation: gamma is `[]`.
-        gamma_init: initial gamma in units of the RMS of the whole first tensor.
+    gamma_init: float | Literal["optimal"] = GAMMA_INIT
+    """Initial gamma in units of the RMS of the whole first tensor; `optimal`: of least squared error for a Gaussian."""
+    gamma: Literal["learned", "frozen"] = "learned"
+    """Whether gamma is trained."""
+    gamma_lr: float = 1.0
+    """Learning rate of gamma, as a multiple of everything else's."""
+    rms: bool = True
+    """False for no division by sigma: thresholds compare with the rotated value itself."""
+    zeta: float | None = None
+    """BBQ-Vision: gamma is not learned but zeta * sigma, and sigma is differentiated there too."""
+    signs: bool = False
+    """Fixed random signs before the rotation, the same for all tensors of one width."""
 
-    Raises:
-        BellboxError: a statistic that does not belong to the role.
+    def __post_init__(self) -> None:
+        for name in ("gamma_init", "gamma_lr", "zeta"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not 0 < value < math.inf:
+                raise BellboxError(f"{name} {value}: must be a finite number above 0, such as 1.694")
+
+
+def optimal_gamma(levels: Levels) -> float:
+    """gamma / sigma of least squared error for Gaussian data: E[v q'] / E[q'^2], q' = q / (n/2).
+
+    Examples: 1.596 at 1 bit, 1.655 at 2, 1.603 at 3, 1.669 at 4; its limit is 3 / sqrt(pi) = 1.693.
+    """
+    edges = [0.0, *(math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in levels.thresholds), 0.0]
+    values = [(code - levels.offset) / (levels.n / 2) for code in range(levels.n)]
+    product = sum(
+        q * (edges[i] - edges[i + 1]) for i, q in enumerate(values)
+    )  # phi(a) - phi(b): E[v; a < v < b]
+    return product / (sum(q * q for q in values) / levels.n)
+
+
+class BBQ(LearnedQuantizer):
+    """Bell Box Quantization of one tensor; see `Quantizer` for the arguments.
+
+    Statistics: `row` or `tensor` for a weight (gamma is `[rows, 1]` in both); `token`, `ema` or `tensor` for an
+    activation, whose gamma is `[]`.
     """
 
+    method = "bbq"
+    Options = BBQOptions
+    own_block: ClassVar[int] = DEFAULT_BLOCK
+    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("row", "tensor")
+    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("token", "ema", "tensor")
+
+    options: BBQOptions
     r_ema: Tensor
-    initialized: Tensor
 
-    def __init__(
-        self,
-        features: int,
-        levels: Levels,
-        statistic: Statistic = "token",
-        block: int = DEFAULT_BLOCK,
-        rows: int | None = None,
-        gamma_init: float = GAMMA_INIT,
-    ) -> None:
-        super().__init__()
-        if (statistic == "row") != (rows is not None) or statistic not in ("row", "token", "ema", "tensor"):
-            choices = "token, ema or tensor for activations; row for weights"
-            raise BellboxError(f"statistic {statistic!r} does not fit here: {choices}")
-        self.levels, self.statistic, self.gamma_init = levels, statistic, gamma_init
-        self.features = features
-        self.block = block_size(features, block)
-        self.gamma = nn.Parameter(torch.ones(()) if rows is None else torch.ones(rows, 1))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
-        if statistic == "ema":
+    def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
+        super().__init__(features, spec, rows)
+        self.rescale = self.options.zeta is not None
+        if not self.options.rms:
+            self.normalise = "static"
+        if self.rescale:
+            if not self.options.rms or self.statistic == "ema":
+                raise BellboxError(
+                    "zeta multiplies by each input's sigma: not with rms=false or statistic='ema'"
+                )
+            self.initialized.fill_(True)  # nothing is learned
+            self._ready = True
+        else:
+            start = torch.ones(()) if rows is None else torch.ones(rows, 1)
+            self.gamma = nn.Parameter(start, requires_grad=self.options.gamma == "learned")
+        if self.statistic == "ema":
             self.register_buffer("r_ema", torch.zeros(()))
-        # A mirror of the buffer in Python: reading the buffer would synchronise a GPU and break a compiled graph.
-        self._ready = False
+        if self.options.signs:
+            draw = torch.Generator().manual_seed(features)
+            self.register_buffer(
+                "signs", 1 - 2 * torch.randint(2, (features,), generator=draw, dtype=torch.int8)
+            )
+        self.learning_rates = {"gamma": self.options.gamma_lr}
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"n={self.levels.n}, zero_point={self.levels.zero_point}, statistic={self.statistic}, block={self.block}"
+    def make_levels(self, n: int, zero_point: float | None) -> Levels:
+        """Gaussian quantiles between any number of levels."""
+        return Levels.gaussian(n, zero_point)
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set gamma from a first tensor: `gamma_init` times the RMS of all of it.
-
-        A weight calls this when its layer is prepared; an activation does by itself on the first batch.
-        """
-        rms = x.detach().to(torch.float64).square().mean().sqrt()
-        if self.statistic != "row" and not 0 < float(rms) < math.inf:
-            return  # a dead or broken first batch says nothing about the scale: wait for the next
-        rms = rms.clamp(min=SIGMA_FLOOR)  # a weight that starts at zero stays near it, but can still learn
-        self.gamma.copy_((self.gamma_init * rms).to(self.gamma.dtype).expand_as(self.gamma))
+    def set_from(self, x: Tensor) -> None:
+        """gamma is `gamma_init` times the RMS of all of `x`."""
+        if self.options.zeta is not None:
+            return
+        rms = x.square().mean().sqrt().clamp(min=SIGMA_FLOOR)  # a weight that starts at zero can still learn
+        init = self.options.gamma_init
+        init = optimal_gamma(self.levels) if init == "optimal" else init
+        self.gamma.copy_((init * rms).to(self.gamma.dtype).expand_as(self.gamma))
         if self.statistic == "ema":
             self.r_ema.copy_(1 / rms)
-        self.initialized.fill_(True)
-        self._ready = True
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._ready = bool(self.initialized)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize `[..., features]`; see `Quantizer.forward`."""
-        rows = self._rows(x)
-        if not self._ready and rows.numel():
-            self.initialize(rows)
-        r, free = self._normaliser(rows, training=self.training)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        whole_tensor = r.numel() == 1 and self.statistic in ("tensor", "ema")
-        x_hat = _FakeQuantize.apply(rows, self.gamma, r, free, self.levels, self.block, whole_tensor, dtype)
-        return x_hat.reshape(x.shape)  # type: ignore[union-attr]
-
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and row marks; see `Quantizer.encode`. Uses the evaluation statistic whatever the mode.
-
-        Like `forward`, it sets gamma where this is the first batch.
-        """
-        rows = self._rows(x)
-        if not self._ready and rows.numel():
-            self.initialize(rows)
-        r, _ = self._normaliser(rows, training=False)
-        codes = encode(rows, r, self.levels.thresholds, self.block)
-        return codes.reshape(x.shape), mark(r, len(rows)).reshape(*x.shape[:-1], 1)
+    def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
+        """See `Quantizer.fake_quantize`."""
+        whole = norm.r.numel() == 1 and self.statistic in ("tensor", "ema")
+        follow = self.options.zeta is not None
+        gamma = self.gamma
+        if self.options.zeta is not None:
+            assert norm.sigma is not None
+            gamma = (self.options.zeta * norm.sigma * (norm.r - norm.r + 1)).to(compute_dtype(rows))
+        arguments = self.levels, self.block, whole, follow, dtype
+        return _FakeQuantize.apply(rows, gamma, norm.r, norm.free, *arguments)  # type: ignore[return-value]
 
     def scale(self) -> Tensor:
         """gamma / (n/2), fp32."""
+        if self.options.zeta is not None:
+            return torch.tensor(self.options.zeta / (self.levels.n / 2), device=self.initialized.device)
         return self.gamma.detach().to(torch.float32) / (self.levels.n / 2)
 
-    def why_not_packed(self) -> str | None:
-        """See `Quantizer.why_not_packed`."""
-        if self.statistic == "tensor":
-            return (
-                "statistic='tensor' looks at future tokens and at the rest of the batch; "
-                "train with statistic='token' or 'ema'"
-            )
-        if not self._ready:
-            return "its scale is not set yet; run one batch through the model first"
-        if not self.levels.fits_int8:
-            return f"{self.levels.n} levels with zero point {self.levels.zero_point} do not fit int8"
-        return None
-
-    def _rows(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != self.features:
-            where = f" of {self.name}" if self.name else ""
-            raise BellboxError(
-                f"input{where} has shape {tuple(x.shape)} and dtype {x.dtype}: "
-                f"a float tensor with last dimension {self.features} is needed"
-            )
-        return x.reshape(-1, self.features)
+    def rsigma(self) -> Tensor:
+        """The running 1/sigma, or 1 without RMS."""
+        return self.r_ema if self.options.rms else torch.ones((), device=self.initialized.device)
 
     @torch.no_grad()
-    def _normaliser(self, rows: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """r = 1 / (sigma sqrt(block)) with NaN for non-finite groups, and where sigma depends on the input."""
-        work = compute_dtype(rows)
-        if self.statistic == "ema" and not training:
-            if not self._ready:
-                raise BellboxError(
-                    f"{self.name or 'an activation quantizer'} has no running scale yet: "
-                    "statistic='ema' needs one batch through the model before its codes are asked for"
-                )
-            r = static_normaliser(self.r_ema, rows, self.block).to(work)
-            return self._checked(r, rows), torch.zeros_like(r)
-        sigma = row_sigma(rows)
-        if self.statistic in ("ema", "tensor"):
-            sigma = sigma.square().mean().sqrt().reshape(1, 1)
-        if self.statistic == "ema":
+    def normaliser(self, rows: Tensor, training: bool) -> Normaliser:
+        """See `Quantizer.normaliser`; in training the running scale is updated and the batch's own is used."""
+        if self.statistic != "ema" or not self.options.rms:
+            return super().normaliser(rows, training)
+        if training:
+            sigma = self.measure(rows)
             self._update_ema(normaliser(sigma, 1))
-        r = normaliser(sigma, self.block).to(work)
-        return self._checked(r, rows), (sigma > SIGMA_FLOOR).to(work)
+            return self.normaliser_of(sigma, rows)
+        if not self._ready:
+            raise BellboxError(
+                f"{self.name or 'an activation quantizer'} has no running scale yet: "
+                "statistic='ema' needs one batch through the model before its codes are asked for"
+            )
+        return super().normaliser(rows, training)
 
     def _update_ema(self, inverse: Tensor) -> None:
         new = inverse.reshape(()).to(self.r_ema.dtype)
         # A non-finite batch must not spoil the running value for ever.
         self.r_ema.copy_(torch.where(new.isfinite(), torch.lerp(new, self.r_ema, EMA_DECAY), self.r_ema))
-
-    def _checked(self, r: Tensor, rows: Tensor) -> Tensor:
-        if debug_enabled() and rows.numel() and not bool(r.isfinite().all()):
-            where = self.name or ("a weight" if self.statistic == "row" else "an activation")
-            raise BellboxError(f"{where}: the quantizer's input holds NaN or infinity (or an RMS above 1e30)")
-        return r

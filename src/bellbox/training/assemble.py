@@ -76,13 +76,16 @@ def make_recipe(section: QuantizationSection) -> Recipe:
     """
     if section.recipe is not None:
         return recipe_from_dict(section.recipe)
-    if section.method == "none":
-        return Recipe.none()
-    return Recipe.bbq(
+    return Recipe.of(
+        section.method,
         bits=section.bits if section.levels is None else None,
         levels=section.levels,
+        zero_point=section.zero_point,
         statistic=section.statistic,
+        weight_statistic=section.weight_statistic,
         block=section.block,
+        options=section.options,
+        weight_only=section.weight_only,
         share_inputs=section.share,
     )
 

@@ -54,19 +54,27 @@ class DataSection:
 
 @dataclass
 class QuantizationSection:
-    """How many levels weights and activations get, and where."""
+    """How many levels weights and activations get, and where. What is null is the method's own choice."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    method: Literal["bbq", "none"] = "bbq"
-    """`bbq`, or `none` for full precision."""
+    method: str = "bbq"
+    """One of `bellbox.quantizers.METHODS` (bbq, quest, lsq, ...), or `none` for full precision."""
     bits: int | None = 2
     """Bits of weights and activations: 1 to 8. Ignored where `levels` is given."""
     levels: int | None = None
     """Number of levels in place of bits; 3 is ternary."""
-    statistic: Literal["token", "ema", "tensor"] = "token"
-    """How the activation's RMS is taken: per token (causal), running mean, or whole tensor (the paper's)."""
-    block: int = 128
-    """Size of the Hadamard blocks along in_features."""
+    zero_point: float | None = None
+    """Shift of the integer grid, a multiple of 1/2."""
+    statistic: Literal["token", "ema", "tensor", "learned"] | None = None
+    """How an activation's RMS is taken: per token (causal), running mean, or whole tensor (the paper's)."""
+    weight_statistic: Literal["row", "tensor", "learned"] | None = None
+    """Likewise for a weight."""
+    block: int | None = None
+    """Largest size of the Hadamard blocks along in_features; 1 for none."""
+    options: dict[str, bool | float | str] = field(default_factory=dict)
+    """Options of the method by name (docs/methods.md)."""
+    weight_only: Literal["float", "int8"] | None = None
+    """Quantize weights only; leave activations in `float`, or round them to 8 bits."""
     share: bool = True
     """Whether layers that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
     recipe: dict[str, Any] | None = None
@@ -195,6 +203,7 @@ class TrainConfig:
             BellboxError: naming the key, its value and the limit.
         """
         _check_batch(self)
+        _check_method(self.quantization)
         if self.steps is not None and self.tokens is not None:
             raise BellboxError(
                 f"steps is {self.steps} and tokens is {self.tokens}: give one of them, the other as null"
@@ -252,6 +261,17 @@ def _check_batch(config: TrainConfig) -> None:
             f"batch.tokens {tokens} makes {tokens // context} sequences of {context}, which "
             f"batch.micro_sequences {micro} does not divide; choose one that does"
         )
+
+
+def _check_method(section: QuantizationSection) -> None:
+    from bellbox.quantizers import check_method
+
+    if section.recipe is not None or section.method == "none":
+        return
+    try:
+        check_method(section.method, section.options)
+    except BellboxError as error:
+        raise BellboxError(f"quantization: {error}") from None
 
 
 def _value(config: Any, dotted: str) -> Any:

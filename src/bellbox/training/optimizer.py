@@ -18,23 +18,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Split the trainable parameters: weights of `nn.Linear` and its subclasses decay, everything else does
     not.
 
-    A weight that is tied to an embedding counts as the embedding's. Each parameter appears once.
+    A weight that is tied to an embedding counts as the embedding's. A quantizer may name parameters of its own that
+    decay too (`decayed`), or learn at another rate (`learning_rates`): that is the group's `lr_scale`, for `set_lr`.
+    Each parameter appears once.
 
     Args:
         model: prepared or not; quantized linear layers count by being `nn.Linear` or by their name
             `QuantizedLinear`.
         weight_decay: the decay of the first group.
     """
+    from bellbox.quantizers import Quantizer
+
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = {
         id(m.weight)
         for m in model.modules()
         if _is_linear(m) and isinstance(m.weight, Tensor) and id(m.weight) not in embeddings
     }
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    rates: dict[int, float] = {}
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            own = module._parameters
+            decayed.update(id(own[name]) for name in module.decayed)
+            rates.update((id(own[name]), rate) for name, rate in module.learning_rates.items() if name in own)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups.setdefault((id(p) in decayed, rates.get(id(p), 1.0)), []).append(p)
     return [
-        {"params": [p for p in trainable if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": members, "weight_decay": weight_decay if decays else 0.0, "lr_scale": rate}
+        for (decays, rate), members in groups.items()
     ]
 
 
@@ -52,9 +65,9 @@ def make_adamw(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group this learning rate."""
+    """Give every group this learning rate, times its own `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def carry_state(before: torch.optim.Optimizer, after: torch.optim.Optimizer) -> None:

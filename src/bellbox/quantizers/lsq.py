@@ -1,0 +1,92 @@
+"""LSQ, learned step size (arXiv 1902.08153), in the form that BBQ and QuEST compare with, and in the classic one.
+
+One learned step a per tensor, no rotation:
+
+    mid-rise: q = round(clip(x/a - 1/2, -n/2, n/2 - 1)) + 1/2      (levels +-1/2, +-3/2, ...)
+    classic:  q = round(clip(x/a, -n/2, n/2 - 1)), or from 0 to n - 1 for activations that are never negative
+    x_hat = a q;  start: a = 2 mean|x| / sqrt(Qp), Qp = n/2 - 1 (at one bit 2 mean|x|)
+    g_x = G inside the clip;  g_a = sum(G (q - x/a inside, q outside)) / sqrt(numel Qp)
+
+A tie goes up. |a| + 1e-8 is used for a. Weight decay of `a` shrinks the grid of the whole tensor: the released baseline
+of BBQ has it, one cause of its divergence; here it is the option `decay_scale`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.errors import BellboxError
+from bellbox.levels import Levels
+from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.quantizers.straight_through import Learned, Window, straight_through
+from bellbox.recipe import QuantizerSpec, Statistic
+
+FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class LSQOptions:
+    """Which of LSQ's forms."""
+
+    classic: bool = False
+    """Whole levels, zero among them, as in the LSQ paper; else mid-rise."""
+    unsigned: bool = False
+    """Classic levels 0..n-1 for activations, which are then never negative."""
+    decay_scale: bool = False
+    """Let weight decay pull on `a`."""
+
+
+class LSQ(LearnedQuantizer):
+    """LSQ of one tensor; see `Quantizer` for the arguments."""
+
+    method = "lsq"
+    Options = LSQOptions
+    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
+    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
+
+    options: LSQOptions
+
+    def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
+        super().__init__(features, spec, rows)
+        self.a = nn.Parameter(torch.ones(()))
+        self.decayed = ("a",) if self.options.decay_scale else ()
+
+    def make_levels(self, n: int, zero_point: float | None) -> Levels:
+        """Levels +-1/2, +-3/2, ...; classic -n/2..n/2-1; or 0..n-1."""
+        if self.options.unsigned and not self.options.classic:
+            raise BellboxError("option unsigned of lsq goes with classic=true")
+        if zero_point is None:
+            zero_point = 0.0 if self.options.classic and n % 2 == 0 else -0.5
+            if self.options.unsigned and self.rows is None:
+                zero_point = -n / 2
+        return Levels.uniform(n, zero_point)
+
+    @property
+    def largest(self) -> float:
+        """Qp, at least 1: the largest level of the classic form."""
+        unsigned = self.options.unsigned and self.rows is None
+        return max(1.0, self.levels.n - 1 if unsigned else self.levels.n / 2 - 1)
+
+    def set_from(self, x: Tensor) -> None:
+        """See the module."""
+        self.a.copy_((2 * x.abs().mean() / math.sqrt(self.largest)).clamp(min=FLOOR))
+
+    def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
+        """See `Quantizer.fake_quantize`."""
+        low, high = -self.levels.offset, self.levels.n - 1 - self.levels.offset
+        learned = Learned(1 / math.sqrt(max(1, rows.numel()) * self.largest))
+        a = self.a.abs() + FLOOR
+        return straight_through(rows, norm, a, self.levels, self.block, dtype, Window(low, high), a, learned)
+
+    def rsigma(self) -> Tensor:
+        """1/a."""
+        return 1 / (self.a.detach().abs() + FLOOR)
+
+    def scale(self) -> Tensor:
+        """a, fp32."""
+        return (self.a.detach().abs() + FLOOR).to(torch.float32)

@@ -1,0 +1,123 @@
+"""Rounding whose gradient passes straight through inside a window, as most methods but BBQ have it.
+
+With v = butterfly(x) * r, the level q of its code and G = dL/dx_hat, where `x_hat = unit * q`:
+
+    g_x = H^T [ G inside the window, 0 outside ]
+    g_a = g * sum( G * (q - v inside, q outside) )        (LSQ: a is a learned unit and r = 1/a)
+
+The forward is the fused kernel of BBQ, which serves any thresholds; the way back is the rotation kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bellbox.kernels.bbq import bbq_forward
+from bellbox.kernels.rotate import rotate
+from bellbox.levels import Levels
+from bellbox.quantizers.base import Normaliser
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where the gradient passes, on the normalised value v; both ends belong to it."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How a learned scale `a` gets its gradient; `x_hat = a * (value of the code)`."""
+
+    gain: float
+    """What the sum is multiplied with."""
+    subtract: bool = True
+    """Whether v is subtracted inside the window."""
+    edge: float | None = None
+    """Magnitude of what G is multiplied with outside the window; the value of the outermost code where None."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [rows, features]
+        a: Tensor | None,  # [rows, 1] or []
+        r: Tensor,  # [rows, 1] or [1, 1]
+        unit: Tensor,  # [rows, 1] or [1, 1], compute dtype: what a level is worth
+        levels: Levels,
+        block: int,
+        window: Window | None,
+        learned: Learned | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        x_hat, v = bbq_forward(x, r, unit, levels.thresholds, levels.offset, block, dtype)
+        # x_hat is kept by the matrix product anyway; v only decides who is inside.
+        ctx.save_for_backward(None if window is None else v, None if a is None else x_hat, a)
+        ctx.block, ctx.window, ctx.learned, ctx.input_dtype = block, window, learned, x.dtype
+        return x_hat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        v, x_hat, a = ctx.saved_tensors
+        (grad,) = grads
+        inside, window = grad, ctx.window
+        if window is not None:
+            within = (v >= window.low) & (v <= window.high)
+            inside = torch.where(within, grad, 0)
+        g_a = None if a is None else _gradient_of_scale(grad, inside, v, x_hat, a, ctx.learned)
+        if ctx.block > 1:
+            return rotate(inside.contiguous(), ctx.block**-0.5, ctx.block, ctx.input_dtype), g_a, *[None] * 7
+        return inside.to(ctx.input_dtype), g_a, *[None] * 7
+
+
+def _gradient_of_scale(
+    grad: Tensor, inside: Tensor, v: Tensor, x_hat: Tensor, a: Tensor, learned: Learned
+) -> Tensor:
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    grad, inside, v = grad.to(wide), inside.to(wide), v.to(wide)
+    valued = grad if learned.edge is None else inside
+    sums = (valued * x_hat.to(wide)).sum(-1, keepdim=True) / a
+    if learned.subtract:
+        sums = sums - (inside * v).sum(-1, keepdim=True)
+    if learned.edge is not None:
+        sums = sums + learned.edge * ((grad - inside) * v.sign()).sum(-1, keepdim=True)
+    return ((sums if a.dim() else sums.sum()) * learned.gain).to(a.dtype)
+
+
+def straight_through(
+    rows: Tensor,
+    norm: Normaliser,
+    unit: Tensor,
+    levels: Levels,
+    block: int,
+    dtype: torch.dtype,
+    window: Window | None = None,
+    a: Tensor | None = None,
+    learned: Learned | None = None,
+) -> Tensor:
+    """`unit * level`, differentiable as the module says.
+
+    Args:
+        rows: `[rows, features]`.
+        norm: gives r.
+        unit: what a level is worth, `[rows, 1]`, `[1, 1]` or `[]`; no gradient.
+        levels: grid and thresholds.
+        block: rotation block.
+        dtype: of the result.
+        window: where the gradient passes; everywhere where None.
+        a: a learned scale that `unit` is a multiple of, above zero, `[rows, 1]` or `[]`; `window` is then needed.
+        learned: how `a` gets its gradient.
+
+    Returns:
+        `[rows, features]` in `dtype`, rotated.
+    """
+    unit = unit.detach().to(norm.r.dtype).reshape(-1, 1)
+    return _StraightThrough.apply(rows, a, norm.r, unit, levels, block, window, learned, dtype)  # type: ignore[return-value]

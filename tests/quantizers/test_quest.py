@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+
+from bellbox.quantizers.quest import CLIPS, gaussian_clip, gaussian_error
+
+
+@pytest.mark.parametrize("n", list(CLIPS))
+def test_the_authors_clips_are_those_of_least_squared_error(n):
+    tried = {gaussian_error(n, CLIPS[n] * (1 + 0.001 * k)): k for k in range(-30, 31)}
+    assert gaussian_error(n, CLIPS[n]) <= min(tried) * (1 + 1e-6 if n <= 32 else 1 + 0.01)
+    if n <= 32:  # beyond, theirs is a little inside the best one
+        assert abs(tried[min(tried)]) <= 1
+
+
+def test_any_other_number_of_levels_gets_its_own():
+    assert gaussian_clip(4) < gaussian_clip(5) < gaussian_clip(6) < gaussian_clip(8)
+    assert gaussian_error(255, gaussian_clip(255)) < gaussian_error(64, gaussian_clip(64)) / 10
