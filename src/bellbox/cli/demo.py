@@ -42,6 +42,7 @@ from bellbox.training.config import (
     QuantizationSection,
 )
 from bellbox.training.files import lock
+from bellbox.training.memory import keep_freed_memory
 
 require("tyro", "cli")
 
@@ -92,6 +93,7 @@ def main(argv: list[str]) -> None:
     _check_length(command)
     begun = time.monotonic()
     handle = _claim(command.out)
+    keep_freed_memory()
     try:
         precision, seconds = _fastest(command.precision)
         steps = command.steps or STEPS

@@ -6,7 +6,6 @@ Entropy by step and the scales are the BBQ paper's Figures 3 and 7, for whatever
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +100,7 @@ def _by_bits(study: Study) -> Picture | None:
             label=row, markersize=5, capsize=3, **looks[row],
         )  # fmt: skip
     _floor(axes, study)
-    _log_perplexity(axes.yaxis, known)
+    _log_perplexity(axes, [s for s in study.summaries if s.bits is not None or s.full_precision])
     axes.set_xlabel("bits of weights and inputs")
     axes.set_xticks(widths, list(map(bits_text, widths)))
     axes.set_ylabel("validation perplexity")
@@ -164,7 +163,7 @@ def _by_bytes(study: Study) -> Picture | None:
     chosen = [t for i, t in enumerate(ticks) if i == 0 or t / ticks[i - 1] > 1.15]
     axes.set_xticks(chosen, [f"{t / 1024:,.0f} KiB" for t in chosen])
     axes.xaxis.set_minor_locator(_no_ticks())
-    _log_perplexity(axes.yaxis, known)
+    _log_perplexity(axes, known)
     axes.set_xlabel("bytes of the blocks' linear layers")
     axes.set_ylabel("validation perplexity")
     axes.set_title("Perplexity against bytes")
@@ -201,7 +200,10 @@ def _entropy_by_step(study: Study) -> Picture | None:
         token_axis(grid[1, column])
     grid[0, 0].set_ylabel("bits per code")
     grid[1, 0].set_ylabel("bits per code")
-    grid[0, 0].legend(loc="lower left")
+    handles: dict[str, Any] = {}
+    for axes in grid[0]:
+        handles |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
     return Picture(
         "entropy-by-step",
         "Entropy of the codes over training, mean of the layers, at each method's best learning rate on the first"
@@ -257,14 +259,12 @@ def _no_ticks() -> Any:
     return NullLocator()
 
 
-def _log_perplexity(axis: Any, known: Sequence[Summary]) -> None:
-    """A logarithmic axis labelled with whole perplexities."""
-    axis.axes.set_yscale("log")
+def _log_perplexity(axes: Any, known: Sequence[Summary]) -> None:
+    """A logarithmic axis over the perplexities, labelled with plain numbers."""
+    axes.set_yscale("log")
     values = [s.mean for s in known if s.mean is not None]
-    low, high = min(values), max(values)
-    step = max(1.0, 10 ** math.floor(math.log10(max(high - low, 1.0))) / 2)
-    ticks: list[float] = list(np.arange(math.floor(low / step) * step, high + step, step))
-    while len(ticks) > 9:
-        ticks = ticks[::2]
-    axis.set_ticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-    axis.set_minor_locator(_no_ticks())
+    low, high = 0.96 * min(values), 1.04 * max(values)
+    ticks = np.geomspace(low, high, 8)[1:-1]
+    axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(_no_ticks())
+    axes.set_ylim(low, high)
