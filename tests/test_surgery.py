@@ -309,6 +309,14 @@ def test_a_hugging_face_llama(transformers):
     assert torch.equal(made, model.generate(ids[:1], max_new_tokens=3, do_sample=False))
 
 
+def test_a_gpt2_of_transformers_is_refused_with_the_way_out(transformers):
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    with pytest.raises(BellboxError, match=r"in Conv1D; load a GPT-2 with bellbox\.models\.load_hf"):
+        bb.prepare(transformers.GPT2LMHeadModel(config), Recipe.bbq(2))
+
+
 def test_a_hugging_face_bert_with_a_tied_head(transformers, tmp_path):
     config = transformers.BertConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2

@@ -45,9 +45,7 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
     decided = [(name, layer, rule) for name, layer in _linears(model) if (rule := recipe.rule_for(name))]
     if recipe.rules and not decided:
-        raise BellboxError(
-            "the recipe matches no linear layer of the model; look at the patterns of its rules"
-        )
+        raise BellboxError(_why_no_layer(model))
     _warn_of_idle_rules(model, recipe)
     layers: list[tuple[nn.Linear, QuantizedLinear]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
@@ -142,6 +140,16 @@ def require_causal(model: nn.Module, doing: str) -> None:
                 f"{doing} is refused: layer {name or type(layer).__name__} has statistic='tensor', which looks at "
                 "future tokens and at the rest of the batch; train with statistic='token' or 'ema'"
             )
+
+
+def _why_no_layer(model: nn.Module) -> str:
+    # GPT-2 of transformers keeps its matrices, transposed, in a class of its own.
+    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        return (
+            "the recipe matches no nn.Linear layer: this model keeps its matrices in Conv1D; load a GPT-2 with "
+            "bellbox.models.load_hf(folder), which has linear layers"
+        )
+    return "the recipe matches no linear layer of the model; look at the patterns of its rules"
 
 
 def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:

@@ -14,7 +14,9 @@ from bellbox.cli import train
 from bellbox.cli.main import main
 from bellbox.cli.train import parse
 from bellbox.errors import BellboxError
-from bellbox.training import load_run
+from bellbox.training import TrainConfig, load_run
+from bellbox.training.assemble import make_model
+from bellbox.training.config import ModelSection, QuantizationSection
 
 TINY = [
     "--model.overrides", "num_hidden_layers=1", "hidden_size=32", "intermediate_size=64",
@@ -124,6 +126,25 @@ def test_it_trains_and_says_what_to_do_next(
     assert "step 2 of 2" in capsys.readouterr().out
     with pytest.raises(BellboxError, match="already holds a run"):
         train.main(["--config", str(folder / "config.yaml"), "--resume", "none"])
+
+
+@pytest.mark.parametrize(
+    ("quantization", "commands"),
+    [
+        ({"method": "none"}, ["eval", "report", "generate"]),
+        ({"statistic": "tensor"}, ["eval", "report"]),
+        ({}, ["eval", "report", "convert", "generate"]),
+    ],
+)
+def test_what_comes_next_is_what_the_run_can_do(quantization: dict[str, str], commands: list[str]) -> None:
+    overrides: dict[str, bool | int | float | str] = {
+        "vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    }  # fmt: skip
+    config = TrainConfig(
+        model=ModelSection(overrides=overrides), quantization=QuantizationSection(**quantization)
+    )
+    told = train._farewell(Path("run"), make_model(config))
+    assert re.findall(r"bellbox (\w+) run", told) == commands
 
 
 def test_ctrl_c_in_a_real_process_saves_and_exits_with_130(tmp_path: Path) -> None:

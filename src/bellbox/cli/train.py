@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
+from bellbox.nn import quantized_layers
 from bellbox.surgery import summary
 from bellbox.training import TrainConfig, Trainer, load_config
 from bellbox.training.checkpoint import CheckpointWarning
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> None:
             f"stopped at step {result.step} of {result.total_steps}, saved; go on with: {again}", flush=True
         )
         raise SystemExit(128 + result.stopped_by)
-    print(_farewell(result.folder))
+    print(_farewell(result.folder, trainer.model))
 
 
 def parse(argv: list[str]) -> tuple[TrainConfig, str]:
@@ -136,14 +139,19 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"bellbox: warning: {message}", file=sys.stderr)
 
 
-def _farewell(folder: Path) -> str:
-    return (
-        f"the run is in {folder}: config.yaml, metrics.jsonl, checkpoints/\n"
-        f"next:\n"
-        f"  bellbox eval {folder}\n"
-        f"  bellbox report {folder}\n"
-        f"  bellbox convert {folder} --out {folder}-packed\n"
-        f'  bellbox generate {folder} --prompt "Once upon a time"'
+def _farewell(folder: Path, model: nn.Module) -> str:
+    commands = [f"bellbox eval {folder}", f"bellbox report {folder}"]
+    statistics = {
+        layer.activation_quantizer.quantizer.statistic
+        for _, layer in quantized_layers(model)
+        if layer.activation_quantizer is not None
+    }
+    if "tensor" not in statistics:  # the paper's statistic can be trained with and measured, no more
+        if statistics:
+            commands.append(f"bellbox convert {folder} --out {folder}-packed")
+        commands.append(f'bellbox generate {folder} --prompt "Once upon a time"')
+    return "\n  ".join(
+        [f"the run is in {folder}: config.yaml, metrics.jsonl, checkpoints/\nnext:", *commands]
     )
 
 
