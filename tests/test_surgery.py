@@ -355,3 +355,31 @@ def test_unprepare_gives_the_plain_layers_back_with_the_same_parameters() -> Non
     alone = unprepare(prepare(nn.Linear(8, 4).eval(), Recipe.bbq(bits=2)))
     assert type(alone) is nn.Linear
     assert not alone.training
+
+
+@pytest.mark.parametrize("options", [{}, {"signs": True}])
+def test_rotated_weights_are_the_same_function_and_come_back(options: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 16), torch.randn(32, 64)
+    weight = linear.weight.detach().clone()
+    plain = prepare(copy.deepcopy(linear), Recipe.bbq(bits=4, options=options)).eval()
+    rotated = prepare(linear, Recipe.bbq(bits=4, options=options, weights_rotated=True)).eval()
+    assert rotated.weights_rotated
+    assert rotated.weight_quantizer is not None
+    assert rotated.weight_quantizer.block == 1
+    codes, expected = rotated.weight_codes(), plain.weight_codes()
+    assert (codes != expected).float().mean() < 1e-3  # the rotation is rounded once more
+    assert torch.allclose(rotated(x), plain(x), atol=0.05)
+    packed = bb.convert(rotated)
+    assert torch.equal(packed(x), rotated(x))
+    restored = unprepare(rotated)
+    assert type(restored) is nn.Linear
+    assert torch.allclose(restored.weight, weight, atol=1e-6)
+
+
+def test_rotated_weights_need_a_quantized_input_and_an_unrotated_quantizer() -> None:
+    weights, inputs = QuantizerSpec("bbq", 4, block=1), QuantizerSpec("bbq", 4)
+    with pytest.raises(BellboxError, match="needs both weight and input quantized"):
+        prepare(nn.Linear(8, 4), Recipe((Rule("*", weights, None, weights_rotated=True),)))
+    with pytest.raises(BellboxError, match="must have block=1"):
+        prepare(nn.Linear(8, 4), Recipe((Rule("*", inputs, inputs, weights_rotated=True),)))

@@ -77,6 +77,8 @@ class Rule:
     """Quantizer of the weight; None together with `activations` None leaves the layer as it is."""
     activations: QuantizerSpec | None = None
     """Quantizer of the input."""
+    weights_rotated: bool = False
+    """Whether the stored weight lives in the domain that the input is rotated into, and is not rotated again."""
 
     def matches(self, name: str) -> bool:
         """Whether the dotted name of a layer fits the pattern."""
@@ -109,6 +111,7 @@ class Recipe:
         block: int | None = None,
         options: Mapping[str, bool | float | str] | None = None,
         weight_only: Literal["float", "int8"] | None = None,
+        weights_rotated: bool = False,
         share_inputs: bool = True,
         keep: tuple[str, ...] = (),
         rules: tuple[Rule, ...] = (),
@@ -127,6 +130,7 @@ class Recipe:
             block: largest Hadamard block, of both.
             options: of the method.
             weight_only: quantize weights only, and leave activations in `float` or round them to 8 bits (`int8`).
+            weights_rotated: learn the weights in the rotated domain, as CEWT does; needs quantized activations.
             share_inputs: see `Recipe.share_inputs`.
             keep: name patterns of further layers to leave in full precision.
             rules: rules that go before all others.
@@ -149,8 +153,11 @@ class Recipe:
             activations = spec(activation_levels, statistic)
         else:
             activations = None if weight_only == "float" else _int8_beside(weights)
+        if weights_rotated:
+            weights = dataclasses.replace(weights, block=1, options=_without_signs(weights.options))
         left = tuple(Rule(pattern) for head in HEADS for pattern in (head, f"*.{head}"))
-        return cls((*rules, *map(Rule, keep), *left, Rule("*", weights, activations)), share_inputs)
+        everything = Rule("*", weights, activations, weights_rotated)
+        return cls((*rules, *map(Rule, keep), *left, everything), share_inputs)
 
     @classmethod
     def bbq(cls, bits: int | None = None, *, gamma_init: float | None = None, **choices: Any) -> Recipe:
@@ -189,6 +196,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON or YAML; `recipe_from_dict` gives the equal recipe."""
         return dataclasses.asdict(self)
+
+
+def _without_signs(options: Mapping[str, bool | float | str]) -> dict[str, bool | float | str]:
+    """Random signs belong to the rotation, which rotated weights have behind them."""
+    return {name: value for name, value in options.items() if name != "signs"}
 
 
 def _int8_beside(weights: QuantizerSpec) -> QuantizerSpec:

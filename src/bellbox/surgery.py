@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Iterator
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
+from bellbox.hadamard import hadamard
 from bellbox.levels import Grid
 from bellbox.nn import (
     ActivationQuantizer,
@@ -63,15 +65,19 @@ def prepare(model: Model, recipe: Recipe) -> Model:
                 rule.weights, linear.in_features, rows, name=f"{name or 'the layer'}.weight"
             )
             weight.to(linear.weight.device)
-            weight.initialize(linear.weight)
+            weight.initialize(_rotated(linear, activation) if rule.weights_rotated else linear.weight)
+        owned, rotated = shared is None, rule.weights_rotated
         try:
-            layer = QuantizedLinear(linear, weight, activation, owned=shared is None)
+            layer = QuantizedLinear(linear, weight, activation, owned, rotated)
         except BellboxError as error:
             raise BellboxError(f"{name or 'the layer'}: {error}") from None
         layer.train(linear.training)
         layers.append((linear, layer))
     result: nn.Module = model
     for linear, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
+        if layer.weights_rotated:
+            with torch.no_grad():
+                linear.weight.copy_(_rotated(linear, layer.activation_quantizer))
         result = replace_layer(result, linear, layer)
     without_fused_paths(result)
     return cast(Model, result)
@@ -80,7 +86,8 @@ def prepare(model: Model, recipe: Recipe) -> Model:
 def unprepare(model: Model) -> Model:
     """The way back from `prepare`: plain linear layers that hold the trained weights, in place.
 
-    The quantizers and their scales are dropped. Parameters stay the same objects, for an optimizer that knows them.
+    The quantizers and their scales are dropped; weights that were learned rotated are rotated back. Parameters stay
+    the same objects, for an optimizer that knows them.
     A model without quantized layers is left as it is.
 
     Returns:
@@ -90,6 +97,9 @@ def unprepare(model: Model) -> Model:
     for _, layer in list(quantized_layers(model)):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
+        if layer.weights_rotated:
+            with torch.no_grad():
+                linear.weight.copy_(_rotated_back(layer))
         result = replace_layer(result, layer, linear.train(layer.training))
     return cast(Model, result)
 
@@ -185,6 +195,24 @@ def _activation_quantizer(
     return ActivationQuantizer(quantizer, readers).to(linear.weight.device).train(linear.training)
 
 
+def rotated_weights(model: nn.Module) -> frozenset[Tensor]:
+    """The weights that live in the rotated domain (`Rule.weights_rotated`)."""
+    return frozenset(layer.weight for _, layer in quantized_layers(model) if layer.weights_rotated)
+
+
+def _rotated(linear: nn.Linear, activation: ActivationQuantizer | None) -> Tensor:
+    """The weight in the domain that the input is rotated into."""
+    return linear.weight if activation is None else activation.quantizer.rotate(linear.weight.detach())
+
+
+def _rotated_back(layer: QuantizedLinear) -> Tensor:
+    """The inverse of `_rotated`, up to rounding: the rotation is its own inverse, and signs come before it."""
+    assert layer.activation_quantizer is not None
+    quantizer = layer.activation_quantizer.quantizer
+    weight = hadamard(layer.weight.detach(), quantizer.block)
+    return weight if quantizer.signs is None else weight * quantizer.signs
+
+
 def _sibling_groups(decided: list[tuple[str, nn.Linear, Rule]]) -> dict[str, tuple[str, ...]]:
     """Layer name -> names of all siblings (itself included) that share its activation quantizer."""
     rules = {name: (layer.in_features, rule.activations) for name, layer, rule in decided}
@@ -219,7 +247,7 @@ def summary(model: nn.Module) -> str:
                 _label(weight.levels) if weight else "float",
                 _label(activation.levels) if activation else "float",
                 activation.quantizer.statistic if activation else "-",
-                str((weight or (activation and activation.quantizer)).block),  # type: ignore[union-attr]
+                str((activation.quantizer if activation else weight).block),  # type: ignore[union-attr]
                 "shared" if activation is not None and activation.shared.readers > 1 else "own",
             )
         elif isinstance(layer, PackedLinear):

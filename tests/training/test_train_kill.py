@@ -17,7 +17,7 @@ import tiny_run
 import torch
 
 from bellbox.training import TrainConfig, load_run, save_config
-from bellbox.training.config import PhasesSection
+from bellbox.training.config import CewtSection, OptimizerSection, PhasesSection
 from bellbox.training.metrics import WALL_CLOCK, read_records
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -90,7 +90,10 @@ def without_clock(config: TrainConfig) -> list[dict[str, object]]:
 def test_killed_ten_times_it_ends_bit_identical(server: Server, tiny: Tiny) -> None:
     # A checkpoint after every step: most of the time goes into saving, so most kills hit a save.
     phases = PhasesSection(quantized=0.8, bits_before=[3])
-    settings = {"steps": 150, "checkpoint_every": 1, "eval_every": 10, "phases": phases}
+    optimizer = OptimizerSection(cewt=CewtSection(every=2))
+    settings = {
+        "steps": 150, "checkpoint_every": 1, "eval_every": 10, "phases": phases, "optimizer": optimizer,
+    }  # fmt: skip
     whole, killed = tiny("whole", **settings), tiny("killed", **settings)
     server.start(write_config(whole))
     assert server.end() == 0

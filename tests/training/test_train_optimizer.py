@@ -5,14 +5,11 @@ import torch
 from torch import nn
 
 from bellbox.models import build, preset
+from bellbox.nn import quantized_layers
 from bellbox.recipe import Recipe
 from bellbox.surgery import prepare
-from bellbox.training.optimizer import (
-    make_adamw,
-    optimizer_tensors,
-    parameter_groups,
-    restore_optimizer,
-)
+from bellbox.training.config import OptimizerSection
+from bellbox.training.optimizer import ModelOptimizer, parameter_groups
 
 
 def small(name: str = "tiny", **changes: object) -> nn.Module:
@@ -57,23 +54,21 @@ def test_a_frozen_parameter_is_in_no_group() -> None:
     assert total == len(list(model.parameters())) - 1
 
 
-def test_the_optimizers_state_goes_out_and_back_bit_for_bit() -> None:
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+@pytest.mark.parametrize("section", [OptimizerSection(), OptimizerSection(kind="muon")])
+def test_the_optimizers_state_goes_out_and_back_bit_for_bit(section: OptimizerSection) -> None:
+    def step(model: nn.Module, optimizer: ModelOptimizer) -> None:
         optimizer.zero_grad()
         model(torch.arange(8).reshape(1, 8)).square().mean().backward()
-        optimizer.step()
+        optimizer.step(1e-2)
 
-    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     first, second = small(), small()
-    optimizer = make_adamw(first, **settings)
+    optimizer = ModelOptimizer(first, section)
     for _ in range(3):
         step(first, optimizer)
-    tensors = {
-        name: value.clone() for name, value in optimizer_tensors(optimizer, first.named_parameters()).items()
-    }
+    tensors = {name: value.clone() for name, value in optimizer.tensors(first.named_parameters()).items()}
     second.load_state_dict(first.state_dict())
-    resumed = make_adamw(second, **settings)
-    restore_optimizer(resumed, second.named_parameters(), tensors)
+    resumed = ModelOptimizer(second, section)
+    resumed.restore(second.named_parameters(), tensors)
     step(first, optimizer)
     step(second, resumed)
     for (name, left), (_, right) in zip(first.named_parameters(), second.named_parameters(), strict=True):
@@ -82,6 +77,22 @@ def test_the_optimizers_state_goes_out_and_back_bit_for_bit() -> None:
 
 def test_a_moment_of_another_shape_is_refused() -> None:
     model = nn.Linear(3, 2)
-    optimizer = make_adamw(model, lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = ModelOptimizer(model, OptimizerSection())
     with pytest.raises(ValueError, match=r"weight/exp_avg has shape \(3, 3\)"):
-        restore_optimizer(optimizer, model.named_parameters(), {"weight/exp_avg": torch.zeros(3, 3)})
+        optimizer.restore(model.named_parameters(), {"weight/exp_avg": torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else(name: str) -> None:
+    model = prepare(small(name), Recipe.bbq(bits=2))
+    muon, adamw = ModelOptimizer(model, OptimizerSection(kind="muon")).parts
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    (group,) = muon.param_groups
+    matrices = names_in(model, group)
+    rest = set().union(*(names_in(model, part) for part in adamw.param_groups))
+    assert matrices == {f"{layer}.weight" for layer, _ in quantized_layers(model)}
+    assert matrices | rest == {name for name, _ in model.named_parameters()}
+    assert not matrices & rest
+    assert any("head" in name for name in rest)
+    assert (group["weight_decay"], group["momentum"]) == (0.1, 0.95)

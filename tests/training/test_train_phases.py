@@ -158,7 +158,10 @@ def test_at_a_border_the_weights_and_their_moments_stay(tiny: Tiny) -> None:
     for _ in range(2):
         trainer._train_step()
     before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
-    moments = {id(p): state["exp_avg"].clone() for p, state in trainer.optimizer.state.items()}
+    moments = {
+        name: trainer.optimizer.state_of(parameter)["exp_avg"].clone()
+        for name, parameter in trainer.model.named_parameters()
+    }
     trainer._enter(trainer.phases[1])
     parameters = dict(trainer.model.named_parameters())
     added = parameters.keys() - before.keys()
@@ -166,9 +169,7 @@ def test_at_a_border_the_weights_and_their_moments_stay(tiny: Tiny) -> None:
     assert all(name.endswith("gamma") for name in added)
     for name, value in before.items():
         assert torch.equal(parameters[name], value), name
-        assert torch.equal(
-            trainer.optimizer.state[parameters[name]]["exp_avg"], moments[id(parameters[name])]
-        )
+        assert torch.equal(trainer.optimizer.state_of(parameters[name])["exp_avg"], moments[name])
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in parameters.values()}
     # The scales of weights are set by the weights of now, those of inputs by the batch to come.

@@ -69,6 +69,11 @@ class QuantizedLinear(nn.Module):
         activation_quantizer: of the input, or None to leave it. One that another layer owns is passed with
             `owned=False`, and then appears in the state dict under its owner only.
         owned: whether this layer registers the activation quantizer.
+        weights_rotated: whether the weight lives in the domain that the input is rotated into; its own quantizer then
+            does not rotate.
+
+    Raises:
+        BellboxError: two rotations that do not cancel.
     """
 
     activation_quantizer: ActivationQuantizer | None
@@ -80,18 +85,21 @@ class QuantizedLinear(nn.Module):
         weight_quantizer: Quantizer | None,
         activation_quantizer: ActivationQuantizer | None,
         owned: bool = True,
+        weights_rotated: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.weight_quantizer = weight_quantizer
+        self.weight_quantizer, self.weights_rotated = weight_quantizer, weights_rotated
         if owned:
             self.activation_quantizer = activation_quantizer
         else:
             # Past nn.Module's own bookkeeping: a borrowed quantizer must not be registered twice.
             object.__setattr__(self, "activation_quantizer", activation_quantizer)
         self._cached: tuple[Tensor, int, Tensor, Tensor] | None = None
-        if weight_quantizer is not None and activation_quantizer is not None:
+        if weights_rotated:
+            _require_no_rotation(weight_quantizer, activation_quantizer)
+        elif weight_quantizer is not None and activation_quantizer is not None:
             _require_same_rotation(weight_quantizer, activation_quantizer.quantizer)
 
     def extra_repr(self) -> str:
@@ -187,6 +195,17 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self._cached = None
         return super()._apply(fn, recurse)
+
+
+def _require_no_rotation(weight: Quantizer | None, activation: ActivationQuantizer | None) -> None:
+    if weight is None or activation is None:
+        raise BellboxError(
+            "weights_rotated needs both weight and input quantized: only a quantizer rotates inputs"
+        )
+    if weight.block != 1 or weight.signs is not None:
+        raise BellboxError(
+            "weights_rotated says that the weight is rotated: its quantizer must have block=1, no signs"
+        )
 
 
 def _require_same_rotation(weight: Quantizer, activation: Quantizer) -> None:

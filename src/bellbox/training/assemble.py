@@ -45,9 +45,21 @@ def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
             f"data.context is {context}, model.overrides.max_position_embeddings only {positions}; raise that"
         )
     config.steps, config.tokens = config.total_steps, None
+    if config.optimizer.cewt.every and config.quantization.recipe is None:
+        _resolve_cewt(config.quantization)
     if config.phases.quantized == "optimal":
         config.phases.quantized = _optimal_fraction(config)
     return config
+
+
+def _resolve_cewt(section: QuantizationSection) -> None:
+    if section.method == "none":
+        raise BellboxError(
+            "optimizer.cewt constrains quantized weights, but quantization.method is none; leave it out"
+        )
+    # A weight whose input is not quantized has nothing that would rotate the input.
+    if section.weights_rotated is None and section.weight_only != "float":
+        section.weights_rotated = True
 
 
 def _optimal_fraction(config: TrainConfig) -> float:
@@ -86,6 +98,7 @@ def make_recipe(section: QuantizationSection) -> Recipe:
         block=section.block,
         options=section.options,
         weight_only=section.weight_only,
+        weights_rotated=bool(section.weights_rotated),
         share_inputs=section.share,
     )
 

@@ -75,6 +75,8 @@ class QuantizationSection:
     """Options of the method by name (docs/methods.md)."""
     weight_only: Literal["float", "int8"] | None = None
     """Quantize weights only; leave activations in `float`, or round them to 8 bits."""
+    weights_rotated: bool | None = None
+    """Whether weights are learned in the rotated domain; where null, with CEWT they are."""
     share: bool = True
     """Whether layers that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
     recipe: dict[str, Any] | None = None
@@ -96,10 +98,25 @@ class PhasesSection:
 
 
 @dataclass
-class OptimizerSection:
-    """AdamW and the gradient clip."""
+class CewtSection:
+    """Constrained weights: exactly Gaussian ones, so that every code is used equally (bellbox.training.cewt)."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    every: int = 0
+    """Steps between projections; 0 for none of it, 1 as in the method."""
+    hyperball: bool = True
+    """Whether an update is scaled to the weight's norm, in place of weight decay."""
+    lr: float = 0.01
+    """Peak learning rate of the hyperball, in units of the weight's norm; it follows `schedule`."""
+
+
+@dataclass
+class OptimizerSection:
+    """The optimizer and the gradient clip."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon (torch.optim.Muon) for the matrices inside the blocks, and AdamW for all else."""
     lr: float = 1.2e-3
     """Peak learning rate. The paper: 1.2e-3 at 95M and 125M, 6e-4 at 200M, 3e-4 at 300M."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -110,6 +127,10 @@ class OptimizerSection:
     """Decoupled decay, of the weights of linear layers only."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
+    momentum: float = 0.95
+    """Of Muon."""
+    cewt: CewtSection = field(default_factory=CewtSection)
+    """Constrained weights; off by default."""
 
 
 @dataclass
@@ -232,6 +253,9 @@ class TrainConfig:
             ("optimizer.eps", optimizer.eps > 0, "above 0"),
             ("optimizer.weight_decay", optimizer.weight_decay >= 0, "at least 0"),
             ("optimizer.clip", optimizer.clip >= 0, "at least 0"),
+            ("optimizer.momentum", 0 <= optimizer.momentum < 1, "in [0, 1)"),
+            ("optimizer.cewt.every", optimizer.cewt.every >= 0, "at least 0"),
+            ("optimizer.cewt.lr", 0 < optimizer.cewt.lr < 1, "between 0 and 1"),
             ("schedule.warmup", 0 <= schedule.warmup < 1, "in [0, 1)"),
             ("schedule.start_factor", 0 < schedule.start_factor <= 1, "in (0, 1]"),
             ("schedule.end_factor", 0 <= schedule.end_factor <= 1, "in [0, 1]"),

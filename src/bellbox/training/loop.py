@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from bellbox import data
 from bellbox.errors import BellboxError
 from bellbox.evaluation import perplexity
-from bellbox.surgery import prepare, unprepare
+from bellbox.surgery import prepare, rotated_weights, unprepare
 from bellbox.training import random_state
 from bellbox.training.assemble import (
     load_model_tensors,
@@ -48,13 +48,7 @@ from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
 from bellbox.training.metrics import MetricsWriter, perplexity_of
 from bellbox.training.modes import debug_mode, determinism
-from bellbox.training.optimizer import (
-    carry_state,
-    make_adamw,
-    optimizer_tensors,
-    restore_optimizer,
-    set_lr,
-)
+from bellbox.training.optimizer import ModelOptimizer
 from bellbox.training.phases import Phase, phase_after, phase_at, phases_of
 from bellbox.training.progress import Progress
 from bellbox.training.run import CONFIG_FILE, TOKENIZER_FILE
@@ -133,18 +127,16 @@ class Trainer:
         # Debug hooks would break a compiled graph anyway.
         compiled = self.config.compile and not self.config.debug
         self.forward = torch.compile(self.model) if compiled else self.model
-        section = self.config.optimizer
-        self.optimizer = make_adamw(
-            self.model, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
-        )
+        self.optimizer = ModelOptimizer(self.model, self.config.optimizer)
 
     def _enter(self, phase: Phase) -> None:
         """Go over to another phase: the weights and their moments stay, the quantizers are made anew."""
         self.phase = phase
+        rotated, before = rotated_weights(self.model), self.optimizer
         prepare(unprepare(self.model), make_recipe(phase.quantization))
-        before = self.optimizer
         self._build_around_model()
-        carry_state(before, self.optimizer)
+        # Moments are of no use in another domain than they were taken in.
+        self.optimizer.carry_over(before, rotated ^ rotated_weights(self.model))
         # Losses of different phases are losses of different models.
         self.state.phase, self.state.best_loss = phase.index, None
 
@@ -243,7 +235,7 @@ class Trainer:
             self._enter(phase)
         load_model_tensors(self.model, checkpoint.model_tensors(), str(checkpoint.path))
         try:
-            restore_optimizer(self.optimizer, self.model.named_parameters(), checkpoint.optimizer_tensors())
+            self.optimizer.restore(self.model.named_parameters(), checkpoint.optimizer_tensors())
         except (KeyError, ValueError) as error:
             raise BellboxError(
                 f"{checkpoint.path}: the optimizer's state does not fit the model: {error}"
@@ -277,9 +269,8 @@ class Trainer:
             state.step, config.total_steps, config.optimizer.lr,
             warmup=schedule.warmup, start_factor=schedule.start_factor, end_factor=schedule.end_factor,
         )  # fmt: skip
-        set_lr(self.optimizer, lr)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         parts = self._micro_batches(state.step)
         total = torch.zeros((), device=self.device)
         try:
@@ -293,7 +284,9 @@ class Trainer:
         loss_value, norm_value = total.item(), norm.item()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise self._broken_step(parts, loss_value, norm_value)
-        self.optimizer.step()
+        every = config.optimizer.cewt.every
+        last = state.step + 1 == phase.end
+        self.optimizer.step(lr, project=last or (every > 0 and (state.step + 1) % every == 0))
 
         state.step += 1
         state.tokens += config.batch.tokens
@@ -395,7 +388,7 @@ class Trainer:
         state.random = random_state.capture()
         self.metrics.sync()
         self.checkpoints.save(
-            state, model_tensors(self.model), optimizer_tensors(self.optimizer, self.model.named_parameters())
+            state, model_tensors(self.model), self.optimizer.tensors(self.model.named_parameters())
         )
         self.saved_step = state.step
         state.seconds += time.monotonic() - begun

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bellbox.entropy import code_counts
+from bellbox.errors import BellboxError
+from bellbox.nn import quantized_layers
+from bellbox.quantizers import build_quantizer
+from bellbox.recipe import QuantizerSpec
+from bellbox.surgery import convert
+from bellbox.training import TrainConfig, Trainer, load_run, train
+from bellbox.training.cewt import CEWT, normal_scores, project_
+from bellbox.training.config import CewtSection, OptimizerSection, PhasesSection, QuantizationSection
+from bellbox.training.metrics import WALL_CLOCK, read_records
+
+Tiny = Callable[..., TrainConfig]
+
+
+def skewed(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Far from Gaussian: heavy tails, rows of different size, not centred."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=draw)
+    return x.abs().pow(3) * x.sign() * torch.rand(rows, 1, generator=draw).exp() - 0.1
+
+
+def test_projection_keeps_the_order_and_makes_the_values_the_quantiles_of_a_gaussian() -> None:
+    weight = skewed(7, 9)
+    order = weight.flatten().argsort()
+    projected = project_(weight.clone(), 2.5).flatten()
+    normal = NormalDist()
+    expected = torch.tensor([normal.inv_cdf((r + 0.5) / 63) for r in range(63)], dtype=torch.float64)
+    expected *= 2.5 / expected.norm()
+    assert torch.allclose(projected[order].double(), expected, rtol=1e-6, atol=1e-7)
+    assert float(projected.double().norm()) == pytest.approx(2.5, rel=1e-6)
+    assert torch.equal(projected.argsort(), order)
+
+
+def test_projection_again_changes_nothing() -> None:
+    once = project_(skewed(16, 32), 3.0)
+    assert torch.equal(project_(once.clone(), 3.0), once)
+
+
+def test_equal_values_are_ranked_by_position_and_negative_zero_below_zero() -> None:
+    assert torch.equal(project_(torch.ones(2, 4), 1.0).flatten(), project_(torch.arange(8.0), 1.0))
+    scores = project_(torch.tensor([0.0, -0.0, 1.0, -1.0]), 1.0)
+    assert scores.argsort().tolist() == [3, 1, 0, 2]
+
+
+def test_scores_are_odd_and_of_unit_size() -> None:
+    scores = normal_scores(4097, torch.device("cpu"))
+    assert torch.equal(scores, -scores.flip(0))
+    assert float(scores.double().square().mean()) == pytest.approx(1, abs=1e-7)
+
+
+def test_what_cannot_be_sorted_is_refused() -> None:
+    for bad in (torch.ones(4, 4, dtype=torch.bfloat16), torch.ones(4, 4)[:, ::2], torch.ones(1)):
+        with pytest.raises(BellboxError, match="contiguous fp32"):
+            project_(bad, 1.0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 8, 16])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_all_codes_of_a_projected_matrix_are_used_exactly_equally(n: int, seed: int) -> None:
+    weight = project_(skewed(96, 128, seed), 7.0)  # 12,288 entries: a multiple of every n
+    quantizer = build_quantizer(QuantizerSpec("bbq", n, None, "tensor", 1), 128, 96, "weight")
+    quantizer.initialize(weight)
+    counts = code_counts(quantizer.codes(weight), n)
+    assert counts.tolist() == [12288 // n] * n
+
+
+def test_adamw_moves_a_weight_along_its_update_by_a_share_of_the_norm() -> None:
+    torch.manual_seed(0)
+    weight, other = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(5))
+    alone = nn.Parameter(other.detach().clone())
+    optimizer = torch.optim.AdamW([weight, other], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3)
+    reference = torch.optim.AdamW([alone], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3)
+    norm = weight.detach().double().norm()
+    cewt = CEWT([optimizer], [weight])
+    m = v = torch.zeros(12, 8, dtype=torch.float64)
+    for step in range(1, 4):
+        w, g = weight.detach().double().clone(), torch.randn(12, 8)
+        m = 0.9 * m + 0.1 * g.double()
+        v = 0.95 * v + 0.05 * g.double().square()
+        update = -(m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        moved = w + 0.02 * norm * update / update.norm()
+        scores = torch.special.ndtri((torch.arange(96, dtype=torch.float64) + 0.5) / 96)
+        expected = torch.empty(96, dtype=torch.float64)
+        expected[moved.flatten().argsort()] = scores * norm / scores.norm()
+        weight.grad, other.grad, alone.grad = g, torch.ones(5), torch.ones(5)
+        cewt.step(lr=0.02)
+        reference.step()
+        assert torch.allclose(weight.detach().double().flatten(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(other, alone)  # what is not constrained is stepped as without
+
+
+def test_muon_is_wrapped_alike_and_without_sorting_only_the_norm_is_kept() -> None:
+    torch.manual_seed(0)
+    weight, gradient = nn.Parameter(torch.randn(16, 8)), torch.randn(16, 8)
+    lone = nn.Parameter(torch.zeros(16, 8))
+    cewt = CEWT([torch.optim.Muon([weight], lr=0.1)], [weight])
+    before, norm = weight.detach().clone(), cewt.norms[weight]
+    weight.grad, lone.grad = gradient.clone(), gradient.clone()
+    torch.optim.Muon([lone], lr=0.1).step()
+    cewt.step(lr=0.05, project=False)
+    moved = before.double() + 0.05 * norm * lone.detach().double() / lone.detach().double().norm()
+    assert torch.allclose(weight.detach().double(), moved * norm / moved.norm(), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weight.detach().flatten().sort().values, before.flatten().sort().values)
+
+
+def test_without_hyperball_the_update_and_its_decay_are_the_optimizers() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(12, 8))
+    cewt = CEWT([torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)], [weight], hyperball=False)
+    lone = nn.Parameter(weight.detach().clone())
+    weight.grad = lone.grad = torch.randn(12, 8)
+    cewt.step(lr=1.0)
+    torch.optim.AdamW([lone], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(weight, project_(lone.detach().clone(), cewt.norms[weight]))
+
+
+def test_a_weight_without_gradient_and_an_update_of_zero_stay() -> None:
+    first, second = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4, 8))
+    cewt = CEWT([torch.optim.AdamW([first, second], lr=0.1)], [first, second])
+    before = first.detach().clone(), second.detach().clone()
+    second.grad = torch.zeros(4, 8)
+    cewt.step(lr=0.1)
+    assert torch.equal(first, before[0])
+    assert torch.equal(second, before[1])
+
+
+def section(kind: Any = "adamw", **choices: Any) -> OptimizerSection:
+    return OptimizerSection(kind=kind, lr=1e-2, cewt=CewtSection(**{"every": 1, **choices}))
+
+
+TENSOR = QuantizationSection(weight_statistic="tensor")
+
+
+def records(config: TrainConfig) -> list[dict[str, Any]]:
+    found = read_records(Path(config.folder) / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in WALL_CLOCK} for record in found]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_keeps_full_entropy_and_every_norm_and_learns(tiny: Tiny, kind: str) -> None:
+    config = tiny(steps=30, eval_every=10, optimizer=section(kind), quantization=TENSOR, log_every=100)
+    trainer = Trainer(config, show=False)
+    norms = {
+        name: float(layer.weight.detach().double().norm()) for name, layer in quantized_layers(trainer.model)
+    }
+    result = trainer.run()
+    evals = [record for record in records(config) if record["kind"] == "eval"]
+    assert evals[-1]["loss"] < evals[0]["loss"] < math.log(270) + 0.3
+    assert result.validation is not None
+    assert set(result.validation["weight_entropy"]["layers"].values()) == {2.0}
+    run = load_run(config.folder)
+    assert run.config.quantization.weights_rotated is True
+    for name, layer in quantized_layers(run.model):
+        assert float(layer.weight.detach().double().norm()) == pytest.approx(norms[name], rel=1e-5)
+        assert layer.weights_rotated
+
+
+def test_a_run_is_packed_code_for_code(tiny: Tiny) -> None:
+    config = tiny(steps=3, optimizer=section(), quantization=TENSOR)
+    train(config, show=False)
+    model = load_run(config.folder).model
+    packed = convert(model)
+    tokens = torch.arange(32).reshape(2, 16)
+    with torch.no_grad():
+        assert torch.equal(packed(tokens), model(tokens))
+
+
+class Cut(Trainer):
+    def _train_step(self) -> None:
+        super()._train_step()
+        if self.state.step % 2 == 1 and self.state.step != self.saved_step:
+            self.signals.received = 15
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_run_in_pieces_equals_a_run_in_one(tiny: Tiny, kind: str, every: int) -> None:
+    settings = {
+        "steps": 9,
+        "eval_every": 3,
+        "optimizer": section(kind, every=every),
+        "phases": PhasesSection(quantized=0.7, bits_before=[3]),
+    }
+    whole, pieces = tiny("whole", **settings), tiny("pieces", **settings)
+    train(whole, show=False)
+    while not Cut(pieces, show=False).run().finished:
+        pass
+    assert records(whole) == records(pieces)
+    ours, theirs = load_run(whole.folder).model.state_dict(), load_run(pieces.folder).model.state_dict()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_when_weights_go_over_into_the_rotated_domain_their_moments_start_anew(tiny: Tiny) -> None:
+    phases = PhasesSection(quantized=0.5, bits_before=[3])
+    config = tiny(steps=8, log_every=100, optimizer=section(), phases=phases)
+    trainer = Trainer(config, show=False)
+    trainer.signals.received = 15
+    trainer.run()
+    for _ in range(4):
+        trainer._train_step()
+    weight = trainer.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    embedding = trainer.model.get_parameter("model.embed_tokens.weight")
+    trainer._enter(trainer.phases[1])
+    assert set(trainer.optimizer.state_of(weight)) == {"cewt_norm"}
+    assert int(trainer.optimizer.state_of(embedding)["step"]) == 4
+    trainer._train_step()
+    trainer._enter(trainer.phases[2])  # rotated before and after
+    assert int(trainer.optimizer.state_of(weight)["step"]) == 1
+
+
+def test_constraining_what_is_not_quantized_is_refused(tiny: Tiny) -> None:
+    config = tiny(optimizer=section(), quantization=QuantizationSection(method="none"))
+    with pytest.raises(BellboxError, match=r"quantization\.method is none; leave it out"):
+        Trainer(config, show=False)
