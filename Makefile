@@ -22,8 +22,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Threads that wait asleep: spinning, they keep the cores from those they wait for as soon as anything else runs.
 demo: setup
-	$(BIN)/bellbox demo --out demo
+	OMP_WAIT_POLICY=passive $(BIN)/bellbox demo --out demo
 
 test: check unit
 

@@ -114,7 +114,7 @@ def tokenizer(tokens: Path) -> Tokenizer:
 def bellbox_process(tmp_path: Path) -> Command:
     """Run the program in a process of its own, in an empty folder."""
 
-    def run_it(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run_it(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         code = "from bellbox.cli.main import main; main()"
         return subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],
