@@ -63,6 +63,8 @@ class State:
     """Number of the phase that the model is in; losses of different phases are not compared."""
     data: str = ""
     """Checksum of the dataset's manifest."""
+    teacher: str = ""
+    """Checksum of the teacher, where there is one."""
     random: dict[str, Any] = field(default_factory=dict)
     """States of the random generators, as `random_state.capture` gives them."""
 

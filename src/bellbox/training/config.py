@@ -134,6 +134,19 @@ class OptimizerSection:
 
 
 @dataclass
+class DistillSection:
+    """Learning from a teacher's distribution besides the text (bellbox.training.distill)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    teacher: str | None = None
+    """A run or Hugging Face folder with the same tokenizer, usually in full precision; null for no teacher."""
+    weight: float = 0.5
+    """Share of the teacher in the loss, in (0, 1]; the rest is the text's."""
+    temperature: float = 1.0
+    """Both distributions are softened by it."""
+
+
+@dataclass
 class ScheduleSection:
     """One cycle of the learning rate, both legs a half cosine."""
 
@@ -170,6 +183,7 @@ class TrainConfig:
     phases: PhasesSection = field(default_factory=PhasesSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    distill: DistillSection = field(default_factory=DistillSection)
     batch: BatchSection = field(default_factory=BatchSection)
     steps: int | None = None
     """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
@@ -256,6 +270,8 @@ class TrainConfig:
             ("optimizer.momentum", 0 <= optimizer.momentum < 1, "in [0, 1)"),
             ("optimizer.cewt.every", optimizer.cewt.every >= 0, "at least 0"),
             ("optimizer.cewt.lr", 0 < optimizer.cewt.lr < 1, "between 0 and 1"),
+            ("distill.weight", 0 < self.distill.weight <= 1, "in (0, 1]"),
+            ("distill.temperature", 0 < self.distill.temperature < float("inf"), "above 0"),
             ("schedule.warmup", 0 <= schedule.warmup < 1, "in [0, 1)"),
             ("schedule.start_factor", 0 < schedule.start_factor <= 1, "in (0, 1]"),
             ("schedule.end_factor", 0 <= schedule.end_factor <= 1, "in [0, 1]"),

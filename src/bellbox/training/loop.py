@@ -42,6 +42,7 @@ from bellbox.training.assemble import (
 from bellbox.training.checkpoint import Checkpoint, Checkpoints, State
 from bellbox.training.config import TrainConfig
 from bellbox.training.config_file import differences, load_config, save_config
+from bellbox.training.distill import Teacher, divergence
 from bellbox.training.environment import describe
 from bellbox.training.files import lock, write_text
 from bellbox.training.finite import checked_forward, find_broken_layer
@@ -105,6 +106,7 @@ class Trainer:
         self.folder = Path(self.config.folder)
         self.device = pick_device(self.config.device)
         self.resume, self.show = resume, show
+        self.teacher = Teacher(self.config, self.device) if self.config.distill.teacher else None
         random_state.seed_all(self.config.seed)
         self.phases = phases_of(self.config)
         self.phase = self.phases[0]
@@ -117,7 +119,8 @@ class Trainer:
             seed=self.config.data.seed,
         )
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
-        self.state = State(step=0, tokens=0, seconds=0.0, data=self.dataset.manifest.checksum())
+        teacher = self.teacher.checksum if self.teacher else ""
+        self.state = State(0, 0, 0.0, data=self.dataset.manifest.checksum(), teacher=teacher)
         self.saved_step = 0
         self.signals = StopSignals()
         self._timed_tokens, self._timed_seconds = 0, 0.0
@@ -202,6 +205,8 @@ class Trainer:
             f"{config.batch.tokens:,} tokens a step in {config.accumulation} passes, "
             f"{config.precision} on {self.device}"
         )
+        if self.teacher and self.teacher.unchecked:
+            self.progress.note(f"distill.teacher: {self.teacher.unchecked}")
         if len(self.phases) > 1:
             self.progress.note(
                 "phases: "
@@ -229,6 +234,10 @@ class Trainer:
         if checkpoint.state.data != self.state.data:
             raise BellboxError(
                 f"data.source '{self.config.data.source}' is not what '{self.folder}' was begun with"
+            )
+        if checkpoint.state.teacher != self.state.teacher:
+            raise BellboxError(
+                f"distill.teacher '{self.config.distill.teacher}' is not what '{self.folder}' was begun with"
             )
         phase = phase_after(self.phases, checkpoint.step)
         if phase != self.phase:
@@ -272,18 +281,18 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         parts = self._micro_batches(state.step)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros(3, device=self.device)
         try:
             for inputs, targets in parts:
-                loss = self._loss(inputs, targets) / len(parts)
-                loss.backward()
-                total += loss.detach()
+                losses = self._losses(inputs, targets) / len(parts)
+                losses[0].backward()
+                total += losses.detach()
         except BellboxError as error:
             raise BellboxError(f"step {state.step + 1}: {error}; {self._last_saved()}") from None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or math.inf)
-        loss_value, norm_value = total.item(), norm.item()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise self._broken_step(parts, loss_value, norm_value)
+        (objective, loss_value, apart), norm_value = total.tolist(), norm.item()
+        if not (math.isfinite(objective) and math.isfinite(norm_value)):
+            raise self._broken_step(parts, objective, norm_value)
         every = config.optimizer.cewt.every
         last = state.step + 1 == phase.end
         self.optimizer.step(lr, project=last or (every > 0 and (state.step + 1) % every == 0))
@@ -306,6 +315,7 @@ class Trainer:
                     "perplexity": perplexity_of(loss_value),
                     "lr": lr,
                     "grad_norm": norm_value,
+                    **({"divergence": apart} if self.teacher else {}),
                     "tokens_per_s": self._timed_tokens / self._timed_seconds,
                     "seconds": state.seconds,
                 }
@@ -324,7 +334,8 @@ class Trainer:
             ids = split.read(0, rows * context).reshape(rows, context)
             self.model(torch.from_numpy(ids).to(self.device))
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """What is minimised, the loss of the text, and the divergence from the teacher (0 without one): `[3]`."""
         watched = checked_forward(self.model) if self.config.debug else nullcontext()
         autocast = torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
@@ -333,14 +344,20 @@ class Trainer:
         forward = self.model if self.state.step == self.phase.start else self.forward
         with watched, autocast:
             logits = forward(inputs)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            wanted = self.teacher.logits(inputs) if self.teacher else None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        if self.teacher is None or wanted is None:
+            return torch.stack((loss, loss, torch.zeros_like(loss)))
+        apart = divergence(logits, wanted, self.teacher.temperature)
+        share = self.teacher.weight
+        return torch.stack(((1 - share) * loss + share * apart, loss, apart))
 
     def _broken_step(self, parts: list[tuple[Tensor, Tensor]], loss: float, norm: float) -> BellboxError:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         self.forward = self.model
         found = ""
         for inputs, targets in parts:
-            found = find_broken_layer(self.model, lambda x=inputs, y=targets: self._loss(x, y))
+            found = find_broken_layer(self.model, lambda x=inputs, y=targets: self._losses(x, y)[0])
             if not found.startswith("run again"):
                 break
         return BellboxError(

@@ -4,14 +4,16 @@
 is resumed from step s, the records after s are cut away first, so that the file ends as if nothing had
 happened. Only the fields of `WALL_CLOCK` may differ between two equal runs.
 
-    {"kind": "train", "step", "phase", "tokens", "loss", "perplexity", "lr", "grad_norm", "tokens_per_s", "seconds"}
+    {"kind": "train", "step", "phase", "tokens", "loss", "perplexity", "lr", "grad_norm",
+     "divergence", "tokens_per_s", "seconds"}
     {"kind": "eval", "step", "phase", "tokens", "loss", "perplexity", "bits_per_byte",
      "weight_entropy": {"mean", "layers": {name: bits}}, "activation_entropy": likewise,
      "gamma": {"weight": {name: {"mean", "std", "min", "max"}}, "activation": {name: value}},
      "saturated": {"weight": {"mean", "layers"}, "activation": likewise}, "seconds"}
 
-Units: loss in nats per token, entropy in bits per code, saturated as a share of all codes. Where nothing is
-quantized, the last four fields are absent. A number that is not finite is written as null.
+Units: loss of the text and divergence from a teacher (only where there is one) in nats per token, entropy in bits
+per code, saturated as a share of all codes. Where nothing is quantized, the last four fields are absent. A number
+that is not finite is written as null.
 """
 
 from __future__ import annotations
