@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -30,6 +31,18 @@ def _float32(value: float) -> float:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return math.copysign(math.inf, value)
+
+
+def strictly_rising(values: Iterable[float]) -> tuple[float, ...]:
+    """fp32 thresholds from values that may be equal: each is at least the next fp32 number after the one before."""
+    rising: list[float] = []
+    for value in map(_float32, values):
+        rising.append(value if not rising or value > rising[-1] else _next_float32(rising[-1]))
+    return tuple(rising)
+
+
+def _next_float32(value: float) -> float:
+    return float(torch.nextafter(torch.tensor(value, dtype=torch.float32), torch.tensor(math.inf)))
 
 
 def check_levels(n: int) -> None:

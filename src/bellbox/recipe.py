@@ -120,7 +120,7 @@ class Recipe:
 
         Args:
             method: one of `bellbox.quantizers.METHODS`, or `none` for full precision.
-            bits: of weights and activations, 1 to 8 (2 where nothing is said).
+            bits: of weights and activations, 1 to 8; where nothing is said the method's own choice, mostly 2.
             levels: number of levels instead of bits; 3 is ternary.
             weight_levels: levels of the weights alone, where they differ.
             activation_levels: levels of the activations alone.
@@ -142,7 +142,11 @@ class Recipe:
             return cls.none()
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
-        common = levels if levels is not None else levels_from_bits(2 if bits is None else bits)
+        common = levels if bits is None else levels_from_bits(bits)
+        if common is None:
+            from bellbox.quantizers import check_method
+
+            common = check_method(method, {}).own_levels
 
         def spec(n: int | None, statistic: Statistic | None) -> QuantizerSpec:
             n = common if n is None else n

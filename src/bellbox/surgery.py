@@ -122,10 +122,14 @@ def convert(model: Model) -> Model:
     memo: dict[int, object] = {}
     for name, layer in layers.items():
         activation = layer.activation_quantizer
+        if layer.weight_quantizer is not None and not layer.weight_quantizer.on_grid:
+            raise BellboxError(
+                f"{name or 'the layer'} cannot be packed: {layer.weight_quantizer.why_not_packed()}"
+            )
         if activation is None or layer.weight_quantizer is None:
             raise BellboxError(
                 f"{name or 'the layer'} cannot be packed: only its {'inputs' if activation else 'weights'} are "
-                "quantized, and integers need both; give its rule weights and activations"
+                "quantized, and integers need both; give its rule both (weight_only='int8' does)"
             )
         shared.setdefault(id(activation), SharedInput(activation.shared.readers))
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.

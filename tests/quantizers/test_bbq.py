@@ -450,24 +450,3 @@ def test_rotation_recovers_the_bits_of_heavy_tailed_activations():
     )
     assert plain < 3.3
     assert rotated > plain + 0.3
-
-
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_compiled_training_is_the_eager_function(statistic):
-    torch._dynamo.reset()
-    eager = quantizer(statistic)
-    x = some_input()
-    weights = torch.randn(x.shape, dtype=torch.float64)
-    eager(x)
-    other = copy.deepcopy(eager)
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        expected = run(eager, x, weights)
-        leaf = x.clone().requires_grad_()
-        other.zero_grad()
-        out = compiled(leaf)
-        (out.double() * weights).sum().backward()
-        for ours, theirs in zip((out.detach(), leaf.grad, other.gamma.grad), expected, strict=True):
-            assert torch.equal(ours, theirs)
-    if statistic == "ema":
-        assert torch.equal(other.r_ema, eager.r_ema)

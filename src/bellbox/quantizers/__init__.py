@@ -5,14 +5,21 @@ from __future__ import annotations
 from bellbox.errors import BellboxError
 from bellbox.quantizers.base import Quantizer, read_options, set_debug
 from bellbox.quantizers.bbq import BBQ
+from bellbox.quantizers.kmeans import KMeans
 from bellbox.quantizers.lsq import LSQ
+from bellbox.quantizers.n2uq import N2UQ
+from bellbox.quantizers.nf import NF
 from bellbox.quantizers.quest import QuEST
 from bellbox.quantizers.rtn import RTN
+from bellbox.quantizers.seq import SEQ
+from bellbox.quantizers.ternary import TernaryMass, TernarySupport
 from bellbox.recipe import QuantizerSpec
 
 __all__ = ["METHODS", "Quantizer", "build_quantizer", "check_method", "set_debug"]
 
-METHODS: dict[str, type[Quantizer]] = {kind.method: kind for kind in (BBQ, QuEST, LSQ, RTN)}
+METHODS: dict[str, type[Quantizer]] = {
+    kind.method: kind for kind in (BBQ, QuEST, LSQ, NF, N2UQ, SEQ, KMeans, TernarySupport, TernaryMass, RTN)
+}
 """Method name -> class. Add your own: see `docs/methods.md`."""
 
 

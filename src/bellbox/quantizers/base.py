@@ -129,7 +129,8 @@ class Quantizer(nn.Module, ABC):
     decayed: tuple[str, ...] = ()
     """Names of own parameters that weight decay pulls on."""
 
-    levels: Levels
+    own_levels: ClassVar[int] = 4
+    """Levels where a recipe names none."""
     statistic: Statistic
     normalise: Literal["rms", "absmax", "static", "tensor"]
     """Where 1/sigma comes from in evaluation; `tensor` exists for training only."""
@@ -154,11 +155,16 @@ class Quantizer(nn.Module, ABC):
             raise BellboxError(
                 f"{self.method} divides by the largest magnitude, taken before any rotation: block=1"
             )
-        self.levels = self.make_levels(spec.levels, spec.zero_point)
+        self._levels = self.make_levels(spec.levels, spec.zero_point)
         self.register_buffer("signs", None)
         self.learning_rates = {}
         # A mirror in Python of the buffer `initialized`: reading that would synchronise a GPU and break a graph.
         self._ready = True
+
+    @property
+    def levels(self) -> Levels:
+        """The integers that codes stand for, and the thresholds between them."""
+        return self._levels
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -191,8 +197,10 @@ class Quantizer(nn.Module, ABC):
     def measure(self, rows: Tensor) -> Tensor:
         """What rows are divided by, fp64 `[rows, 1]`, or `[1, 1]` for all together."""
         sigma = MEASURES[self.measured](rows)
-        whole = self.statistic in ("tensor", "ema")
-        return sigma.square().mean().sqrt().reshape(1, 1) if whole else sigma
+        if self.statistic not in ("tensor", "ema"):
+            return sigma
+        together = sigma.amax() if self.measured == "absmax" else sigma.square().mean().sqrt()
+        return together.reshape(1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize: `[..., features]` to the same shape, rotated domain, autocast dtype where active."""

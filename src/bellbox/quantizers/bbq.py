@@ -208,8 +208,9 @@ class BBQ(LearnedQuantizer):
         """See `Quantizer.fake_quantize`."""
         whole = norm.r.numel() == 1 and self.statistic in ("tensor", "ema")
         follow = self.options.zeta is not None
-        gamma = self.gamma
-        if self.options.zeta is not None:
+        if self.options.zeta is None:
+            gamma = self.gamma
+        else:
             assert norm.sigma is not None
             gamma = (self.options.zeta * norm.sigma * (norm.r - norm.r + 1)).to(compute_dtype(rows))
         arguments = self.levels, self.block, whole, follow, dtype

@@ -92,20 +92,18 @@ class QuEST(Quantizer):
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
         """Symmetric levels unless a zero point is asked for."""
-        return Levels.uniform(n, -0.5 if zero_point is None else zero_point, self._step(n))
+        self.clip = gaussian_clip(n)
+        self.step = 2 * self.clip / (n - 1)
+        return Levels.uniform(n, -0.5 if zero_point is None else zero_point, self.step)
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""
         assert norm.sigma is not None
-        n, clip = self.levels.n, gaussian_clip(self.levels.n)
-        reach = 1.3 * clip if self.options.rule == "clip" else n * clip / (n - 1)
-        unit = norm.sigma * self._step(n)
+        n = self.levels.n
+        reach = self.clip * (1.3 if self.options.rule == "clip" else n / (n - 1))
+        unit = norm.sigma * self.step
         return straight_through(rows, norm, unit, self.levels, self.block, dtype, Window(-reach, reach))
 
     def scale(self) -> Tensor:
         """The step in units of sigma."""
-        return torch.tensor(self._step(self.levels.n))
-
-    @staticmethod
-    def _step(n: int) -> float:
-        return 2 * gaussian_clip(n) / (n - 1)
+        return torch.tensor(self.step)

@@ -55,27 +55,32 @@ class _StraightThrough(torch.autograd.Function):
         block: int,
         window: Window | None,
         learned: Learned | None,
+        gain: Tensor | None,  # [rows, 1]: what the gradient to x is multiplied with
         dtype: torch.dtype,
     ) -> Tensor:
         x_hat, v = bbq_forward(x, r, unit, levels.thresholds, levels.offset, block, dtype)
         # x_hat is kept by the matrix product anyway; v only decides who is inside.
-        ctx.save_for_backward(None if window is None else v, None if a is None else x_hat, a)
+        ctx.save_for_backward(None if window is None else v, None if a is None else x_hat, a, gain)
         ctx.block, ctx.window, ctx.learned, ctx.input_dtype = block, window, learned, x.dtype
         return x_hat
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        v, x_hat, a = ctx.saved_tensors
+        v, x_hat, a, gain = ctx.saved_tensors
         (grad,) = grads
         inside, window = grad, ctx.window
         if window is not None:
             within = (v >= window.low) & (v <= window.high)
             inside = torch.where(within, grad, 0)
         g_a = None if a is None else _gradient_of_scale(grad, inside, v, x_hat, a, ctx.learned)
+        if gain is not None:
+            inside = inside * gain
         if ctx.block > 1:
-            return rotate(inside.contiguous(), ctx.block**-0.5, ctx.block, ctx.input_dtype), g_a, *[None] * 7
-        return inside.to(ctx.input_dtype), g_a, *[None] * 7
+            g_x = rotate(inside.contiguous(), ctx.block**-0.5, ctx.block, ctx.input_dtype)
+        else:
+            g_x = inside.to(ctx.input_dtype)
+        return g_x, g_a, *[None] * 8
 
 
 def _gradient_of_scale(
@@ -102,6 +107,7 @@ def straight_through(
     window: Window | None = None,
     a: Tensor | None = None,
     learned: Learned | None = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """`unit * level`, differentiable as the module says.
 
@@ -115,9 +121,12 @@ def straight_through(
         window: where the gradient passes; everywhere where None.
         a: a learned scale that `unit` is a multiple of, above zero, `[rows, 1]` or `[]`; `window` is then needed.
         learned: how `a` gets its gradient.
+        gain: `[rows, 1]`, what the gradient to the rows is multiplied with.
 
     Returns:
         `[rows, features]` in `dtype`, rotated.
     """
     unit = unit.detach().to(norm.r.dtype).reshape(-1, 1)
-    return _StraightThrough.apply(rows, a, norm.r, unit, levels, block, window, learned, dtype)  # type: ignore[return-value]
+    gain = None if gain is None else gain.to(norm.r.dtype)
+    rest = levels, block, window, learned, gain, dtype
+    return _StraightThrough.apply(rows, a, norm.r, unit, *rest)  # type: ignore[return-value]

@@ -1,0 +1,77 @@
+"""What NormalFloat and k-means share: a table of levels, and one scale a group of a row.
+
+    x_hat = s * (nearest entry of the table to x / s)
+
+A value in the middle between two entries goes to the upper one. The gradient passes straight through everywhere; the
+scale s follows the data and has none. The levels are not evenly spaced, so products need floats.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bellbox.kernels.encode import encode, mark
+from bellbox.levels import Levels, strictly_rising
+from bellbox.quantizers.base import Normaliser, Quantizer
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.input_dtype = x.dtype
+        return (table[codes.long()] * scale).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0].to(ctx.input_dtype), None, None, None, None
+
+
+def levels_between(table: Sequence[float]) -> Levels:
+    """Thresholds halfway between the rising entries of a table; the grid itself means nothing."""
+    return Levels(len(table), -0.5, strictly_rising((a + b) / 2 for a, b in itertools.pairwise(table)))
+
+
+class Codebook(Quantizer):
+    """A quantizer with a table; see `Quantizer` for the arguments."""
+
+    on_grid: ClassVar[bool] = False
+    rescale = True
+    group: int
+    """Entries that share a scale."""
+
+    @abstractmethod
+    def table(self) -> Tensor:
+        """The values of the codes, rising, `[n]`, in units of the scale."""
+
+    def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
+        """See `Quantizer.fake_quantize`."""
+        assert norm.sigma is not None
+        codes = encode(rows.detach(), norm.r, self.levels.thresholds, 1)
+        scale = (norm.sigma * (norm.r - norm.r + 1)).to(norm.r.dtype)
+        table = self.table().to(norm.r.dtype)
+        return _Lookup.apply(rows, codes, table, scale, dtype)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Quantizer.encode`; a row is NaN where one of its groups is, and its scales are in `table` units."""
+        rows = self._rows(x)
+        self._see_first(rows)
+        norm = self.normaliser(rows, training=False)
+        codes = encode(rows, norm.r, self.levels.thresholds, 1)
+        marks = mark(norm.r, len(rows)).reshape(-1, self.features // self.group).mean(-1)
+        return codes.reshape(x.shape), marks.reshape(*x.shape[:-1], 1)
+
+    def scale(self) -> Tensor:
+        """The table has the scale of the data."""
+        return torch.ones(())
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return super()._rows(x).reshape(-1, self.group)

@@ -1,0 +1,150 @@
+"""N2UQ, nonuniform-to-uniform (arXiv 2111.14826): learned thresholds, evenly spaced levels.
+
+Activations, with N = n - 1, D = 2/N and v = s1 x: interval widths a_1..a_N (at least 1e-3) from beta on,
+
+    T_1 = beta + a_1/2, T_i = T_(i-1) + (a_(i-1) + a_i)/2;  x_hat = s2 D (#{i: v >= T_i} - N/2)
+    g_v = G s2 D/a_i inside the i-th interval (beta + a_1 + .. + a_(i-1), + a_i], 0 outside
+
+and beta, a, s1, s2 get the gradient of that piecewise linear function too. Start: a_i = 4 RMS/N, beta = -2 RMS, s1 = 1,
+s2 = 2 RMS: the grid is shifted and scaled for inputs of zero mean; the paper's inputs are never negative.
+
+Weights, with m = N/2: s = (N/2^(b-1)) mean|w| of each row, detached; x_hat = s (round((clip(w/s, -1, 1) + 1) m)/m - 1),
+gradient 1 inside the clip. The released code multiplies it by 1/s (it passes through w/s): `released_gradient`.
+
+A tie goes up, where the paper has a plain ">" for activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from bellbox.errors import BellboxError
+from bellbox.levels import Levels, strictly_rising
+from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.quantizers.straight_through import Window, straight_through
+from bellbox.recipe import QuantizerSpec, Statistic
+
+NARROWEST = 1e-3
+
+
+@dataclass(frozen=True)
+class N2UQOptions:
+    """The released code's gradient, or the paper's."""
+
+    released_gradient: bool = False
+    """Divide the gradient of a weight by its scale, as the released code does."""
+
+
+class _LearnedThresholds(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, beta: Tensor, a: Tensor, s1: Tensor, s2: Tensor, thresholds: Tensor, bad: Tensor
+    ) -> Tensor:
+        v, count = x.to(thresholds.dtype) * s1, len(a)
+        level = torch.bucketize(v, thresholds, right=True).to(v.dtype) - count / 2
+        ctx.save_for_backward(v, level, beta, a, s1, s2)
+        ctx.input_dtype = x.dtype
+        return level * (s2 * (2 / count)) + bad
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        v, level, beta, a, s1, s2 = ctx.saved_tensors
+        count, grad = len(a), grads[0].to(v.dtype)
+        edges = torch.cat((beta.reshape(1), beta + a.cumsum(0)))
+        where = torch.bucketize(v, edges)  # 0 below, i in the i-th interval, count + 1 above
+        slopes = torch.nn.functional.pad(s2 * (2 / count) / a, (1, 1))
+        g_v = grad * slopes[where]
+        into = (v - edges[(where - 1).clamp(0, count)]) * g_v
+
+        def per_interval(values: Tensor) -> Tensor:
+            return values.new_zeros(count + 2).index_add_(0, where.flatten(), values.flatten())[1:-1]
+
+        sums = per_interval(g_v)
+        g_a = sums.cumsum(0) - sums.sum() - per_interval(into) / a  # wider a_j: later intervals begin later
+        g_s2 = (grad * level).sum() * (2 / count)
+        g_s1 = (g_v * v).sum() / s1
+        return (g_v * s1).to(ctx.input_dtype), -sums.sum(), g_a, g_s1, g_s2, None, None
+
+
+class N2UQ(LearnedQuantizer):
+    """N2UQ of one tensor; see `Quantizer` for the arguments."""
+
+    method = "n2uq"
+    Options = N2UQOptions
+    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("row",)
+    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
+
+    options: N2UQOptions
+
+    def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
+        super().__init__(features, spec, rows)
+        self.rescale = rows is not None
+        if rows is None:
+            if self.block != 1:
+                raise BellboxError("n2uq learns thresholds for its input as it is: block=1")
+            self.beta, self.s1, self.s2 = (nn.Parameter(torch.ones(())) for _ in range(3))
+            self.a = nn.Parameter(torch.ones(spec.levels - 1))
+        self._versions: list[int] = []
+
+    def make_levels(self, n: int, zero_point: float | None) -> Levels:
+        """Symmetric levels; of activations the thresholds are replaced by the learned ones."""
+        if zero_point not in (None, -0.5):
+            raise BellboxError("n2uq has levels that are symmetric about zero: zero_point -0.5")
+        return Levels.uniform(n, -0.5, 2 / (n - 1))
+
+    def set_from(self, x: Tensor) -> None:
+        """See the module."""
+        if self.rows is None:
+            rms = x.square().mean().sqrt()
+            self.beta.copy_(-2 * rms)
+            self.a.copy_(4 * rms / len(self.a))
+            self.s1.fill_(1.0)
+            self.s2.copy_(2 * rms)
+
+    def measure(self, rows: Tensor) -> Tensor:
+        """s of a weight, fp64."""
+        n = self.levels.n
+        return rows.abs().to(torch.float64).mean(-1, keepdim=True) * ((n - 1) / (n / 2))
+
+    @property
+    def levels(self) -> Levels:
+        """With the thresholds as they are learned by now. (A compiled graph keeps those that it was compiled with.)"""
+        if self.rows is None and not torch.compiler.is_compiling():
+            versions = [self.beta._version, self.a._version]
+            if versions != self._versions and self._ready:
+                self._levels = Levels(self._levels.n, -0.5, strictly_rising(self._thresholds().tolist()))
+                self._versions = versions
+        return self._levels
+
+    @torch.no_grad()
+    def _thresholds(self) -> Tensor:
+        a = self.a.clamp(min=NARROWEST)
+        return self.beta + a.cumsum(0) - a / 2
+
+    def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
+        """See `Quantizer.fake_quantize`."""
+        if self.rows is None:
+            bad = norm.r - norm.r  # NaN for rows that are not finite
+            a = self.a.clamp(min=NARROWEST)
+            x_hat = _LearnedThresholds.apply(rows, self.beta, a, self.s1, self.s2, self._thresholds(), bad)
+            return x_hat.to(dtype)  # type: ignore[union-attr]
+        assert norm.sigma is not None
+        unit = norm.sigma * (2 / (self._levels.n - 1))
+        gain = 1 / norm.sigma if self.options.released_gradient else None
+        window = Window(-1, 1)
+        return straight_through(rows, norm, unit, self._levels, self.block, dtype, window, gain=gain)
+
+    def rsigma(self) -> Tensor:
+        """s1."""
+        return self.s1.detach()
+
+    def scale(self) -> Tensor:
+        """s2 D of activations; the step of weights in units of s."""
+        step = 2 / (self._levels.n - 1)
+        return torch.tensor(step) if self.rows is not None else self.s2.detach().to(torch.float32) * step

@@ -1,0 +1,77 @@
+"""SEQ, stretched elastic quantization (ParetoQ, arXiv 2502.02631): levels kept off the ends, and a learned range a row.
+
+One learned range `a` a row of a weight, one for an activation; no rotation. With m = n/2, d = 1/2 for even n, else 0:
+
+    x_hat = a * (round(clip(x/a, -.99, .99) m - d) + d) / m      (2 bits: +-1/4 a, +-3/4 a; ternary: 0, +-2/3 a)
+    start: a = max|x|;  g_x = G where |x/a| <= .99
+    g_a = sum(G (x_hat/a - x/a inside, +-(m - d)/m outside)) / sqrt(numel Qp), Qp = n/2 - 1, at least 1
+    one bit: x_hat = a sign(x); start: a = mean|x|; g_x = G where |x/a| <= 1; g_a = sum(G sign(x)) / sqrt(numel Qp)
+
+A tie goes up, also at 1 bit: sign(0) = 1. max(a, 1e-5) is used for a.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.errors import BellboxError
+from bellbox.levels import Levels
+from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.quantizers.straight_through import Learned, Window, straight_through
+from bellbox.recipe import QuantizerSpec, Statistic
+
+FLOOR = 1e-5
+MAX_LEVELS = 128  # with more, the clip at .99 would leave the outermost level unused
+
+
+class SEQ(LearnedQuantizer):
+    """SEQ of one tensor; see `Quantizer` for the arguments."""
+
+    method = "seq"
+    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
+    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
+
+    def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
+        super().__init__(features, spec, rows)
+        self.a = nn.Parameter(torch.ones(()) if rows is None else torch.ones(rows, 1))
+
+    def make_levels(self, n: int, zero_point: float | None) -> Levels:
+        """Symmetric levels, from -a to a."""
+        if n > MAX_LEVELS or zero_point not in (None, -0.5):
+            raise BellboxError(f"seq has 2 to {MAX_LEVELS} levels, symmetric about zero (zero_point -0.5)")
+        return Levels.uniform(n, -0.5, 2 / n)
+
+    @property
+    def step(self) -> float:
+        """What one level is worth, in units of a."""
+        return 2.0 if self.levels.n == 2 else 2 / self.levels.n
+
+    def set_from(self, x: Tensor) -> None:
+        """See the module."""
+        per_row = x.abs() if self.rows is not None else x.abs().reshape(1, -1)
+        start = per_row.mean(-1, keepdim=True) if self.levels.n == 2 else per_row.amax(-1, keepdim=True)
+        self.a.copy_(start.reshape(self.a.shape).clamp(min=FLOOR))
+
+    def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
+        """See `Quantizer.fake_quantize`."""
+        n, a = self.levels.n, self.a.clamp(min=FLOOR)
+        gain = 1 / math.sqrt(max(1, rows.numel()) * max(1.0, n / 2 - 1))
+        if n == 2:
+            window, learned = Window(-1, 1), Learned(gain, subtract=False)
+        else:
+            window = Window(-0.99, 0.99)
+            learned = Learned(gain, edge=1.0 if n % 2 else 1 - 1 / n)
+        unit = a * self.step
+        return straight_through(rows, norm, unit, self.levels, self.block, dtype, window, a, learned)
+
+    def rsigma(self) -> Tensor:
+        """1/a."""
+        return 1 / self.a.detach().clamp(min=FLOOR)
+
+    def scale(self) -> Tensor:
+        """The step, fp32."""
+        return self.a.detach().clamp(min=FLOOR).to(torch.float32) * self.step

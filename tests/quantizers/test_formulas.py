@@ -1,0 +1,282 @@
+"""Every method but BBQ against its definition, written out in float64 with explicit gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from bellbox.quantizers import Quantizer, build_quantizer
+from bellbox.quantizers.kmeans import KMeans
+from bellbox.recipe import QuantizerSpec
+
+ROWS, FEATURES, BLOCK = 6, 128, 32
+BOUND = {torch.float64: 1e-6, torch.float32: 3e-5}  # thresholds and steps are fp32 numbers even in fp64
+
+
+class Expected(NamedTuple):
+    """Value, gradient to the input and to named parameters."""
+
+    x_hat: Tensor
+    g_x: Tensor
+    parameters: dict[str, Tensor]
+
+
+def data(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(ROWS, FEATURES, generator=generator, dtype=torch.float64)
+    return x * torch.linspace(0.3, 2, ROWS, dtype=torch.float64)[:, None]
+
+
+def half_up(x: Tensor) -> Tensor:
+    return torch.floor(x + 0.5)
+
+
+def hadamard(block: int) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < block:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return torch.block_diag(*[matrix / math.sqrt(block)] * (FEATURES // block))
+
+
+def quest(x: Tensor, g: Tensor, n: int, clip: float, rule: str) -> Expected:
+    turned = x @ hadamard(BLOCK)
+    s = turned.square().mean(-1, keepdim=True).sqrt()
+    c = clip * s
+    step = 2 * c / (n - 1)
+    if n % 2:
+        x_hat = step * half_up(turned.clamp(-c, c) / step)
+    else:
+        x_hat = step * half_up(turned.clamp(-c, c) / step + 0.5 - 1e-12) - step / 2
+    passes = (x_hat - turned).abs() <= s * clip / (n - 1) if rule == "trust" else turned.abs() <= 1.3 * c
+    return Expected(x_hat, (g * passes) @ hadamard(BLOCK).T, {})
+
+
+def lsq(
+    x: Tensor, g: Tensor, n: int, a: Tensor, low: float, high: float, shift: float, largest: float
+) -> Expected:
+    inside = (x / a - shift >= low) & (x / a - shift <= high)
+    q = half_up((x / a - shift).clamp(low, high)) + shift
+    g_a = (g * torch.where(inside, q - x / a, q)).sum() / math.sqrt(x.numel() * largest)
+    return Expected(a * q, g * inside, {"a": g_a})
+
+
+def nearest(x: Tensor, g: Tensor, table: Tensor, scale: Tensor) -> Expected:
+    distance = (x / scale)[..., None] - table
+    return Expected(scale * table[distance.abs().argmin(-1)], g, {})
+
+
+def absmax(x: Tensor) -> Tensor:
+    return x.abs().amax(-1, keepdim=True)
+
+
+def seq(x: Tensor, g: Tensor, n: int, a: Tensor) -> Expected:
+    def total(t: Tensor) -> Tensor:
+        return (t.sum(-1, keepdim=True) if a.dim() else t.sum()) / math.sqrt(x.numel() * max(1, n / 2 - 1))
+
+    if n == 2:
+        sign = torch.where(x >= 0, 1.0, -1.0).double()
+        return Expected(a * sign, g * ((x / a).abs() <= 1), {"a": total(g * sign)})
+    m, d = n / 2, 0.5 * (n % 2 == 0)
+    q = (half_up((x / a).clamp(-0.99, 0.99) * m - d) + d) / m
+    inside = (x / a).abs() <= 0.99
+    g_a = total(g * torch.where(inside, q - x / a, x.sign() * (m - d) / m))
+    return Expected(a * q, g * inside, {"a": g_a})
+
+
+def n2uq_weight(x: Tensor, g: Tensor, n: int, released: bool) -> Expected:
+    scale = (n - 1) / (n / 2) * x.abs().mean(-1, keepdim=True)
+    m = (n - 1) / 2
+    x_hat = scale * (half_up(((x / scale).clamp(-1, 1) + 1) * m) / m - 1)
+    passes = (x / scale).abs() <= 1
+    return Expected(x_hat, g * passes / (scale if released else 1), {})
+
+
+def n2uq_input(x: Tensor, g: Tensor, n: int, q: Quantizer) -> Expected:
+    leaves = {name: getattr(q, name).detach().double().requires_grad_() for name in ("beta", "a", "s1", "s2")}
+    beta, a, s1, s2 = leaves.values()
+    leaf = x.clone().requires_grad_()
+    v, N = leaf * s1, n - 1
+    soft, hard, begin = torch.zeros_like(v), torch.zeros_like(v), beta
+    for i in range(N):
+        ramp = 2 / N / a[i] * (v - begin)
+        soft = torch.where((v > begin) & (v <= begin + a[i]), i * 2 / N + ramp, soft)
+        hard = hard + (v.detach() >= begin + a[i] / 2) * (2 / N)
+        begin = begin + a[i]
+    soft = torch.where(v > begin, 2.0, soft)
+    out = s2 * (soft + (hard - soft).detach() - 1)
+    (out * g).sum().backward()
+    assert leaf.grad is not None
+    found = {name: value.grad for name, value in leaves.items() if value.grad is not None}
+    assert len(found) == 4
+    return Expected(out.detach(), leaf.grad, found)
+
+
+CLIP = {2: 0.7978845587, 3: 1.2240089519, 4: 1.4935346200, 8: 2.0510683541, 16: 2.5139305786}
+NF = {
+    4: (-1, 0, 0.43582, 1),
+    8: (-1, -0.53502, -0.24693, 0, 0.18334, 0.38199, 0.62299, 1),
+}
+
+
+def number(q: Quantizer, name: str) -> Tensor:
+    return getattr(q, name).detach().double()
+
+
+def case_quest(n: int, rule: str) -> Callable[[Quantizer, Tensor, Tensor], Expected]:
+    return lambda q, x, g: quest(x, g, n, CLIP[n], rule)
+
+
+def case_lsq(n: int, kind: str) -> Callable[[Quantizer, Tensor, Tensor], Expected]:
+    half = n / 2
+    low, high, shift, largest = {
+        "mid-rise": (-half, half - 1, 0.5, max(1, half - 1)),
+        "classic": (-half, half - 1, 0, max(1, half - 1)),
+        "unsigned": (0, n - 1, 0, n - 1),
+    }[kind]
+    return lambda q, x, g: lsq(x, g, n, number(q, "a"), low, high, shift, largest)
+
+
+def case_nf(n: int) -> Callable[[Quantizer, Tensor, Tensor], Expected]:
+    def expected(q: Quantizer, x: Tensor, g: Tensor) -> Expected:
+        table = torch.tensor(q.table().tolist(), dtype=torch.float64)  # type: ignore[operator]
+        if n in NF:
+            torch.testing.assert_close(table, torch.tensor(NF[n], dtype=torch.float64), rtol=0, atol=6e-6)
+        return nearest(x, g, table, absmax(x))
+
+    return expected
+
+
+def case_kmeans(n: int) -> Callable[[Quantizer, Tensor, Tensor], Expected]:
+    def expected(q: Quantizer, x: Tensor, g: Tensor) -> Expected:
+        groups, ones = x.reshape(-1, 64), g.reshape(-1, 64)
+        scale = groups.abs().mean(-1, keepdim=True) if n <= 4 else absmax(groups)
+        out = nearest(groups, ones, number(q, "centroids"), scale)
+        return Expected(out.x_hat.reshape(x.shape), g, {})
+
+    return expected
+
+
+def case_rtn(n: int) -> Callable[[Quantizer, Tensor, Tensor], Expected]:
+    return lambda q, x, g: nearest(x, g, torch.linspace(-1, 1, n, dtype=torch.float64), absmax(x))
+
+
+def case_mass(q: Quantizer, x: Tensor, g: Tensor) -> Expected:
+    s = x.square().mean(-1, keepdim=True).sqrt()
+    return Expected(1.0908 * s * ((x >= 0.430727 * s).double() - (x < -0.430727 * s).double()), g, {})
+
+
+CASES = [
+    *(
+        ("quest", n, role, {}, case_quest(n, "trust"))
+        for n in (2, 3, 4, 8, 16)
+        for role in ("weight", "input")
+    ),
+    *(("quest", n, "input", {"rule": "clip"}, case_quest(n, "clip")) for n in (2, 4)),
+    *(("lsq", n, role, {}, case_lsq(n, "mid-rise")) for n in (2, 4, 8, 16) for role in ("weight", "input")),
+    *(("lsq", n, "weight", {"classic": True}, case_lsq(n, "classic")) for n in (4, 16)),
+    *(("lsq", n, "input", {"classic": True, "unsigned": True}, case_lsq(n, "unsigned")) for n in (4, 16)),
+    *(("nf", n, role, {}, case_nf(n)) for n in (4, 8, 16) for role in ("weight", "input")),
+    *(("n2uq", n, "weight", {}, lambda q, x, g: n2uq_weight(x, g, q.levels.n, False)) for n in (2, 4, 8, 16)),
+    ("n2uq", 4, "weight", {"released_gradient": True}, lambda q, x, g: n2uq_weight(x, g, 4, True)),
+    *(("n2uq", n, "input", {}, lambda q, x, g: n2uq_input(x, g, q.levels.n, q)) for n in (2, 3, 4, 16)),
+    *(
+        ("seq", n, role, {}, lambda q, x, g: seq(x, g, q.levels.n, number(q, "a")))
+        for n in (2, 3, 4, 8, 16)
+        for role in ("weight", "input")
+    ),
+    *(("kmeans", n, "weight", {}, case_kmeans(n)) for n in (2, 4, 8, 16)),
+    ("ternary_support", 3, "weight", {}, lambda q, x, g: seq(x, g, 3, absmax(x))),
+    ("ternary_support", 3, "input", {}, lambda q, x, g: seq(x, g, 3, absmax(x))),
+    *(("ternary_mass", 3, role, {}, case_mass) for role in ("weight", "input")),
+    *(("rtn", n, role, {}, case_rtn(n)) for n in (2, 4, 16, 255) for role in ("weight", "input")),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("method", "n", "role", "options", "formula"),
+    CASES,
+    ids=[f"{m}-{n}-{role}-{'-'.join(options)}" for m, n, role, options, _ in CASES],
+)
+def test_forward_and_gradients_are_those_of_the_definition(method, n, role, options, formula, dtype):
+    block = BLOCK if method == "quest" else None
+    spec = QuantizerSpec(method, n, block=block, options=options)
+    q = build_quantizer(spec, FEATURES, ROWS if role == "weight" else None, "here").to(dtype)
+    q.initialize(data(seed=1).to(dtype))
+    with torch.no_grad():  # numbers as after some training
+        for parameter in q.parameters():
+            parameter.mul_(torch.linspace(0.5, 0.9, parameter.numel(), dtype=dtype).reshape(parameter.shape))
+    x = data().to(dtype).requires_grad_()
+    g = (
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        .to(dtype)
+        .double()
+    )
+    out = q(x)
+    (out.double() * g).sum().backward()
+    expected = formula(q, x.detach().double(), g)
+    if method.startswith(
+        "ternary_support"
+    ):  # the formula of SEQ, with a range that is not learned and nothing clipped
+        expected = Expected(expected.x_hat, g, {})
+    atol = {"ternary_mass": 1e-4}.get(method, BOUND[dtype])
+    torch.testing.assert_close(out.detach().double(), expected.x_hat, rtol=0, atol=atol)
+    bound = BOUND[dtype]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), expected.g_x, rtol=bound, atol=bound)
+    learned = {name: p for name, p in q.named_parameters() if p.requires_grad}
+    assert set(learned) == set(expected.parameters)
+    for name, parameter in learned.items():
+        assert parameter.grad is not None
+        theirs = expected.parameters[name].reshape(parameter.shape)
+        torch.testing.assert_close(parameter.grad.double(), theirs, rtol=10 * bound, atol=10 * bound)
+
+
+def test_the_first_tensor_sets_the_scales_that_the_papers_start_from():
+    x = data()
+    rms, mean, largest = x.square().mean().sqrt(), x.abs().mean(), x.abs().max()
+    for n, a in ((2, 2 * mean), (4, 2 * mean), (16, 2 * mean / math.sqrt(7))):
+        q = build_quantizer(QuantizerSpec("lsq", n), FEATURES, None, "").double()
+        q(x)
+        torch.testing.assert_close(q.a.detach(), a)
+    for n, a in ((2, x.abs().mean(-1, keepdim=True)), (4, absmax(x))):
+        q = build_quantizer(QuantizerSpec("seq", n), FEATURES, ROWS, "").double()
+        q.initialize(x)
+        torch.testing.assert_close(q.a.detach(), a)
+        q = build_quantizer(QuantizerSpec("seq", n), FEATURES, None, "").double()
+        q(x)
+        torch.testing.assert_close(q.a.detach(), mean if n == 2 else largest)
+    q = build_quantizer(QuantizerSpec("n2uq", 4), FEATURES, None, "").double()
+    q(x)
+    torch.testing.assert_close(q.a.detach(), (4 * rms / 3).expand(3))
+    assert [p.item() for p in (q.beta, q.s1, q.s2)] == pytest.approx([-2 * rms.item(), 1, 2 * rms.item()])
+    assert q.levels.thresholds == pytest.approx([float(t * rms) for t in (-4 / 3, 0, 4 / 3)], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "centroids", "error"),
+    [(2, (1.0,), 0.358), (4, (0.57, 1.88), 0.116), (8, (), 0.0316), (16, (), 0.0076)],
+)
+def test_kmeans_finds_the_expected_centroids_of_gaussian_weights(n, centroids, error):
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    q = build_quantizer(QuantizerSpec("kmeans", n), 1024, 512, "")
+    assert isinstance(q, KMeans)
+    q.initialize(weight)
+    if centroids:
+        assert q.centroids[n // 2 :].tolist() == pytest.approx(centroids, abs=0.01)
+    assert float((q(weight) - weight).square().mean()) == pytest.approx(error, rel=0.01)
+    again = build_quantizer(QuantizerSpec("kmeans", n), 1024, 512, "")
+    again.initialize(weight)
+    assert torch.equal(again.centroids, q.centroids)  # type: ignore[arg-type]
+
+
+def test_kmeans_takes_weights_with_fewer_different_values_than_levels():
+    for weight in (torch.zeros(4, 64), torch.ones(4, 64), torch.tensor([1.0, -1.0]).repeat(4, 32)):
+        q = build_quantizer(QuantizerSpec("kmeans", 8), 64, 4, "")
+        q.initialize(weight)
+        torch.testing.assert_close(q(weight), weight)
