@@ -9,12 +9,16 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -65,26 +69,51 @@ void share(int64_t count, int threads, const F& f) {
     }
 }
 
+// Memory for weights: on huge pages where it fills some. Reading it at a stretch is then twice as fast: no page walks,
+// and the hardware's own fetching does not stop at every 4 KB.
+Aligned<uint8_t> weight_memory(size_t bytes) {
+#ifdef __linux__
+    constexpr size_t kHugePage = size_t{1} << 21;
+    if (bytes >= kHugePage) {
+        void* p = std::aligned_alloc(kHugePage, (bytes + 63) / 64 * 64);
+        if (p == nullptr) throw std::bad_alloc();
+        madvise(p, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish: refused, the memory serves as it is
+        return Aligned<uint8_t>(static_cast<uint8_t*>(p));
+    }
+#endif
+    return aligned<uint8_t>(bytes);
+}
+
 // A weight matrix in the machine's layout, with its scales.
 class PackedWeights {
   public:
     PackedWeights(uintptr_t codes, int64_t ldc, int32_t bits, int64_t n, int64_t k, int32_t multiplier, int32_t shift,
                   uintptr_t scale, uintptr_t bias)
-        : data_(aligned<uint8_t>(packed_size(bits, n, k))), scale_(at<float>(scale), at<float>(scale) + n) {
+        : data_(weight_memory(packed_size(bits, n, k))), scale_(at<float>(scale), at<float>(scale) + n) {
         if (bias != 0) bias_.assign(at<float>(bias), at<float>(bias) + n);
         pack(at<uint8_t>(codes), ldc, bits, n, k, data_.get());
-        view_ = Weights{data_.get(), bits, n, k, multiplier, shift, scale_.data(), bias != 0 ? bias_.data() : nullptr};
+        if (bits == 1) {
+            code_sums_.reserve(static_cast<size_t>(n));
+            for (const uint8_t* row = at<uint8_t>(codes); code_sums_.size() < static_cast<size_t>(n); row += ldc)
+                code_sums_.push_back(std::accumulate(row, row + k, int32_t{0}));
+        }
+        view_ = Weights{data_.get(),   bits,
+                        n,             k,
+                        multiplier,    shift,
+                        scale_.data(), bias != 0 ? bias_.data() : nullptr,
+                        bits == 1 ? code_sums_.data() : nullptr};
     }
     const Weights& view() const { return view_; }
     int64_t n() const { return view_.n; }
     int64_t k() const { return view_.k; }
     size_t nbytes() const {
-        return packed_size(view_.bits, view_.n, view_.k) + (scale_.size() + bias_.size()) * sizeof(float);
+        return packed_size(view_.bits, view_.n, view_.k) + (scale_.size() + bias_.size() + code_sums_.size()) * 4;
     }
 
   private:
     Aligned<uint8_t> data_;
     std::vector<float> scale_, bias_;
+    std::vector<int32_t> code_sums_;
     Weights view_{};
 };
 
@@ -107,6 +136,8 @@ struct Coding {
     }
 };
 
+int64_t tiles_of(const PackedWeights& w) { return (w.n() + 15) / 16; }
+
 // Work below which a second thread costs more than it gives.
 constexpr int64_t kEncodeGrain = 1 << 13;   // elements
 constexpr int64_t kLinearGrain = 1 << 19;   // multiply-adds: 1 to 4 microseconds
@@ -117,19 +148,6 @@ void run_encode(const EncodeArgs& a, int threads) {
           [&](int64_t begin, int64_t end) { kernels().encode(a, begin, end); });
 }
 
-void run_linear(const LinearArgs& a, int threads) {
-    const int64_t tiles = (a.weights->n + 15) / 16;
-    const int64_t useful = std::max<int64_t>(1, a.m * a.weights->n * a.weights->k / kLinearGrain);
-    const int team = static_cast<int>(std::min<int64_t>(threads, useful));
-    if (a.m >= 64 * team) {  // many rows: each thread reads all weights for its own rows
-        share((a.m + 5) / 6, team, [&](int64_t begin, int64_t end) {
-            kernels().linear(a, 6 * begin, std::min(6 * end, a.m), 0, tiles);
-        });
-    } else {                 // few rows: each thread reads its own weights
-        share(tiles, team, [&](int64_t begin, int64_t end) { kernels().linear(a, 0, a.m, begin, end); });
-    }
-}
-
 void encode(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const Coding& coding, uintptr_t levels,
             int64_t ldl, uintptr_t sums, uintptr_t marks, int threads) {
     EncodeArgs a = coding.of(x, x_type, rows, k, ldx);
@@ -138,38 +156,96 @@ void encode(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const
     run_encode(a, threads);
 }
 
+// Memory of a thread for the levels of some rows.
+struct Levels {
+    std::vector<int8_t> storage;
+    std::vector<int32_t> sums;
+    std::vector<float> marks;
+    void attach(EncodeArgs& a) {
+        const size_t bytes = static_cast<size_t>(a.rows * a.ldl) + 64, rows = static_cast<size_t>(a.rows);
+        if (storage.size() < bytes) storage.resize(bytes);
+        if (sums.size() < rows) sums.resize(rows), marks.resize(rows);
+        a.levels = at<int8_t>((reinterpret_cast<uintptr_t>(storage.data()) + 63) / 64 * 64);
+        a.sums = sums.data(), a.marks = marks.data();
+    }
+};
+thread_local Levels levels_of_thread;
+
+// One input and the weight matrices that it is multiplied with.
+struct Job {
+    EncodeArgs a;
+    const std::vector<const PackedWeights*>& weights;
+    const std::vector<float>& act_scales;
+    const std::vector<uintptr_t>& outs;
+    Type out_type;
+
+    EncodeArgs rows(int64_t begin, int64_t end) const {
+        EncodeArgs some = a;
+        some.x = static_cast<const char*>(a.x) + begin * a.ldx * (a.x_type == Type::f32 ? 4 : 2);
+        some.rows = end - begin;
+        return some;
+    }
+    // The product of coded rows, which begin at `row` of the input, with matrix i.
+    LinearArgs product(const EncodeArgs& coded, int64_t row, size_t i) const {
+        const Weights& w = weights[i]->view();
+        LinearArgs p{};
+        p.weights = &w, p.levels = coded.levels, p.ldl = coded.ldl, p.sums = coded.sums, p.marks = coded.marks;
+        p.act_n = a.n, p.act_multiplier = a.multiplier, p.act_shift = a.shift;
+        p.m = coded.rows, p.act_scale = act_scales[i], p.out_type = out_type, p.ldo = w.n;
+        p.out = at<char>(outs[i]) + row * w.n * (out_type == Type::f32 ? 4 : 2);
+        return p;
+    }
+};
+
+// Many rows: each thread codes and multiplies its own, in slabs whose codes (1 MB at most) stay in its cache between
+// quantizer and product; each slab reads all weights.
+void linear_by_rows(const Job& job, int team) {
+    share((job.a.rows + 5) / 6, team, [&](int64_t first, int64_t last) {
+        const int64_t begin = 6 * first, end = std::min(6 * last, job.a.rows), rows = end - begin;
+        const int64_t room = std::max<int64_t>(96, (int64_t{1} << 20) / std::max<int64_t>(job.a.ldl, 1));
+        const int64_t slabs = (rows + room - 1) / room, slab = ((rows + slabs - 1) / slabs + 5) / 6 * 6;
+        for (int64_t row = begin; row < end; row += slab) {
+            EncodeArgs some = job.rows(row, std::min(row + slab, end));
+            levels_of_thread.attach(some);
+            kernels().encode(some, 0, some.rows);
+            for (size_t i = 0; i < job.weights.size(); ++i)
+                kernels().linear(job.product(some, row, i), 0, some.rows, 0, tiles_of(*job.weights[i]));
+        }
+    });
+}
+
+// Few rows: coded once, and each thread reads its own weights, of all matrices in one parallel region.
+void linear_by_outputs(const Job& job, int team, int threads) {
+    EncodeArgs all = job.a;
+    levels_of_thread.attach(all);
+    run_encode(all, threads);
+    int64_t total = 0;
+    for (const PackedWeights* w : job.weights) total += tiles_of(*w);
+    share(total, team, [&](int64_t begin, int64_t end) {
+        for (size_t i = 0; i < job.weights.size(); ++i) {
+            const int64_t tiles = tiles_of(*job.weights[i]);
+            const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, tiles);
+            if (from < to) kernels().linear(job.product(all, 0, i), 0, all.rows, from, to);
+            begin -= tiles, end -= tiles;
+        }
+    });
+}
+
 // Rotation, codes, product and epilogue of one input with one or several weight matrices.
 void linear(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const Coding& coding,
             const std::vector<const PackedWeights*>& weights, const std::vector<float>& act_scales,
             const std::vector<uintptr_t>& outs, int out_type, int threads) {
-    EncodeArgs a = coding.of(x, x_type, rows, k, ldx);
     nb::gil_scoped_release release;
-    a.ldl = (k + 63) / 64 * 64;
-    // Rows are worked on in slabs of even size whose codes stay in the caches between quantizer and product (1 MB a
-    // thread); each slab reads all weights.
-    const int64_t room = std::max<int64_t>(96, std::max(threads, 1) * (int64_t{1} << 20) / std::max<int64_t>(a.ldl, 1));
-    const int64_t slabs = std::max<int64_t>(1, (rows + room - 1) / room), slab = ((rows + slabs - 1) / slabs + 5) / 6 * 6;
-    const int64_t size = std::min(rows, slab);
-    thread_local std::vector<int8_t> storage;
-    thread_local std::vector<int32_t> sums;
-    thread_local std::vector<float> marks;
-    if (storage.size() < static_cast<size_t>(size * a.ldl) + 64) storage.resize(static_cast<size_t>(size * a.ldl) + 64);
-    if (sums.size() < static_cast<size_t>(size)) sums.resize(static_cast<size_t>(size)), marks.resize(static_cast<size_t>(size));
-    a.levels = at<int8_t>((reinterpret_cast<uintptr_t>(storage.data()) + 63) / 64 * 64);
-    a.sums = sums.data(), a.marks = marks.data();
-    const size_t x_size = a.x_type == Type::f32 ? 4 : 2, out_size = out_type == 0 ? 4 : 2;
-    for (int64_t row = 0; row < rows; row += slab) {
-        a.x = at<char>(x) + static_cast<size_t>(row * ldx) * x_size;
-        a.rows = std::min(slab, rows - row);
-        run_encode(a, threads);
-        for (size_t i = 0; i < weights.size(); ++i) {
-            const Weights& w = weights[i]->view();
-            run_linear(LinearArgs{&w, a.levels, a.ldl, a.sums, a.marks, a.rows, act_scales[i],
-                                  at<char>(outs[i]) + static_cast<size_t>(row * w.n) * out_size,
-                                  static_cast<Type>(out_type), w.n},
-                       threads);
-        }
-    }
+    Job job{coding.of(x, x_type, rows, k, ldx), weights, act_scales, outs, static_cast<Type>(out_type)};
+    job.a.ldl = (k + 63) / 64 * 64;
+    if (rows == 0) return;
+    int64_t products = 0;
+    for (const PackedWeights* w : weights) products += rows * w->n() * k;
+    const int team = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, products / kLinearGrain)));
+    if (rows >= 64 * team)
+        linear_by_rows(job, team);
+    else
+        linear_by_outputs(job, team, threads);
 }
 
 void rotate(uintptr_t x, int x_type, int64_t rows, int64_t k, int block, float factor, uintptr_t out, int out_type,

@@ -56,13 +56,15 @@ struct Weights {
     int32_t shift;
     const float* scale;        // [n], what one integer is worth
     const float* bias;         // [n] or null
+    const int32_t* code_sums;  // [n]: sum of the codes of a row; only for 1 bit, else null
 };
 
 // out[m, n] = float(sum_k levels * weight) * (scale[n] * act_scale) * marks[m] + bias[n]
 struct LinearArgs {
     const Weights* weights;
-    const int8_t* levels;      // from EncodeArgs
+    const int8_t* levels;      // from EncodeArgs, like all that follows up to marks
     int64_t ldl;
+    int32_t act_n, act_multiplier, act_shift;
     const int32_t* sums;
     const float* marks;
     int64_t m;

@@ -3,16 +3,18 @@
 // One vpdpbusd multiplies a vector of weight codes (16 outputs x 4 inputs, unsigned) by four activation levels that
 // are broadcast to all outputs, so there are no horizontal sums. Three loops over the same layout:
 //
-//   one     one row: weights are read once and stay packed. A bit field is masked where it stands, not shifted: field
+//   few     one or two rows: weights are read once and stay packed. A bit field is masked where it stands, not shifted: field
 //           f then counts 2^(width f) times, in an accumulator of its own, and the exact multiple is shifted out once
-//           at the end. Two operations for 64 products. Floor: reading the weights (4 to 2 bits), vpdpbusd (1 bit).
+//           at the end. Two operations for 64 products. Tile by tile the weights come as one stream, which the
+//           hardware fetches ahead by itself: on huge pages that reaches the read bandwidth, and fetching by
+//           instruction, or two tiles at a time, costs a fifth and more (Zen 4). Floor: reading the weights.
 //   some    up to 64 rows: fields are shifted down in registers and multiplied with up to 8 rows at once; chunks of
 //           rows take turns over packed weights that stay in the cache. Floor: vpdpbusd.
 //   many    codes of 64 outputs x 512 inputs are unpacked once to 32 KB and serve all rows, 6 rows x 64 outputs = 24
 //           accumulators at a time. Floor: vpdpbusd, two a cycle on most processors. (On Zen 5 `some` is as fast for
 //           any number of rows: unpacking runs beside the products. Where both share two ports it is not.)
 //
-// Sums: |level| <= 127 and code <= 15 stay within 2^31 up to k = 2^20; `one` holds multiples up to 255 and is left to
+// Sums: |level| <= 127 and code <= 15 stay within 2^31 up to k = 2^20; `few` holds multiples up to 255 and is left to
 // k <= 2^16 (2^16 * 127 * 255 < 2^31).
 #pragma once
 
@@ -28,17 +30,16 @@ namespace {
 namespace avx512 {
 namespace product {
 
-constexpr int64_t kOneColumns = 1 << 16;  // k up to which `one` cannot overflow
+constexpr int64_t kFewColumns = 1 << 16;  // k up to which `few` cannot overflow
+constexpr int64_t kFewRows = 2;           // more need more registers than there are: fields * rows sums
 constexpr int64_t kSomeRows = 64;
+constexpr int kPlainRows = 4;              // rows up to which the hardware fetches better alone (measured)
 
 
-// Bytes of packed weights fetched ahead of use, and outputs / 16 that share the broadcasts for one row: measured from
-// DRAM and from L3. The fewer the bits, the more broadcasts to a byte and the shorter the runs of bytes.
+// Bytes of packed weights that `some` fetches ahead of use: measured from DRAM and from L3. The fewer the bits, the
+// more products to a byte.
 template <int BITS>
 constexpr int kAhead = BITS == 1 ? 8192 : BITS == 3 ? 4096 : 2048;
-template <int BITS>
-constexpr int kOneTiles = BITS == 4 ? 1 : 2;
-
 
 // An address alone: it may lie past the end.
 BELLBOX_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
@@ -145,63 +146,47 @@ struct Epilogue {
     }
 };
 
-// ----------------------------------------------------------------------------------------------------------- one row
+// ----------------------------------------------------------------------------------------------------------- few rows
 
-template <int BITS, int TILES>
-void one(const LinearArgs& a, int64_t row, int64_t tile_begin, int64_t tile_end) {
+template <int BITS, int ROWS>
+void few(const LinearArgs& a, int64_t row, int64_t tile) {
     using L = Layout<BITS>;
     constexpr int places = BITS == 3 ? 3 : L::fields;
-    // Enough chains of additions to cover the latency of vpdpbusd.
-    constexpr int wanted = 8 / (places * TILES), split = wanted > 2 ? 4 : wanted > 1 ? 2 : 1;
-    const Weights& w = *a.weights;
-    const int64_t blocks = (w.k + 63) / 64, tile_bytes = blocks * L::bytes;
+    constexpr int split = ROWS * places > 4 ? 1 : 8 / (ROWS * places);  // chains to cover the latency of vpdpbusd
+    const int64_t blocks = (a.weights->k + 63) / 64;
     const int8_t* levels = a.levels + row * a.ldl;
-    for (int64_t tile = tile_begin; tile < tile_end; tile += TILES) {
-        // The last tiles of an odd range overlap with the ones before: computed twice, written twice, the same.
-        const int64_t first = smaller(tile, tile_end - TILES);
-        const uint8_t* data = w.data + first * tile_bytes;
-        __m512i acc[TILES][places][split];
-        for (auto& t : acc)
-            for (auto& f : t)
-                for (auto& s : f) s = _mm512_setzero_si512();
-        for (int64_t b = 0; b < blocks; ++b) {
-            const uint8_t* block = data + b * L::bytes;
-            // Each tile is fetched ahead; past its end lies what is read in the next round.
-            const int64_t past = b * L::bytes + kAhead<BITS> < tile_bytes ? 0 : (TILES - 1) * tile_bytes;
+    const uint8_t* block = a.weights->data + tile * blocks * L::bytes;
+    __m512i acc[ROWS][places][split];
+    for (auto& r : acc)
+        for (auto& f : r)
+            for (auto& s : f) s = _mm512_setzero_si512();
+    for (int64_t b = 0; b < blocks; ++b, block += L::bytes, levels += 64) {
+        BELLBOX_UNROLL
+        for (int j = 0; j < L::vectors; ++j) {
+            const Packed p = load_packed<BITS>(block, j);
             BELLBOX_UNROLL
-            for (int t = 0; t < TILES; ++t) {
+            for (int f = 0; f < L::fields; ++f) {
+                const __m512i code = codes_in_place<BITS>(p, f, j);
                 BELLBOX_UNROLL
-                for (int line = 0; line < L::bytes; line += 64)
-                    prefetch(block + t * tile_bytes + kAhead<BITS> + past + line);
-            }
-            BELLBOX_UNROLL
-            for (int j = 0; j < L::vectors; ++j) {
-                Packed p[TILES];
-                BELLBOX_UNROLL
-                for (int t = 0; t < TILES; ++t) p[t] = load_packed<BITS>(block + t * tile_bytes, j);
-                BELLBOX_UNROLL
-                for (int f = 0; f < L::fields; ++f) {
-                    const __m512i x = broadcast4(levels + 64 * b + 4 * (f * L::vectors + j));
-                    BELLBOX_UNROLL
-                    for (int t = 0; t < TILES; ++t) {
-                        __m512i& sum = acc[t][BITS == 3 && f == 3 ? 2 : f][j % split];
-                        sum = _mm512_dpbusd_epi32(sum, codes_in_place<BITS>(p[t], f, j), x);
-                    }
+                for (int r = 0; r < ROWS; ++r) {
+                    __m512i& sum = acc[r][BITS == 3 && f == 3 ? 2 : f][j % split];
+                    sum = _mm512_dpbusd_epi32(sum, code, broadcast4(levels + r * a.ldl + 4 * (f * L::vectors + j)));
                 }
             }
         }
+    }
+    const Epilogue epilogue(a, tile);
+    BELLBOX_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+        __m512i total = _mm512_setzero_si512();
         BELLBOX_UNROLL
-        for (int t = 0; t < TILES; ++t) {
-            __m512i total = _mm512_setzero_si512();
+        for (int f = 0; f < places; ++f) {
+            __m512i sum = acc[r][f][0];
             BELLBOX_UNROLL
-            for (int f = 0; f < places; ++f) {
-                __m512i sum = acc[t][f][0];
-                BELLBOX_UNROLL
-                for (int s = 1; s < split; ++s) sum = _mm512_add_epi32(sum, acc[t][f][s]);
-                total = _mm512_add_epi32(total, _mm512_srai_epi32(sum, static_cast<unsigned>(place<BITS>(f))));
-            }
-            Epilogue(a, first + t)(a, row, total);
+            for (int s = 1; s < split; ++s) sum = _mm512_add_epi32(sum, acc[r][f][s]);
+            total = _mm512_add_epi32(total, _mm512_srai_epi32(sum, static_cast<unsigned>(place<BITS>(f))));
         }
+        epilogue(a, row + r, total);
     }
 }
 
@@ -221,7 +206,7 @@ void some(const LinearArgs& a, int64_t row, int64_t first) {
         const uint8_t* block = data + b * L::bytes;
         const int64_t past = b * L::bytes + kAhead<BITS> < tile_bytes ? 0 : (TILES - 1) * tile_bytes;
         BELLBOX_UNROLL
-        for (int t = 0; t < TILES; ++t) {
+        for (int t = 0; ROWS > kPlainRows && t < TILES; ++t) {
             BELLBOX_UNROLL
             for (int line = 0; line < L::bytes; line += 64)
                 prefetch(block + t * tile_bytes + kAhead<BITS> + past + line);
@@ -381,7 +366,7 @@ void many(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begi
 // Few rows go with more tiles, to have enough chains of additions.
 template <int BITS, int ROWS>
 void some_tiles(const LinearArgs& a, int64_t row, int64_t tile_begin, int64_t tile_end) {
-    constexpr int tiles = ROWS <= 4 ? 4 : 2;
+    constexpr int tiles = ROWS <= kPlainRows ? 4 : 2;
     int64_t tile = tile_begin;
     for (; tile + tiles <= tile_end; tile += tiles) some<BITS, ROWS, tiles>(a, row, tile);
     for (; tile < tile_end; ++tile) some<BITS, ROWS, 1>(a, row, tile);
@@ -408,25 +393,20 @@ void some_rows(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile
 
 template <int BITS>
 void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
-    const int64_t rows = m_end - m_begin, tiles = tile_end - tile_begin;
-    if (rows <= 0 || tiles <= 0) return;
+    const int64_t rows = m_end - m_begin;
+    if (rows <= 0 || tile_begin >= tile_end) return;
     if (rows > kSomeRows) return many<BITS>(a, m_begin, m_end, tile_begin, tile_end);
-    if (rows > 1 || a.weights->k > kOneColumns) return some_rows<BITS>(a, m_begin, m_end, tile_begin, tile_end);
-    if (tiles >= kOneTiles<BITS>) return one<BITS, kOneTiles<BITS>>(a, m_begin, tile_begin, tile_end);
-    one<BITS, 1>(a, m_begin, tile_begin, tile_end);
-}
-
-}  // namespace product
-
-inline void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
-    switch (a.weights->bits) {
-        case 1: return product::linear<1>(a, m_begin, m_end, tile_begin, tile_end);
-        case 2: return product::linear<2>(a, m_begin, m_end, tile_begin, tile_end);
-        case 3: return product::linear<3>(a, m_begin, m_end, tile_begin, tile_end);
-        default: return product::linear<4>(a, m_begin, m_end, tile_begin, tile_end);
+    if (rows > kFewRows || a.weights->k > kFewColumns)
+        return some_rows<BITS>(a, m_begin, m_end, tile_begin, tile_end);
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+        if (rows == 1)
+            few<BITS, 1>(a, m_begin, tile);
+        else
+            few<BITS, 2>(a, m_begin, tile);
     }
 }
 
+}  // namespace product
 }  // namespace avx512
 }  // namespace
 }  // namespace bellbox

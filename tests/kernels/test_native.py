@@ -196,6 +196,34 @@ def test_a_packed_layer_gives_the_bits_of_the_reference(
             assert same(packed(x), expected), name
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 7, 63, 300])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (64, 64), (130, 33), (257, 100), (640, 17)])
+def test_one_bit_times_one_bit_gives_the_bits_of_the_reference(isa, rows, inputs, outputs):
+    model, packed = packed_layer(inputs, outputs, 2, 2, "token")
+    x = torch.randn(rows, inputs)
+    with torch.no_grad():
+        assert same(packed(x), model(x))
+
+
+def test_siblings_of_different_widths_share_one_call_on_two_threads(isa):
+    levels = Levels.gaussian(4)
+    coding = native.Coding(levels, 64, "rms")
+    codes = [torch.randint(0, 4, (n, 192), dtype=torch.uint8) for n in (700, 5, 330)]
+    weights = [native.Weights(c, levels, torch.ones(len(c)), None) for c in codes]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for rows in (1, 3, 60, 127, 128, 301):
+            x = torch.randn(rows, 192)
+            integers = native.encode(x, levels, 64, "rms")[0].float()
+            for c, y in zip(
+                codes, native.linear(x, weights, [1.0, 1.0, 1.0], coding, torch.float32), strict=True
+            ):
+                assert torch.equal(y, integers @ levels.decode_int8(c).float().t())
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("zero_point", [-30.5, -10.5, -2.5, 1, 7.5, 26])
 @pytest.mark.parametrize("n", [2, 3, 4, 8, 16])
 def test_a_shifted_grid_gives_the_bits_of_the_reference(isa, n, zero_point):
