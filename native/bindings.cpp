@@ -14,8 +14,10 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -87,21 +89,22 @@ Aligned<uint8_t> weight_memory(size_t bytes) {
 // A weight matrix in the machine's layout, with its scales.
 class PackedWeights {
   public:
-    PackedWeights(uintptr_t codes, int64_t ldc, int32_t bits, int64_t n, int64_t k, int32_t multiplier, int32_t shift,
-                  uintptr_t scale, uintptr_t bias)
+    PackedWeights(int32_t bits, int64_t n, int64_t k, int32_t multiplier, int32_t shift, uintptr_t scale, uintptr_t bias)
         : data_(weight_memory(packed_size(bits, n, k))), scale_(at<float>(scale), at<float>(scale) + n) {
         if (bias != 0) bias_.assign(at<float>(bias), at<float>(bias) + n);
-        pack(at<uint8_t>(codes), ldc, bits, n, k, data_.get());
-        if (bits == 1) {
-            code_sums_.reserve(static_cast<size_t>(n));
-            for (const uint8_t* row = at<uint8_t>(codes); code_sums_.size() < static_cast<size_t>(n); row += ldc)
-                code_sums_.push_back(std::accumulate(row, row + k, int32_t{0}));
-        }
+        if (bits == 1) code_sums_.resize(static_cast<size_t>(n));
         view_ = Weights{data_.get(),   bits,
                         n,             k,
                         multiplier,    shift,
                         scale_.data(), bias != 0 ? bias_.data() : nullptr,
                         bits == 1 ? code_sums_.data() : nullptr};
+    }
+    // Codes of some rows, the first a multiple of 16: a whole matrix of bytes need never exist at once.
+    void fill(uintptr_t codes, int64_t ldc, int64_t first, int64_t rows) {
+        pack(at<uint8_t>(codes), ldc, view_.bits, rows, view_.k, data_.get() + packed_size(view_.bits, first, view_.k));
+        for (int64_t i = 0; view_.bits == 1 && i < rows; ++i)
+            code_sums_[static_cast<size_t>(first + i)] =
+                std::accumulate(at<uint8_t>(codes) + i * ldc, at<uint8_t>(codes) + i * ldc + view_.k, int32_t{0});
     }
     const Weights& view() const { return view_; }
     int64_t n() const { return view_.n; }
@@ -138,9 +141,25 @@ struct Coding {
 
 int64_t tiles_of(const PackedWeights& w) { return (w.n() + 15) / 16; }
 
+// The nearest of -2047..2047 (ties to even) with the largest magnitude at 2047; returns what one of them is worth.
+float row_to_int16(const float* x, int64_t k, int16_t* out) {
+    float largest = 0.0f;
+    bool finite = true;
+    for (int64_t i = 0; i < k; ++i) {
+        const float size = std::fabs(x[i]);
+        largest = std::max(largest, size);
+        finite &= size <= std::numeric_limits<float>::max();
+    }
+    const bool usable = finite && largest >= 1e-30f;
+    const float factor = usable ? 2047.0f / largest : 0.0f;
+    for (int64_t i = 0; i < k; ++i) out[i] = usable ? static_cast<int16_t>(std::nearbyint(x[i] * factor)) : int16_t{0};
+    return finite ? (usable ? largest / 2047.0f : 0.0f) : std::numeric_limits<float>::quiet_NaN();
+}
+
 // Work below which a second thread costs more than it gives.
 constexpr int64_t kEncodeGrain = 1 << 13;   // elements
 constexpr int64_t kLinearGrain = 1 << 19;   // multiply-adds: 1 to 4 microseconds
+constexpr int64_t kAttendGrain = 1 << 16;   // numbers of a cache's keys
 
 void run_encode(const EncodeArgs& a, int threads) {
     const int64_t useful = std::max<int64_t>(1, a.rows * a.k / kEncodeGrain);
@@ -248,6 +267,42 @@ void linear(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const
         linear_by_outputs(job, team, threads);
 }
 
+void rms_norm(uintptr_t x, uintptr_t weight, int64_t rows, int64_t k, double eps, uintptr_t out, int threads) {
+    const RmsNormArgs a{at<float>(x), at<float>(weight), rows, k, eps, at<float>(out)};
+    const int64_t useful = std::max<int64_t>(1, rows * k / kEncodeGrain);
+    nb::gil_scoped_release release;
+    share(rows, static_cast<int>(std::min<int64_t>(threads, useful)),
+          [&](int64_t begin, int64_t end) { kernels().rms_norm(a, begin, end); });
+}
+
+void attend(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t cosine, uintptr_t sine, uintptr_t keys,
+            uintptr_t values, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t room, int64_t start,
+            uintptr_t out, int threads) {
+    const AttendArgs a{at<float>(query),  at<float>(key), at<float>(value), at<float>(cosine), at<float>(sine),
+                       at<float>(keys),   at<float>(values), batch, heads, kv_heads, head_dim, room, start,
+                       at<float>(out)};
+    const int64_t useful = std::max<int64_t>(1, batch * heads * head_dim * start / kAttendGrain);
+    nb::gil_scoped_release release;
+    share(batch * kv_heads, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
+        thread_local std::vector<float> scratch;
+        if (scratch.size() < static_cast<size_t>(head_dim + start + 1)) scratch.resize(static_cast<size_t>(head_dim + 2 * start + 1));
+        kernels().attend(a, begin, end, scratch.data());
+    });
+}
+
+// Each row of x becomes 12-bit integers by its largest magnitude first; a row with NaN or infinity gives NaN.
+void int8_linear(uintptr_t x, uintptr_t weight, uintptr_t scale, int64_t m, int64_t n, int64_t k, uintptr_t out, int threads) {
+    nb::gil_scoped_release release;
+    std::vector<int16_t> integers(static_cast<size_t>(m * k));
+    std::vector<float> x_scale(static_cast<size_t>(m));
+    for (int64_t row = 0; row < m; ++row)
+        x_scale[static_cast<size_t>(row)] = row_to_int16(at<float>(x) + row * k, k, integers.data() + row * k);
+    const Int8LinearArgs a{integers.data(), x_scale.data(), at<int8_t>(weight), at<float>(scale), m, n, k, at<float>(out)};
+    const int64_t useful = std::max<int64_t>(1, m * n * k / kLinearGrain);
+    share(n, static_cast<int>(std::min<int64_t>(threads, useful)),
+          [&](int64_t begin, int64_t end) { kernels().int8_linear(a, begin, end); });
+}
+
 void rotate(uintptr_t x, int x_type, int64_t rows, int64_t k, int block, float factor, uintptr_t out, int out_type,
             int threads) {
     const RotateArgs a{at<void>(x), static_cast<Type>(x_type), rows, k, block, factor, at<void>(out),
@@ -287,7 +342,8 @@ void backward(uintptr_t grad, uintptr_t v, uintptr_t x_hat, int type, int64_t ro
 NB_MODULE(_native, m) {
     m.doc() = "Bellbox's kernels for CPUs; used through bellbox.kernels.native.";
     nb::class_<PackedWeights>(m, "PackedWeights")
-        .def(nb::init<uintptr_t, int64_t, int32_t, int64_t, int64_t, int32_t, int32_t, uintptr_t, uintptr_t>())
+        .def(nb::init<int32_t, int64_t, int64_t, int32_t, int32_t, uintptr_t, uintptr_t>())
+        .def("fill", &PackedWeights::fill)
         .def_prop_ro("n", &PackedWeights::n)
         .def_prop_ro("k", &PackedWeights::k)
         .def_prop_ro("nbytes", &PackedWeights::nbytes);
@@ -302,6 +358,9 @@ NB_MODULE(_native, m) {
     m.def("encode", &encode);
     m.def("rotate", &rotate);
     m.def("linear", &linear);
+    m.def("rms_norm", &rms_norm);
+    m.def("attend", &attend);
+    m.def("int8_linear", &int8_linear);
     m.def("forward", &forward);
     m.def("backward", &backward);
 }

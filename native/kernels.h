@@ -110,6 +110,38 @@ struct BackwardArgs {
     float* row_dot;            // [rows]: sum of grad * x_hat of each row (the gradient of gamma), or null
 };
 
+// What stands between the packed layers of a decoder (native/decoder.h); all fp32 and contiguous.
+struct RmsNormArgs {
+    const float* x;            // [rows, k]
+    const float* weight;       // [k]
+    int64_t rows, k;
+    double eps;
+    float* out;                // [rows, k]
+};
+
+// One new token of each sequence: rotary positions, its key and value into the cache, attention over all so far.
+struct AttendArgs {
+    const float* query;        // [batch, heads, head_dim]
+    const float* key;          // [batch, kv_heads, head_dim]
+    const float* value;
+    const float* cosine;       // [head_dim / 2] of this position, or null: no rotary positions
+    const float* sine;
+    float* keys;               // [batch, kv_heads, room, head_dim], `start` of them filled
+    float* values;
+    int64_t batch, heads, kv_heads, head_dim, room, start;
+    float* out;                // [batch, heads, head_dim]
+};
+
+// Rows of 12-bit integers times rows of int8: out = float(sum) * (scale[n] * x_scale[m]).
+struct Int8LinearArgs {
+    const int16_t* x;          // [m, k], -2047..2047; k at most 8192, so that a sum fits 32 bits
+    const float* x_scale;      // [m]
+    const int8_t* weight;      // [n, k]
+    const float* scale;        // [n]
+    int64_t m, n, k;
+    float* out;                // [m, n]
+};
+
 // One instruction set. Row ranges let the caller divide the work among threads.
 struct Kernels {
     const char* name;
@@ -119,6 +151,10 @@ struct Kernels {
     void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end);
     // Columns of the output [16*tile_begin, 16*tile_end) and rows [m_begin, m_end).
     void (*linear)(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
+    void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end);
+    // Pairs (sequence, key-value head); scratch has room for head_dim + start + 1 floats.
+    void (*attend)(const AttendArgs&, int64_t pair_begin, int64_t pair_end, float* scratch);
+    void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
 };
 
 extern const Kernels portable_kernels;

@@ -1,11 +1,14 @@
 // The kernels for one instruction set: avx2.
 #include "kernels.h"
 
+#define BELLBOX_NAMESPACE avx2
+#include "decoder.h"
 #include "encode_avx2.h"
 #include "linear_avx2.h"
 #include "training_avx2.h"
 
 namespace bellbox {
 const Kernels avx2_kernels = {
-    "avx2", avx2::encode, avx2::rotate, avx2::forward, avx2::backward, avx2::linear};
+    "avx2",       avx2::encode,   avx2::rotate, avx2::forward,    avx2::backward,
+    avx2::linear, avx2::rms_norm, avx2::attend, avx2::int8_linear};
 }  // namespace bellbox

@@ -1,7 +1,9 @@
 // The kernels for one instruction set: avx512.
 #include "kernels.h"
 
+#define BELLBOX_NAMESPACE avx512
 #include "binary_avx512.h"
+#include "decoder.h"
 #include "encode_avx512.h"
 #include "linear_avx512.h"
 #include "training_avx512.h"
@@ -24,5 +26,6 @@ void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_be
 }  // namespace
 
 const Kernels avx512_kernels = {
-    "avx512", avx512::encode, avx512::rotate, avx512::forward, avx512::backward, avx512::linear};
+    "avx512",       avx512::encode,   avx512::rotate, avx512::forward,    avx512::backward,
+    avx512::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear};
 }  // namespace bellbox

@@ -1,10 +1,13 @@
 // The kernels for one instruction set: portable.
 #include "kernels.h"
 
+#define BELLBOX_NAMESPACE portable
+#include "decoder.h"
 #include "encode_portable.h"
 #include "linear_portable.h"
 
 namespace bellbox {
 const Kernels portable_kernels = {
-    "portable", portable::encode, portable::rotate, portable::forward, portable::backward, portable::linear};
+    "portable",       portable::encode,   portable::rotate, portable::forward,    portable::backward,
+    portable::linear, portable::rms_norm, portable::attend, portable::int8_linear};
 }  // namespace bellbox

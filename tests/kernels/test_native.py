@@ -240,11 +240,11 @@ def test_long_rows_and_extreme_levels_do_not_overflow(isa):
     levels = Levels.gaussian(16)
     inputs = 40000
     codes = torch.full((3, inputs), 15, dtype=torch.uint8)
-    weights = native.Weights(codes, levels, torch.ones(3), None)
+    weights = native.Weights([codes], codes.shape[1], levels, torch.ones(3), None)
     x = torch.full((2, inputs), 9.0)
     (y,) = native.linear(x, [weights], [1.0], native.Coding(levels, 1, "static", 1.0), torch.float32)
     assert y.tolist() == [[float(7 * 7 * inputs)] * 3] * 2
-    low = native.Weights(torch.zeros_like(codes), levels, torch.ones(3), None)
+    low = native.Weights([torch.zeros_like(codes)], codes.shape[1], levels, torch.ones(3), None)
     (y,) = native.linear(-x, [low], [1.0], native.Coding(levels, 1, "static", 1.0), torch.float32)
     assert y.tolist() == [[float(8 * 8 * inputs)] * 3] * 2
 

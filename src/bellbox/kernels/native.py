@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal
@@ -46,6 +46,11 @@ def _module() -> ModuleType | None:
     except RuntimeError as error:
         raise BellboxError(str(error)) from None
     return _native
+
+
+def compiled() -> ModuleType | None:
+    """The compiled kernels, or None where they are not there."""
+    return _module()
 
 
 def available() -> bool:
@@ -154,33 +159,37 @@ class Weights:
     """A weight matrix in the machine's layout.
 
     Args:
-        codes: uint8 `[out, in]`.
+        codes: uint8 `[rows, columns]` slabs from the first row to the last; each but the last has a multiple of 16
+            rows. One at a time is looked at, so that an iterator never holds the whole matrix.
+        columns: of the matrix.
         levels: what codes stand for; at most 16.
         scale: fp32 `[out]`, what one integer is worth.
         bias: fp32 `[out]`, or None.
     """
 
-    def __init__(self, codes: Tensor, levels: Grid, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, codes: Iterable[Tensor], columns: int, levels: Grid, scale: Tensor, bias: Tensor | None
+    ) -> None:
         module = _module()
         assert module is not None
-        codes, scale = codes.contiguous(), scale.contiguous()
+        scale = scale.contiguous()
         bias = None if bias is None else bias.contiguous()
-        rows, columns = codes.shape
         bits = (levels.n - 1).bit_length()
         shift = int(levels.multiplier * levels.offset)
         pointer = 0 if bias is None else bias.data_ptr()
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns = len(scale), columns
         self.handle = module.PackedWeights(
-            codes.data_ptr(),
-            columns,
-            bits,
-            rows,
-            columns,
-            levels.multiplier,
-            shift,
-            scale.data_ptr(),
-            pointer,
+            bits, self.rows, columns, levels.multiplier, shift, scale.data_ptr(), pointer
         )
+        first = 0
+        for slab in codes:
+            slab = slab.contiguous()
+            assert slab.shape[1] == columns
+            assert first % 16 == 0
+            assert first + len(slab) <= self.rows
+            self.handle.fill(slab.data_ptr(), columns, first, len(slab))
+            first += len(slab)
+        assert first == self.rows
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bellbox.kernels.decoder import attend, attends
 from bellbox.models.attention import causal_attention, compute_dtype, tanh_gelu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import GPTConfig
@@ -41,9 +42,11 @@ class GPTAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None, layer: int, exact: bool) -> Tensor:
         """`[B, T, hidden]` to the same; new keys and values go into the cache, if there is one."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = self.q_proj(x).view(heads).transpose(1, 2)
-        key = self.k_proj(x).view(heads).transpose(1, 2)
-        value = self.v_proj(x).view(heads).transpose(1, 2)
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if cache is not None and not exact and attends(query, cache.keys[layer]):
+            mixed = attend(query, key, value, None, cache.keys[layer], cache.values[layer], cache.length)
+            return self.c_proj(mixed)
+        query, key, value = (part.view(heads).transpose(1, 2) for part in (query, key, value))
         if cache is not None:
             key, value = cache.append(layer, key, value)
         mixed = causal_attention(query, key, value, exact=exact)

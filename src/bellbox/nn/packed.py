@@ -17,6 +17,7 @@ from bellbox.kernels import native
 from bellbox.kernels.encode import MEASURES, compute_dtype, encode, mark, normaliser, static_normaliser
 from bellbox.kernels.integer import scaled_product
 from bellbox.levels import Grid, Levels
+from bellbox.nn.prepacked import Prepacked
 from bellbox.nn.quantized import QuantizedLinear, finish
 from bellbox.nn.shared import SharedInput, version_of
 
@@ -52,18 +53,6 @@ class InputCoding:
 def with_signs(x: Tensor, signs: Tensor | None) -> Tensor:
     """`x` with the sign of each entry of a row changed where `signs` is -1."""
     return x if signs is None else x * signs
-
-
-@dataclass(frozen=True)
-class Prepacked:
-    """What the compiled kernels need of a packed layer."""
-
-    version: list[tuple[int, int] | None]
-    """Of the buffers that it was made from."""
-    weights: native.Weights
-    act_scale: float
-    """What one integer of the input is worth."""
-    coding: native.Coding
 
 
 class PackedLinear(nn.Module):
@@ -200,19 +189,23 @@ class PackedLinear(nn.Module):
 
     def run_native(self, x: Tensor) -> Tensor:
         """The compiled kernels: rotation, codes, product and epilogue in one call, for all siblings at once."""
-        members = self.shared.members
-        if len(members) != self.shared.readers or not self.shared.remembers(x):
-            return self._native_outputs(x, [self])[0]
-        state = [buffer for member in members for buffer in member._buffers.values()]
-        outputs = self.shared.once(self, x, ("native",), state, lambda x: self._native_outputs(x, members))
-        return outputs[next(i for i, member in enumerate(members) if member is self)]
+        shared, ready, dtype = self.shared, self.prepack(), self.output_dtype(x)
+        if len(shared.members) != shared.readers or not shared.remembers(x):
+            return self._native_outputs(x, [ready], dtype)[0]
+        out = shared.outputs.take(self, ready, x, dtype)
+        if out is not None:
+            return out
+        group = [(layer, layer.prepack()) for layer in shared.members]
+        outs = self._native_outputs(x, [ready for _, ready in group], dtype)
+        results = {id(layer): (ready, out) for (layer, ready), out in zip(group, outs, strict=True)}
+        _, out = results.pop(id(self))
+        shared.outputs.put(x, dtype, results)
+        return out
 
-    def _native_outputs(self, x: Tensor, layers: list[PackedLinear]) -> list[Tensor]:
-        ready = [layer.prepack() for layer in layers]
-        wanted = self.output_dtype(x)
+    def _native_outputs(self, x: Tensor, ready: list[Prepacked], wanted: torch.dtype) -> list[Tensor]:
         dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
         weights, scales = [each.weights for each in ready], [each.act_scale for each in ready]
-        outs = native.linear(with_signs(x, layers[0].act_signs), weights, scales, ready[0].coding, dtype)
+        outs = native.linear(with_signs(x, self.act_signs), weights, scales, ready[0].coding, dtype)
         return outs if dtype == wanted else [out.to(wanted) for out in outs]
 
     @torch.no_grad()
@@ -222,23 +215,18 @@ class PackedLinear(nn.Module):
         if not (self._compiled and native.takes(x)):
             return coding.encode(rows, self.act_rsigma, self.act_signs)[0]
         rows = with_signs(rows, self.act_signs)
-        integers, _, _ = native.encode(rows, *self._coding_arguments())
+        integers, _, _ = native.encode(rows, *self.coding_arguments())
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
     def prepack(self) -> Prepacked:
         """The weights in the machine's layout, made at the first use and again only if a buffer has changed."""
-        version = [None if b is None else (id(b), version_of(b)) for b in self._buffers.values()]
-        if self._prepacked is None or self._prepacked.version != version:
-            scale = self.weight_scale / self.weight_levels.multiplier
-            self._prepacked = Prepacked(
-                version,
-                native.Weights(self.weight_codes(), self.weight_levels, scale, self.bias),
-                float(self.act_scale / self.coding.levels.multiplier),
-                native.Coding(*self._coding_arguments()),
-            )
-        return self._prepacked
+        ready = self._prepacked
+        if ready is None or not ready.is_of(self):
+            ready = self._prepacked = Prepacked(self)
+        return ready
 
-    def _coding_arguments(self) -> tuple[Levels, int, native.Normalise, float, bool]:
+    def coding_arguments(self) -> tuple[Levels, int, native.Normalise, float, bool]:
+        """Those of `native.Coding` and, after the rows, of `native.encode`."""
         coding, rsigma = self.coding, 0.0 if self.act_rsigma is None else float(self.act_rsigma)
         return coding.levels, coding.block, coding.normalise, rsigma, coding.rescale
 

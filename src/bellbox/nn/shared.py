@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bellbox.nn.prepacked import SiblingOutputs
+
 if TYPE_CHECKING:
     from bellbox.nn.packed import PackedLinear
 
@@ -30,6 +32,7 @@ class SharedInput:
         self.readers = readers
         self.members: list[PackedLinear] = []
         """Packed siblings: one call of the native kernels serves them all."""
+        self.outputs = SiblingOutputs()
         self._memory: tuple[Any, ...] | None = None
 
     def remembers(self, x: Tensor) -> bool:
@@ -73,4 +76,4 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies start without memory (it may hold tensors of a running graph)."""
-        return {**self.__dict__, "_memory": None}
+        return {**self.__dict__, "_memory": None, "outputs": SiblingOutputs()}

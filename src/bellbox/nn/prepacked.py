@@ -1,0 +1,80 @@
+"""A packed layer's numbers as the compiled kernels want them, and their results for siblings.
+
+A decode step calls some forty layers for one row each, a few microseconds of work every time; what is looked up here
+per call is what such a step can afford.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bellbox import packing
+from bellbox.kernels import native
+from bellbox.levels import Grid
+
+if TYPE_CHECKING:
+    from bellbox.nn.packed import PackedLinear
+
+_SLAB = 1 << 20
+"""Codes that are unpacked to bytes at a time."""
+_version = attrgetter("_version")
+
+
+class Prepacked:
+    """What the compiled kernels need of a packed layer, made once from its buffers.
+
+    Args:
+        layer: a packed layer on the CPU.
+    """
+
+    def __init__(self, layer: PackedLinear) -> None:
+        self._buffers = tuple(layer._buffers.values())
+        # Tensors made in inference mode count no changes.
+        self._counted = [b for b in self._buffers if b is not None and not b.is_inference()]
+        self._versions = list(map(_version, self._counted))
+        scale = layer.weight_scale / layer.weight_levels.multiplier
+        slabs = _slabs(layer.weight_packed, layer.in_features, layer.weight_levels)
+        self.weights = native.Weights(slabs, layer.in_features, layer.weight_levels, scale, layer.bias)
+        self.act_scale = float(layer.act_scale / layer.coding.levels.multiplier)
+        """What one integer of the input is worth."""
+        self.coding = native.Coding(*layer.coding_arguments())
+
+    def is_of(self, layer: PackedLinear) -> bool:
+        """Whether the layer still has the buffers that this was made from, unchanged."""
+        return (
+            all(map(is_, layer._buffers.values(), self._buffers))
+            and list(map(_version, self._counted)) == self._versions
+        )
+
+
+def _slabs(packed: Tensor, columns: int, levels: Grid) -> Iterator[Tensor]:
+    rows = max(16, _SLAB // columns // 16 * 16)
+    for part in packed.split(rows):
+        yield packing.unpack(part, columns, levels.n)
+
+
+class SiblingOutputs:
+    """Results that one call made for all siblings and that those still have to ask for."""
+
+    def __init__(self) -> None:
+        self._memory: tuple[Tensor, int, torch.dtype, dict[int, tuple[Prepacked, Tensor]]] | None = None
+
+    def take(self, layer: PackedLinear, ready: Prepacked, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The result of this layer for this very input, once; None where there is none or something has changed."""
+        memory = self._memory  # read once: another thread may replace it
+        if memory is None or memory[0] is not x or memory[1] != x._version or memory[2] != dtype:
+            return None
+        waiting = memory[3]
+        made_by, out = waiting.pop(id(layer), (None, None))
+        if not waiting:
+            self._memory = None
+        return out if made_by is ready else None
+
+    def put(self, x: Tensor, dtype: torch.dtype, outputs: dict[int, tuple[Prepacked, Tensor]]) -> None:
+        """Keep results, by the layer's `id`, until they are taken."""
+        self._memory = (x, x._version, dtype, outputs)
