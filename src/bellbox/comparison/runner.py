@@ -109,8 +109,9 @@ class _Runner:
                 self.progress.note(f"stopping: {len(self.active)} run(s) save and leave")
             for process in self.active:
                 process.stop()
-        # One that had just finished when the signal came has its result all the same.
-        self._collect()
+            # One that had just finished when the signal came has its result all the same.
+            self.active = [process for process in self.active if process.poll() == 0]
+            self._collect()
         runs = list(self.plan.runs())
         found = [result for run in runs if (result := self.plan.result(run)) is not None]
         failed = sum(result.error is not None for result in found)
