@@ -49,6 +49,14 @@ def test_older_definitions_and_budgets_do_not_mix_in(result) -> None:
     assert study.left_out == 2
 
 
+def test_lines_from_before_a_key_existed_belong_to_the_same_row(result) -> None:
+    older = result(seed=0)
+    del older.config["compile"], older.config["optimizer"]["eps"]
+    (study,) = summarise([older, result(seed=1)])
+    assert list(study.summaries[0].perplexities) == [0, 1]
+    assert study.left_out == 0
+
+
 def test_the_table_is_markdown_csv_and_latex(result) -> None:
     studies = summarise(lines(result))
     text = tables.markdown(studies)

@@ -73,22 +73,31 @@ class Result:
         return math.inf if self.error is not None or self.loss is None else self.loss
 
 
-def identity(config: dict[str, Any], data: str) -> str:
-    """Hex digest that two runs share exactly if they compute the same.
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides a run's numbers besides its text: a configuration with defaults filled in, the rest left out.
 
     Args:
-        config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as their defaults.
-        data: checksum of the tokens.
+        config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as their present defaults.
     """
     full = _filled(config, dataclasses.asdict(TrainConfig()))
     if full["tokens"] is not None:
         full["steps"], full["tokens"] = -(-full["tokens"] // full["batch"]["tokens"]), None
     for key in FREE:
         full.pop(key, None)
-    full["data"].pop("source", None)
+    full["data"] = {key: value for key, value in full["data"].items() if key != "source"}
     if full["quantization"]["method"] == "none" and full["quantization"].get("recipe") is None:
         full["quantization"] = None  # nothing is quantized, whatever the other keys say
-    text = json.dumps([full, data], sort_keys=True)
+    return full
+
+
+def identity(config: dict[str, Any], data: str) -> str:
+    """Hex digest that two runs share exactly if they compute the same.
+
+    Args:
+        config: see `settings`.
+        data: checksum of the tokens.
+    """
+    text = json.dumps([settings(config), data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

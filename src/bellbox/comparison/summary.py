@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bellbox.comparison.plan import best_lr
-from bellbox.comparison.results import Result
+from bellbox.comparison.results import Result, settings
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,8 @@ def _study(name: str, everything: list[Result]) -> Study:
 
 def _frame(result: Result) -> tuple[str, int, int]:
     """What runs must share to be compared: the text, the context, the budget."""
-    config = result.config
-    steps, size = config.get("steps"), config["batch"]["tokens"]
-    budget = config.get("tokens") or (0 if steps is None else steps * size)
-    return result.data, config["data"]["context"], budget
+    asked = settings(result.config)
+    return result.data, asked["data"]["context"], (asked["steps"] or 0) * asked["batch"]["tokens"]
 
 
 def _last_definition(found: list[Result]) -> list[Result]:
@@ -115,9 +113,8 @@ def _last_definition(found: list[Result]) -> list[Result]:
 
 
 def _definition(config: dict[str, Any]) -> str:
-    rest = {**config, "seed": None, "optimizer": {**config["optimizer"], "lr": None}}
-    for key in ("threads", "eval_every", "checkpoint_every", "log_every", "tensorboard", "debug", "data"):
-        rest.pop(key, None)
+    rest = settings(config)
+    rest["seed"] = rest["data"]["seed"] = rest["optimizer"]["lr"] = None
     return json.dumps(rest, sort_keys=True)
 
 
