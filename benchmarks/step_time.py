@@ -2,6 +2,7 @@
 
     python benchmarks/step_time.py                    # 2 bits, bf16 autocast, 2 threads
     python benchmarks/step_time.py --bits 4 --json step.json
+    python benchmarks/step_time.py --accumulation 4   # the same tokens in 4 micro-batches
 
 Four contenders take turns in one process, so that a drift of the machine's speed meets all of them: the plain
 layers, Bellbox, and the textbook formula under autograd (rotation as a matrix product, erf, straight-through
@@ -11,6 +12,9 @@ forward, backward and AdamW.
 The floor of what quantization must add is memory traffic: read the input, write the dequantized value and what
 the backward needs, read both gradients, write one. It stands beside the measurement, from a copy timed in the
 same run.
+
+With several micro-batches in a step there is a contender more: the weights quantized once for all of them, as the
+trainer does it; and the floor counts the weights once.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +34,7 @@ import bellbox as bb
 from bellbox.hadamard import block_size, hadamard_matrix
 from bellbox.levels import Levels
 from bellbox.models import build, preset
+from bellbox.nn import weights_quantized_once
 
 TOKENS, CONTEXT = 2048, 512
 
@@ -82,14 +88,17 @@ def plain(model: nn.Module, bits: int) -> nn.Module:
     return model
 
 
-def stepper(model: nn.Module) -> Callable[[], None]:
+def stepper(model: nn.Module, accumulation: int, once: bool) -> Callable[[], None]:
     x = torch.randn(TOKENS // CONTEXT, CONTEXT, 640, generator=torch.Generator().manual_seed(1))
+    parts = x.chunk(accumulation)
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "layers" in n], lr=1e-6)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            y = model(x)
-        y.float().square().mean().backward()
+        with weights_quantized_once(model) if once else nullcontext():
+            for part in parts:
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = model(part)
+                (y.float().square().mean() / accumulation).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -124,6 +133,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--accumulation", type=int, default=1, choices=(1, 2, 4), help="micro-batches in a step"
+    )
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -135,7 +147,10 @@ def main() -> None:
         "Bellbox, inputs not shared": bb.prepare(Blocks(), separate),
         "plain formula, autograd": plain(Blocks(), args.bits),
     }
-    steps = {name: stepper(model) for name, model in models.items()}
+    once = "Bellbox, weights once"
+    if args.accumulation > 1:
+        models[once] = bb.prepare(Blocks(), bb.Recipe.bbq(args.bits))
+    steps = {name: stepper(model, args.accumulation, name == once) for name, model in models.items()}
     for step in steps.values():
         step()
         step()
@@ -155,7 +170,8 @@ def main() -> None:
 
     base = statistics.median(times["no quantization"])
     print(
-        f"{cpu_name()}, torch {torch.__version__}, {args.threads} threads, {args.bits} bits, {args.rounds} rounds"
+        f"{cpu_name()}, torch {torch.__version__}, {args.threads} threads, {args.bits} bits, {args.rounds} rounds, "
+        f"{args.accumulation} micro-batches a step"
     )
     print(f"{'':28}{'median':>9} {'quartiles':>17} {'ratio':>6}")
     rows = {}
@@ -164,7 +180,7 @@ def main() -> None:
         ratio = statistics.median(t / b for t, b in zip(values, times["no quantization"], strict=True))
         rows[name] = {"median_s": middle, "quartiles_s": [low, high], "ratio": ratio}
         print(f"{name:28}{middle * 1e3:6.0f} ms {low * 1e3:6.0f} to {high * 1e3:4.0f} ms {ratio:6.2f}")
-    added = rows["Bellbox"]["median_s"] - base
+    added = rows[once if args.accumulation > 1 else "Bellbox"]["median_s"] - base
     print(
         f"quantization adds {added * 1e3:.0f} ms; floor by memory traffic {floor * 1e3:.0f} ms "
         f"({bandwidth / 1e9:.0f} GB/s copy): {added / floor:.1f} x the floor"

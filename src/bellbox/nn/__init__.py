@@ -8,6 +8,7 @@ Layers that read the very same tensor (q, k, v; gate, up) can share one activati
 remembers what it made of a tensor until every sibling has asked for it.
 """
 
+from bellbox.nn.once import weights_quantized_once
 from bellbox.nn.packed import InputCoding, PackedLinear
 from bellbox.nn.quantized import ActivationQuantizer, QuantizedLinear
 from bellbox.nn.shared import SharedInput, version_of
@@ -23,5 +24,6 @@ __all__ = [
     "record_activation_codes",
     "replace_layer",
     "version_of",
+    "weights_quantized_once",
     "without_fused_paths",
 ]

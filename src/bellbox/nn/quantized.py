@@ -96,6 +96,8 @@ class QuantizedLinear(nn.Module):
         else:
             # Past nn.Module's own bookkeeping: a borrowed quantizer must not be registered twice.
             object.__setattr__(self, "activation_quantizer", activation_quantizer)
+        self.held_weight: Tensor | None = None
+        """The fake-quantized weight, while `nn.weights_quantized_once` holds it for several forwards."""
         self._cached: tuple[Tensor, int, Tensor, Tensor] | None = None
         if weights_rotated:
             _require_no_rotation(weight_quantizer, activation_quantizer)
@@ -151,7 +153,9 @@ class QuantizedLinear(nn.Module):
 
     def _dequantized(self, x: Tensor) -> Tensor:
         quantizer, activation = self.weight_quantizer, self.activation_quantizer
-        if quantizer is not None:
+        if self.held_weight is not None:
+            weight = self.held_weight
+        elif quantizer is not None:
             weight = quantizer(self.weight)
         else:  # the rotations must cancel: what is not quantized is rotated all the same
             weight = self.weight if activation is None else activation.quantizer.rotate(self.weight)

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from bellbox import data
 from bellbox.errors import BellboxError
 from bellbox.evaluation import perplexity
+from bellbox.nn import weights_quantized_once
 from bellbox.surgery import prepare, rotated_weights, unprepare
 from bellbox.training import random_state
 from bellbox.training.assemble import (
@@ -283,10 +284,11 @@ class Trainer:
         parts = self._micro_batches(state.step)
         total = torch.zeros(3, device=self.device)
         try:
-            for inputs, targets in parts:
-                losses = self._losses(inputs, targets) / len(parts)
-                losses[0].backward()
-                total += losses.detach()
+            with weights_quantized_once(self.model) if len(parts) > 1 else nullcontext():
+                for inputs, targets in parts:
+                    losses = self._losses(inputs, targets) / len(parts)
+                    losses[0].backward()
+                    total += losses.detach()
         except BellboxError as error:
             raise BellboxError(f"step {state.step + 1}: {error}; {self._last_saved()}") from None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or math.inf)
