@@ -209,7 +209,7 @@ def test_siblings_of_different_widths_share_one_call_on_two_threads(isa):
     levels = Levels.gaussian(4)
     coding = native.Coding(levels, 64, "rms")
     codes = [torch.randint(0, 4, (n, 192), dtype=torch.uint8) for n in (700, 5, 330)]
-    weights = [native.Weights(c, levels, torch.ones(len(c)), None) for c in codes]
+    weights = [native.Weights([c], c.shape[1], levels, torch.ones(len(c)), None) for c in codes]
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
