@@ -127,6 +127,7 @@ def test_what_it_does_not_know_is_refused_by_name(data, names):
         {"levels": 300},
         {"block": 100},
         {"bits": 1.5},
+        {"statistic": "median"},
     ],
 )
 def test_impossible_numbers_are_refused_at_once(options):

@@ -383,3 +383,8 @@ def test_rotated_weights_need_a_quantized_input_and_an_unrotated_quantizer() -> 
         prepare(nn.Linear(8, 4), Recipe((Rule("*", weights, None, weights_rotated=True),)))
     with pytest.raises(BellboxError, match="must have block=1"):
         prepare(nn.Linear(8, 4), Recipe((Rule("*", inputs, inputs, weights_rotated=True),)))
+
+
+def test_what_is_no_recipe_is_refused_in_one_line() -> None:
+    with pytest.raises(BellboxError, match=r"'bbq': give a Recipe, such as bb\.Recipe\.bbq"):
+        prepare(nn.Linear(8, 4), "bbq")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from bellbox.errors import BellboxError
 from bellbox.hadamard import block_size
@@ -59,6 +59,9 @@ class QuantizerSpec:
 
         check_method(self.method, self.options)
         check_levels(self.levels)
+        if self.statistic is not None and self.statistic not in get_args(Statistic):
+            known = ", ".join(get_args(Statistic))
+            raise BellboxError(f"no statistic {self.statistic!r}; there are: {known}")
         if self.zero_point is not None:
             check_zero_point(self.zero_point)
         if self.block is not None:

@@ -41,8 +41,11 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         The same model (a new layer where `model` is itself one `nn.Linear`).
 
     Raises:
-        BellboxError: the model is prepared or packed already, or no layer matches a recipe that has rules.
+        BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, or
+            `recipe` is no recipe.
     """
+    if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise BellboxError(f"the recipe is {recipe!r}: give a Recipe, such as bb.Recipe.bbq(bits=2)")
     if any(isinstance(module, (QuantizedLinear, PackedLinear)) for module in model.modules()):
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
     decided = [(name, layer, rule) for name, layer in _linears(model) if (rule := recipe.rule_for(name))]

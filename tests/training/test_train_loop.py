@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_that_it_promises(tiny: Tiny) -> None:
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
     assert environment["threads"] == torch.get_num_threads()
-    assert {"python", "bellbox", "cpu", "git"} <= environment.keys()
+    assert {"python", "bellbox", "cpu", "git", "numpy", "safetensors", "tokenizers"} <= environment.keys()
     lines = records(config)
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("train", 1), ("train", 2), ("eval", 2), ("train", 3),

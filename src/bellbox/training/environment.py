@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "bellbox": bellbox.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: _version(name) for name in ("numpy", "safetensors", "tokenizers")},
         "kernels": native.describe(),
         "platform": platform.platform(),
         "cpu": _cpu(),
@@ -32,6 +34,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "git": _git(Path(bellbox.__file__).parent),
         "command": sys.argv,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:
