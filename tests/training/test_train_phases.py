@@ -231,3 +231,15 @@ def test_the_phases_are_said(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> 
     output = capsys.readouterr().out
     assert "phases: full precision from step 1, then bbq, 2 bits from step 3" in output
     assert "step      3  from here on: bbq, 2 bits" in output
+
+
+def test_a_compiled_run_goes_through_its_phases(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_with = torch.compile
+    # The compiler of C++ takes a minute and decides nothing here.
+    monkeypatch.setattr(torch, "compile", lambda model: compile_with(model, backend="aot_eager"))
+    phases = PhasesSection(bits_before=[4])
+    plain, compiled = tiny("plain", steps=4, phases=phases), tiny("c", steps=4, phases=phases, compile=True)
+    train(plain, show=False)
+    train(compiled, show=False)
+    for ours, theirs in zip(records(compiled), records(plain), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

@@ -138,6 +138,9 @@ class Trainer:
         self.phase = phase
         rotated, before = rotated_weights(self.model), self.optimizer
         prepare(unprepare(self.model), make_recipe(phase.quantization))
+        if self.config.compile:
+            # Else levels that differ from those of the phase before would be traced as variables.
+            torch.compiler.reset()
         self._build_around_model()
         # Moments are of no use in another domain than they were taken in.
         self.optimizer.carry_over(before, rotated ^ rotated_weights(self.model))

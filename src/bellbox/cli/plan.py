@@ -1,0 +1,62 @@
+"""Plan a training budget: how much of it is best trained quantized (arXiv 2509.22935).
+
+bellbox plan --parameters 95e6 --tokens 3e9
+bellbox plan --preset 300M --tokens 20e9 --bits 4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bellbox.cli.output import help_text
+from bellbox.errors import BellboxError, require
+from bellbox.models import build, preset
+from bellbox.planner import quantized_fraction, tokens_per_byte
+
+require("tyro", "cli")
+
+import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a token budget is best trained quantized, after the rest in full precision."""
+
+    tokens: float
+    """Training tokens, such as 3e9."""
+    preset: str | None = None
+    """A preset of the models, to take the number of parameters from."""
+    parameters: float | None = None
+    """The number of parameters instead, such as 95e6."""
+    bits: float = 2
+    """Bits of a quantized parameter; 1.585 for ternary."""
+
+
+def main(argv: list[str]) -> None:
+    """Run `bellbox plan` with the arguments after that.
+
+    Raises:
+        BellboxError: a number out of range, or a budget that the law does not cover.
+    """
+    plan = tyro.cli(Plan, args=argv, prog="bellbox plan", description=help_text(__doc__))
+    if (plan.preset is None) == (plan.parameters is None):
+        raise BellboxError("give one of --preset and --parameters")
+    for name, value in (("tokens", plan.tokens), ("parameters", plan.parameters or 1), ("bits", plan.bits)):
+        if not 0 < value < float("inf"):
+            raise BellboxError(f"--{name} is {value:g}, must be a finite number above 0")
+    if plan.preset is None:
+        parameters = round(plan.parameters or 0)
+    else:
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in build(preset(plan.preset)).parameters())
+    tokens = round(plan.tokens)
+    fraction = quantized_fraction(tokens, parameters, plan.bits)
+    print(
+        f"{tokens:,} tokens, {parameters:,} parameters of {plan.bits:.4g} bits: "
+        f"{tokens_per_byte(tokens, parameters, plan.bits):.4g} tokens a byte\n"
+        f"full precision first: {1 - fraction:.1%} ({round((1 - fraction) * tokens):,} tokens)\n"
+        f"then quantized:       {fraction:.1%} ({round(fraction * tokens):,} tokens), give or take 9 points\n"
+        f"bellbox train --tokens {tokens} --phases.quantized {fraction:.3f}"
+    )
