@@ -46,6 +46,23 @@ def test_a_head_that_is_tied_to_the_embedding_does_not_decay() -> None:
     assert any("embed" in name for name in names_in(model, plain))
 
 
+def test_a_quantizer_may_have_parameters_that_decay_or_learn_at_another_rate() -> None:
+    for decays in (False, True):
+        model = prepare(small(), Recipe.of("lsq", options={"decay_scale": decays}))
+        decay, _ = parameter_groups(model, 0.1)
+        scales = {name for name, _ in model.named_parameters() if name.endswith("quantizer.a")}
+        assert len(scales) == 11  # seven weights, four inputs: siblings share
+        assert scales & names_in(model, decay) == (scales if decays else set())
+    model = prepare(small(), Recipe.bbq(options={"gamma_lr": 10.0}))
+    *_, fast = parameter_groups(model, 0.1)
+    assert fast["lr_scale"] == 10.0
+    assert fast["weight_decay"] == 0.0
+    assert names_in(model, fast) == {name for name, _ in model.named_parameters() if "gamma" in name}
+    optimizer = ModelOptimizer(model, OptimizerSection())
+    optimizer.step(1e-3)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([1e-3, 1e-3, 1e-2])
+
+
 def test_a_frozen_parameter_is_in_no_group() -> None:
     model = small()
     next(model.parameters()).requires_grad_(False)

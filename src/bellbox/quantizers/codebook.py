@@ -27,7 +27,8 @@ class _Lookup(torch.autograd.Function):
         ctx: Any, x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, dtype: torch.dtype
     ) -> Tensor:
         ctx.input_dtype = x.dtype
-        return (table[codes.long()] * scale).to(dtype)
+        values = table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        return values.mul_(scale).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -17,15 +17,15 @@ A tie goes up, where the paper has a plain ">" for activations.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from bellbox.errors import BellboxError
 from bellbox.levels import Levels, strictly_rising
 from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.quantizers.learned_thresholds import learned_thresholds
 from bellbox.quantizers.straight_through import Window, straight_through
 from bellbox.recipe import QuantizerSpec, Statistic
 
@@ -38,38 +38,6 @@ class N2UQOptions:
 
     released_gradient: bool = False
     """Divide the gradient of a weight by its scale, as the released code does."""
-
-
-class _LearnedThresholds(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, beta: Tensor, a: Tensor, s1: Tensor, s2: Tensor, thresholds: Tensor, bad: Tensor
-    ) -> Tensor:
-        v, count = x.to(thresholds.dtype) * s1, len(a)
-        level = torch.bucketize(v, thresholds, right=True).to(v.dtype) - count / 2
-        ctx.save_for_backward(v, level, beta, a, s1, s2)
-        ctx.input_dtype = x.dtype
-        return level * (s2 * (2 / count)) + bad
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        v, level, beta, a, s1, s2 = ctx.saved_tensors
-        count, grad = len(a), grads[0].to(v.dtype)
-        edges = torch.cat((beta.reshape(1), beta + a.cumsum(0)))
-        where = torch.bucketize(v, edges)  # 0 below, i in the i-th interval, count + 1 above
-        slopes = torch.nn.functional.pad(s2 * (2 / count) / a, (1, 1))
-        g_v = grad * slopes[where]
-        into = (v - edges[(where - 1).clamp(0, count)]) * g_v
-
-        def per_interval(values: Tensor) -> Tensor:
-            return values.new_zeros(count + 2).index_add_(0, where.flatten(), values.flatten())[1:-1]
-
-        sums = per_interval(g_v)
-        g_a = sums.cumsum(0) - sums.sum() - per_interval(into) / a  # wider a_j: later intervals begin later
-        g_s2 = (grad * level).sum() * (2 / count)
-        g_s1 = (g_v * v).sum() / s1
-        return (g_v * s1).to(ctx.input_dtype), -sums.sum(), g_a, g_s1, g_s2, None, None
 
 
 class N2UQ(LearnedQuantizer):
@@ -130,10 +98,9 @@ class N2UQ(LearnedQuantizer):
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""
         if self.rows is None:
-            bad = norm.r - norm.r  # NaN for rows that are not finite
             a = self.a.clamp(min=NARROWEST)
-            x_hat = _LearnedThresholds.apply(rows, self.beta, a, self.s1, self.s2, self._thresholds(), bad)
-            return x_hat.to(dtype)  # type: ignore[union-attr]
+            numbers = self.beta, a, self.s1, self.s2, self._thresholds()
+            return learned_thresholds(rows, *numbers, norm.r, dtype)
         assert norm.sigma is not None
         unit = norm.sigma * (2 / (self._levels.n - 1))
         gain = 1 / norm.sigma if self.options.released_gradient else None

@@ -64,7 +64,7 @@ class SEQ(LearnedQuantizer):
             window, learned = Window(-1, 1), Learned(gain, subtract=False)
         else:
             window = Window(-0.99, 0.99)
-            learned = Learned(gain, edge=1.0 if n % 2 else 1 - 1 / n)
+            learned = Learned(gain, beyond=1 / n if n % 2 else 0.0)
         unit = a * self.step
         return straight_through(rows, norm, unit, self.levels, self.block, dtype, window, a, learned)
 

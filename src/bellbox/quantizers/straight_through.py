@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from bellbox.kernels.bbq import bbq_forward
 from bellbox.kernels.rotate import rotate
+from bellbox.kernels.window import window_backward
 from bellbox.levels import Levels
 from bellbox.quantizers.base import Normaliser
 
@@ -39,8 +40,8 @@ class Learned:
     """What the sum is multiplied with."""
     subtract: bool = True
     """Whether v is subtracted inside the window."""
-    edge: float | None = None
-    """Magnitude of what G is multiplied with outside the window; the value of the outermost code where None."""
+    beyond: float = 0.0
+    """What G is multiplied with outside the window, above the magnitude of the outermost code's value."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -69,11 +70,10 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         v, x_hat, a, gain = ctx.saved_tensors
         (grad,) = grads
-        inside, window = grad, ctx.window
+        inside, g_a, window = grad, None, ctx.window
         if window is not None:
-            within = (v >= window.low) & (v <= window.high)
-            inside = torch.where(within, grad, 0)
-        g_a = None if a is None else _gradient_of_scale(grad, inside, v, x_hat, a, ctx.learned)
+            inside, sums = window_backward(grad.contiguous(), v, x_hat, window.low, window.high)
+            g_a = None if a is None else _gradient_of_scale(sums, a, ctx.learned)
         if gain is not None:
             inside = inside * gain
         if ctx.block > 1:
@@ -83,18 +83,12 @@ class _StraightThrough(torch.autograd.Function):
         return g_x, g_a, *[None] * 8
 
 
-def _gradient_of_scale(
-    grad: Tensor, inside: Tensor, v: Tensor, x_hat: Tensor, a: Tensor, learned: Learned
-) -> Tensor:
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    grad, inside, v = grad.to(wide), inside.to(wide), v.to(wide)
-    valued = grad if learned.edge is None else inside
-    sums = (valued * x_hat.to(wide)).sum(-1, keepdim=True) / a
+def _gradient_of_scale(sums: Tensor, a: Tensor, learned: Learned) -> Tensor:
+    valued, inside, outside = sums.unbind(-1)
+    total = valued / a.reshape(-1) + learned.beyond * outside
     if learned.subtract:
-        sums = sums - (inside * v).sum(-1, keepdim=True)
-    if learned.edge is not None:
-        sums = sums + learned.edge * ((grad - inside) * v.sign()).sum(-1, keepdim=True)
-    return ((sums if a.dim() else sums.sum()) * learned.gain).to(a.dtype)
+        total = total - inside
+    return ((total.reshape(a.shape) if a.dim() else total.sum()) * learned.gain).to(a.dtype)
 
 
 def straight_through(
