@@ -131,7 +131,8 @@ def test_exact_configuration(tmp_path):
             "layers": {
                 "0": {**common, "out_features": 2, "bias": True, "weight": quaternary},
                 "1": {**common, "out_features": 1, "bias": False, "weight": {**quaternary, "levels": 3}},
-            }
+            },
+            "embeddings": {},
         },
         "files": {TENSORS: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
         "sha256": canonical(config),

@@ -14,6 +14,7 @@ from torch import nn
 
 from bellbox import io
 from bellbox.errors import BellboxError
+from bellbox.nn.compact import Precision
 
 if TYPE_CHECKING:
     from bellbox.data.shards import TokenDataset
@@ -55,13 +56,16 @@ class OpenedModel:
         return Tokenizer.load(self.tokenizer)
 
 
-def open_model(path: str | Path, checkpoint: str = "last") -> OpenedModel:
+def open_model(
+    path: str | Path, checkpoint: str = "last", embeddings: Precision | None = None
+) -> OpenedModel:
     """Open a model of any of the three kinds.
 
     Args:
         path: a run folder (`bellbox train`), a packed folder (`bellbox convert`), or a Hugging Face folder
             with a LLaMA or GPT-2.
         checkpoint: of a run: `last`, `best`, or a step.
+        embeddings: of a packed model: `bf16` or `int8` rounds its fp32 embeddings and head.
 
     Raises:
         BellboxError: nothing of the kind is there, it is damaged, or a checkpoint is named for a model that
@@ -72,12 +76,14 @@ def open_model(path: str | Path, checkpoint: str = "last") -> OpenedModel:
     root = Path(path)
     if not root.is_dir():
         raise BellboxError(f"{root}: no such folder")
+    if embeddings is not None and not io.is_packed(root):
+        raise BellboxError(f"{root}: only a packed model's embeddings can be rounded; convert it first")
     if (root / CONFIG_FILE).is_file():
         return _open_run(root, checkpoint)
     if checkpoint != "last":
         raise BellboxError(f"{root}: only a run has checkpoints, and this is none; leave out --checkpoint")
     if io.is_packed(root):
-        model = io.load(root)
+        model = io.load(root, embeddings=embeddings)
         tokenizer = io.tokenizer_path(root) or _tokenizer_beside(root)
         return OpenedModel(
             root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"

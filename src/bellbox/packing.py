@@ -12,6 +12,8 @@ Rows start on a byte; the unused end of a row's last byte is zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -106,3 +108,10 @@ def unpack(packed: Tensor, columns: int, n: int) -> Tensor:
         ((packed.unsqueeze(-1) >> place) & 1).view(rows, -1)[:, : columns * width].view(rows, columns, width)
     )
     return (bits << torch.arange(width, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_slabs(packed: Tensor, columns: int, n: int, codes: int = 1 << 20) -> Iterator[Tensor]:
+    """`unpack`, some rows at a time: a multiple of 16 rows, about `codes` codes, the last slab with what is left."""
+    rows = max(16, codes // columns // 16 * 16)
+    for first in range(0, len(packed), rows):
+        yield unpack(packed[first : first + rows], columns, n)

@@ -22,6 +22,7 @@ from bellbox.nn import (
     replace_layer,
     without_fused_paths,
 )
+from bellbox.nn.compact import Precision, compact
 from bellbox.quantizers import build_quantizer
 from bellbox.recipe import SIBLINGS, Recipe, Rule
 
@@ -107,10 +108,15 @@ def unprepare(model: Model) -> Model:
     return cast(Model, result)
 
 
-def convert(model: Model) -> Model:
+def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     """A packed copy of a prepared model: codes instead of weights, ready for `save` and for inference.
 
     The trained model is left as it is. Nothing but the quantized layers' float weights is left out of the copy.
+
+    Args:
+        model: what `prepare` gave, trained.
+        embeddings: `bf16` or `int8` rounds embeddings and heads (`nn.compact`), which makes a small model much smaller
+            and quicker and is no longer exactly the trained function; `fp32` leaves them.
 
     Raises:
         BellboxError: nothing to convert, or a layer that cannot be packed (by name, with the way out).
@@ -137,7 +143,9 @@ def convert(model: Model) -> Model:
         shared.setdefault(id(activation), SharedInput(activation.shared.readers))
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
         memo[id(layer)] = PackedLinear.from_quantized(layer, shared.get(id(activation)))
-    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+    packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
+    compact(packed, embeddings)
+    return packed
 
 
 def require_causal(model: nn.Module, doing: str) -> None:

@@ -20,7 +20,9 @@ def test_text_goes_to_standard_output_and_speed_to_standard_error(
     assert done.stdout.startswith("The dog")
     assert len(done.stdout) > len("The dog") + 10
     assert re.search(
-        r"prefill \d+ tokens at [\d,]+ tokens/s, decode 20 tokens at [\d,]+ tokens/s", done.stderr
+        r"loaded in [\d.]+ s, prefill \d+ tokens at [\d,]+ tokens/s, decode 20 tokens at [\d,]+ tokens/s, "
+        r"peak memory \d+ MiB",
+        done.stderr,
     )
 
 
@@ -82,3 +84,20 @@ def test_what_cannot_be_generated_is_refused(
         ("only a run has checkpoints", [packed, "--prompt", "x", "--checkpoint", "best"]),
     ):
         assert message in refused("generate", *arguments)
+
+
+def test_embeddings_of_a_packed_model_can_be_rounded(
+    run: Path,
+    packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
+) -> None:
+    main(["convert", str(run), "--out", str(tmp_path / "small"), "--embeddings", "int8"])
+    assert "rounded to int8" in capsys.readouterr().out
+    texts = []
+    for arguments in ([str(tmp_path / "small")], [str(packed), "--embeddings", "int8"]):
+        main(["generate", *arguments, "--prompt", "The dog", "--seed", "3"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert "convert it first" in refused("generate", run, "--prompt", "x", "--embeddings", "int8")

@@ -2,6 +2,7 @@
 
 bellbox convert runs/small --out small-packed
 bellbox convert runs/small --out small-packed --checkpoint best
+bellbox convert runs/small --out small-packed --embeddings int8
 bellbox convert runs/small --out small-packed --no-check
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation.codes import Agreement, agreement
 from bellbox.io import Sizes
+from bellbox.nn.compact import Precision
 from bellbox.opening import OpenedModel, open_data_for, open_model
 from bellbox.surgery import convert
 
@@ -44,6 +46,9 @@ class Convert:
     """The packed folder to make; an earlier packed model there is replaced."""
     checkpoint: str = "last"
     """last, best, or a step."""
+    embeddings: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Round embeddings and head: smaller, quicker, and no longer exactly the trained function (`bellbox eval` on the
+    packed folder shows what it costs)."""
     check: bool = True
     """Load the packed model back and compare every code and logit with the trained model, on validation text."""
     data: str | None = None
@@ -62,10 +67,13 @@ def main(argv: list[str]) -> None:
     if opened.run is None:
         raise BellboxError(f"{opened.path}: is a {opened.kind} model; convert takes a run folder")
     batches = check_batches(opened, command.data) if command.check else None  # before anything is written
-    sizes = pack(opened, command.out)
+    sizes = pack(opened, command.out, command.embeddings)
     print(f"{opened.description}\npacked into {command.out}\n")
-    show_sizes(sizes, command.out)
+    show_sizes(sizes, command.out, command.embeddings)
     if batches is None:
+        return
+    if command.embeddings != "fp32":
+        print(f"not compared code by code: embeddings in {command.embeddings} change what the layers get")
         return
     found = agreement(opened.model, io.load(command.out), batches)
     print(describe(found))
@@ -77,13 +85,13 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
-def pack(opened: OpenedModel, out: Path) -> Sizes:
+def pack(opened: OpenedModel, out: Path, embeddings: Precision = "fp32") -> Sizes:
     """Convert an opened run and save it with its tokenizer.
 
     Raises:
         BellboxError: nothing low-bit in it, a layer that cannot be packed, or `out` cannot be written.
     """
-    packed = convert(opened.model)
+    packed = convert(opened.model, embeddings)
     io.save(packed, out, tokenizer=opened.tokenizer)
     return io.sizes(packed)
 
@@ -134,7 +142,7 @@ def size_rows(sizes: Sizes) -> list[tuple[str, int, int, int, int]]:
     ]
 
 
-def show_sizes(sizes: Sizes, folder: Path) -> None:
+def show_sizes(sizes: Sizes, folder: Path, embeddings: Precision = "fp32") -> None:
     """Print the size table and what lies on the disk."""
     console: Any = require("rich.console", "cli").Console()
     table: Any = require("rich.table", "cli").Table(
@@ -148,7 +156,10 @@ def show_sizes(sizes: Sizes, folder: Path) -> None:
         table.add_row(name, *cells, f"1/{bf16 / packed:.2f}" if packed else "-")
     console.print(table)
     on_disk = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    print(f"the rest (embeddings, head, norms) stays in fp32; the folder has {on_disk:,} bytes\n")
+    rest = "the rest (embeddings, head, norms) stays in fp32"
+    if embeddings != "fp32":
+        rest = f"embeddings and head are rounded to {embeddings}, norms stay in fp32"
+    print(f"{rest}; the folder has {on_disk:,} bytes\n")
 
 
 def packed_sizes(model: nn.Module) -> Sizes:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
@@ -53,6 +53,8 @@ class Eval:
     """Windows at once."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
+    embeddings: Literal["bf16", "int8"] | None = None
+    """Of a packed model: round its embeddings and head while loading, to see what it costs."""
     json: str | None = None
     """Write the result as JSON to this file, or to standard output with `-`."""
 
@@ -99,7 +101,7 @@ def main(argv: list[str]) -> None:
     command = tyro.cli(Eval, args=argv, prog="bellbox eval", description=help_text(__doc__))
     if command.json not in (None, "-"):
         require_writable(Path(command.json))
-    opened = open_model(command.model, command.checkpoint)
+    opened = open_model(command.model, command.checkpoint, command.embeddings)
     with _Bar() as bar:
         found = evaluate(
             opened,

@@ -144,7 +144,7 @@ class GPT(nn.Module):
         Raises:
             BellboxError: more tokens than the context.
         """
-        config, weight = self.config, self.transformer.wte.weight
+        config, weight = self.config, self.transformer.ln_f.weight
         check_context(max_length, config.max_position_embeddings)
         return KVCache(
             config.num_hidden_layers,

@@ -225,7 +225,7 @@ class Llama(nn.Module):
         Raises:
             BellboxError: more tokens than the context.
         """
-        config, weight = self.config, self.model.embed_tokens.weight
+        config, weight = self.config, self.model.norm.weight
         check_context(max_length, config.max_position_embeddings)
         return KVCache(
             config.num_hidden_layers,

@@ -103,8 +103,8 @@ class PackedLinear(nn.Module):
         self._integers: tuple[Tensor, int, Tensor] | None = None
         self._prepacked: Prepacked | None = None
         self._key = _register(self)
-        # Asked here, once: a compiler that traces the forward cannot look for a module.
-        self._compiled = native.can_multiply(weight_levels, coding.levels)
+        # Whether the compiled kernels serve it. Asked once: a compiler that traces the forward cannot look.
+        self.compiled = native.can_multiply(weight_levels, coding.levels)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy packs its own weights."""
@@ -167,7 +167,7 @@ class PackedLinear(nn.Module):
             raise BellboxError(
                 f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
             )
-        if self._compiled and native.takes(x):
+        if self.compiled and native.takes(x):
             tracing = torch.compiler.is_compiling()
             return torch.ops.bellbox.packed_linear(x, self._key) if tracing else self.run_native(x)
         return self._run_reference(x)
@@ -212,7 +212,7 @@ class PackedLinear(nn.Module):
     def input_codes(self, x: Tensor) -> Tensor:
         """uint8 codes `[rows, in_features]` of an input, from the very path that a forward takes."""
         rows, coding = x.reshape(-1, self.in_features), self.coding
-        if not (self._compiled and native.takes(x)):
+        if not (self.compiled and native.takes(x)):
             return coding.encode(rows, self.act_rsigma, self.act_signs)[0]
         rows = with_signs(rows, self.act_signs)
         integers, _, _ = native.encode(rows, *self.coding_arguments())

@@ -6,22 +6,23 @@ per call is what such a step can afford.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import mmap
+import sys
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bellbox import packing
 from bellbox.kernels import native
-from bellbox.levels import Grid
+from bellbox.packing import unpack_slabs
 
 if TYPE_CHECKING:
     from bellbox.nn.packed import PackedLinear
 
-_SLAB = 1 << 20
-"""Codes that are unpacked to bytes at a time."""
+_PAGE_OUT = 21
+"""MADV_PAGEOUT of Linux."""
 _version = attrgetter("_version")
 
 
@@ -38,7 +39,7 @@ class Prepacked:
         self._counted = [b for b in self._buffers if b is not None and not b.is_inference()]
         self._versions = list(map(_version, self._counted))
         scale = layer.weight_scale / layer.weight_levels.multiplier
-        slabs = _slabs(layer.weight_packed, layer.in_features, layer.weight_levels)
+        slabs = unpack_slabs(layer.weight_packed, layer.in_features, layer.weight_levels.n)
         self.weights = native.Weights(slabs, layer.in_features, layer.weight_levels, scale, layer.bias)
         self.act_scale = float(layer.act_scale / layer.coding.levels.multiplier)
         """What one integer of the input is worth."""
@@ -52,10 +53,29 @@ class Prepacked:
         )
 
 
-def _slabs(packed: Tensor, columns: int, levels: Grid) -> Iterator[Tensor]:
-    rows = max(16, _SLAB // columns // 16 * 16)
-    for part in packed.split(rows):
-        yield packing.unpack(part, columns, levels.n)
+def prepack_all(model: nn.Module) -> None:
+    """Pack the layers of a model for this machine now, not at their first use, where the compiled kernels serve them.
+
+    The canonical bytes are then needed only to save the model again: if they lie in a mapped file, the operating
+    system is told that their pages may go.
+    """
+    from bellbox.nn.packed import PackedLinear
+
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear) and layer.weight_packed.is_cpu and layer.compiled:
+            layer.prepack()
+            _page_out(layer.weight_packed)
+
+
+def _page_out(tensor: Tensor) -> None:
+    """Never loses data: pages of a file are read again, others stay (without swap) or are swapped."""
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGE_OUT)
 
 
 class SiblingOutputs:

@@ -72,3 +72,10 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             yield name, module
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each tensor once; what is tied goes under the first of its names."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if first.setdefault(id(value), name) == name}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.io import unique_tensors
 from bellbox.models import build, preset
+from bellbox.nn.tools import unique_tensors
 from bellbox.planner import quantized_fraction
 from bellbox.recipe import Recipe, recipe_from_dict
 from bellbox.surgery import prepare
