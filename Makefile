@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test check unit format bench clean
+.PHONY: setup demo test check unit sanitize format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train, pack and run a 2-bit language model on bundled books (about 5 minutes)"
 	@echo "make test    linter, types and tests (under 10 minutes)"
+	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
 	@echo "make bench   the time of a training step and of a packed layer"
 
 setup: $(VENV)/.ready
@@ -36,6 +37,11 @@ check: setup
 # One thread a worker: small tensors gain nothing from more, and the workers do not fight for the cores.
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+sanitize:
+	cmake -S . -B build/sanitize -DBELLBOX_CHECK=ON
+	cmake --build build/sanitize --parallel $(JOBS)
+	build/sanitize/check
 
 format: setup
 	$(BIN)/ruff check --fix src tests benchmarks

@@ -12,33 +12,45 @@ namespace {
 
 struct Candidate {
     const Kernels* kernels;
-    bool runs;
+    bool (*runs)();
+    bool automatic;  // may be chosen without being named
 };
 
-const Candidate* candidates(size_t& count) {
+bool always() { return true; }
+
 #ifdef BELLBOX_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-                        __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg");
-    static const Candidate all[] = {{&avx512_kernels, avx512}, {&avx2_kernels, avx2}, {&portable_kernels, true}};
-#else
-    static const Candidate all[] = {{&portable_kernels, true}};
-#endif
-    count = sizeof(all) / sizeof(all[0]);
-    return all;
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg");
+}
+bool has_amx() {
+#ifdef BELLBOX_AMX_EMULATED
+    return has_avx512();
+#else
+    return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && amx_permitted();
+#endif
+}
+#endif
+
+const Candidate kCandidates[] = {
+#ifdef BELLBOX_X86
+    {&amx_kernels, has_amx, false},
+    {&avx512_kernels, has_avx512, true},
+    {&avx2_kernels, has_avx2, true},
+#endif
+    {&portable_kernels, always, true},
+};
 
 const Kernels* choose(const char* wanted) {
-    size_t count;
-    const Candidate* all = candidates(count);
-    for (size_t i = 0; i < count; ++i) {
-        if (wanted == nullptr || *wanted == '\0') {
-            if (all[i].runs) return all[i].kernels;
-        } else if (std::strcmp(all[i].kernels->name, wanted) == 0) {
-            if (all[i].runs) return all[i].kernels;
+    const bool any = wanted == nullptr || *wanted == '\0';
+    for (const Candidate& each : kCandidates) {
+        if (any ? each.automatic && each.runs() : std::strcmp(each.kernels->name, wanted) == 0) {
+            if (each.runs()) return each.kernels;
             throw std::runtime_error(std::string("BELLBOX_ISA=") + wanted + ": this processor cannot run it; it runs: " +
                                      available());
         }
@@ -86,10 +98,8 @@ void use(const char* name) { current.store(choose(name), std::memory_order_relax
 const char* available() {
     static const std::string names = [] {
         std::string text;
-        size_t count;
-        const Candidate* all = candidates(count);
-        for (size_t i = 0; i < count; ++i)
-            if (all[i].runs) text += (text.empty() ? "" : ", ") + std::string(all[i].kernels->name);
+        for (const Candidate& each : kCandidates)
+            if (each.runs()) text += (text.empty() ? "" : ", ") + std::string(each.kernels->name);
         return text;
     }();
     return names.c_str();

@@ -160,8 +160,10 @@ struct Kernels {
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels amx_kernels;
+bool amx_permitted();          // asks the operating system, once
 
-// The best that this processor runs, or the one that BELLBOX_ISA names. Throws std::runtime_error with one clear
+// The best that this processor runs and that is proved on hardware (amx is not), or the one that BELLBOX_ISA names. Throws std::runtime_error with one clear
 // line where that is unknown or cannot run here.
 const Kernels& kernels();
 void use(const char* name);    // from now on; the best again for "". Throws like kernels().

@@ -1,0 +1,273 @@
+// A program for `make sanitize`: random shapes through the kernels of every instruction set, each result held against
+// the portable ones bit by bit (gradients: to rounding). Every buffer has exactly the size that the kernels may touch,
+// so that AddressSanitizer sees a byte too far. AMX runs here in an emulation of its instructions.
+//
+//     check [cases [seed]]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "layer.h"
+
+using namespace bellbox;
+
+namespace {
+
+std::mt19937 randomness;
+
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(randomness); }
+
+template <typename T>
+T one_of(std::initializer_list<T> values) {
+    return values.begin()[pick(0, static_cast<int64_t>(values.size()) - 1)];
+}
+
+size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// Normal numbers as fp32 or bf16, now and then a value exactly on a threshold, or one that is not finite.
+std::vector<char> numbers(int64_t count, Type type, const std::vector<float>& thresholds, bool wild) {
+    std::normal_distribution<float> normal;
+    std::vector<char> bytes(static_cast<size_t>(count) * size_of(type));
+    for (int64_t i = 0; i < count; ++i) {
+        float value = normal(randomness);
+        if (pick(0, 19) == 0) value = thresholds[static_cast<size_t>(pick(0, static_cast<int64_t>(thresholds.size()) - 1))];
+        if (wild && pick(0, 199) == 0) value = one_of({NAN, INFINITY, -INFINITY, 1e38f, 1e-42f, -0.0f});
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        const uint16_t half = static_cast<uint16_t>(bits >> 16);
+        if (type == Type::f32)
+            memcpy(&bytes[static_cast<size_t>(4 * i)], &value, 4);
+        else
+            memcpy(&bytes[static_cast<size_t>(2 * i)], &half, 2);
+    }
+    return bytes;
+}
+
+// Equal bits, any NaN being like any other.
+bool same(const std::vector<char>& a, const std::vector<char>& b, Type type) {
+    for (size_t i = 0; i < a.size(); i += size_of(type)) {
+        uint32_t x = 0, y = 0;
+        memcpy(type == Type::f32 ? reinterpret_cast<char*>(&x) : reinterpret_cast<char*>(&x) + 2, &a[i], size_of(type));
+        memcpy(type == Type::f32 ? reinterpret_cast<char*>(&y) : reinterpret_cast<char*>(&y) + 2, &b[i], size_of(type));
+        const bool both_nan = (x & 0x7fffffffu) > 0x7f800000u && (y & 0x7fffffffu) > 0x7f800000u;
+        if (x != y && !both_nan) return false;
+    }
+    return true;
+}
+
+void expect(bool condition, const std::string& what) {
+    if (!condition) throw std::runtime_error(what + " differs from the portable kernels");
+}
+
+Coding random_coding(int64_t& k, int n) {
+    Coding c{};
+    c.block = 1 << pick(0, 8);
+    k = std::max<int64_t>(1, k / c.block) * c.block;
+    std::normal_distribution<float> normal;
+    for (int i = 0; i < n - 1; ++i) c.thresholds.push_back(pick(0, 30) == 0 ? 0 : normal(randomness));
+    std::sort(c.thresholds.begin(), c.thresholds.end());
+    c.normalise = one_of({Normalise::rms, Normalise::fixed, Normalise::absmax});
+    c.rsigma = one_of({1.0, 0.3, 7.0});
+    c.rescale = pick(0, 1) == 1;
+    c.multiplier = static_cast<int32_t>(pick(1, 2));
+    c.shift = static_cast<int32_t>(pick(0, n));
+    return c;
+}
+
+struct Encoded {
+    std::vector<char> levels, marks;
+    std::vector<int32_t> sums;
+};
+
+Encoded encode(const Kernels& kernels, EncodeArgs a) {
+    Encoded e{std::vector<char>(static_cast<size_t>(a.rows * a.ldl), 99), std::vector<char>(static_cast<size_t>(4 * a.rows)),
+              std::vector<int32_t>(static_cast<size_t>(a.rows))};
+    a.levels = reinterpret_cast<int8_t*>(e.levels.data()), a.sums = e.sums.data();
+    a.marks = reinterpret_cast<float*>(e.marks.data());
+    const int64_t middle = pick(0, a.rows);
+    kernels.encode(a, 0, middle);
+    kernels.encode(a, middle, a.rows);
+    return e;
+}
+
+// Codes, then the product, by row and column ranges and as a whole layer on two threads.
+void check_layer(const Kernels& kernels) {
+    int64_t k = pick(1, 700);
+    const int64_t rows = one_of<int64_t>({1, 2, 3, 5, 8, 17, 64, 65, 130, 300}), outputs = pick(1, 150);
+    const int act_n = one_of({2, 2, 3, 4, 8, 16}), weight_n = one_of({2, 2, 3, 4, 7, 8, 16});
+    const int bits = weight_n <= 2 ? 1 : weight_n <= 4 ? 2 : weight_n <= 8 ? 3 : 4;
+    const Coding coding = random_coding(k, act_n);
+    const Type in = one_of({Type::f32, Type::bf16}), out = one_of({Type::f32, Type::bf16});
+    const std::vector<char> x = numbers(rows * k, in, coding.thresholds, true);
+    EncodeArgs a = coding.of(x.data(), in, rows, k, k);
+    a.ldl = (k + 63) / 64 * 64 + 64 * pick(0, 1);
+    Encoded base = encode(portable_kernels, a);
+    {
+        const Encoded mine = encode(kernels, a);
+        expect(same(mine.marks, base.marks, Type::f32), "encode: marks");
+        for (int64_t r = 0; r < rows; ++r) {
+            const float mark = reinterpret_cast<float*>(base.marks.data())[r];
+            if (mark != mark) continue;  // what a row that is not finite is coded as does not matter
+            const size_t at = static_cast<size_t>(r * a.ldl), row = static_cast<size_t>(r);
+            expect(memcmp(&mine.levels[at], &base.levels[at], static_cast<size_t>(a.ldl)) == 0, "encode: levels");
+            expect(mine.sums[row] == base.sums[row], "encode: sums");
+        }
+    }
+    std::vector<PackedWeights> matrices;
+    for (int i = 0; i < 2; ++i) {
+        std::vector<uint8_t> codes(static_cast<size_t>(outputs * k));
+        for (uint8_t& code : codes) code = static_cast<uint8_t>(pick(0, weight_n - 1));
+        std::vector<float> scale(static_cast<size_t>(outputs)), bias(static_cast<size_t>(outputs));
+        std::normal_distribution<float> normal;
+        for (float& s : scale) s = normal(randomness);
+        for (float& b : bias) b = normal(randomness);
+        matrices.emplace_back(bits, outputs, k, static_cast<int32_t>(pick(1, 2)), static_cast<int32_t>(pick(0, 9)),
+                              scale.data(), pick(0, 1) == 0 ? bias.data() : nullptr);
+        const int64_t first = std::min<int64_t>(outputs, 16 * pick(0, 9));  // in two slabs
+        matrices.back().fill(codes.data(), k, 0, first);
+        matrices.back().fill(codes.data() + first * k, k, first, outputs - first);
+    }
+    const size_t bytes = static_cast<size_t>(rows * outputs) * size_of(out);
+    std::vector<char> expected[2], direct(bytes);
+    for (int i = 0; i < 2; ++i) {
+        LinearArgs p{};
+        p.weights = &matrices[static_cast<size_t>(i)].view();
+        p.levels = reinterpret_cast<const int8_t*>(base.levels.data()), p.ldl = a.ldl, p.sums = base.sums.data();
+        p.marks = reinterpret_cast<const float*>(base.marks.data()), p.m = rows, p.act_scale = 0.37f;
+        p.act_n = act_n, p.act_multiplier = coding.multiplier, p.act_shift = coding.shift;
+        p.out_type = out, p.ldo = outputs;
+        expected[i].resize(bytes);
+        p.out = expected[i].data();
+        portable_kernels.linear(p, 0, rows, 0, tiles_of(matrices[0]));
+        p.out = direct.data();
+        const int64_t row = pick(0, rows), tile = pick(0, tiles_of(matrices[0]));
+        kernels.linear(p, 0, row, 0, tile);
+        kernels.linear(p, 0, row, tile, tiles_of(matrices[0]));
+        kernels.linear(p, row, rows, 0, tiles_of(matrices[0]));
+        expect(same(direct, expected[i], out), "linear, " + std::to_string(bits) + " bits,");
+    }
+    std::vector<char> outs[2] = {std::vector<char>(bytes), std::vector<char>(bytes)};
+    const std::vector<const PackedWeights*> weights = {&matrices[0], &matrices[1]};
+    const std::vector<float> scales = {0.37f, 0.37f};
+    const std::vector<void*> addresses = {outs[0].data(), outs[1].data()};
+    Job job{coding.of(x.data(), in, rows, k, k), weights, scales, addresses, out};
+    linear(job, static_cast<int>(pick(1, 3)));
+    for (int i = 0; i < 2; ++i) expect(same(outs[i], expected[i], out), "a layer on threads");
+}
+
+void check_rotation(const Kernels& kernels) {
+    const int32_t block = 1 << pick(0, 9);
+    const int64_t rows = pick(1, 5), k = block * pick(1, std::max<int64_t>(1, 700 / block));
+    const Type in = one_of({Type::f32, Type::bf16}), out = one_of({Type::f32, Type::bf16});
+    const std::vector<char> x = numbers(rows * k, in, {1.0f}, false);
+    std::vector<char> mine(static_cast<size_t>(rows * k) * size_of(out)), base(mine.size());
+    RotateArgs a{x.data(), in, rows, k, block, 0.31f, mine.data(), out};
+    kernels.rotate(a, 0, rows);
+    a.out = base.data();
+    portable_kernels.rotate(a, 0, rows);
+    expect(same(mine, base, out), "rotate");
+}
+
+void check_training(const Kernels& kernels) {
+    int64_t k = pick(1, 700);
+    const int n = static_cast<int>(pick(2, 16));
+    const Coding coding = random_coding(k, n);
+    const int64_t rows = pick(1, 5);
+    const Type in = one_of({Type::f32, Type::bf16}), out = one_of({Type::f32, Type::bf16});
+    const std::vector<char> x = numbers(rows * k, in, coding.thresholds, false);
+    const std::vector<char> grad = numbers(rows * k, out, coding.thresholds, false);
+    const std::vector<float> r(static_cast<size_t>(rows), 0.1f), gamma = {0.8f}, free(static_cast<size_t>(rows), 1.0f);
+    const size_t bytes = static_cast<size_t>(rows * k) * size_of(out);
+    std::vector<char> x_hat[2], v[2], grad_x[2], dots[2];
+    for (int i = 0; i < 2; ++i) {
+        const Kernels& used = i == 0 ? portable_kernels : kernels;
+        x_hat[i].resize(bytes), v[i].resize(bytes), grad_x[i].resize(bytes), dots[i].resize(static_cast<size_t>(4 * rows));
+        used.forward(ForwardArgs{x.data(), in, rows, k, coding.block, coding.thresholds.data(), n, 1.5f, r.data(), 1,
+                                 gamma.data(), 0, x_hat[i].data(), v[i].data(), out},
+                     0, rows);
+        BackwardArgs b{};
+        b.grad = grad.data(), b.v = v[i].data(), b.type = out, b.rows = rows, b.k = k, b.block = coding.block;
+        b.r = r.data(), b.r_stride = 1, b.gamma = gamma.data(), b.free = free.data(), b.free_stride = 1;
+        b.grad_x = grad_x[i].data(), b.x_hat = x_hat[i].data(), b.row_dot = reinterpret_cast<float*>(dots[i].data());
+        used.backward(b, 0, rows);
+    }
+    expect(same(x_hat[0], x_hat[1], out) && same(v[0], v[1], out), "forward");
+    if (out != Type::f32) return;  // rounding to bf16 may fall either way
+    const float *mine = reinterpret_cast<float*>(grad_x[1].data()), *base = reinterpret_cast<float*>(grad_x[0].data());
+    double error = 0, size = 1e-12;
+    for (int64_t i = 0; i < rows * k; ++i) {
+        error += std::pow(mine[i] - base[i], 2);
+        size += std::pow(base[i], 2) + 1e-4;
+    }
+    expect(std::sqrt(error / size) < 1e-4, "backward");
+}
+
+// One token of a decoder: norm, attention over a cache that has room for exactly it, int8 head.
+void check_decoder(const Kernels& kernels) {
+    const int64_t batch = pick(1, 2), kv = pick(1, 2), heads = kv * pick(1, 3), d = 2 * pick(1, 40), start = pick(0, 40);
+    const int64_t room = start + 1, k = heads * d, outputs = pick(1, 40);
+    const auto floats = [](int64_t count) {
+        std::vector<char> bytes = numbers(count, Type::f32, {1.0f}, false);
+        std::vector<float> values(static_cast<size_t>(count));
+        memcpy(values.data(), bytes.data(), bytes.size());
+        return values;
+    };
+    const std::vector<float> query = floats(batch * heads * d), key = floats(batch * kv * d), turn = floats(d / 2);
+    const std::vector<float> cache = floats(batch * kv * room * d), weight = floats(k), scale = floats(outputs);
+    std::vector<int16_t> x(static_cast<size_t>(batch * k));
+    std::vector<int8_t> head(static_cast<size_t>(outputs * k));
+    for (int16_t& value : x) value = static_cast<int16_t>(pick(-2047, 2047));
+    for (int8_t& value : head) value = static_cast<int8_t>(pick(-127, 127));
+    const bool rotary = pick(0, 1) == 1;
+    std::vector<char> out[2], normed[2], scores[2];
+    for (int i = 0; i < 2; ++i) {
+        const Kernels& used = i == 0 ? portable_kernels : kernels;
+        out[i].resize(static_cast<size_t>(batch * heads * d) * 4), normed[i].resize(out[i].size());
+        scores[i].resize(static_cast<size_t>(batch * outputs) * 4);
+        std::vector<float> keys = cache, values = cache, scratch(static_cast<size_t>(d + start + 1));
+        used.attend(AttendArgs{query.data(), key.data(), key.data(), rotary ? turn.data() : nullptr, turn.data(),
+                               keys.data(), values.data(), batch, heads, kv, d, room, start,
+                               reinterpret_cast<float*>(out[i].data())},
+                    0, batch * kv, scratch.data());
+        used.rms_norm(RmsNormArgs{query.data(), weight.data(), batch, k, 1e-5, reinterpret_cast<float*>(normed[i].data())},
+                      0, batch);
+        used.int8_linear(Int8LinearArgs{x.data(), query.data(), head.data(), scale.data(), batch, outputs, k,
+                                        reinterpret_cast<float*>(scores[i].data())},
+                         0, outputs);
+    }
+    expect(same(out[0], out[1], Type::f32), "attend");
+    expect(same(normed[0], normed[1], Type::f32), "rms_norm");
+    expect(same(scores[0], scores[1], Type::f32), "int8_linear");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    const long cases = count > 1 ? std::atol(arguments[1]) : 300;
+    const unsigned seed = count > 2 ? static_cast<unsigned>(std::atol(arguments[2])) : 1;
+    std::string names = available();
+    std::printf("%ld cases each on %s (amx emulated), seed %u\n", cases, names.c_str(), seed);
+    for (size_t from = 0; from < names.size();) {
+        const size_t to = std::min(names.find(", ", from), names.size());
+        const std::string name = names.substr(from, to - from);
+        from = to + 2;
+        use(name.c_str());
+        randomness.seed(seed);
+        for (long i = 0; i < cases; ++i) try {
+                check_layer(kernels());
+                check_rotation(kernels());
+                check_training(kernels());
+                check_decoder(kernels());
+            } catch (const std::exception& error) {
+                std::printf("%s, case %ld: %s\n", name.c_str(), i, error.what());
+                return 1;
+            }
+        std::printf("%s: the same bits\n", name.c_str());
+    }
+    return 0;
+}

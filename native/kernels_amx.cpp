@@ -1,0 +1,50 @@
+// The kernels for one instruction set: amx, which is avx512 with another product for many rows.
+#include "kernels.h"
+
+#if defined(__linux__) && !defined(BELLBOX_AMX_EMULATED)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define BELLBOX_NAMESPACE avx512
+#include "choice_avx512.h"
+#include "decoder.h"
+#include "encode_avx512.h"
+#include "linear_amx.h"
+#include "training_avx512.h"
+
+namespace bellbox {
+namespace {
+namespace amx {
+
+void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
+    if (m_end - m_begin <= kFewRows || tile_begin >= tile_end)
+        return avx512::linear(a, m_begin, m_end, tile_begin, tile_end);
+    switch (a.weights->bits) {
+        case 1: return linear<1>(a, m_begin, m_end, tile_begin, tile_end);
+        case 2: return linear<2>(a, m_begin, m_end, tile_begin, tile_end);
+        case 3: return linear<3>(a, m_begin, m_end, tile_begin, tile_end);
+        default: return linear<4>(a, m_begin, m_end, tile_begin, tile_end);
+    }
+}
+
+}  // namespace amx
+}  // namespace
+
+const Kernels amx_kernels = {
+    "amx",       avx512::encode,   avx512::rotate, avx512::forward,    avx512::backward,
+    amx::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear};
+
+// Linux gives the state of tiles to a process that asks; all threads of it, those that run too, then have it.
+bool amx_permitted() {
+#ifdef BELLBOX_AMX_EMULATED
+    return true;
+#elif defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
+}  // namespace bellbox
