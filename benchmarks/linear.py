@@ -1,23 +1,26 @@
 """One packed linear layer against what PyTorch offers on the same CPU, in the same run.
 
     python benchmarks/linear.py                              # one thread, 4096 x 4096 and 640 x 640
-    BELLBOX_ISA=avx2 python benchmarks/linear.py --bits 4
+    BELLBOX_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/linear.py --bits 4
 
 Our side is the whole operation: rotation, statistic, codes, integer product, scales; bf16 in and bf16 out, as in
-torch's bf16. `_int_mm` is the bare product of int8 matrices, already quantized. The contenders take turns round
-by round; medians, with the quartiles of ours. Weights are several copies in rotation, together larger than the
-last-level cache (`--hot` for a single one).
+torch's bf16; torch fp32 gets fp32. `_int_mm` is the bare product of int8 matrices, already quantized. The contenders
+take turns round by round; medians, with the quartiles. Weights are several copies in rotation, together larger than
+the last-level cache (`--hot` for a single one).
 
-The floor of a decode (one row) is reading the packed weights at the bandwidth measured in the same run; that of
-a prefill is multiply-adds at the processor's integer rate.
+The floor of a decode (one row) is reading the packed weights at the bandwidth measured in the same run, on huge
+pages; that of a prefill is multiply-adds at the processor's integer rate.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import mmap
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +37,16 @@ def packed_layer(out_features: int, in_features: int, bits: int) -> nn.Module:
     prepared = bb.prepare(layer, bb.Recipe.bbq(bits))
     with torch.no_grad():
         prepared(torch.randn(4, in_features))
-    packed = bb.convert(prepared.eval())
-    packed(torch.randn(1, in_features))  # packs for the machine
-    return packed
+    return bb.convert(prepared.eval())
 
 
 def read_bandwidth() -> float:
     """Bytes per second of reading memory that no cache holds."""
-    source = torch.ones(1 << 27)
+    memory = mmap.mmap(-1, 1 << 29)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    source = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
     times = []
-    for _ in range(5):
+    for _ in range(9):
         start = time.perf_counter()
         source.sum()
         times.append(time.perf_counter() - start)
@@ -67,40 +70,48 @@ def rounds(contenders: dict[str, Callable[[int], object]], seconds: float) -> di
 
 
 @torch.no_grad()
-def measure(
-    out: int, inputs: int, rows: int, all_bits: list[int], hot: bool, seconds: float, bandwidth: float
-) -> None:
-    copies = 1 if hot else max(2, COLD_BYTES // (out * inputs * 2))
-    x = torch.randn(rows, inputs, dtype=torch.bfloat16)
-    codes = torch.randint(-8, 8, (rows, inputs), dtype=torch.int8)
-    bf16 = [torch.randn(out, inputs, dtype=torch.bfloat16) for _ in range(copies)]
-    int8 = [torch.randint(-8, 8, (out, inputs), dtype=torch.int8) for _ in range(copies)]
+def measure(out: int, inputs: int, args: argparse.Namespace, bandwidth: float) -> None:
+    def copies(bits: int) -> int:
+        return 1 if args.hot else min(32, max(2, 8 * COLD_BYTES // (out * inputs * bits)))
 
-    def of(weights: list[Tensor], product: Callable[[Tensor], Tensor]) -> Callable[[int], object]:
-        return lambda turn: product(weights[turn % len(weights)])
+    fp32 = [torch.randn(out, inputs) for _ in range(copies(32))]
+    bf16 = [torch.randn(out, inputs, dtype=torch.bfloat16) for _ in range(copies(16))]
+    int8 = [torch.randint(-8, 8, (out, inputs), dtype=torch.int8) for _ in range(copies(8))]
+    packed = {}
+    for bits in args.bits:
+        layer = packed_layer(out, inputs, bits)
+        packed[bits] = [layer] + [copy.deepcopy(layer) for _ in range(copies(bits) - 1)]
+        for each in packed[bits]:
+            each(torch.randn(1, inputs))  # packs for the machine
+    for rows in args.rows:
+        x = torch.randn(rows, inputs)
+        half, codes = x.bfloat16(), torch.randint(-8, 8, (rows, inputs), dtype=torch.int8)
 
-    contenders: dict[str, Callable[[int], object]] = {
-        "torch bf16": of(bf16, lambda w: nn.functional.linear(x, w)),
-        "torch._int_mm": of(int8, lambda w: torch._int_mm(codes, w.t())),
-    }
-    for bits in all_bits:
-        one = packed_layer(out, inputs, bits)
-        copies_here = 1 if hot else max(2, 8 * COLD_BYTES // (out * inputs * bits) // 2)
-        layers = [one] + [packed_layer(out, inputs, bits) for _ in range(min(copies_here, 24) - 1)]
-        contenders[f"Bellbox {bits} bits"] = lambda turn, layers=layers: layers[turn % len(layers)](x)
-    times = rounds(contenders, seconds)
-    base = statistics.median(times["torch bf16"])
-    print(
-        f"\n{out} x {inputs}, {rows} row{'s' if rows > 1 else ''}, weights {'hot' if hot else 'in rotation'}"
-    )
+        def of(weights: Sequence[Any], product: Callable[[Any], Tensor]) -> Callable[[int], object]:
+            return lambda turn: product(weights[turn % len(weights)])
+
+        contenders = {
+            "torch fp32": of(fp32, lambda w, x=x: nn.functional.linear(x, w)),
+            "torch bf16": of(bf16, lambda w, x=half: nn.functional.linear(x, w)),
+            "torch._int_mm": of(int8, lambda w, x=codes: torch._int_mm(x, w.t())),
+        }
+        for bits, layers in packed.items():
+            contenders[f"Bellbox {bits} bits"] = of(layers, lambda layer, x=half: layer(x))
+        title = f"{out} x {inputs}, {rows} row{'s' if rows > 1 else ''}"
+        show(title, rounds(contenders, args.seconds), rows * out * inputs, bandwidth if rows == 1 else 0)
+
+
+def show(title: str, times: dict[str, list[float]], products: int, bandwidth: float) -> None:
+    fp32, bf16 = (statistics.median(times[name]) for name in ("torch fp32", "torch bf16"))
+    print(f"\n{title}")
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)
-        line = f"  {name:16}{middle * 1e6:10.1f} us  ({low * 1e6:.1f} to {high * 1e6:.1f}){base / middle:7.2f} x bf16"
-        line += f"{2 * rows * out * inputs / middle / 1e9:8.0f} GOPS"
-        if name.startswith("Bellbox") and rows == 1:
-            floor = out * inputs * int(name.split()[1]) / 8 / bandwidth
-            line += f", {floor / middle:.0%} of the read bandwidth"
-        print(line)
+        spread = f"({low * 1e6:.1f} to {high * 1e6:.1f})"
+        line = f"  {name:16}{middle * 1e6:10.1f} us  {spread:22}{fp32 / middle:7.2f} x fp32{bf16 / middle:7.2f} x bf16"
+        line += f"{2 * products / middle / 1e9:8.0f} GOPS"
+        if name.startswith("Bellbox") and bandwidth:
+            line += f", {products * int(name.split()[1]) / 8 / bandwidth / middle:.0%} of the read bandwidth"
+        print(line, flush=True)
 
 
 def main() -> None:
@@ -118,12 +129,11 @@ def main() -> None:
     bandwidth = read_bandwidth()
     print(
         f"{cpu_name()}, torch {torch.__version__}, kernels {native.describe()}, {args.threads} thread(s), "
-        f"reads {bandwidth / 1e9:.0f} GB/s"
+        f"reads {bandwidth / 1e9:.0f} GB/s, weights {'hot' if args.hot else 'in rotation'}"
     )
     for shape in args.shapes:
         out, inputs = map(int, shape.split("x"))
-        for rows in args.rows:
-            measure(out, inputs, rows, args.bits, args.hot, args.seconds, bandwidth)
+        measure(out, inputs, args, bandwidth)
 
 
 if __name__ == "__main__":
