@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bellbox.errors import BellboxError
-from bellbox.levels import Levels, default_zero_point, levels_from_bits
+from bellbox.levels import Grid, Levels, default_zero_point, levels_from_bits, strictly_rising
 
 # The decision boundaries as the method's description prints them, five digits.
 PRINTED = {
@@ -148,3 +148,33 @@ def test_bits():
     for bad in (0, 9, 1.5, True, "2"):
         with pytest.raises(BellboxError, match="bits"):
             levels_from_bits(bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 16, 255])
+@pytest.mark.parametrize("zero_point", [-0.5, 0.0])
+@pytest.mark.parametrize("step", [1.0, 0.37])
+def test_uniform_thresholds_round_to_the_nearest_level(n, zero_point, step):
+    levels = Levels.uniform(n, zero_point, step)
+    v = torch.linspace(-n, n, 4001, dtype=torch.float64) * step
+    values = step * levels.decode(torch.arange(n), torch.float64)
+    nearest = (v[:, None] - values).abs().argmin(-1)
+    middle = (v[:, None] - torch.tensor(levels.thresholds, dtype=torch.float64)).abs().amin(-1) < 1e-5
+    assert torch.equal(levels.encode(v).long()[~middle], nearest[~middle])
+
+
+def test_a_grid_is_levels_without_thresholds():
+    levels = Levels.gaussian(16)
+    assert levels.grid == Grid(16, 0.0)
+    assert levels.grid.integers == levels.integers == tuple(range(-8, 8))
+    assert levels.grid != levels
+    with pytest.raises(BellboxError, match="zero point"):
+        Grid(4, 0.25)
+
+
+def test_equal_values_become_the_next_thresholds():
+    assert strictly_rising([0.0, 0.5]) == (0.0, 0.5)
+    a, b, c, d = strictly_rising([1.0, 1.0, 0.5, 2.0])
+    assert (a, d) == (1.0, 2.0)
+    assert b == 1.0 + 2.0**-23
+    assert c == 1.0 + 2.0**-22
+    assert Levels(4, -0.5, strictly_rising([0.0, 0.0, 0.0])).thresholds[0] == 0.0
