@@ -94,6 +94,16 @@ void int8_linear(uintptr_t x, uintptr_t weight, uintptr_t scale, int64_t m, int6
           [&](int64_t begin, int64_t end) { kernels().int8_linear(a, begin, end); });
 }
 
+// Multiply-adds done by `threads` threads, `rounds` rounds each.
+int64_t integer_peak(int64_t rounds, int threads) {
+    nb::gil_scoped_release release;
+    std::vector<int64_t> done(static_cast<size_t>(std::max(1, threads)));
+    share(static_cast<int64_t>(done.size()), threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) done[static_cast<size_t>(i)] = kernels().integer_peak(rounds);
+    });
+    return std::accumulate(done.begin(), done.end(), int64_t{0});
+}
+
 void rotate(uintptr_t x, int x_type, int64_t rows, int64_t k, int block, float factor, uintptr_t out, int out_type,
             int threads) {
     const RotateArgs a{at<void>(x), static_cast<Type>(x_type), rows, k, block, factor, at<void>(out),
@@ -157,6 +167,7 @@ NB_MODULE(_native, m) {
     m.def("rms_norm", &rms_norm);
     m.def("attend", &attend);
     m.def("int8_linear", &int8_linear);
+    m.def("integer_peak", &integer_peak);
     m.def("forward", &forward);
     m.def("backward", &backward);
 }

@@ -155,6 +155,7 @@ struct Kernels {
     // Pairs (sequence, key-value head); scratch has room for head_dim + start + 1 floats.
     void (*attend)(const AttendArgs&, int64_t pair_begin, int64_t pair_end, float* scratch);
     void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
+    int64_t (*integer_peak)(int64_t rounds);   // native/peak.h
 };
 
 extern const Kernels portable_kernels;

@@ -11,6 +11,7 @@
 #include "decoder.h"
 #include "encode_avx512.h"
 #include "linear_amx.h"
+#include "peak.h"
 #include "training_avx512.h"
 
 namespace bellbox {
@@ -33,7 +34,7 @@ void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_be
 
 const Kernels amx_kernels = {
     "amx",       avx512::encode,   avx512::rotate, avx512::forward,    avx512::backward,
-    amx::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear};
+    amx::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear, avx512::integer_peak};
 
 // Linux gives the state of tiles to a process that asks; all threads of it, those that run too, then have it.
 bool amx_permitted() {

@@ -5,10 +5,11 @@
 #include "choice_avx512.h"
 #include "decoder.h"
 #include "encode_avx512.h"
+#include "peak.h"
 #include "training_avx512.h"
 
 namespace bellbox {
 const Kernels avx512_kernels = {
     "avx512",       avx512::encode,   avx512::rotate, avx512::forward,    avx512::backward,
-    avx512::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear};
+    avx512::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear, avx512::integer_peak};
 }  // namespace bellbox

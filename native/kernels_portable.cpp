@@ -5,9 +5,10 @@
 #include "decoder.h"
 #include "encode_portable.h"
 #include "linear_portable.h"
+#include "peak.h"
 
 namespace bellbox {
 const Kernels portable_kernels = {
     "portable",       portable::encode,   portable::rotate, portable::forward,    portable::backward,
-    portable::linear, portable::rms_norm, portable::attend, portable::int8_linear};
+    portable::linear, portable::rms_norm, portable::attend, portable::int8_linear, portable::integer_peak};
 }  // namespace bellbox

@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "pack a trained run into integers",
     "generate": "continue a prompt",
     "report": "write an HTML page with pictures of a run",
+    "bench": "measure speed: single layers, or a whole model",
     "compare": "train methods, bit widths and seeds alike, and draw the table",
     "demo": "the main job end to end, on bundled text",
 }

@@ -1,0 +1,89 @@
+"""What the machine can do: the floors that every measured time is held against."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from bellbox.kernels import native
+
+_BYTES = 1 << 29
+"""Read to measure the bandwidth: more than any cache holds."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine with a number of threads, measured."""
+
+    cpu: str
+    threads: int
+    torch: str
+    kernels: str
+    date: str
+    read_bandwidth: float
+    """Bytes a second, of memory that no cache holds."""
+    integer_rate: float | None
+    """Multiply-adds of 8-bit integers a second, operands in registers; None where the kernels were not built."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rate = "" if self.integer_rate is None else f", {2 * self.integer_rate / 1e9:,.0f} GOPS of integers"
+        return (
+            f"{self.cpu}, {self.threads} thread{'s' if self.threads > 1 else ''}, torch {self.torch}, "
+            f"kernels: {self.kernels}, {self.date}; reads {self.read_bandwidth / 1e9:.1f} GB/s{rate}"
+        )
+
+
+def measure_machine() -> Machine:
+    """Measure this machine with the threads that torch uses now; takes a second."""
+    return Machine(
+        cpu_name(),
+        torch.get_num_threads(),
+        torch.__version__,
+        native.describe(),
+        datetime.now(UTC).date().isoformat(),
+        read_bandwidth(),
+        integer_rate(),
+    )
+
+
+def cpu_name() -> str:
+    """The processor as the operating system calls it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of summing a tensor that no cache holds, the best of five."""
+    source = torch.ones(_BYTES // 4)
+    times: list[float] = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        source.sum()
+        times.append(time.perf_counter() - begun)
+    return _BYTES / min(times)
+
+
+def integer_rate() -> float | None:
+    """Multiply-adds a second that the instruction set in use does with everything in registers, the best of five."""
+    module = native.compiled()
+    if module is None:
+        return None
+    rates: list[float] = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        products = module.integer_peak(1 << 20, torch.get_num_threads())
+        rates.append(products / (time.perf_counter() - begun))
+    return max(rates)

@@ -1,0 +1,125 @@
+"""A whole language model of random weights: prompts and single tokens, packed against full precision."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bellbox.benchmark.timing import Spread, take_turns
+from bellbox.models import ModelConfig, build
+from bellbox.nn.compact import Precision
+from bellbox.process import peak_memory
+from bellbox.recipe import Recipe
+from bellbox.surgery import convert, prepare
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One contender: seconds of a prompt's pass and of a decode step after it."""
+
+    name: str
+    prompt: int
+    """Tokens of the prompt."""
+    prefill: Spread
+    decode: Spread
+    peak_memory: int | None
+    """Of the process so far, in bytes."""
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """By the median."""
+        return self.prompt / self.prefill.median
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """By the median."""
+        return 1 / self.decode.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            **asdict(self),
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+        }
+
+
+def random_model(config: ModelConfig, bits: int, embeddings: Precision = "fp32") -> nn.Module:
+    """A packed model of random weights; its activation scales come from one forward over random tokens."""
+    model = prepare(build(config, seed=0), Recipe.bbq(bits)).eval()
+    with torch.no_grad():
+        model(torch.randint(0, config.vocab_size, (1, 16)))
+    return convert(model, embeddings)
+
+
+class _Decoding:
+    """A model with a cache in which a prompt stands, so that steps can be repeated from the same place."""
+
+    def __init__(self, model: nn.Module, vocabulary: int, prompt: int) -> None:
+        self.model = model
+        self.prompt = torch.randint(0, vocabulary, (1, prompt))
+        self.token = self.prompt[:, :1]
+        self.cache = model.new_cache(1, prompt + 1)  # pyright: ignore[reportCallIssue]
+        self.prefill(0)
+
+    def prefill(self, _turn: int) -> None:
+        self.cache.reset()
+        self.model(self.prompt, cache=self.cache, last_only=True)
+
+    def decode(self, _turn: int) -> None:
+        self.cache.length = self.prompt.shape[1]
+        self.model(self.token, cache=self.cache, last_only=True)
+
+
+@torch.no_grad()
+def bench_model(
+    config: ModelConfig,
+    bits: Sequence[int] = (4, 3, 2, 1),
+    *,
+    prompt: int = 256,
+    embeddings: Sequence[Precision] = ("fp32", "int8"),
+    seconds: float = 10.0,
+    progress: Callable[[str], None] | None = None,
+) -> list[ModelResult]:
+    """Time prompts and decode steps of packed models and of the same model in fp32 and bf16, in turns.
+
+    Args:
+        config: which model.
+        bits: of weights and activations.
+        prompt: tokens of the prompt; a decode step comes right after it.
+        embeddings: what the packed models' embeddings and heads are in.
+        seconds: for prefill and for decode, all contenders together.
+        progress: called with a line before each part.
+
+    Returns:
+        One result a contender, the full-precision ones first.
+    """
+
+    def tell(line: str) -> None:
+        if progress is not None:
+            progress(line)
+
+    models: dict[str, nn.Module] = {}
+    tell("building the models")
+    begun = time.perf_counter()
+    models["fp32"] = build(config, seed=0).eval()
+    models["bf16"] = build(config, seed=0).eval().to(torch.bfloat16)
+    for width in bits:
+        for precision in embeddings:
+            models[f"{width} bit{'s' if width > 1 else ''}, {precision} embeddings"] = random_model(
+                config, width, precision
+            )
+            tell(f"built {len(models)} models in {time.perf_counter() - begun:.0f} s")
+    runs = {name: _Decoding(model, config.vocab_size, prompt) for name, model in models.items()}
+    tell("prompts")
+    prefill = take_turns({name: run.prefill for name, run in runs.items()}, seconds)
+    for run in runs.values():
+        run.prefill(0)
+    tell("single tokens")
+    decode = take_turns({name: run.decode for name, run in runs.items()}, seconds, least=20)
+    return [ModelResult(name, prompt, prefill[name], decode[name], peak_memory()) for name in models]

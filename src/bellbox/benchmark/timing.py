@@ -1,0 +1,48 @@
+"""Timing contenders against each other on a machine that is never quite still."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of one call: the median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, times: list[float]) -> Spread:
+        """Of at least two measurements."""
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[int], object]], seconds: float, least: int = 5
+) -> dict[str, Spread]:
+    """Time contenders round by round, each once a round, so that a drift of the machine meets all of them.
+
+    Args:
+        contenders: called with the number of the round.
+        seconds: how long, all together.
+        least: rounds at least, however long they take.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run(0)
+        run(1)
+    deadline = time.perf_counter() + seconds
+    turn = 0
+    while turn < least or time.perf_counter() < deadline:
+        for name, run in contenders.items():
+            begun = time.perf_counter()
+            run(turn)
+            times[name].append(time.perf_counter() - begun)
+        turn += 1
+    return {name: Spread.of(values) for name, values in times.items()}

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bellbox.benchmark import Spread, bench_kernels, bench_model, measure_machine, take_turns
+from bellbox.benchmark import machine as machine_module
+from bellbox.benchmark.kernels import in_rotation, random_layer
+from bellbox.cli.main import main
+from bellbox.kernels import native
+from bellbox.models import preset
+
+
+@pytest.fixture(autouse=True)
+def one_small_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bandwidth of caches will do here."""
+    monkeypatch.setattr(machine_module, "_BYTES", 1 << 20)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_contenders_take_turns_and_the_spread_is_the_quartiles() -> None:
+    order: list[str] = []
+    found = take_turns({name: lambda _, name=name: order.append(name) for name in "ab"}, 0.0, least=6)
+    assert order == ["a", "a", "b", "b"] + ["a", "b"] * 6
+    assert all(0 <= s.low <= s.median <= s.high for s in found.values())
+    assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3.0, 2.0, 4.0)
+
+
+def test_the_machine_is_measured() -> None:
+    machine = measure_machine()
+    assert machine.read_bandwidth > 1e8
+    assert (machine.integer_rate is None) == (not native.available())
+    assert machine.integer_rate is None or machine.integer_rate > 1e8
+    assert machine.cpu in str(machine)
+
+
+def test_layers_are_held_against_what_the_machine_can_do() -> None:
+    machine = measure_machine()
+    found = bench_kernels(machine, 32, 64, 2, bits=(2, 1), hot=True, seconds=0.0)
+    by_name = {each.name: each for each in found}
+    assert list(by_name)[-2:] == ["Bellbox 2 bits", "Bellbox 1 bit"]
+    two = by_name["Bellbox 2 bits"]
+    assert two.weight_bytes == 32 * 64 * 2 // 8
+    assert two.read_fraction == pytest.approx(two.weight_bytes / machine.read_bandwidth / two.seconds.median)
+    assert random_layer(32, 64, 3)(torch.randn(5, 64)).isfinite().all()
+
+
+def test_copies_in_rotation_are_larger_than_a_cache_and_hot_ones_are_one() -> None:
+    assert len(in_rotation(dict, 1 << 26, hot=False)) == 2
+    assert len(in_rotation(dict, 1 << 22, hot=False)) == 32
+    assert len(in_rotation(dict, 1, hot=False)) == 64
+    assert len(in_rotation(dict, 1, hot=True)) == 1
+
+
+def test_models_are_timed_in_prefill_and_decode() -> None:
+    config = preset("tiny", vocab_size=64, num_hidden_layers=1, hidden_size=64, intermediate_size=64)
+    lines: list[str] = []
+    found = bench_model(config, (2,), prompt=8, seconds=0.0, progress=lines.append)
+    assert [each.name for each in found] == [
+        "fp32",
+        "bf16",
+        "2 bits, fp32 embeddings",
+        "2 bits, int8 embeddings",
+    ]
+    for each in found:
+        assert each.prefill_tokens_per_second == 8 / each.prefill.median
+        assert each.to_dict()["decode_tokens_per_second"] == 1 / each.decode.median
+    assert lines[-1] == "single tokens"
+
+
+def test_the_command_prints_figures_and_writes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "figures.json"
+    main(
+        [
+            *("bench", "kernels", "--shapes", "16x32", "--rows", "1", "--bits", "2", "--hot"),
+            *("--threads", "1", "--seconds", "0.01", "--json", str(target)),
+        ]
+    )
+    figures = json.loads(target.read_text())
+    assert figures["machine"]["threads"] == 1
+    assert [each["name"] for each in figures["results"]][-1] == "Bellbox 2 bits"
+    assert "16 x 32, 1 row, weights hot" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kernels", "--shapes", "4096"], "write OUTPUTSxINPUTS"),
+        (["kernels", "--bits", "5"], "bits are 1 to 4"),
+        (["model", "--preset", "7B"], "no model preset '7B'"),
+        (["model", "--prompt", "100000"], "one of them new"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
