@@ -47,6 +47,21 @@ inline void make_bits(const LinearArgs& a, int64_t row, int64_t blocks, uint64_t
     }
 }
 
+// Sixteen sums of code * code to the output.
+struct Counts {
+    product::Epilogue epilogue;
+    __m512i multiplier, less;
+
+    BELLBOX_INLINE Counts(const LinearArgs& a, int64_t tile)
+        : epilogue(a, tile), multiplier(_mm512_set1_epi32(a.act_multiplier)) {
+        const __m512i sums = _mm512_maskz_loadu_epi32(epilogue.mask, a.weights->code_sums + epilogue.column);
+        less = _mm512_mullo_epi32(sums, _mm512_set1_epi32(a.act_shift));
+    }
+    BELLBOX_INLINE void operator()(const LinearArgs& a, int64_t row, __m512i count) const {
+        epilogue(a, row, _mm512_sub_epi32(_mm512_mullo_epi32(count, multiplier), less));
+    }
+};
+
 template <int ROWS, int TILES>
 void multiply(const LinearArgs& a, const uint64_t* bits, int64_t blocks, int64_t row, int64_t first) {
     const int64_t words = 2 * blocks, tile_bytes = 64 * words;
@@ -68,15 +83,11 @@ void multiply(const LinearArgs& a, const uint64_t* bits, int64_t blocks, int64_t
                 acc[r][t] = _mm512_add_epi32(acc[r][t], _mm512_popcnt_epi32(_mm512_and_si512(code[t], word)));
         }
     }
-    const __m512i multiplier = _mm512_set1_epi32(a.act_multiplier), shift = _mm512_set1_epi32(a.act_shift);
     BELLBOX_UNROLL
     for (int t = 0; t < TILES; ++t) {
-        const product::Epilogue epilogue(a, first + t);
-        const int32_t* sums = a.weights->code_sums + epilogue.column;
-        const __m512i less = _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(epilogue.mask, sums), shift);
+        const Counts counts(a, first + t);
         BELLBOX_UNROLL
-        for (int r = 0; r < ROWS; ++r)
-            epilogue(a, row + r, _mm512_sub_epi32(_mm512_mullo_epi32(acc[r][t], multiplier), less));
+        for (int r = 0; r < ROWS; ++r) counts(a, row + r, acc[r][t]);
     }
 }
 

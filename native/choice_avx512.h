@@ -3,6 +3,7 @@
 
 #include "binary_avx512.h"
 #include "linear_avx512.h"
+#include "lookup_avx512.h"
 
 namespace bellbox {
 namespace {
@@ -10,6 +11,7 @@ namespace avx512 {
 
 inline void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
     if (binary::serves(a)) return binary::linear(a, m_begin, m_end, tile_begin, tile_end);
+    if (lookup::serves(a, m_end - m_begin)) return lookup::linear(a, m_begin, m_end, tile_begin, tile_end);
     switch (a.weights->bits) {
         case 1: return product::linear<1>(a, m_begin, m_end, tile_begin, tile_end);
         case 2: return product::linear<2>(a, m_begin, m_end, tile_begin, tile_end);

@@ -56,7 +56,7 @@ struct Weights {
     int32_t shift;
     const float* scale;        // [n], what one integer is worth
     const float* bias;         // [n] or null
-    const int32_t* code_sums;  // [n]: sum of the codes of a row; only for 1 bit, else null
+    const int32_t* code_sums;  // [n]: sum of the codes of a row; for 1 and 2 bits, else null
 };
 
 // out[m, n] = float(sum_k levels * weight) * (scale[n] * act_scale) * marks[m] + bias[n]

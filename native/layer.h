@@ -75,17 +75,17 @@ class PackedWeights {
                   const float* bias)
         : data_(weight_memory(packed_size(bits, n, k))), scale_(scale, scale + n) {
         if (bias != nullptr) bias_.assign(bias, bias + n);
-        if (bits == 1) code_sums_.resize(static_cast<size_t>(n));
+        if (bits <= 2) code_sums_.resize(static_cast<size_t>(n));
         view_ = Weights{data_.get(),   bits,
                         n,             k,
                         multiplier,    shift,
                         scale_.data(), bias != nullptr ? bias_.data() : nullptr,
-                        bits == 1 ? code_sums_.data() : nullptr};
+                        bits <= 2 ? code_sums_.data() : nullptr};
     }
     // Codes of some rows, the first a multiple of 16: a whole matrix of bytes need never exist at once.
     void fill(const uint8_t* codes, int64_t ldc, int64_t first, int64_t rows) {
         pack(codes, ldc, view_.bits, rows, view_.k, data_.get() + packed_size(view_.bits, first, view_.k));
-        for (int64_t i = 0; view_.bits == 1 && i < rows; ++i)
+        for (int64_t i = 0; view_.bits <= 2 && i < rows; ++i)
             code_sums_[static_cast<size_t>(first + i)] =
                 std::accumulate(codes + i * ldc, codes + i * ldc + view_.k, int32_t{0});
     }

@@ -196,10 +196,13 @@ def test_a_packed_layer_gives_the_bits_of_the_reference(
             assert same(packed(x), expected), name
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 7, 63, 300])
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (64, 64), (130, 33), (257, 100), (640, 17)])
-def test_one_bit_times_one_bit_gives_the_bits_of_the_reference(isa, rows, inputs, outputs):
-    model, packed = packed_layer(inputs, outputs, 2, 2, "token")
+@pytest.mark.parametrize("rows", [1, 2, 5, 9, 63, 300])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (64, 64), (130, 33), (600, 100)])
+@pytest.mark.parametrize(("weight", "activation"), [(2, 2), (4, 4), (3, 3), (4, 2), (3, 4)])
+def test_very_few_levels_on_both_sides_give_the_bits_of_the_reference(
+    isa, rows, inputs, outputs, weight, activation
+):
+    model, packed = packed_layer(inputs, outputs, weight, activation, "token")
     x = torch.randn(rows, inputs)
     with torch.no_grad():
         assert same(packed(x), model(x))
