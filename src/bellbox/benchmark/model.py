@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -57,6 +57,18 @@ def random_model(config: ModelConfig, bits: int, embeddings: Precision = "fp32")
     return convert(model, embeddings)
 
 
+class Contender(Protocol):
+    """A model with a prompt in its cache; both calls leave it as it was, but for time."""
+
+    def prefill(self, turn: int) -> None:
+        """The prompt's pass, from an empty cache."""
+        ...
+
+    def decode(self, turn: int) -> None:
+        """One token after the prompt."""
+        ...
+
+
 class _Decoding:
     """A model with a cache in which a prompt stands, so that steps can be repeated from the same place."""
 
@@ -67,11 +79,11 @@ class _Decoding:
         self.cache = model.new_cache(1, prompt + 1)  # pyright: ignore[reportCallIssue]
         self.prefill(0)
 
-    def prefill(self, _turn: int) -> None:
+    def prefill(self, turn: int) -> None:  # noqa: ARG002
         self.cache.reset()
         self.model(self.prompt, cache=self.cache, last_only=True)
 
-    def decode(self, _turn: int) -> None:
+    def decode(self, turn: int) -> None:  # noqa: ARG002
         self.cache.length = self.prompt.shape[1]
         self.model(self.token, cache=self.cache, last_only=True)
 
@@ -84,6 +96,7 @@ def bench_model(
     prompt: int = 256,
     embeddings: Sequence[Precision] = ("fp32", "int8"),
     seconds: float = 10.0,
+    more: Mapping[str, Contender] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[ModelResult]:
     """Time prompts and decode steps of packed models and of the same model in fp32 and bf16, in turns.
@@ -94,6 +107,7 @@ def bench_model(
         prompt: tokens of the prompt; a decode step comes right after it.
         embeddings: what the packed models' embeddings and heads are in.
         seconds: for prefill and for decode, all contenders together.
+        more: further contenders by name.
         progress: called with a line before each part.
 
     Returns:
@@ -115,11 +129,14 @@ def bench_model(
                 config, width, precision
             )
             tell(f"built {len(models)} models in {time.perf_counter() - begun:.0f} s")
-    runs = {name: _Decoding(model, config.vocab_size, prompt) for name, model in models.items()}
+    runs: dict[str, Contender] = {
+        name: _Decoding(model, config.vocab_size, prompt) for name, model in models.items()
+    }
+    runs.update(more or {})
     tell("prompts")
     prefill = take_turns({name: run.prefill for name, run in runs.items()}, seconds)
     for run in runs.values():
         run.prefill(0)
     tell("single tokens")
     decode = take_turns({name: run.decode for name, run in runs.items()}, seconds, least=20)
-    return [ModelResult(name, prompt, prefill[name], decode[name], peak_memory()) for name in models]
+    return [ModelResult(name, prompt, prefill[name], decode[name], peak_memory()) for name in runs]
