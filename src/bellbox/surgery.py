@@ -42,8 +42,32 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         The same model (a new layer where `model` is itself one `nn.Linear`).
 
     Raises:
-        BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, or
-            `recipe` is no recipe.
+        BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, a layer
+            cannot have the quantizers of its rule, or `recipe` is no recipe.
+    """
+    layers = new_layers(model, recipe)
+    _warn_of_idle_rules(model, recipe)
+    for linear, layer in layers:
+        weight, activation = layer.weight_quantizer, layer.activation_quantizer
+        if weight is not None:
+            weight.initialize(_rotated(linear, activation) if layer.weights_rotated else linear.weight)
+    result: nn.Module = model
+    for linear, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
+        if layer.weights_rotated:
+            with torch.no_grad():
+                linear.weight.copy_(_rotated(linear, layer.activation_quantizer))
+        result = replace_layer(result, linear, layer)
+    without_fused_paths(result)
+    return cast(Model, result)
+
+
+def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Linear, QuantizedLinear]]:
+    """Each layer that `prepare` would replace, and what by; nothing is changed yet and no scale is set.
+
+    So it is also the quick way to learn whether a recipe fits a model, which may lie on the meta device.
+
+    Raises:
+        BellboxError: see `prepare`.
     """
     if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BellboxError(f"the recipe is {recipe!r}: give a Recipe, such as bb.Recipe.bbq(bits=2)")
@@ -52,7 +76,6 @@ def prepare(model: Model, recipe: Recipe) -> Model:
     decided = [(name, layer, rule) for name, layer in _linears(model) if (rule := recipe.rule_for(name))]
     if recipe.rules and not decided:
         raise BellboxError(_why_no_layer(model))
-    _warn_of_idle_rules(model, recipe)
     layers: list[tuple[nn.Linear, QuantizedLinear]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
     groups = _sibling_groups(decided) if recipe.share_inputs else {}
@@ -64,27 +87,16 @@ def prepare(model: Model, recipe: Recipe) -> Model:
             owners[group] = activation
         weight = None
         if rule.weights is not None:
-            rows = linear.out_features
-            weight = build_quantizer(
-                rule.weights, linear.in_features, rows, name=f"{name or 'the layer'}.weight"
-            )
+            where = f"{name or 'the layer'}.weight"
+            weight = build_quantizer(rule.weights, linear.in_features, linear.out_features, name=where)
             weight.to(linear.weight.device)
-            weight.initialize(_rotated(linear, activation) if rule.weights_rotated else linear.weight)
         owned, rotated = shared is None, rule.weights_rotated
         try:
             layer = QuantizedLinear(linear, weight, activation, owned, rotated)
         except BellboxError as error:
             raise BellboxError(f"{name or 'the layer'}: {error}") from None
-        layer.train(linear.training)
-        layers.append((linear, layer))
-    result: nn.Module = model
-    for linear, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
-        if layer.weights_rotated:
-            with torch.no_grad():
-                linear.weight.copy_(_rotated(linear, layer.activation_quantizer))
-        result = replace_layer(result, linear, layer)
-    without_fused_paths(result)
-    return cast(Model, result)
+        layers.append((linear, layer.train(linear.training)))
+    return layers
 
 
 def unprepare(model: Model) -> Model:

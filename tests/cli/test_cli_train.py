@@ -133,6 +133,8 @@ def test_it_trains_and_says_what_to_do_next(
     [
         ({"method": "none"}, ["eval", "report", "generate"]),
         ({"statistic": "tensor"}, ["eval", "report"]),
+        ({"method": "nf"}, ["eval", "report", "generate"]),
+        ({"weight_only": "float"}, ["eval", "report", "generate"]),
         ({}, ["eval", "report", "convert", "generate"]),
     ],
 )

@@ -110,6 +110,17 @@ def test_a_schedule_that_cannot_be_is_one_line(changes: dict[str, Any], message:
     assert "\n" not in str(caught.value)
 
 
+def test_a_later_phase_that_its_method_cannot_have_is_refused_before_the_first_step(tiny: Tiny) -> None:
+    config = tiny(steps=8, phases=PhasesSection(quantized=0.5))
+    for section, message in (
+        (QuantizationSection(method="quest", statistic="ema"), "statistic 'ema' does not fit"),
+        (QuantizationSection(method="ternary_mass"), "give levels=3"),
+        (QuantizationSection(weight_only="float", weights_rotated=True), "needs both weight and input"),
+    ):
+        with pytest.raises(BellboxError, match=message):
+            Trainer(dataclasses.replace(config, quantization=section))
+
+
 def test_the_optimal_fraction_is_filled_in_before_the_run_is_saved() -> None:
     config = TrainConfig(tokens=3_000_000_000, phases=PhasesSection(quantized="optimal"))
     config.model.preset = "95M"

@@ -141,13 +141,12 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _farewell(folder: Path, model: nn.Module) -> str:
     commands = [f"bellbox eval {folder}", f"bellbox report {folder}"]
-    statistics = {
-        layer.activation_quantizer.quantizer.statistic
-        for _, layer in quantized_layers(model)
-        if layer.activation_quantizer is not None
-    }
-    if "tensor" not in statistics:  # the paper's statistic can be trained with and measured, no more
-        if statistics:
+    layers = [layer for _, layer in quantized_layers(model)]
+    inputs = [layer.activation_quantizer.quantizer for layer in layers if layer.activation_quantizer]
+    if all(
+        quantizer.statistic != "tensor" for quantizer in inputs
+    ):  # else: to train with and measure, no more
+        if layers and all(layer.runs_on_integers for layer in layers):
             commands.append(f"bellbox convert {folder} --out {folder}-packed")
         commands.append(f'bellbox generate {folder} --prompt "Once upon a time"')
     return "\n  ".join(

@@ -13,7 +13,7 @@ from bellbox.models import build, preset
 from bellbox.nn.tools import unique_tensors
 from bellbox.planner import quantized_fraction
 from bellbox.recipe import Recipe, recipe_from_dict
-from bellbox.surgery import prepare
+from bellbox.surgery import new_layers, prepare
 from bellbox.training.config import QuantizationSection, TrainConfig
 
 
@@ -69,15 +69,29 @@ def _optimal_fraction(config: TrainConfig) -> float:
             "phases.quantized: optimal follows from quantization.bits or levels, which this run does not have; "
             "give a number"
         )
-    with torch.device("meta"):
-        parameters = sum(
-            p.numel() for p in build(preset(config.model.preset, **config.model.overrides)).parameters()
-        )
-    bits = section.bits if section.levels is None else math.log2(section.levels)
+    parameters = sum(p.numel() for p in _skeleton(config).parameters())
+    weights = make_recipe(section).rules[-1].weights
+    assert weights is not None  # of a method that is not none
     try:
-        return quantized_fraction(config.total_steps * config.batch.tokens, parameters, bits or 2)
+        tokens = config.total_steps * config.batch.tokens
+        return quantized_fraction(tokens, parameters, math.log2(weights.levels))
     except BellboxError as error:
         raise BellboxError(f"phases.quantized: optimal: {error}") from None
+
+
+def _skeleton(config: TrainConfig) -> nn.Module:
+    """The model without memory."""
+    with torch.device("meta"):
+        return build(preset(config.model.preset, **config.model.overrides))
+
+
+def check_quantization(config: TrainConfig, section: QuantizationSection) -> None:
+    """Whether the layers of the model can be what a quantization section says, in no time and memory.
+
+    Raises:
+        BellboxError: they cannot; as `make_model` would.
+    """
+    new_layers(_skeleton(config), make_recipe(section))
 
 
 def make_recipe(section: QuantizationSection) -> Recipe:

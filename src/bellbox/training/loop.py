@@ -33,6 +33,7 @@ from bellbox.nn import weights_quantized_once
 from bellbox.surgery import prepare, rotated_weights, unprepare
 from bellbox.training import random_state
 from bellbox.training.assemble import (
+    check_quantization,
     load_model_tensors,
     make_model,
     make_recipe,
@@ -110,6 +111,8 @@ class Trainer:
         self.teacher = Teacher(self.config, self.device) if self.config.distill.teacher else None
         random_state.seed_all(self.config.seed)
         self.phases = phases_of(self.config)
+        for later in self.phases[1:]:  # hours may pass before its layers are made
+            check_quantization(self.config, later.quantization)
         self.phase = self.phases[0]
         self.model = make_model(self.config, self.phase.quantization).to(self.device)
         self._build_around_model()
