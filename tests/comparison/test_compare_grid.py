@@ -31,6 +31,17 @@ def test_rows_are_laid_over_the_base_bits_and_seeds_over_the_rows(grid) -> None:
     assert found.cells[4].lrs == (2e-3,)
 
 
+def test_bits_of_the_base_count_where_the_grid_says_none(grid) -> None:
+    file = grid(rows={"BBQ": {}, "one": {"bits": 1}})
+    data = yaml.safe_load(file.read_text())
+    data["base"]["quantization"] = {"bits": 3}
+    file.write_text(yaml.safe_dump(data))
+    assert [(cell.bits, cell.config(0.1, 0).quantization.bits) for cell in load_grid(file).cells] == [
+        (3, 3),
+        (1, 1),
+    ]
+
+
 def test_a_base_may_stand_in_a_file_beside_the_grid(grid, tmp_path: Path) -> None:
     file = grid(rows={"BBQ": {}})
     data = yaml.safe_load(file.read_text())
@@ -51,6 +62,11 @@ def test_a_base_may_stand_in_a_file_beside_the_grid(grid, tmp_path: Path) -> Non
         ({"rows": {"a": {"lr": "fast"}}}, "row 'a': lr must be a list of numbers"),
         ({"rows": {"a": {"lr": -1}}}, "row 'a': optimizer.lr is -1"),
         ({"rows": {"a": {"seeds": [1, 1]}}}, "seeds names a number twice"),
+        ({"rows": {"a": {"bits": [2, 4], "quantization": {"bits": 3}}}}, "row 'a' says twice how many bits"),
+        (
+            {"rows": {"a": {"quantization": {"method": "seq"}}}, "bits": [8]},
+            "row 'a': seq has 2 to 128 levels",
+        ),
         ({"rows": {"a": {}}, "base": "nowhere.yaml"}, "cannot read"),
         ({"rows": {"a": {}}, "base": 3}, "base must be a mapping"),
     ],

@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 from bellbox.comparison import summarise
 from bellbox.report import comparison_page, comparison_pictures
+from bellbox.report.comparison import _looks
 
 
 def studied(result, widths: tuple[float, ...]):
@@ -41,6 +42,12 @@ def test_every_picture_that_the_results_can_fill_is_drawn(result) -> None:
 def test_a_single_bit_width_and_few_facts_leave_pictures_out(result) -> None:
     (study,) = summarise([result(), result(seed=1)])
     assert [picture.name for picture in comparison_pictures(study)] == ["perplexity-by-row"]
+
+
+def test_more_rows_than_colours_and_lines_still_look_different(result) -> None:
+    (study,) = summarise([result(f"row {i}") for i in range(30)])
+    looks = {row: tuple(map(str, look.values())) for row, look in _looks(study).items()}
+    assert len(looks) == len(set(looks.values())) == 30
 
 
 def test_the_page_stands_alone(result) -> None:

@@ -13,8 +13,8 @@ rows:
 ```
 
 A row holds any keys of a training configuration, laid over `base`; its own `lr`, `bits` and `seeds` go before the
-grid's. Rows that fix their levels themselves (full precision, `levels`, a whole `recipe`) ignore the grid's
-`bits`. A seed decides the initial weights and the order of the text, alike for every row.
+grid's. Rows that fix their levels themselves (full precision, `bits` or `levels` of the quantization, a whole
+`recipe`) ignore the grid's `bits`; where nobody says any, those of `base` count. A seed decides the initial weights and the order of the text, alike for every row.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bellbox.errors import BellboxError, require
+from bellbox.training.assemble import check_quantization
 from bellbox.training.config import TrainConfig
 from bellbox.training.config_file import config_from_dict
 
@@ -114,6 +115,8 @@ def load_grid(path: str | os.PathLike[str]) -> Grid:
     for name, row in rows.items():
         if not isinstance(row, dict):
             raise BellboxError(f"{file}: row '{name}' must be a mapping of training keys")
+        if "bits" in row and {"bits", "levels", "recipe"} & set(row.get("quantization") or {}):
+            raise BellboxError(f"{file}: row '{name}' says twice how many bits; leave one of them out")
         cells += _cells(file, str(name), base, common | row)
     return Grid(file.stem, str(data.get("about", "")), tuple(cells))
 
@@ -121,12 +124,12 @@ def load_grid(path: str | os.PathLike[str]) -> Grid:
 def _cells(file: Path, name: str, base: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
     lrs = _numbers(file, name, "lr", row.get("lr"), float)
     seeds = _numbers(file, name, "seeds", row.get("seeds", [0]), int)
-    widths = _numbers(file, name, "bits", row.get("bits", [2]), int)
     overrides = {key: value for key, value in row.items() if key not in ROW_KEYS}
     values = merged(base, overrides)
     where = f"{file}: row '{name}'"
     quantization = config_from_dict(values, where).quantization
     given = overrides.get("quantization") or {}
+    widths = _numbers(file, name, "bits", row.get("bits", quantization.bits or 2), int)
     if quantization.recipe is not None or quantization.method == "none":
         choices: list[tuple[float | None, dict[str, Any]]] = [(None, {})]
     elif quantization.levels is not None:
@@ -140,11 +143,14 @@ def _cells(file: Path, name: str, base: dict[str, Any], row: dict[str, Any]) -> 
         for bits, change in choices
     ]
     for cell in cells:
-        for lr in lrs:
-            try:
-                cell.config(lr, seeds[0])
-            except BellboxError as error:
-                raise BellboxError(f"{file}: {error}") from None
+        try:
+            configs = [cell.config(lr, seeds[0]) for lr in lrs]
+        except BellboxError as error:
+            raise BellboxError(f"{file}: {error}") from None
+        try:
+            check_quantization(configs[0], configs[0].quantization)
+        except BellboxError as error:
+            raise BellboxError(f"{where}: {error}") from None
     return cells
 
 

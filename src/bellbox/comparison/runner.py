@@ -118,6 +118,10 @@ class _Runner:
         return Outcome(len(found), len(runs), failed, len(self.killed), signals.received)
 
     def _start_what_is_missing(self) -> None:
+        if (
+            len(self.active) >= self.jobs
+        ):  # asked many times a second: nothing to work out, the runs need the time
+            return
         for run in self.plan.missing():
             if len(self.active) >= self.jobs:
                 return

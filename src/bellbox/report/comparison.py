@@ -59,7 +59,7 @@ def comparison_pictures(study: Study) -> list[Picture]:
 def _looks(study: Study) -> dict[str, dict[str, Any]]:
     """Row -> colour, line and marker, the same in all pictures of a study."""
     names = dict.fromkeys(s.row for s in study.summaries if not s.full_precision)
-    looks = itertools.product(_LINES, _COLORS)
+    looks = itertools.cycle(itertools.product(_LINES, _COLORS))  # with another marker each time round
     return {
         name: {"color": color, "linestyle": line, "marker": marker}
         for name, (line, color), marker in zip(names, looks, itertools.cycle(_MARKERS), strict=False)
