@@ -10,7 +10,7 @@ import bellbox as bb
 from bellbox.errors import BellboxError
 from bellbox.io import sizes
 from bellbox.models import Llama, build, preset
-from bellbox.nn.compact import CompactEmbedding, CompactLinear, compact
+from bellbox.nn.compact import Compact, CompactEmbedding, CompactLinear, compact
 
 
 def trained(**overrides) -> nn.Module:
@@ -80,10 +80,21 @@ def test_a_decode_step_takes_rounded_embeddings(tmp_path: Path) -> None:
     assert float((torch.cat(steps, dim=1) - whole).norm() / whole.norm()) < 0.05
 
 
+def test_a_layer_that_was_kept_is_not_taken_for_a_head() -> None:
+    config = preset("gpt-95M", vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                    num_attention_heads=2, max_position_embeddings=64)  # fmt: skip
+    model = bb.prepare(build(config, seed=0), bb.Recipe.bbq(2, keep=("*.q_proj",)))
+    with torch.no_grad():
+        model.eval()(IDS)
+    small = bb.convert(model, embeddings="int8")
+    names = [name for name, module in small.named_modules() if isinstance(module, Compact)]
+    assert names == ["transformer.wte", "transformer.wpe", "lm_head"]
+
+
 def test_what_cannot_be_rounded_is_refused() -> None:
     with pytest.raises(BellboxError, match="not 'int4'"):
         compact(trained(), "int4")
-    wide = nn.Sequential(nn.Embedding(4, 9000), nn.Linear(9000, 4))
+    wide = nn.ModuleDict({"embed": nn.Embedding(4, 9000), "head": nn.Linear(9000, 4)})
     with pytest.raises(BellboxError, match="use bf16"):
         compact(wide, "int8")
     with pytest.raises(BellboxError, match="no fp32 embedding"):

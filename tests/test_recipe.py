@@ -133,3 +133,16 @@ def test_what_it_does_not_know_is_refused_by_name(data, names):
 def test_impossible_numbers_are_refused_at_once(options):
     with pytest.raises(BellboxError):
         Recipe.bbq(**options)
+
+
+def test_a_choice_for_activations_that_are_not_quantized_is_refused() -> None:
+    for choice in ({"statistic": "ema"}, {"activation_levels": 16}):
+        with pytest.raises(BellboxError, match="weight_only='float' leaves no activations"):
+            Recipe.of("bbq", 2, weight_only="float", **choice)
+
+
+def test_full_precision_but_for_rules_of_ones_own() -> None:
+    first = Rule("*.0.*", QuantizerSpec("bbq", 4), QuantizerSpec("bbq", 4))
+    recipe = Recipe.of("none", rules=(first,))
+    assert recipe.rule_for("model.layers.0.mlp") == first
+    assert recipe.rule_for("model.layers.1.mlp") is None

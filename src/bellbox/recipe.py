@@ -35,6 +35,11 @@ SIBLINGS = (
 """Names of layers that, under one parent, read the same tensor. Sharing is checked at run time by identity."""
 
 
+def is_head(name: str) -> bool:
+    """Whether the dotted name of a layer is one of an output layer."""
+    return f".{name}".endswith(tuple(f".{head}" for head in HEADS))
+
+
 @dataclass(frozen=True)
 class QuantizerSpec:
     """One quantizer, by name and numbers; what is None is the method's own choice for a weight or an activation."""
@@ -139,10 +144,11 @@ class Recipe:
             rules: rules that go before all others.
 
         Raises:
-            BellboxError: both `bits` and `levels`, an unknown method, or a value out of range.
+            BellboxError: both `bits` and `levels`, `weight_only` together with a choice for activations, an unknown
+                method, or a value out of range.
         """
         if method == "none":
-            return cls.none()
+            return cls(rules, share_inputs)
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
         common = levels if bits is None else levels_from_bits(bits)
@@ -156,6 +162,10 @@ class Recipe:
             return QuantizerSpec(method, n, zero_point, statistic, block, dict(options or {}))
 
         weights = spec(weight_levels, weight_statistic)
+        if weight_only is not None and (statistic, activation_levels) != (None, None):
+            raise BellboxError(
+                f"weight_only={weight_only!r} leaves no activations for statistic and activation_levels to decide about"
+            )
         if weight_only is None:
             activations = spec(activation_levels, statistic)
         else:

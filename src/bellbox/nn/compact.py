@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from bellbox.errors import BellboxError
 from bellbox.kernels.decoder import INT8_COLUMNS, int8_linear
 from bellbox.nn.tools import replace_layer
+from bellbox.recipe import is_head
 
 Precision = Literal["fp32", "bf16", "int8"]
 
@@ -83,11 +84,19 @@ class CompactLinear(Compact):
 
 
 def tables(model: nn.Module) -> dict[str, nn.Embedding | nn.Linear]:
-    """What `compact` works on, by name: embeddings, and heads (linear layers with an output for each entry)."""
+    """What `compact` works on, by name: embeddings, and heads.
+
+    A head has an output for each entry of an embedding, and a head's name or the embedding's weight: a layer of a
+    block that was kept in full precision may be as wide as a table of positions is long.
+    """
     embeddings = {name: m for name, m in model.named_modules() if type(m) is nn.Embedding}
     entries = {m.num_embeddings for m in embeddings.values()}
+    tied = {id(m.weight) for m in embeddings.values()}
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     heads = {
-        name: m for name, m in model.named_modules() if type(m) is nn.Linear and m.out_features in entries
+        name: m
+        for name, m in linears.items()
+        if id(m.weight) in tied or (m.out_features in entries and is_head(name))
     }
     return {**embeddings, **heads}
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bellbox.recipe import HEADS
+from bellbox.recipe import is_head
 from bellbox.training.cewt import CEWT, constrained_weights
 from bellbox.training.config import OptimizerSection
 
@@ -182,8 +182,7 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, Tensor] = {}
     for name, module in model.named_modules():
-        head = any(f".{name}".endswith(f".{known}") for known in HEADS)
-        if _is_linear(module) and not head and isinstance(module.weight, Tensor):
+        if _is_linear(module) and not is_head(name) and isinstance(module.weight, Tensor):
             found[id(module.weight)] = module.weight
     return [weight for key, weight in found.items() if key not in embeddings]
 
