@@ -258,6 +258,14 @@ def test_the_first_tensor_sets_the_scales_that_the_papers_start_from():
     assert q.levels.thresholds == pytest.approx([float(t * rms) for t in (-4 / 3, 0, 4 / 3)], abs=1e-6)
 
 
+def test_thresholds_of_n2uq_follow_a_change_that_no_version_counts():
+    q = build_quantizer(QuantizerSpec("n2uq", 4), FEATURES, None, "").eval()
+    before = q.codes(data().float())
+    q.beta.data.add_(0.5)  # type: ignore[union-attr]
+    assert not torch.equal(q.codes(data().float()), before)
+    assert q.levels.thresholds == pytest.approx(q._thresholds().tolist())  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("n", "centroids", "error"),
     [(2, (1.0,), 0.358), (4, (0.57, 1.88), 0.116), (8, (), 0.0316), (16, (), 0.0076)],

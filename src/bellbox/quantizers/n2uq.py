@@ -58,7 +58,7 @@ class N2UQ(LearnedQuantizer):
                 raise BellboxError("n2uq learns thresholds for its input as it is: block=1")
             self.beta, self.s1, self.s2 = (nn.Parameter(torch.ones(())) for _ in range(3))
             self.a = nn.Parameter(torch.ones(spec.levels - 1))
-        self._versions: list[int] = []
+        self._known: list[float] = []
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
         """Symmetric levels; of activations the thresholds are replaced by the learned ones."""
@@ -83,11 +83,12 @@ class N2UQ(LearnedQuantizer):
     @property
     def levels(self) -> Levels:
         """With the thresholds as they are learned by now. (A compiled graph keeps those that it was compiled with.)"""
-        if self.rows is None and not torch.compiler.is_compiling():
-            versions = [self.beta._version, self.a._version]
-            if versions != self._versions and self._ready:
-                self._levels = Levels(self._levels.n, -0.5, strictly_rising(self._thresholds().tolist()))
-                self._versions = versions
+        if self.rows is None and self._ready and not torch.compiler.is_compiling():
+            # By value: a parameter may be changed past its version counter, as through `.data`.
+            known = self._thresholds().tolist()
+            if known != self._known:
+                self._levels = Levels(self._levels.n, -0.5, strictly_rising(known))
+                self._known = known
         return self._levels
 
     @torch.no_grad()

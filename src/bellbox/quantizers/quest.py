@@ -3,7 +3,7 @@
 With x_h the rotated row, s its RMS (detached) and a_b the clip of least squared error for a Gaussian at n levels:
 
     step = 2 a_b s / (n - 1);  x_hat = step * (level of the nearest of n symmetric levels)
-    trust: the gradient passes where |x_hat - x_h| <= step / 2, that is where |x_h| <= n a_b s / (n - 1)
+    trust: the gradient passes where |x_hat - x_h| <= step / 2: with symmetric levels, |x_h| <= n a_b s / (n - 1)
     clip:  it passes where |x_h| <= 1.3 a_b s (the authors' choice for one bit on both sides)
 
 Ties go up here, where the authors' `round` goes to even.
@@ -99,10 +99,13 @@ class QuEST(Quantizer):
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""
         assert norm.sigma is not None
-        n = self.levels.n
-        reach = self.clip * (1.3 if self.options.rule == "clip" else n / (n - 1))
-        unit = norm.sigma * self.step
-        return straight_through(rows, norm, unit, self.levels, self.block, dtype, Window(-reach, reach))
+        levels, unit = self.levels, norm.sigma * self.step
+        if self.options.rule == "clip":
+            window = Window(-1.3 * self.clip, 1.3 * self.clip)
+        else:
+            low, high = (-levels.offset - 0.5) * self.step, (levels.n - levels.offset - 0.5) * self.step
+            window = Window(low, high)
+        return straight_through(rows, norm, unit, levels, self.block, dtype, window)
 
     def scale(self) -> Tensor:
         """The step in units of sigma."""
