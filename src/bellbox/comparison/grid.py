@@ -14,7 +14,8 @@ rows:
 
 A row holds any keys of a training configuration, laid over `base`; its own `lr`, `bits` and `seeds` go before the
 grid's. Rows that fix their levels themselves (full precision, `bits` or `levels` of the quantization, a whole
-`recipe`) ignore the grid's `bits`; where nobody says any, those of `base` count. A seed decides the initial weights and the order of the text, alike for every row.
+`recipe`) ignore the grid's `bits`; where nobody says any, those of `base` count. A seed decides the initial weights and
+the order of the text, alike for every row.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import nn
 
 from bellbox import io
 from bellbox.errors import BellboxError
-from bellbox.nn import quantized_layers
+from bellbox.nn import QuantizedLinear, quantized_layers
 from bellbox.packing import row_bytes
 from bellbox.recipe import Recipe
 from bellbox.report.style import kind_of
@@ -63,7 +63,7 @@ def block_bytes(model: nn.Module) -> tuple[int, str | None]:
 
     Returns:
         The bytes, and None or why the model cannot be packed; in that case quantized layers count with their codes
-        and one fp32 scale a row.
+        and their fp32 scales.
     """
     layers = dict(quantized_layers(model))
     blocks = Recipe.bbq()
@@ -78,13 +78,16 @@ def block_bytes(model: nn.Module) -> tuple[int, str | None]:
     try:
         return floats + io.sizes(convert(model)).packed_bytes, None
     except BellboxError as error:
-        codes = sum(
-            2 * layer.weight.numel()
-            if layer.weight_quantizer is None
-            else layer.out_features * (row_bytes(layer.in_features, layer.weight_quantizer.levels.n) + 4)
-            for layer in layers.values()
-        )
-        return floats + codes, str(error)
+        return floats + sum(map(_unpacked_bytes, layers.values())), str(error)
+
+
+def _unpacked_bytes(layer: QuantizedLinear) -> int:
+    quantizer = layer.weight_quantizer
+    if quantizer is None:
+        return 2 * layer.weight.numel()
+    return layer.out_features * (
+        row_bytes(layer.in_features, quantizer.levels.n) + 4 * quantizer.scales_a_row
+    )
 
 
 def _mean(record: dict[str, Any], name: str) -> float | None:

@@ -166,6 +166,11 @@ class Quantizer(nn.Module, ABC):
         """The integers that codes stand for, and the thresholds between them."""
         return self._levels
 
+    @property
+    def scales_a_row(self) -> int:
+        """Scales that a row of a weight needs beside its codes."""
+        return 1
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         levels = f"n={self.levels.n}, zero_point={self.levels.zero_point}"

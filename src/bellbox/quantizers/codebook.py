@@ -48,6 +48,11 @@ class Codebook(Quantizer):
     group: int
     """Entries that share a scale."""
 
+    @property
+    def scales_a_row(self) -> int:
+        """One a group."""
+        return self.features // self.group
+
     @abstractmethod
     def table(self) -> Tensor:
         """The values of the codes, rising, `[n]`, in units of the scale."""
