@@ -45,6 +45,7 @@ def test_rounded_embeddings_change_logits_little_and_survive_the_file(
         assert torch.equal(again(IDS), small(IDS))
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert sizes(small).other_bytes < 0.6 * sizes(whole).other_bytes
+    assert sizes(small).other_parameters == sizes(whole).other_parameters
     assert isinstance(loaded, Llama)
     assert isinstance(loaded.lm_head, CompactLinear)
     assert isinstance(loaded.model.embed_tokens, CompactEmbedding)

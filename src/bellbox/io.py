@@ -222,9 +222,9 @@ def sizes(model: nn.Module) -> Sizes:
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
     inside = sum(t.numel() * t.element_size() for name, t in tensors.items() if name in packed_names)
     rest = [t for name, t in tensors.items() if name not in packed_names]
-    return Sizes(
-        quantized, inside, sum(t.numel() for t in rest), sum(t.numel() * t.element_size() for t in rest)
-    )
+    scales = {id(m.scale) for m in model.modules() if isinstance(m, Compact)}  # bytes, but no parameters
+    other = sum(t.numel() for t in rest if id(t) not in scales)
+    return Sizes(quantized, inside, other, sum(t.numel() * t.element_size() for t in rest))
 
 
 # --- writing ---

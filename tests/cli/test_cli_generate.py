@@ -94,7 +94,9 @@ def test_embeddings_of_a_packed_model_can_be_rounded(
     refused: Callable[..., str],
 ) -> None:
     main(["convert", str(run), "--out", str(tmp_path / "small"), "--embeddings", "int8"])
-    assert "rounded to int8" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "rounded to int8" in told
+    assert "codes that differ       0\n" in told
     texts = []
     for arguments in ([str(tmp_path / "small")], [str(packed), "--embeddings", "int8"]):
         main(["generate", *arguments, "--prompt", "The dog", "--seed", "3"])

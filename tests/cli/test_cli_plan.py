@@ -23,6 +23,8 @@ def test_the_parameters_of_a_preset_are_counted(capsys: pytest.CaptureFixture[st
     [
         (["--tokens", "1e9"], "give one of --preset and --parameters"),
         (["--tokens", "0", "--parameters", "1e6"], "--tokens is 0, must be"),
+        (["--tokens", "1e9", "--parameters", "0.3"], "--parameters is 0.3, must be"),
+        (["--tokens", "1e9", "--parameters", "0"], "--parameters is 0, must be"),
         (["--tokens", "1e5", "--parameters", "1e6"], "begins above 1"),
         (["--tokens", "1e9", "--preset", "96M"], "96M"),
     ],

@@ -98,6 +98,7 @@ def test_ternary_may_follow_whole_bits() -> None:
         ({"phases": {"bits_before": [4, 3]}, "steps": 2}, r"phase 2 .* gets none of the 2 steps"),
         ({"phases": {"quantized": 0.1}, "steps": 3}, r"phase 2 .* gets none of the 3 steps"),
         ({"phases": {"quantized": 0.5}, "quantization": {"method": "none"}}, "nothing can be scheduled"),
+        ({"phases": {"shares": [0.5, 0.5]}, "quantization": {"method": "none"}}, "nothing can be scheduled"),
         (
             {"phases": {"bits_before": [4]}, "quantization": {"recipe": {"rules": []}}},
             "leave one of them out",

@@ -22,7 +22,7 @@ from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation.codes import Agreement, agreement
 from bellbox.io import Sizes
-from bellbox.nn.compact import Precision
+from bellbox.nn.compact import Precision, compact
 from bellbox.opening import OpenedModel, open_data_for, open_model
 from bellbox.surgery import convert
 
@@ -50,7 +50,8 @@ class Convert:
     """Round embeddings and head: smaller, quicker, and no longer exactly the trained function (`bellbox eval` on the
     packed folder shows what it costs)."""
     check: bool = True
-    """Load the packed model back and compare every code and logit with the trained model, on validation text."""
+    """Load the packed model back and compare every code and logit with the trained model (embeddings rounded alike), on
+    validation text."""
     data: str | None = None
     """Text for the check: a dataset folder, or `classics`; the run's own data where not given."""
 
@@ -72,10 +73,10 @@ def main(argv: list[str]) -> None:
     show_sizes(sizes, command.out, command.embeddings)
     if batches is None:
         return
-    if command.embeddings != "fp32":
-        print(f"not compared code by code: embeddings in {command.embeddings} change what the layers get")
-        return
-    found = agreement(opened.model, io.load(command.out), batches)
+    trained = compact(
+        opened.model, command.embeddings
+    )  # rounded alike: then all codes must still be the same
+    found = agreement(trained, io.load(command.out), batches)
     print(describe(found))
     if not found.holds:
         print(

@@ -43,12 +43,17 @@ def main(argv: list[str]) -> None:
     plan = tyro.cli(Plan, args=argv, prog="bellbox plan", description=help_text(__doc__))
     if (plan.preset is None) == (plan.parameters is None):
         raise BellboxError("give one of --preset and --parameters")
-    for name, value in (("tokens", plan.tokens), ("parameters", plan.parameters or 1), ("bits", plan.bits)):
-        if not 0 < value < float("inf"):
-            raise BellboxError(f"--{name} is {value:g}, must be a finite number above 0")
-    if plan.preset is None:
-        parameters = round(plan.parameters or 0)
+    for name, value, low in (
+        ("tokens", plan.tokens, 1),
+        ("parameters", plan.parameters, 1),
+        ("bits", plan.bits, 0.1),
+    ):
+        if value is not None and not low <= value < float("inf"):
+            raise BellboxError(f"--{name} is {value:g}, must be a finite number of at least {low}")
+    if plan.parameters is not None:
+        parameters = round(plan.parameters)
     else:
+        assert plan.preset is not None
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in build(preset(plan.preset)).parameters())
     tokens = round(plan.tokens)

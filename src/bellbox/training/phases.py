@@ -57,7 +57,7 @@ def phases_of(config: TrainConfig) -> list[Phase]:
     final = config.quantization
     assert not isinstance(section.quantized, str)
     if final.method == "none" and final.recipe is None:
-        if section.quantized != 1 or section.bits_before:
+        if section.quantized != 1 or section.bits_before or section.shares:
             raise BellboxError(
                 "phases: quantization.method is none, so nothing can be scheduled; leave it out"
             )
