@@ -388,3 +388,13 @@ def test_rotated_weights_need_a_quantized_input_and_an_unrotated_quantizer() -> 
 def test_what_is_no_recipe_is_refused_in_one_line() -> None:
     with pytest.raises(BellboxError, match=r"'bbq': give a Recipe, such as bb\.Recipe\.bbq"):
         prepare(nn.Linear(8, 4), "bbq")  # type: ignore[arg-type]
+
+
+def test_a_tied_weight_is_not_rotated_under_the_other_layer() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(16, 16), "two": nn.Linear(16, 16)})
+    model["two"].weight = model["one"].weight
+    before = model["one"].weight.detach().clone()
+    with pytest.raises(BellboxError, match="one: its weight stands elsewhere"):
+        bb.prepare(model, Recipe.bbq(2, weights_rotated=True))
+    assert torch.equal(model["one"].weight, before)
+    bb.prepare(model, Recipe.bbq(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import TypeVar, cast
 
@@ -79,7 +80,13 @@ def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Linear, Quanti
     layers: list[tuple[nn.Linear, QuantizedLinear]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
     groups = _sibling_groups(decided) if recipe.share_inputs else {}
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for name, linear, rule in decided:
+        if rule.weights_rotated and uses[id(linear.weight)] > 1:
+            raise BellboxError(
+                f"{name}: its weight stands elsewhere in the model too, where a rotated one would be wrong; give it a "
+                "rule without weights_rotated"
+            )
         group = groups.get(name, (name,))
         shared = owners.get(group)
         activation = shared or _activation_quantizer(name, linear, rule, readers=len(group))
