@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "block.h"
 #include "layer.h"
 
 namespace nb = nanobind;
@@ -72,13 +73,8 @@ void attend(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t cosine, u
     const AttendArgs a{at<float>(query),  at<float>(key), at<float>(value), at<float>(cosine), at<float>(sine),
                        at<float>(keys),   at<float>(values), batch, heads, kv_heads, head_dim, room, start,
                        at<float>(out)};
-    const int64_t useful = std::max<int64_t>(1, batch * heads * head_dim * start / kAttendGrain);
     nb::gil_scoped_release release;
-    share(batch * kv_heads, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
-        thread_local std::vector<float> scratch;
-        if (scratch.size() < static_cast<size_t>(head_dim + start + 1)) scratch.resize(static_cast<size_t>(head_dim + 2 * start + 1));
-        kernels().attend(a, begin, end, scratch.data());
-    });
+    run_attend(a, threads);
 }
 
 // Each row of x becomes 12-bit integers by its largest magnitude first; a row with NaN or infinity gives NaN.
@@ -157,6 +153,27 @@ NB_MODULE(_native, m) {
         .def("__init__", [](Coding* self, int32_t block, std::vector<float> thresholds, int32_t normalise, double rsigma,
                             bool rescale, int32_t multiplier, int32_t shift) {
             new (self) Coding{block, std::move(thresholds), static_cast<Normalise>(normalise), rsigma, rescale, multiplier, shift};
+        });
+    nb::class_<Siblings>(m, "Siblings")
+        .def("__init__", [](Siblings* self, const Coding* coding, std::vector<const PackedWeights*> weights,
+                            std::vector<float> act_scales) {
+            new (self) Siblings{coding, std::move(weights), std::move(act_scales)};
+        });
+    nb::class_<LlamaBlock>(m, "LlamaBlock")
+        .def("__init__", [](LlamaBlock* self, const Siblings& qkv, const Siblings& output, const Siblings& gate_up,
+                            const Siblings& down, uintptr_t first_norm, uintptr_t second_norm, double eps,
+                            int64_t head_dim) {
+            new (self) LlamaBlock(qkv, output, gate_up, down, at<float>(first_norm), at<float>(second_norm), eps, head_dim);
+        })
+        .def("attention", [](LlamaBlock& self, uintptr_t x, int64_t batch, uintptr_t cosine, uintptr_t sine, uintptr_t keys,
+                             uintptr_t values, int64_t room, int64_t start, uintptr_t gate, uintptr_t up, int threads) {
+            nb::gil_scoped_release release;
+            self.attention(at<float>(x), batch, at<float>(cosine), at<float>(sine), at<float>(keys), at<float>(values),
+                           room, start, at<float>(gate), at<float>(up), threads);
+        })
+        .def("mlp", [](LlamaBlock& self, uintptr_t x, uintptr_t active, int64_t batch, int threads) {
+            nb::gil_scoped_release release;
+            self.mlp(at<float>(x), at<float>(active), batch, threads);
         });
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("use", [](const std::string& name) { use(name.c_str()); });

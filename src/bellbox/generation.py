@@ -123,9 +123,15 @@ def _tokens(
     generator: torch.Generator,
     stop_token: int | None,
 ) -> Iterator[Tensor]:
+    from bellbox.decoding import steps_for
+
     stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    steps = steps_for(model, cache)
     for count in range(max_new_tokens):
-        logits = _evaluate(model, input_ids, cache)[:, -1]
+        if steps is None or count == 0:
+            logits = _evaluate(model, input_ids, cache)[:, -1]
+        else:
+            logits = steps.step(input_ids)[:, -1]
         if not torch.isfinite(logits).all():
             raise BellboxError(f"the model's logits for new token {count + 1} are not finite; is it trained?")
         token = sample(logits, *sampling, generator)

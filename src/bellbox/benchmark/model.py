@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bellbox.benchmark.timing import Spread, take_turns
+from bellbox.decoding import steps_for
 from bellbox.models import ModelConfig, build
 from bellbox.nn.compact import Precision
 from bellbox.process import peak_memory
@@ -77,6 +78,7 @@ class _Decoding:
         self.prompt = torch.randint(0, vocabulary, (1, prompt))
         self.token = self.prompt[:, :1]
         self.cache = model.new_cache(1, prompt + 1)  # pyright: ignore[reportCallIssue]
+        self.steps = steps_for(model, self.cache)
         self.prefill(0)
 
     def prefill(self, turn: int) -> None:  # noqa: ARG002
@@ -85,7 +87,10 @@ class _Decoding:
 
     def decode(self, turn: int) -> None:  # noqa: ARG002
         self.cache.length = self.prompt.shape[1]
-        self.model(self.token, cache=self.cache, last_only=True)
+        if self.steps is not None:
+            self.steps.step(self.token)
+        else:
+            self.model(self.token, cache=self.cache, last_only=True)
 
 
 @torch.no_grad()
