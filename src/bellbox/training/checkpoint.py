@@ -7,7 +7,7 @@ tell a damaged checkpoint (a bad disk, a truncated copy) from a good one and fal
 ```
 checkpoints/step-00000100/
   model.safetensors       the model's state dict, each shared tensor once
-  optimizer.safetensors   AdamW's moments, `<parameter>/exp_avg` and so on
+  optimizer.safetensors   the optimizers' moments, `<parameter>/exp_avg` and so on; the norms that CEWT keeps
   state.json              step, tokens, best, random states
   manifest.json           format version, bytes and SHA-256 of the other three
 ```
