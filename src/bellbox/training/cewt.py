@@ -109,18 +109,18 @@ class CEWT:
             lr: of the hyperball: how far a weight moves, in units of its norm.
             project: whether to sort; without it, only the norms are kept (and not even these without hyperball).
         """
-        before = {weight: weight.detach().clone() for weight in self.norms if weight.grad is not None}
-        if self.hyperball:
-            for weight in before:
-                weight.zero_()
+        moving = [weight for weight in self.norms if weight.grad is not None]
+        before = {weight: weight.detach().clone() for weight in moving if self.hyperball}
+        for weight in before:
+            weight.zero_()
         for optimizer in self.optimizers:
             optimizer.step()
-        for weight, old in before.items():
+        for weight in moving:
             norm = self.norms[weight]
             if self.hyperball:
                 length = torch.linalg.vector_norm(weight, dtype=torch.float64)
                 # An update of zero moves nothing.
-                weight.mul_(torch.where(length > 0, lr * norm / length, 0.0).float()).add_(old)
+                weight.mul_(torch.where(length > 0, lr * norm / length, 0.0).float()).add_(before[weight])
             if project:
                 project_(weight, norm)
             elif self.hyperball:
