@@ -1,0 +1,39 @@
+"""The studies that are kept in the repository: their tables and the documents follow from their results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bellbox.comparison import Results, load_grid, summarise, tables
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "benchmarks" / "studies"
+KEPT = sorted(path.parent for path in (STUDIES / "results").glob("*/results.jsonl"))
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_grid_can_be_trained(file: Path) -> None:
+    if not file.stem.endswith("-base"):
+        assert load_grid(file).runs > 0
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_kept_tables_are_those_of_the_kept_results(folder: Path) -> None:
+    studies = summarise(Results(folder).all)
+    assert (folder / "tables.md").read_text(encoding="utf-8") == tables.markdown(studies)
+    assert (folder / "tables.csv").read_text(encoding="utf-8") == tables.comma_separated(studies)
+
+
+def test_the_document_of_results_shows_rows_of_the_kept_tables() -> None:
+    known = {
+        line for folder in KEPT for line in (folder / "tables.md").read_text(encoding="utf-8").splitlines()
+    }
+    shown = [
+        line
+        for line in (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    assert shown
+    assert [line for line in shown if line not in known] == []
