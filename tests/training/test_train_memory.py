@@ -24,8 +24,8 @@ print(cleared(20))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc can")
 def test_large_buffers_that_were_freed_are_used_again() -> None:
-    # 16 MiB are 4,096 pages, which the system would have to clear each of the 20 times.
+    # 16 MiB are 4,096 pages, which the system would have to clear each of the 20 times; the heap may still grow once.
     done = subprocess.run(
         [sys.executable, "-c", TRIAL], capture_output=True, text=True, check=True, timeout=60
     )
-    assert int(done.stdout) < 4096
+    assert int(done.stdout) <= 4096
