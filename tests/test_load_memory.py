@@ -14,13 +14,16 @@ import bellbox as bb
 from bellbox.io import sizes
 from bellbox.kernels import native
 
-SIZE, LAYERS = 4096, 8
+SIZE, LAYERS = 4096, 16
 
-# A child process, whose peak is its own: first a small model, for what Python and torch take anyway.
+# A child process, whose peak is its own: first a small model, for what Python and torch take anyway; from then on the
+# high-water mark counts anew.
 LOADER = """
-import sys, resource, torch, bellbox as bb
+import sys, torch, bellbox as bb
 from torch import nn
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
 def model(size, layers): return nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers)))
 def empty(size, layers):
     holder = model(1, layers)
@@ -29,10 +32,12 @@ def empty(size, layers):
 torch.set_num_threads(1)
 with torch.no_grad():
     bb.load(sys.argv[1], into=empty(64, 1))(torch.randn(1, 64))
-    before = peak()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = memory("VmRSS")
     loaded = bb.load(sys.argv[2], into=empty(int(sys.argv[3]), int(sys.argv[4])))
     loaded(torch.randn(1, int(sys.argv[3])))
-print(peak() - before)
+print(memory("VmHWM") - before)
 """
 
 
