@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,21 +29,25 @@ def take_turns(
 ) -> dict[str, Spread]:
     """Time contenders round by round, each once a round, so that a drift of the machine meets all of them.
 
+    The order is drawn anew for each round, and each contender runs once untimed before it is timed: otherwise one that
+    comes after a large one finds the caches full of that one's data and code.
+
     Args:
-        contenders: called with the number of the round.
+        contenders: called with numbers that rise, so that a contender can change its weights from call to call.
         seconds: how long, all together.
         least: rounds at least, however long they take.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run(0)
-        run(1)
     deadline = time.perf_counter() + seconds
-    turn = 0
+    turn, order, shuffle = 0, list(contenders.items()), random.Random(0).shuffle
     while turn < least or time.perf_counter() < deadline:
-        for name, run in contenders.items():
+        shuffle(order)
+        for name, run in order:
+            run(2 * turn)
             begun = time.perf_counter()
-            run(turn)
+            run(2 * turn + 1)
             times[name].append(time.perf_counter() - begun)
         turn += 1
     return {name: Spread.of(values) for name, values in times.items()}
