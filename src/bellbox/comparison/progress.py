@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 from bellbox.comparison.plan import Plan, Wanted
 from bellbox.comparison.process import Process
 from bellbox.comparison.results import Result
-from bellbox.errors import require
+from bellbox.live import Live, clock
 
 _LINE_SECONDS = 60.0
 
 
-class GridProgress:
+class GridProgress(Live):
     """Where the runner says what happens. To be entered around it.
 
     Args:
@@ -25,35 +24,23 @@ class GridProgress:
     """
 
     def __init__(self, plan: Plan, jobs: int, show: bool):
-        self.plan, self.jobs, self.show = plan, jobs, show
-        self._bar: Any = None
-        self._task: Any = None
+        super().__init__(show)
+        self.plan, self.jobs = plan, jobs
         self._spent, self._stepped = 0.0, 0
         self._said = time.monotonic()
 
-    def __enter__(self) -> GridProgress:
-        if self.show and sys.stdout.isatty():
-            rich = require("rich.progress", "cli")
-            self._bar = rich.Progress(
-                rich.TextColumn("runs {task.fields[runs]}"),
-                rich.BarColumn(bar_width=20),
-                rich.TextColumn("{task.fields[now]}"),
-                rich.TextColumn("{task.fields[left]} left"),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("grid", total=1, runs="", now="", left="?")
-        return self
+    def columns(self, rich: Any) -> list[Any]:
+        """Runs done, what runs now, time left."""
+        return [
+            rich.TextColumn("runs {task.fields[runs]}"),
+            rich.BarColumn(bar_width=20),
+            rich.TextColumn("{task.fields[now]}"),
+            rich.TextColumn("{task.fields[left]} left"),
+        ]
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
-        elif self.show:
-            print(text, flush=True)
+    def fields(self) -> dict[str, Any]:
+        """Before anything is known."""
+        return {"total": 1, "runs": "", "now": "", "left": "?"}
 
     def announce(self, folder: Path) -> None:
         """What is about to happen."""
@@ -65,7 +52,7 @@ class GridProgress:
     def update(self, active: list[Process]) -> None:
         """Called many times a second."""
         now = time.monotonic()
-        wait = 0.5 if self._bar is not None else _LINE_SECONDS
+        wait = 0.5 if self.bar is not None else _LINE_SECONDS
         if now - self._said < wait:
             return
         self._said = now
@@ -75,9 +62,9 @@ class GridProgress:
             for p in active
         )
         done, total = self._count()
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
+        if self.bar is not None:
+            self.bar.update(
+                self.task,
                 completed=done,
                 total=total,
                 runs=f"{done}/{total}",
@@ -101,7 +88,7 @@ class GridProgress:
             if result.weight_entropy is not None:
                 what += f", weight entropy {result.weight_entropy:.3f}"
             what += " (known from another study)" if reused else ""
-            what += "" if process is None else f", {_clock(process.seconds)}"
+            what += "" if process is None else f", {clock(process.seconds)}"
         left = self._left([])
         self.note(f"[{done}/{total}] {run.cell.label}, lr {run.lr:g}, seed {run.seed}: {what}; {left} left")
 
@@ -121,9 +108,4 @@ class GridProgress:
         done, total = self._count()
         sizes = [run.config.total_steps for run in self.plan.runs()]
         steps = (total - done) * sum(sizes) / len(sizes) - sum(process.step for process in active)
-        return _clock(max(0.0, steps) * spent / stepped / self.jobs)
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+        return clock(max(0.0, steps) * spent / stepped / self.jobs)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
-from bellbox.errors import require
+from bellbox.live import Live, clock
 
 
-class Progress:
+class Progress(Live):
     """Where the loop says what happened. To be entered around the loop.
 
     Args:
@@ -19,46 +18,34 @@ class Progress:
     """
 
     def __init__(self, total: int, start: int, show: bool = True):
-        self.total, self.start, self.show = total, start, show
+        super().__init__(show)
+        self.total, self.start = total, start
         self._begun = time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
         self._values = {"loss": "", "perplexity": "", "entropy": "", "speed": ""}
 
-    def __enter__(self) -> Progress:
-        if self.show and sys.stdout.isatty():
-            rich = require("rich.progress", "cli")
-            self._bar = rich.Progress(
-                rich.TextColumn("step"),
-                rich.MofNCompleteColumn(),
-                rich.BarColumn(bar_width=24),
-                rich.TextColumn("loss {task.fields[loss]}"),
-                rich.TextColumn("ppl {task.fields[perplexity]}"),
-                rich.TextColumn("entropy {task.fields[entropy]}"),
-                rich.TextColumn("{task.fields[speed]} tok/s"),
-                rich.TextColumn("left"),
-                rich.TimeRemainingColumn(),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("train", total=self.total, completed=self.start, **self._values)
-        return self
+    def columns(self, rich: Any) -> list[Any]:
+        """Step, loss, perplexity, entropy, speed, time left."""
+        return [
+            rich.TextColumn("step"),
+            rich.MofNCompleteColumn(),
+            rich.BarColumn(bar_width=24),
+            rich.TextColumn("loss {task.fields[loss]}"),
+            rich.TextColumn("ppl {task.fields[perplexity]}"),
+            rich.TextColumn("entropy {task.fields[entropy]}"),
+            rich.TextColumn("{task.fields[speed]} tok/s"),
+            rich.TextColumn("left"),
+            rich.TimeRemainingColumn(),
+        ]
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
-        elif self.show:
-            print(text, flush=True)
+    def fields(self) -> dict[str, Any]:
+        """At the beginning of the run."""
+        return {"total": self.total, "completed": self.start, **self._values}
 
     def step(self, step: int, loss: float) -> None:
         """A step was made."""
-        if self._bar is not None:
+        if self.bar is not None:
             self._values["loss"] = f"{loss:.3f}"
-            self._bar.update(self._task, completed=step, **self._values)
+            self.bar.update(self.task, completed=step, **self._values)
 
     def record(self, record: dict[str, Any]) -> None:
         """A record was written."""
@@ -75,7 +62,7 @@ class Progress:
             self.note(line + ("" if entropy is None else f"  weight entropy {entropy:.3f} bits"))
             return
         self._values["speed"] = f"{record['tokens_per_s']:,.0f}"
-        if self._bar is None:
+        if self.bar is None:
             self.note(
                 f"step {record['step']:>6}/{self.total}  loss {record['loss']:.4f}  "
                 f"perplexity {record['perplexity']:.2f}  lr {record['lr']:.2e}  "
@@ -84,6 +71,4 @@ class Progress:
 
     def _left(self, step: int) -> str:
         done = step - self.start
-        seconds = (time.monotonic() - self._begun) / max(done, 1) * (self.total - step)
-        hours, rest = divmod(round(seconds), 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+        return clock((time.monotonic() - self._begun) / max(done, 1) * (self.total - step))
