@@ -63,7 +63,7 @@ def open_model(
 
     Args:
         path: a run folder (`bellbox train`), a packed folder (`bellbox convert`), or a Hugging Face folder
-            with a LLaMA or GPT-2.
+            with a LLaMA, GPT-2 or OPT.
         checkpoint: of a run: `last`, `best`, or a step.
         embeddings: of a packed model: `bf16` or `int8` rounds its fp32 embeddings and head.
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from bellbox.errors import BellboxError
 from bellbox.models import GPT, GPTConfig, Llama, LlamaConfig, build, load_hf, preset, save_hf
+from bellbox.models.hf import HFFolder
 
 SHARED = Path(
     os.environ.get("BELLBOX_SHARED_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -60,6 +61,26 @@ def small_gpt2(**fields):
     return model
 
 
+def small_opt(**fields):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.OPTConfig(
+        vocab_size=67,
+        hidden_size=48,
+        ffn_dim=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=48,
+        dropout=0.0,
+        **fields,
+    )
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 @needs_stories
 def test_a_real_llama_has_the_same_logits_as_in_transformers():
     model = load_hf(STORIES)
@@ -92,6 +113,53 @@ def test_a_model_of_transformers_goes_there_and_back(tmp_path, make, tied):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert load_hf(tmp_path / "ours").config == model.config
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_opt_is_read_as_a_gpt_with_relu(tmp_path, tied):
+    reference = small_opt(tie_word_embeddings=tied)
+    reference.save_pretrained(tmp_path / "theirs")
+    model = load_hf(tmp_path / "theirs")
+    assert isinstance(model, GPT)
+    same_logits(model, reference, 67)
+    save_hf(model, tmp_path / "ours")
+    same_logits(model, tmp_path / "ours", 67)
+    assert load_hf(tmp_path / "ours").config == model.config
+
+
+def test_an_opt_checkpoint_of_the_bare_body_is_read(tmp_path):
+    reference = small_opt()
+    reference.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    same_logits(load_hf(tmp_path), reference, 67)
+
+
+@pytest.mark.parametrize("make", [small_llama, small_gpt2, small_opt])
+def test_a_block_is_read_by_itself(tmp_path, make):
+    make().save_pretrained(tmp_path)
+    whole, source = load_hf(tmp_path).state_dict(), HFFolder(tmp_path)
+    pieces = [source.rest(), source.block(0), source.block(1)]
+    assert all(torch.equal(whole[name], t) for piece in pieces for name, t in piece.items())
+    assert len({name for piece in pieces for name in piece}) == sum(map(len, pieces))
+    assert set(whole) - {name for piece in pieces for name in piece} <= {"lm_head.weight"}
+    assert all(".1." in name for name in pieces[2])
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"do_layer_norm_before": False}, "no norm stands before"),
+        ({"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
+        ({"activation_function": "gelu"}, "activation_function"),
+        ({"enable_bias": False}, "enable_bias"),
+    ],
+)
+def test_an_opt_configuration_that_cannot_be_honoured_is_refused(tmp_path, fields, says):
+    small_opt().save_pretrained(tmp_path)
+    change_config(tmp_path, **fields)
+    with pytest.raises(BellboxError, match=says):
+        load_hf(tmp_path)
 
 
 def test_own_head_width_and_rope_theta_survive(tmp_path):
@@ -207,7 +275,7 @@ def test_a_configuration_that_cannot_be_honoured_is_refused(folder, fields, says
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"activation_function": "relu"}, "activation_function"),
+        ({"activation_function": "silu"}, "activation_function"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"n_embd": None}, "hidden_size is None"),
         ({"n_embd": None, "n_inner": None}, "hidden_size is None"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from sys import float_info
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from bellbox.errors import BellboxError
 
@@ -119,10 +119,10 @@ class LlamaConfig(_Config):
 
 @dataclass(frozen=True)
 class GPTConfig(_Config):
-    """The shape of a GPT-2: LayerNorm before each part, learned positions, tanh GELU, biases.
+    """The shape of a GPT-2 or an OPT: LayerNorm before each part, learned positions, tanh GELU or ReLU, biases.
 
     Raises:
-        BellboxError: a size that is no positive whole number, or heads that do not divide the width.
+        BellboxError: a size that is no positive whole number, heads that do not divide it, an unknown activation.
     """
 
     architecture: ClassVar[str] = "gpt"
@@ -145,14 +145,25 @@ class GPTConfig(_Config):
     """Whether the head is the embedding matrix itself."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Inside the MLP: GPT-2's tanh GELU, or OPT's ReLU."""
 
     def __post_init__(self) -> None:
         self._check_values()
+        if self.activation not in ("gelu", "relu"):
+            raise BellboxError(f"activation is {self.activation!r}; it must be 'gelu' or 'relu'")
         if self.hidden_size % self.num_attention_heads:
             raise BellboxError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}; change one of them"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, and "architecture"; GPT-2's own activation goes without saying."""
+        values = super().to_dict()
+        if self.activation == "gelu":  # so that files of a GPT-2 are what they were before there was a choice
+            del values["activation"]
+        return values
 
     @property
     def head_size(self) -> int:

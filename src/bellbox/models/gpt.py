@@ -1,10 +1,10 @@
-"""GPT-2, written plainly, with q, k, v as three layers.
+"""GPT-2, written plainly, with q, k, v as three layers; with ReLU in place of GELU it is OPT.
 
 GPT-2's own checkpoints fuse q, k and v into one transposed matrix. Here they are three plain `nn.Linear`s
-that read the very same tensor object, as in LLaMA, so that a recipe treats both alike; `hf.py` splits and
+that read the very same tensor object, as in LLaMA, so that a recipe treats both alike; `hf_names.py` splits and
 fuses without loss. The other names are GPT-2's own (`transformer.h.0.attn.c_proj`, `...mlp.c_fc`).
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Zhang et al., arXiv 2205.01068.
 """
 
 from __future__ import annotations
@@ -54,16 +54,18 @@ class GPTAttention(nn.Module):
 
 
 class GPTMLP(nn.Module):
-    """Two layers with a tanh GELU between."""
+    """Two layers with a tanh GELU or a ReLU between."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size)
         self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.relu = config.activation == "relu"
 
     def forward(self, x: Tensor, exact: bool) -> Tensor:
         """`[B, T, hidden]` to the same."""
-        return self.c_proj(tanh_gelu(self.c_fc(x), exact=exact))
+        wide = self.c_fc(x)
+        return self.c_proj(wide.relu() if self.relu else tanh_gelu(wide, exact=exact))
 
 
 class GPTBlock(nn.Module):

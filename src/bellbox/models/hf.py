@@ -1,10 +1,7 @@
 """To and from Hugging Face folders, `config.json` with `model.safetensors`, without `transformers`.
 
-The folder is the exchange format of the field, and reading it needs only JSON and safetensors. LLaMA's
-tensors map by name; GPT-2's fused, transposed matrices are split on the way in and fused on the way out.
-Nothing is guessed: a folder that asks for something that these models do not compute (scaled rotary
-positions, attention biases, another activation function) is refused, because loading it anyway would give a
-model that is almost right.
+The folder is the exchange format of the field, and reading it needs only JSON and safetensors. `hf_config` says which
+models are understood, `hf_names` how their tensors are called.
 
 A file is somebody else's: names of shards may not leave the folder, every tensor's name, shape and type is
 checked against the configuration before it is read, and no file is ever executed or unpickled.
@@ -15,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bellbox.errors import BellboxError
-from bellbox.models.config import GPTConfig, LlamaConfig, ModelConfig
+from bellbox.models.config import LlamaConfig, ModelConfig
 from bellbox.models.gpt import GPT
+from bellbox.models.hf_config import read_config, read_json, write_config
+from bellbox.models.hf_names import block_prefix, canonical, from_hf, to_hf
 from bellbox.models.llama import Llama
 
 _WEIGHTS = "model.safetensors"
@@ -33,10 +33,11 @@ _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Buffers that older versions of transformers wrote beside the weights; they follow from the configuration.
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+_HEAD = "lm_head.weight"
 
 
 def load_hf(folder: str | os.PathLike[str]) -> Llama | GPT:
-    """Read a LLaMA or GPT-2 that `transformers` (or `save_hf`) wrote, in one file or in shards.
+    """Read a LLaMA, GPT-2 or OPT that `transformers` (or `save_hf`) wrote, in one file or in shards.
 
     Args:
         folder: holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
@@ -48,19 +49,106 @@ def load_hf(folder: str | os.PathLike[str]) -> Llama | GPT:
         BellboxError: a missing or broken file, another architecture, an option that is not supported, a
             missing, unknown, misshapen or oddly typed tensor.
     """
-    root = Path(folder)
-    config = _read_config(root / "config.json")
-    with torch.device("meta"):
-        model = _new(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in _to_hf(model.state_dict(), config).items()}
-    state = _from_hf(_read_tensors(root, expected, config), config)
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state[_embedding(config)]
+    source = HFFolder(folder)
+    model, state = source.empty_model(), source.rest()
+    for number in range(source.config.num_hidden_layers):
+        state.update(source.block(number))
+    return filled(model, state)
+
+
+def filled(model: Llama | GPT, state: dict[str, Tensor]) -> Llama | GPT:
+    """A model from the meta device with these tensors; the head of a tied one may be left out."""
+    if model.config.tie_word_embeddings:
+        state = {**state, _HEAD: state[_embedding(model.config)]}
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     if isinstance(model, Llama):
         model.model.rotary_emb.to_empty(device="cpu")  # which fills it
     return model.eval()
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: Path
+    stored: str
+    """The tensor's name in the file."""
+
+
+class HFFolder:
+    """A Hugging Face folder whose tensors are read as they are wanted: of a large model, a block at a time.
+
+    Opening it reads the configuration and the files' headers, and checks every name, shape and dtype.
+
+    Args:
+        folder: as for `load_hf`.
+
+    Raises:
+        BellboxError: as `load_hf`.
+    """
+
+    config: ModelConfig
+    """The model's shape."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.root = Path(folder)
+        self.config, self.kind = read_config(self.root / "config.json")
+        self.tied = self.config.tie_word_embeddings
+        ours = self.empty_model().state_dict()
+        expected = {name: tuple(t.shape) for name, t in to_hf(ours, self.kind, self.tied).items()}
+        embedding = next(
+            iter(to_hf({_embedding(self.config): ours[_embedding(self.config)]}, self.kind, True))
+        )
+        self._embedding = embedding
+        if self.tied:  # its head may be stored as well, as a copy
+            expected[_HEAD] = expected[embedding]
+        self._places = _locate(self.root, expected, self.kind)
+        missing = sorted(set(expected) - set(self._places) - ({_HEAD} if self.tied else set()))
+        if missing:
+            raise BellboxError(f"{self.root} has no tensor {missing[0]!r} ({len(missing)} missing in all)")
+
+    def empty_model(self) -> Llama | GPT:
+        """The model on the meta device."""
+        with torch.device("meta"):
+            return _new(self.config)
+
+    def block(self, number: int) -> dict[str, Tensor]:
+        """One transformer block's tensors by our names, fp32, in memory of their own.
+
+        Raises:
+            BellboxError: a damaged file.
+        """
+        prefix = block_prefix(self.kind, number)
+        return from_hf(self._read(name for name in self._places if name.startswith(prefix)), self.kind)
+
+    def rest(self) -> dict[str, Tensor]:
+        """What belongs to no block, likewise: embeddings, last norm, and the head of one that is not tied.
+
+        Raises:
+            BellboxError: a damaged file, or a tied head that differs from the embedding.
+        """
+        blocks = tuple(block_prefix(self.kind, n) for n in range(self.config.num_hidden_layers))
+        tensors = self._read(name for name in self._places if not name.startswith(blocks))
+        head = tensors.pop(_HEAD, None) if self.tied else None
+        if head is not None and not torch.equal(head, tensors[self._embedding]):
+            raise BellboxError(
+                f"{self.root}: tie_word_embeddings is true, but lm_head.weight differs from the embedding"
+            )
+        return from_hf(tensors, self.kind)
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._places[name].path, []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for path, inside in by_file.items():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in inside:  # copied: a safetensors view maps the file
+                        stored = file.get_tensor(self._places[name].stored)
+                        tensors[name] = stored.to(torch.float32, copy=True)
+            except (SafetensorError, OSError) as error:
+                raise BellboxError(f"{path} cannot be read as safetensors: {error}") from error
+        return tensors
 
 
 def save_hf(model: Llama | GPT, folder: str | os.PathLike[str]) -> None:
@@ -87,7 +175,9 @@ def save_hf(model: Llama | GPT, folder: str | os.PathLike[str]) -> None:
             f"save_hf writes plain float models, and {odd[0]!r} is not as in one; "
             "save a quantized model with bellbox.save"
         )
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in _to_hf(state, model.config).items()}
+    kind = "llama" if isinstance(model.config, LlamaConfig) else "gpt2"
+    renamed = to_hf(state, kind, model.config.tie_word_embeddings)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in renamed.items()}
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     dtype = str(state[_embedding(model.config)].dtype).removeprefix("torch.")
@@ -95,7 +185,7 @@ def save_hf(model: Llama | GPT, folder: str | os.PathLike[str]) -> None:
     try:
         save_file(tensors, part, metadata={"format": "pt"})
         os.replace(part, root / _WEIGHTS)
-        part.write_text(json.dumps(_write_config(model.config, dtype), indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(write_config(model.config, dtype), indent=2) + "\n", encoding="utf-8")
         os.replace(part, root / "config.json")
     finally:
         part.unlink(missing_ok=True)
@@ -109,182 +199,7 @@ def _embedding(config: ModelConfig) -> str:
     return "model.embed_tokens.weight" if isinstance(config, LlamaConfig) else "transformer.wte.weight"
 
 
-# --- names and layout ---
-
-
-def _transposed(name: str) -> bool:
-    """GPT-2 stores these matrices as [in, out]."""
-    return name.endswith((".c_proj.weight", ".c_fc.weight"))
-
-
-def _to_hf(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict under Hugging Face's names and layout; a tied head is left out."""
-    result = {}
-    for name, tensor in state.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if isinstance(config, LlamaConfig) or not re.search(r"\.[kqv]_proj\.", name):
-            result[name] = tensor.t() if isinstance(config, GPTConfig) and _transposed(name) else tensor
-        elif ".q_proj." in name:
-            parts = [state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
-            fused = torch.cat(parts)
-            result[name.replace("q_proj", "c_attn")] = fused.t() if fused.dim() == 2 else fused
-    return result
-
-
-def _from_hf(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The way back from `_to_hf`, every tensor in memory of its own."""
-    if isinstance(config, LlamaConfig):
-        return tensors
-    result = {}
-    for name, tensor in tensors.items():
-        if ".c_attn." in name:
-            whole = tensor.t() if tensor.dim() == 2 else tensor
-            for part, piece in zip("qkv", whole.chunk(3), strict=True):
-                result[name.replace("c_attn", f"{part}_proj")] = piece.clone(
-                    memory_format=torch.contiguous_format
-                )
-        else:
-            result[name] = tensor.t().contiguous() if _transposed(name) else tensor
-    return result
-
-
-# --- config.json ---
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BellboxError(f"{path} does not exist; a Hugging Face model folder has one") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise BellboxError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BellboxError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def _read_config(path: Path) -> ModelConfig:
-    values = _read_json(path)
-    kind = values.get("model_type")
-    if kind not in ("llama", "gpt2"):
-        raise BellboxError(f"{path}: model_type is {kind!r}; Bellbox reads 'llama' and 'gpt2'")
-    _refuse_unless(path, values, "quantization_config", None)
-    try:
-        return _read_llama(path, values) if kind == "llama" else _read_gpt2(path, values)
-    except KeyError as error:
-        raise BellboxError(f"{path} has no {error.args[0]!r}, which a {kind} model needs") from error
-
-
-def _refuse_unless(path: Path, values: dict[str, Any], key: str, *allowed: Any) -> None:
-    """An absent key means the first allowed value, which is also transformers' default."""
-    if values.get(key, allowed[0]) not in allowed:
-        choices = " or ".join(json.dumps(choice) for choice in allowed)
-        raise BellboxError(
-            f"{path}: {key} is {json.dumps(values[key])}, which is not supported; only {choices} is"
-        )
-
-
-def _read_llama(path: Path, values: dict[str, Any]) -> LlamaConfig:
-    _refuse_unless(path, values, "hidden_act", "silu", "swish")
-    _refuse_unless(path, values, "attention_bias", False)
-    _refuse_unless(path, values, "mlp_bias", False)
-    theta = values.get("rope_theta", 10000.0)
-    for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5
-        rope = values.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise BellboxError(f"{path}: {key} is {json.dumps(rope)}, not an object")
-        if rope.get("rope_type", rope.get("type", "default")) != "default" or (
-            rope.get("partial_rotary_factor", 1.0) != 1.0
-        ):
-            raise BellboxError(
-                f"{path}: {key} {json.dumps(rope)} is not supported; only plain rotary positions are"
-            )
-        theta = rope.get("rope_theta", theta)
-    return LlamaConfig(
-        vocab_size=values["vocab_size"],
-        hidden_size=values["hidden_size"],
-        intermediate_size=values["intermediate_size"],
-        num_hidden_layers=values["num_hidden_layers"],
-        num_attention_heads=values["num_attention_heads"],
-        num_key_value_heads=values.get("num_key_value_heads"),
-        head_dim=values.get("head_dim"),
-        max_position_embeddings=values.get("max_position_embeddings", 2048),
-        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        tie_word_embeddings=values.get("tie_word_embeddings", False),
-        initializer_range=values.get("initializer_range", 0.02),
-    )
-
-
-def _read_gpt2(path: Path, values: dict[str, Any]) -> GPTConfig:
-    _refuse_unless(path, values, "activation_function", "gelu_new", "gelu_pytorch_tanh")
-    _refuse_unless(path, values, "scale_attn_weights", True)
-    _refuse_unless(path, values, "scale_attn_by_inverse_layer_idx", False)
-    _refuse_unless(path, values, "add_cross_attention", False)
-    width, inner = values["n_embd"], values.get("n_inner")
-    if inner is None:
-        inner = 4 * width if isinstance(width, int) else width
-    return GPTConfig(
-        vocab_size=values["vocab_size"],
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=values["n_layer"],
-        num_attention_heads=values["n_head"],
-        max_position_embeddings=values.get("n_positions", 1024),
-        layer_norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
-        tie_word_embeddings=values.get("tie_word_embeddings", True),
-        initializer_range=values.get("initializer_range", 0.02),
-    )
-
-
-def _write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    common = {
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "dtype": dtype,
-        "torch_dtype": dtype,  # the name before transformers 5
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-    }
-    if isinstance(config, LlamaConfig):
-        return common | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.key_value_heads,
-            "head_dim": config.head_size,
-            "max_position_embeddings": config.max_position_embeddings,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_theta": config.rope_theta,  # transformers 4
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
-        }
-    return common | {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "n_embd": config.hidden_size,
-        "n_inner": config.intermediate_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_positions": config.max_position_embeddings,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-    }
-
-
-# --- tensors ---
+# --- files ---
 
 
 def _files(root: Path) -> dict[Path, set[str] | None]:
@@ -293,7 +208,7 @@ def _files(root: Path) -> dict[Path, set[str] | None]:
         return {root / _WEIGHTS: None}
     if not (root / _INDEX).is_file():
         raise BellboxError(f"{root} holds neither {_WEIGHTS} nor {_INDEX}")
-    weight_map = _read_json(root / _INDEX).get("weight_map")
+    weight_map = read_json(root / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BellboxError(f"{root / _INDEX} has no weight_map")
     files: dict[Path, set[str] | None] = {}
@@ -310,10 +225,9 @@ def _files(root: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _read_tensors(root: Path, expected: dict[str, tuple[int, ...]], config: ModelConfig) -> dict[str, Tensor]:
-    """Exactly the expected tensors, in fp32 and in memory of their own (a safetensors view maps the file)."""
-    tensors: dict[str, Tensor] = {}
-    spare_head: Tensor | None = None
+def _locate(root: Path, expected: dict[str, tuple[int, ...]], kind: str) -> dict[str, _Place]:
+    """Where each tensor lies, after a look at the files' headers."""
+    places: dict[str, _Place] = {}
     for path, listed in _files(root).items():
         try:
             with safe_open(path, framework="pt") as file:
@@ -322,38 +236,23 @@ def _read_tensors(root: Path, expected: dict[str, tuple[int, ...]], config: Mode
                 if absent:
                     raise BellboxError(f"{path} has no tensor {absent[0]!r}, which {_INDEX} says it holds")
                 for stored in sorted(present if listed is None else listed):
-                    if _DERIVED.search(stored):
-                        continue
-                    name = stored
-                    if isinstance(config, GPTConfig) and not stored.startswith(("transformer.", "lm_head.")):
-                        name = f"transformer.{stored}"  # GPT-2's first checkpoints name the body alone
-                    head = name == "lm_head.weight" and config.tie_word_embeddings
-                    shape = expected.get(_embedding(config) if head else name)
-                    if shape is None:
-                        raise BellboxError(f"{path}: tensor {stored!r} has no place in this model")
-                    view = file.get_slice(stored)
-                    if tuple(view.get_shape()) != shape:
-                        raise BellboxError(
-                            f"{path}: {stored!r} has shape {list(view.get_shape())}, but config.json asks "
-                            f"for {list(shape)}"
-                        )
-                    if view.get_dtype() not in _DTYPES:
-                        raise BellboxError(
-                            f"{path}: {stored!r} is of type {view.get_dtype()}; "
-                            f"Bellbox reads {', '.join(_DTYPES)}"
-                        )
-                    tensor = file.get_tensor(stored).to(torch.float32, copy=True)
-                    if head:
-                        spare_head = tensor
-                    else:
-                        tensors[name] = tensor
+                    if not _DERIVED.search(stored):
+                        name = canonical(stored, kind)
+                        _check(path, stored, file.get_slice(stored), expected.get(name))
+                        places[name] = _Place(path, stored)
         except (SafetensorError, OSError) as error:
             raise BellboxError(f"{path} cannot be read as safetensors: {error}") from error
-    missing = sorted(set(expected) - set(tensors))
-    if missing:
-        raise BellboxError(f"{root} has no tensor {missing[0]!r} ({len(missing)} missing in all)")
-    if spare_head is not None and not torch.equal(spare_head, tensors[_embedding(config)]):
+    return places
+
+
+def _check(path: Path, stored: str, view: object, shape: tuple[int, ...] | None) -> None:
+    if shape is None:
+        raise BellboxError(f"{path}: tensor {stored!r} has no place in this model")
+    found: list[int] = view.get_shape()  # pyright: ignore[reportAttributeAccessIssue]
+    dtype: str = view.get_dtype()  # pyright: ignore[reportAttributeAccessIssue]
+    if tuple(found) != shape:
         raise BellboxError(
-            f"{root}: tie_word_embeddings is true, but lm_head.weight differs from the embedding"
+            f"{path}: {stored!r} has shape {list(found)}, but config.json asks for {list(shape)}"
         )
-    return tensors
+    if dtype not in _DTYPES:
+        raise BellboxError(f"{path}: {stored!r} is of type {dtype}; Bellbox reads {', '.join(_DTYPES)}")
