@@ -1,8 +1,9 @@
 // Values to codes with AVX-512.
 //
-// Codes need no search: the range of the thresholds is cut into 31 cells so narrow that each holds one threshold at
-// most; a permute by the cell gives that threshold, one comparison decides, and a table of bytes turns cell and
-// decision into the level. See Cells for why that is exact, ties included.
+// Few levels are compared with their thresholds (Two, Four). More need no search either: the range of the thresholds is
+// cut into 31 cells so narrow that each holds one threshold at most; a permute by the cell gives that threshold, one
+// comparison decides, and a table of bytes turns cell and decision into the level. See Cells for why that is exact, ties
+// included.
 #pragma once
 
 #include <immintrin.h>
@@ -64,6 +65,32 @@ struct Two {  // 2 levels
     BELLBOX_INLINE __m512i levels(__m512 a, __m512 b, __m512 c, __m512 d) const {
         const __mmask64 upper = join(reached(a), reached(b), reached(c), reached(d));
         return in_columns<ORDER>(_mm512_mask_blend_epi8(upper, low, high));
+    }
+};
+
+// 3 or 4 levels: the middle threshold decides which of the others is the second to compare with.
+struct Four {
+    __m512 first, middle, last;  // the last of 3 levels is NaN, which no value reaches
+    __m512i low, high, two;
+    Four(const float* t, int n, Values values)
+        : first(_mm512_set1_ps(t[0])), middle(_mm512_set1_ps(t[1])),
+          last(_mm512_set1_ps(n > 3 ? t[2] : __builtin_nanf(""))), low(_mm512_set1_epi8(values.of(0))),
+          high(_mm512_set1_epi8(values.of(1))), two(_mm512_set1_epi8(static_cast<char>(2 * values.multiplier))) {}
+    BELLBOX_INLINE __mmask16 upper(__m512 v) const { return _mm512_cmp_ps_mask(v, middle, _CMP_GE_OQ); }
+    BELLBOX_INLINE __mmask16 odd(__m512 v, __mmask16 upper) const {
+        return _mm512_cmp_ps_mask(v, _mm512_mask_blend_ps(upper, first, last), _CMP_GE_OQ);
+    }
+    BELLBOX_INLINE __m512i index(__m512 v) const {
+        const __mmask16 u = upper(v);
+        const __m512i code = _mm512_maskz_set1_epi32(u, 2);
+        return _mm512_mask_add_epi32(code, odd(v, u), code, _mm512_set1_epi32(1));
+    }
+    template <Type ORDER>
+    BELLBOX_INLINE __m512i levels(__m512 a, __m512 b, __m512 c, __m512 d) const {
+        const __mmask16 u[4] = {upper(a), upper(b), upper(c), upper(d)};
+        const __mmask64 odds = join(odd(a, u[0]), odd(b, u[1]), odd(c, u[2]), odd(d, u[3]));
+        const __m512i level = _mm512_mask_blend_epi8(odds, low, high);
+        return in_columns<ORDER>(_mm512_mask_add_epi8(level, join(u[0], u[1], u[2], u[3]), level, two));
     }
 };
 
@@ -159,6 +186,7 @@ struct Cells {
 template <typename F>
 BELLBOX_INLINE void with_coder(const float* thresholds, int n, Values values, const F& f) {
     if (n == 2) return f(Two(thresholds, n, values));
+    if (n <= 4) return f(Four(thresholds, n, values));
     const Cells cells(thresholds, n, values);
     if (cells.exact) return f(cells);
     f(Search(thresholds, n, values));

@@ -23,47 +23,30 @@ struct Sums {
     __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
 };
 
-// The levels of 16 * R columns from i on.
-template <Type T, bool CHECK, int R, typename Coder>
-BELLBOX_INLINE void encode_chunk(const Coder& coder, const Signs& signs, const void* x, const float* scratch, int64_t i,
-                                 int64_t k, int64_t block, __m512 factor, int8_t* levels, Sums& sums) {
-    __m512 v[R];
-    if (CHECK) {
-        load_chunk<T>(x, i, k, v);
-        BELLBOX_UNROLL
-        for (int j = 0; j < R; ++j) sums.squares[j & 1] = _mm512_fmadd_ps(v[j], v[j], sums.squares[j & 1]);
-        if (scratch == nullptr)
-            butterfly<T>(v, block, signs);
-        else
-            load_registers(scratch + i, v);
-    } else {
-        rotated_chunk<T>(x, scratch, i, k, block, signs, v);
-    }
-    BELLBOX_UNROLL
-    for (int j = 0; j < R; ++j) v[j] = _mm512_mul_ps(v[j], factor);
-    const bool whole = k - i >= 16 * R;
-    BELLBOX_UNROLL
-    for (int j = 0; j < R; j += 4) {
-        const int64_t at = i + 16 * j;
-        __m512i out = coder.template levels<T>(v[j], v[j + 1], v[j + 2], v[j + 3]);
-        if (!whole) out = _mm512_maskz_mov_epi8(low_bits(k - at), out);
-        sums.levels[j / 4 & 1] = _mm512_dpbusd_epi32(sums.levels[j / 4 & 1], _mm512_set1_epi8(1), out);
-        if (whole || k > at) _mm512_storeu_si512(levels + at, out);
-    }
-}
-
 // The levels of one row up to the multiple of 64 that covers it; returns their sum. CHECK: `squares` becomes the fp32
 // sum of squares of x, which is not a finite number where an entry is not.
 template <Type T, bool CHECK, typename Coder>
-BELLBOX_INLINE int32_t encode_row(const Coder& coder, const Signs& signs, const void* x, const float* scratch,
-                                  int64_t k, int64_t block, float r, int8_t* levels, float& squares) {
+BELLBOX_INLINE int32_t encode_row(const Coder& coder, const Signs& signs, const void* x, float* scratch, int64_t k,
+                                  int64_t block, float r, int8_t* levels, float& squares) {
     const __m512 factor = _mm512_set1_ps(r);
     Sums sums;
-    int64_t i = 0;
-    for (; k - i >= 2 * kChunk; i += 2 * kChunk)
-        encode_chunk<T, CHECK, 2 * kRegisters>(coder, signs, x, scratch, i, k, block, factor, levels, sums);
-    for (; i < k; i += kChunk)
-        encode_chunk<T, CHECK, kRegisters>(coder, signs, x, scratch, i, k, block, factor, levels, sums);
+    const auto load = BELLBOX_STEP(int64_t i, __m512 (&v)[kRegisters]) {
+        load_chunk<T>(x, i, k, v);
+        BELLBOX_UNROLL
+        for (int j = 0; CHECK && j < kRegisters; ++j)
+            sums.squares[j & 1] = _mm512_fmadd_ps(v[j], v[j], sums.squares[j & 1]);
+    };
+    const auto use = BELLBOX_STEP(int64_t i, const __m512 (&v)[kRegisters], int half) {
+        __m512 u[4];
+        BELLBOX_UNROLL
+        for (int j = 0; j < 4; ++j) u[j] = _mm512_mul_ps(v[4 * half + j], factor);
+        __m512i out = coder.template levels<T>(u[0], u[1], u[2], u[3]);
+        const int64_t at = i + 64 * half, left = k - at;
+        if (left < 64) out = _mm512_maskz_mov_epi8(low_bits(left), out);
+        sums.levels[half] = _mm512_dpbusd_epi32(sums.levels[half], _mm512_set1_epi8(1), out);
+        if (left > 0) _mm512_storeu_si512(levels + at, out);
+    };
+    rotate_row<T>(k, block, scratch, signs, load, use);
     if (CHECK) squares = _mm512_reduce_add_ps(_mm512_add_ps(sums.squares[0], sums.squares[1]));
     return _mm512_reduce_add_epi32(_mm512_add_epi32(sums.levels[0], sums.levels[1]));
 }
@@ -80,7 +63,6 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch,
         const void* x = element<T>(a.x, i * a.ldx);
         int8_t* levels = a.levels + i * a.ldl;
         float squares = 0;
-        if (scratch != nullptr) rotate_row<T>(x, a.k, a.block, signs, scratch);
         if (fixed) {
             a.marks[i] = 1;
             a.sums[i] = encode_row<T, true>(coder, signs, x, scratch, a.k, a.block, fixed_r, levels, squares);
@@ -107,14 +89,12 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch,
 }  // namespace rows
 
 inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
-    const bool in_memory = a.block > rows::kChunk;
-    const Scratch scratch(in_memory ? a.k : 0);
-    float* row = in_memory ? scratch.data : nullptr;
+    const Scratch scratch(a.block > rows::kChunk ? a.k : 0);
     rows::with_coder(a.thresholds, a.n, rows::Values{a.multiplier, a.shift}, [&](const auto& coder) {
         if (a.x_type == Type::f32)
-            rows::encode_rows<Type::f32>(a, coder, row, begin, end);
+            rows::encode_rows<Type::f32>(a, coder, scratch.data, begin, end);
         else
-            rows::encode_rows<Type::bf16>(a, coder, row, begin, end);
+            rows::encode_rows<Type::bf16>(a, coder, scratch.data, begin, end);
     });
 }
 

@@ -1,7 +1,8 @@
 // Rows with AVX-512: loading, storing, rotation, statistics.
 //
 // 128 columns are held in eight registers: the butterfly's stages within a register are one shuffle and one fma with
-// +-1 (the product is exact, so this is a + b or a - b, rounded once), those between registers plain additions.
+// +-1 (the product is exact, so this is a + b or a - b, rounded once), those between registers plain additions. The
+// first keep other units busy than the second: two chunks are under way at a time (rotate_chunks), one in each half.
 //
 // bf16 is read 32 columns at a time and parted into even and odd columns, which costs one operation for 16 columns
 // instead of two and makes the first stage one between registers. A chunk thus lies in registers in one of two orders,
@@ -16,6 +17,7 @@
 #define BELLBOX_INLINE inline __attribute__((always_inline))
 #define BELLBOX_UNROLL _Pragma("GCC unroll 16")
 #endif
+#define BELLBOX_STEP(...) [&](__VA_ARGS__) __attribute__((always_inline))  // a lambda that is part of its caller's loop
 
 namespace bellbox {
 namespace {
@@ -207,24 +209,51 @@ BELLBOX_INLINE void stage_across(__m512 (&v)[R]) {
     }
 }
 
-// All stages of blocks up to 128. The branches go the same way for every chunk and cost nothing.
-template <Type ORDER, int R>
-BELLBOX_INLINE void butterfly(__m512 (&v)[R], int64_t block, const Signs& signs) {
-    if (ORDER == Type::f32) {
-        if (block > 1) stage<1>(v, signs);
-        if (block > 2) stage<2>(v, signs);
-        if (block > 4) stage<4>(v, signs);
-        if (block > 8) stage<8>(v, signs);
-        if (block > 16) stage_across<1>(v);
-    } else {
-        if (block > 1) stage_across<1>(v);
-        if (block > 2) stage<1>(v, signs);
-        if (block > 4) stage<2>(v, signs);
-        if (block > 8) stage<4>(v, signs);
-        if (block > 16) stage<8>(v, signs);
+// The stages of blocks up to 128 in steps. The early ones, S = 0..3, are within registers (in the order of bf16 the very
+// first is between them), the late ones, S = 0..2, between. The branches go the same way for every chunk and cost nothing.
+template <Type ORDER, int S>
+BELLBOX_INLINE void early(__m512 (&v)[kRegisters], int64_t block, const Signs& signs) {
+    if (ORDER == Type::bf16 && S == 0 && block > 1) stage_across<1>(v);
+    if (block > (ORDER == Type::f32 ? 1 : 2) << S) stage<1 << S>(v, signs);
+}
+
+template <Type ORDER, int S>
+BELLBOX_INLINE void late(__m512 (&v)[kRegisters], int64_t block) {
+    if (ORDER == Type::bf16 && S == 0) return;
+    if (block > 16 << S) stage_across<1 << S>(v);
+}
+
+// All chunks of a row in turn: load(i, v) fills the registers of columns [i, i + 128), use(i, v, half) gets them
+// rotated, to work on registers 4 half to 4 half + 3. Blocks up to 128.
+template <Type ORDER, typename Load, typename Use>
+BELLBOX_INLINE void rotate_chunks(int64_t k, int64_t block, const Signs& signs, const Load& load, const Use& use) {
+    __m512 next[kRegisters];
+    load(int64_t{0}, next);
+    early<ORDER, 0>(next, block, signs);
+    early<ORDER, 1>(next, block, signs);
+    early<ORDER, 2>(next, block, signs);
+    early<ORDER, 3>(next, block, signs);
+    int64_t i = 0;
+    for (; k - i > kChunk; i += kChunk) {
+        __m512 v[kRegisters];
+        BELLBOX_UNROLL
+        for (int j = 0; j < kRegisters; ++j) v[j] = next[j];
+        load(i + kChunk, next);
+        late<ORDER, 0>(v, block);
+        early<ORDER, 0>(next, block, signs);
+        late<ORDER, 1>(v, block);
+        early<ORDER, 1>(next, block, signs);
+        late<ORDER, 2>(v, block);
+        early<ORDER, 2>(next, block, signs);
+        use(i, v, 0);
+        early<ORDER, 3>(next, block, signs);
+        use(i, v, 1);
     }
-    if (block > 32) stage_across<2>(v);
-    if (block > 64) stage_across<4>(v);
+    late<ORDER, 0>(next, block);
+    late<ORDER, 1>(next, block);
+    late<ORDER, 2>(next, block);
+    use(i, next, 0);
+    use(i, next, 1);
 }
 
 // What is left of blocks above 128 once each chunk has been rotated: columns h apart, in either order.
@@ -238,38 +267,22 @@ inline void butterfly_rest(float* row, int64_t k, int64_t block) {
             }
 }
 
-// Rows whose block is above 128 (so that k is a multiple of 256) are rotated in memory first.
-template <Type T>
-inline void rotate_row(const void* x, int64_t k, int64_t block, const Signs& signs, float* row) {
+// The same for blocks of any size: those above 128 (k is then a multiple of 256) go by way of scratch memory.
+template <Type ORDER, typename Load, typename Use>
+BELLBOX_INLINE void rotate_row(int64_t k, int64_t block, float* scratch, const Signs& signs, const Load& load,
+                               const Use& use) {
+    if (block <= kChunk) return rotate_chunks<ORDER>(k, block, signs, load, use);
+    rotate_chunks<ORDER>(k, kChunk, signs, load, BELLBOX_STEP(int64_t i, const __m512 (&v)[kRegisters], int half) {
+        BELLBOX_UNROLL
+        for (int j = 4 * half; j < 4 * half + 4; ++j) _mm512_store_ps(scratch + i + 16 * j, v[j]);
+    });
+    butterfly_rest(scratch, k, block);
     for (int64_t i = 0; i < k; i += kChunk) {
         __m512 v[kRegisters];
-        load_chunk<T>(x, i, k, v);
-        butterfly<T>(v, block, signs);
-        store_registers(row + i, v);
-    }
-    butterfly_rest(row, k, block);
-}
-
-// A rotated chunk: from x, or from the row that rotate_row left in scratch.
-template <Type T, int R>
-BELLBOX_INLINE void rotated_chunk(const void* x, const float* scratch, int64_t i, int64_t k, int64_t block,
-                                  const Signs& signs, __m512 (&v)[R]) {
-    if (scratch != nullptr) {
         load_registers(scratch + i, v);
-    } else {
-        load_chunk<T>(x, i, k, v);
-        butterfly<T>(v, block, signs);
+        use(i, v, 0);
+        use(i, v, 1);
     }
-}
-
-template <Type IN, Type OUT, int R>
-BELLBOX_INLINE void rotate_chunk(const Signs& signs, const void* x, const float* scratch, int64_t i, int64_t k,
-                                 int64_t block, __m512 factor, void* out) {
-    __m512 v[R];
-    rotated_chunk<IN>(x, scratch, i, k, block, signs, v);
-    BELLBOX_UNROLL
-    for (int j = 0; j < R; j += 2)
-        store_pair<OUT, IN>(out, i + 16 * j, k, _mm512_mul_ps(v[j], factor), _mm512_mul_ps(v[j + 1], factor));
 }
 
 template <Type IN, Type OUT>
@@ -277,15 +290,16 @@ inline void rotate_rows(const RotateArgs& a, float* scratch, int64_t begin, int6
     const Signs signs;
     const __m512 factor = _mm512_set1_ps(a.factor);
     const int64_t k = a.k;
-    for (int64_t i = begin; i < end; ++i) {
-        const void* x = element<IN>(a.x, i * k);
-        void* out = element<OUT>(a.out, i * k);
-        if (scratch != nullptr) rotate_row<IN>(x, k, a.block, signs, scratch);
-        int64_t j = 0;
-        for (; k - j >= 2 * kChunk; j += 2 * kChunk)
-            rotate_chunk<IN, OUT, 2 * kRegisters>(signs, x, scratch, j, k, a.block, factor, out);
-        for (; j < k; j += kChunk)
-            rotate_chunk<IN, OUT, kRegisters>(signs, x, scratch, j, k, a.block, factor, out);
+    for (int64_t row = begin; row < end; ++row) {
+        const void* x = element<IN>(a.x, row * k);
+        void* out = element<OUT>(a.out, row * k);
+        const auto load = BELLBOX_STEP(int64_t i, __m512 (&v)[kRegisters]) { load_chunk<IN>(x, i, k, v); };
+        const auto use = BELLBOX_STEP(int64_t i, const __m512 (&v)[kRegisters], int half) {
+            BELLBOX_UNROLL
+            for (int j = 4 * half; j < 4 * half + 4; j += 2)
+                store_pair<OUT, IN>(out, i + 16 * j, k, _mm512_mul_ps(v[j], factor), _mm512_mul_ps(v[j + 1], factor));
+        };
+        rotate_row<IN>(k, a.block, scratch, signs, load, use);
     }
 }
 
@@ -347,11 +361,9 @@ inline double row_absmax(const void* x, int64_t k) {
 }  // namespace rows
 
 inline void rotate(const RotateArgs& a, int64_t begin, int64_t end) {
-    const bool in_memory = a.block > rows::kChunk;
-    const Scratch scratch(in_memory ? a.k : 0);
-    float* row = in_memory ? scratch.data : nullptr;
+    const Scratch scratch(a.block > rows::kChunk ? a.k : 0);
     with_types(a.x_type, a.out_type, [&](auto in, auto out) {
-        rows::rotate_rows<decltype(in)::type, decltype(out)::type>(a, row, begin, end);
+        rows::rotate_rows<decltype(in)::type, decltype(out)::type>(a, scratch.data, begin, end);
     });
 }
 

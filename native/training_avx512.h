@@ -12,21 +12,6 @@ namespace {
 namespace avx512 {
 namespace rows {
 
-template <Type IN, Type OUT, int R, typename Coder>
-BELLBOX_INLINE void forward_chunk(const Coder& coder, const Signs& signs, const void* x, const float* scratch,
-                                  int64_t i, int64_t k, int64_t block, __m512 factor, __m512 values, void* kept,
-                                  void* x_hat) {
-    __m512 v[R];
-    rotated_chunk<IN>(x, scratch, i, k, block, signs, v);
-    BELLBOX_UNROLL
-    for (int j = 0; j < R; j += 2) {
-        const __m512 a = _mm512_mul_ps(v[j], factor), b = _mm512_mul_ps(v[j + 1], factor);
-        store_pair<OUT, IN>(kept, i + 16 * j, k, a, b);
-        store_pair<OUT, IN, true>(x_hat, i + 16 * j, k, _mm512_permutexvar_ps(coder.index(a), values),
-                                  _mm512_permutexvar_ps(coder.index(b), values));
-    }
-}
-
 template <Type IN, Type OUT, typename Coder>
 inline void forward_rows(const ForwardArgs& a, const Coder shared, float* scratch, int64_t begin, int64_t end) {
     const Coder coder = shared;
@@ -41,12 +26,17 @@ inline void forward_rows(const ForwardArgs& a, const Coder shared, float* scratc
         const __m512 factor = _mm512_set1_ps(r);
         __m512 values = _mm512_mul_ps(centred, _mm512_set1_ps(scale));  // of each code, so rounded once a row
         if (OUT == Type::bf16) values = round_bf16(values);
-        if (scratch != nullptr) rotate_row<IN>(x, k, block, signs, scratch);
-        int64_t j = 0;
-        for (; k - j >= 2 * kChunk; j += 2 * kChunk)
-            forward_chunk<IN, OUT, 2 * kRegisters>(coder, signs, x, scratch, j, k, block, factor, values, kept, x_hat);
-        for (; j < k; j += kChunk)
-            forward_chunk<IN, OUT, kRegisters>(coder, signs, x, scratch, j, k, block, factor, values, kept, x_hat);
+        const auto load = BELLBOX_STEP(int64_t c, __m512 (&v)[kRegisters]) { load_chunk<IN>(x, c, k, v); };
+        const auto use = BELLBOX_STEP(int64_t c, const __m512 (&v)[kRegisters], int half) {
+            BELLBOX_UNROLL
+            for (int j = 4 * half; j < 4 * half + 4; j += 2) {
+                const __m512 u = _mm512_mul_ps(v[j], factor), w = _mm512_mul_ps(v[j + 1], factor);
+                store_pair<OUT, IN>(kept, c + 16 * j, k, u, w);
+                store_pair<OUT, IN, true>(x_hat, c + 16 * j, k, _mm512_permutexvar_ps(coder.index(u), values),
+                                          _mm512_permutexvar_ps(coder.index(w), values));
+            }
+        };
+        rotate_row<IN>(k, block, scratch, signs, load, use);
     }
 }
 
@@ -77,22 +67,6 @@ BELLBOX_INLINE __m512 bell(__m512 v) {
 BELLBOX_INLINE __m512d add_wide(__m512d sum, __m512 v) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
     return _mm512_add_pd(sum, _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
-}
-
-// The second half of backward: the gradient of v to that of x.
-template <Type T, int R>
-BELLBOX_INLINE void gradient_chunk(const Signs& signs, float* scratch, const void* kept, int64_t i, int64_t k,
-                                   int64_t block, __m512 factor, __m512 mean, __m512 r, void* grad_x) {
-    __m512 g[R], v[R];
-    load_registers(scratch + i, g);
-    load_chunk<T>(kept, i, k, v);
-    BELLBOX_UNROLL
-    for (int j = 0; j < R; ++j)
-        g[j] = _mm512_mul_ps(_mm512_fmsub_ps(g[j], factor, _mm512_mul_ps(v[j], mean)), r);
-    butterfly<T>(g, block, signs);
-    if (block > kChunk) return store_registers(scratch + i, g);
-    BELLBOX_UNROLL
-    for (int j = 0; j < R; j += 2) store_pair<T, T>(grad_x, i + 16 * j, k, g[j], g[j + 1]);
 }
 
 template <Type T>
@@ -134,28 +108,30 @@ inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, 
         const float own_mean = static_cast<float>(sum / static_cast<double>(k)) * a.free[i * a.free_stride];
         const float mean = a.mean != nullptr ? *a.mean : own_mean;
         const __m512 centre = _mm512_set1_ps(mean), all = _mm512_set1_ps(r), own = _mm512_set1_ps(factor);
-        int64_t j = 0;
-        for (; k - j >= 2 * kChunk; j += 2 * kChunk)
-            gradient_chunk<T, 2 * kRegisters>(signs, scratch, kept, j, k, block, own, centre, all, grad_x);
-        for (; j < k; j += kChunk)
-            gradient_chunk<T, kRegisters>(signs, scratch, kept, j, k, block, own, centre, all, grad_x);
-        if (block > kChunk) {
-            butterfly_rest(scratch, k, block);
-            for (j = 0; j < k; j += 32)
-                store_pair<T, T>(grad_x, j, k, _mm512_load_ps(scratch + j), _mm512_load_ps(scratch + j + 16));
-        }
+        // The gradient of v to that of x.
+        const auto load = BELLBOX_STEP(int64_t c, __m512 (&u)[kRegisters]) {
+            __m512 v[kRegisters];
+            load_registers(scratch + c, u);
+            load_chunk<T>(kept, c, k, v);
+            BELLBOX_UNROLL
+            for (int j = 0; j < kRegisters; ++j)
+                u[j] = _mm512_mul_ps(_mm512_fmsub_ps(u[j], own, _mm512_mul_ps(v[j], centre)), all);
+        };
+        const auto use = BELLBOX_STEP(int64_t c, const __m512 (&u)[kRegisters], int half) {
+            BELLBOX_UNROLL
+            for (int j = 4 * half; j < 4 * half + 4; j += 2) store_pair<T, T>(grad_x, c + 16 * j, k, u[j], u[j + 1]);
+        };
+        rotate_row<T>(k, block, scratch, signs, load, use);
     }
 }
 
 }  // namespace rows
 
 inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
-    const bool in_memory = a.block > rows::kChunk;
-    const Scratch scratch(in_memory ? a.k : 0);
-    float* row = in_memory ? scratch.data : nullptr;
+    const Scratch scratch(a.block > rows::kChunk ? a.k : 0);
     rows::with_coder(a.thresholds, a.n, rows::Values{1, 0}, [&](const auto& coder) {
         with_types(a.x_type, a.out_type, [&](auto in, auto out) {
-            rows::forward_rows<decltype(in)::type, decltype(out)::type>(a, coder, row, begin, end);
+            rows::forward_rows<decltype(in)::type, decltype(out)::type>(a, coder, scratch.data, begin, end);
         });
     });
 }
