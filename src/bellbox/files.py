@@ -9,14 +9,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bellbox.errors import BellboxError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 JSON_LIMIT = 64 << 20
+HEADER_LIMIT = 64 << 20
 
 
 def sync(path: Path) -> None:
@@ -54,7 +58,59 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     return value
 
 
-def _refuse_foreign(target: Path, replaces: str) -> None:
+def describe_file(path: Path) -> dict[str, Any]:
+    """Its size and checksum, for a configuration that lists it."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def verify_file(path: Path, stated: Mapping[str, Any]) -> None:
+    """Compare a file with what `describe_file` said of it.
+
+    Raises:
+        BellboxError: missing, truncated or altered.
+    """
+    try:
+        size = path.stat().st_size
+        if size != stated["bytes"]:
+            raise BellboxError(f"{path}: {size} bytes instead of {stated['bytes']}: truncated; copy it again")
+        if sha256_file(path) != stated["sha256"]:
+            raise BellboxError(f"{path}: damaged, its checksum does not match config.json; copy it again")
+    except OSError as error:
+        raise BellboxError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def checksum(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration's canonical text, its own key `sha256` left out."""
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, which stays mapped.
+
+    Raises:
+        BellboxError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > min(HEADER_LIMIT, path.stat().st_size - 8):
+        raise BellboxError(f"{path}: damaged, claims a header of {header} bytes")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OverflowError, MemoryError) as error:
+        raise BellboxError(f"{path}: damaged ({error})") from None
+
+
+def refuse_foreign(target: Path, replaces: str) -> None:
+    """Refuse a target that is neither missing nor empty nor holds a file called `replaces`.
+
+    Raises:
+        BellboxError: saying which.
+    """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise BellboxError(f"{target}: stands there already and is no folder; name a new or empty folder")
     if target.is_dir() and any(target.iterdir()) and not (target / replaces).is_file():
@@ -76,6 +132,34 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), str(second))
 
 
+def put_in_place(folder: Path, target: Path, replaces: str) -> None:
+    """Have a finished folder take the place of `target`, on disk and, where the system can, in one step.
+
+    Args:
+        folder: beside `target`; it is gone afterwards, unless it held what stood at `target` before.
+        target: missing, empty, or with a file called `replaces`.
+        replaces: the file that marks a folder which may be replaced.
+
+    Raises:
+        BellboxError: something else stands at `target`.
+        OSError: it cannot be written.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (*folder.rglob("*"), folder):  # mkdtemp and safetensors write for the owner alone
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        sync(path)
+    refuse_foreign(target, replaces)  # it may have appeared while we worked
+    if not target.exists():
+        folder.rename(target)
+    elif not _exchange(folder, target):
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        target.rename(old / target.name)
+        folder.rename(target)
+        shutil.rmtree(old)
+    sync(target.parent)
+
+
 @contextmanager
 def new_folder(target: Path, replaces: str) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place at the end, on disk and in one step.
@@ -92,7 +176,7 @@ def new_folder(target: Path, replaces: str) -> Iterator[Path]:
         BellboxError: something else stands at `target`, or it cannot be written.
     """
     target = target.absolute()
-    _refuse_foreign(target, replaces)
+    refuse_foreign(target, replaces)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -100,20 +184,7 @@ def new_folder(target: Path, replaces: str) -> Iterator[Path]:
         raise BellboxError(f"{target}: cannot be written ({error.strerror})") from None
     try:
         yield folder
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in (*folder.rglob("*"), folder):  # mkdtemp and safetensors write for the owner alone
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-            sync(path)
-        _refuse_foreign(target, replaces)  # it may have appeared while we worked
-        if not target.exists():
-            folder.rename(target)
-        elif not _exchange(folder, target):
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(old / target.name)
-            folder.rename(target)
-            shutil.rmtree(old)
-        sync(target.parent)
+        put_in_place(folder, target, replaces)
     except OSError as error:
         raise BellboxError(f"{target}: cannot be written ({error.strerror})") from None
     finally:

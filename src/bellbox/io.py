@@ -7,7 +7,6 @@ and dtype that the configuration implies. A folder loads as the function that wa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from bellbox import stored
 from bellbox.errors import BellboxError
-from bellbox.files import new_folder, read_json, sha256_file
+from bellbox.files import checksum, describe_file, new_folder, read_json, read_tensors, verify_file
 from bellbox.levels import Grid, Levels
 from bellbox.nn import PackedLinear, QuantizedLinear, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
@@ -32,7 +31,6 @@ from bellbox.stored import CONFIG, TENSORS
 FORMAT = "bellbox-packed"
 VERSION = 2
 TOKENIZER = "tokenizer.json"
-HEADER_LIMIT = 64 << 20
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,12 +79,12 @@ def save(
             "version": VERSION,
             "model": _describe_model(model),
             "quantization": {"layers": _describe_layers(layers), "embeddings": _describe_tables(model)},
-            "files": {TENSORS: _describe_file(writing / TENSORS)},
+            "files": {TENSORS: describe_file(writing / TENSORS)},
         }
         if tokenizer is not None:
             shutil.copyfile(tokenizer, writing / TOKENIZER)
-            config["files"][TOKENIZER] = _describe_file(writing / TOKENIZER)
-        config["sha256"] = _checksum(config)
+            config["files"][TOKENIZER] = describe_file(writing / TOKENIZER)
+        config["sha256"] = checksum(config)
         (writing / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -99,13 +97,13 @@ def load(folder: str | os.PathLike[str], *, into: Model, embeddings: Precision |
 def load(
     folder: str | os.PathLike[str], *, into: nn.Module | None = None, embeddings: Precision | None = None
 ) -> nn.Module:
-    """Read a packed model.
+    """Read a packed model, or one that `bellbox ptq` has binarized.
 
-    The file is mapped, not copied; on a CPU each layer is packed for the machine at once, a slab at a time, and its
-    part of the file may leave memory again.
+    The file of a packed one is mapped, not copied; on a CPU each layer is packed for the machine at once, a slab at a
+    time, and its part of the file may leave memory again.
 
     Args:
-        folder: what `save` wrote.
+        folder: what `save` or `bellbox ptq` wrote.
         into: a module of the same shape (full precision, prepared or packed) whose layers are replaced, for
             models that Bellbox does not know how to build. It is changed only after everything was checked.
         embeddings: `bf16` or `int8` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is stored.
@@ -117,7 +115,14 @@ def load(
         BellboxError: missing, truncated, altered, of another version, or not fitting the model; embeddings that
             are no longer fp32.
     """
+    from bellbox import ptq
+
     root = Path(folder)
+    if ptq.is_binarized(root):
+        if into is not None:
+            raise BellboxError(f"{root}: a binarized model loads by itself; leave out into=")
+        binarized = ptq.load(root)
+        return binarized if embeddings is None else compact(binarized, embeddings)
     config = read_config(root)
     if into is None and config["model"] is None:
         raise BellboxError(
@@ -163,7 +168,7 @@ def tokenizer_path(folder: str | os.PathLike[str]) -> Path | None:
     stated = read_config(root)["files"].get(TOKENIZER)
     if stated is None:
         return None
-    _verify_file(root / TOKENIZER, stated)
+    verify_file(root / TOKENIZER, stated)
     return root / TOKENIZER
 
 
@@ -181,7 +186,7 @@ def read_config(root: Path) -> dict[str, Any]:
         raise BellboxError(f"{path}: not a packed Bellbox model")
     if config.get("version") != VERSION:
         raise BellboxError(f"{path}: format version {config.get('version')!r}; this Bellbox reads {VERSION}")
-    if config.get("sha256") != _checksum(config):
+    if config.get("sha256") != checksum(config):
         raise BellboxError(f"{path}: damaged, its checksum does not match; save the model again")
     return stored.validated(path, config)
 
@@ -230,16 +235,6 @@ def sizes(model: nn.Module) -> Sizes:
 # --- writing ---
 
 
-def _checksum(config: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in config.items() if key != "sha256"}
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _describe_file(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
 def _describe_model(model: nn.Module) -> dict[str, Any] | None:
     from bellbox.models import GPT, Llama
 
@@ -282,33 +277,12 @@ def _describe_tables(model: nn.Module) -> dict[str, str]:
 # --- reading ---
 
 
-def _verify_file(path: Path, stated: Mapping[str, Any]) -> None:
-    try:
-        size = path.stat().st_size
-        if size != stated["bytes"]:
-            raise BellboxError(f"{path}: {size} bytes instead of {stated['bytes']}: truncated; copy it again")
-        if sha256_file(path) != stated["sha256"]:
-            raise BellboxError(f"{path}: damaged, its checksum does not match config.json; copy it again")
-    except OSError as error:
-        raise BellboxError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 def _read_tensors(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = root / TENSORS
     if TENSORS not in config["files"]:
         raise BellboxError(f"{root / CONFIG}: lists no {TENSORS}")
-    _verify_file(path, config["files"][TENSORS])
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > min(HEADER_LIMIT, path.stat().st_size - 8):
-        raise BellboxError(f"{path}: damaged, claims a header of {header} bytes")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, OverflowError, MemoryError) as error:
-        raise BellboxError(f"{path}: damaged ({error})") from None
+    verify_file(path, config["files"][TENSORS])
+    return read_tensors(path)
 
 
 def _build(root: Path, description: dict[str, Any]) -> nn.Module:

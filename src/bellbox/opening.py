@@ -1,4 +1,4 @@
-"""Opening whatever a MODEL argument names: a run folder, a packed folder, or a Hugging Face folder.
+"""Opening whatever a MODEL argument names: a run folder, a packed or binarized folder, or a Hugging Face folder.
 
 Every command that takes a model goes through here, so all of them accept the same things and refuse the rest
 in the same words.
@@ -32,7 +32,7 @@ class OpenedModel:
     """The folder that was named."""
     model: nn.Module
     """In evaluation mode, on the CPU."""
-    kind: Literal["run", "packed", "huggingface"]
+    kind: Literal["run", "packed", "binarized", "huggingface"]
     """What the folder is."""
     tokenizer: Path | None
     """The tokenizer file that lies with the model; None where there is none."""
@@ -59,25 +59,29 @@ class OpenedModel:
 def open_model(
     path: str | Path, checkpoint: str = "last", embeddings: Precision | None = None
 ) -> OpenedModel:
-    """Open a model of any of the three kinds.
+    """Open a model of any kind.
 
     Args:
-        path: a run folder (`bellbox train`), a packed folder (`bellbox convert`), or a Hugging Face folder
-            with a LLaMA, GPT-2 or OPT.
+        path: a run folder (`bellbox train`), a packed folder (`bellbox convert`), a binarized one (`bellbox ptq`),
+            or a Hugging Face folder with a LLaMA, GPT-2 or OPT.
         checkpoint: of a run: `last`, `best`, or a step.
-        embeddings: of a packed model: `bf16` or `int8` rounds its fp32 embeddings and head.
+        embeddings: of a packed or binarized model: `bf16` or `int8` rounds its fp32 embeddings and head.
 
     Raises:
         BellboxError: nothing of the kind is there, it is damaged, or a checkpoint is named for a model that
             has none.
     """
+    from bellbox import ptq
     from bellbox.training.run import CONFIG_FILE
 
     root = Path(path)
     if not root.is_dir():
         raise BellboxError(f"{root}: no such folder")
-    if embeddings is not None and not io.is_packed(root):
-        raise BellboxError(f"{root}: only a packed model's embeddings can be rounded; convert it first")
+    binarized = ptq.is_binarized(root)
+    if embeddings is not None and not (binarized or io.is_packed(root)):
+        raise BellboxError(
+            f"{root}: only a packed or binarized model's embeddings can be rounded; convert it first"
+        )
     if (root / CONFIG_FILE).is_file():
         return _open_run(root, checkpoint)
     if checkpoint != "last":
@@ -88,6 +92,10 @@ def open_model(
         return OpenedModel(
             root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"
         )
+    if binarized:
+        model, tokenizer = io.load(root, embeddings=embeddings), ptq.tokenizer_path(root)
+        about = f"binarized model {root}: {_shape(model)}"
+        return OpenedModel(root, model, "binarized", tokenizer, _longest(model), about)
     if (root / "config.json").is_file():
         from bellbox.models import load_hf
 
@@ -96,8 +104,8 @@ def open_model(
         about = f"Hugging Face model {root}: {_shape(model)}"
         return OpenedModel(root, model, "huggingface", tokenizer, _longest(model), about)
     raise BellboxError(
-        f"{root}: no model here: neither a run (config.yaml, checkpoints/), nor a packed or Hugging Face model "
-        "(config.json, model.safetensors)"
+        f"{root}: no model here: neither a run (config.yaml, checkpoints/), nor a packed, binarized or Hugging Face "
+        "model (config.json, model.safetensors)"
     )
 
 

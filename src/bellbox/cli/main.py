@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model, low-bit or not",
     "eval": "perplexity, bits per byte and entropy of a model",
     "convert": "pack a trained run into integers",
+    "ptq": "binarize a trained Hugging Face model without training",
     "generate": "continue a prompt",
     "report": "write an HTML page with pictures of a run",
     "bench": "measure speed: single layers, or a whole model",

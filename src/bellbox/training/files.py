@@ -18,7 +18,7 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def lock(folder: Path) -> IO[bytes]:
+def lock(folder: Path, doing: str = "training in") -> IO[bytes]:
     """Hold a folder for as long as the returned file is open; the system lets go of it when the process dies.
 
     Windows has no such lock; there, nobody is kept out.
@@ -35,6 +35,6 @@ def lock(folder: Path) -> IO[bytes]:
         except OSError:
             file.close()
             raise BellboxError(
-                f"another process is training in '{folder}'; wait for it or choose another folder"
+                f"another process is {doing} '{folder}'; wait for it or choose another folder"
             ) from None
     return file

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bellbox
+from bellbox.data.tokenizer import Tokenizer
+from bellbox.errors import BellboxError
+from bellbox.files import checksum
+from bellbox.models import GPTConfig, LlamaConfig, build, load_hf, save_hf
+from bellbox.ptq import (
+    BinarizedLinear,
+    Job,
+    Settings,
+    binarize_folder,
+    is_binarized,
+    load,
+    set_activation_bits,
+    stored_size,
+)
+from bellbox.ptq.layer import round_activations
+
+TEXT = "The quick brown fox jumps over the lazy dog, and then some words follow, many of them twice. " * 40
+SHAPE = {"max_position_embeddings": 48, "initializer_range": 0.2}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """A text, and a LLaMA, a GPT-2 and an OPT-like model (a GPT with ReLU) with one tokenizer."""
+    root = tmp_path_factory.mktemp("ptq")
+    (root / "text.txt").write_text(TEXT)
+    tokenizer = Tokenizer.train([TEXT], 300)
+    size = tokenizer.vocab_size
+    configs = {
+        "llama": LlamaConfig(size, 40, 72, 4, 4, 2, tie_word_embeddings=True, **SHAPE),
+        "gpt": GPTConfig(size, 40, 72, 2, 4, **SHAPE),
+        "relu": GPTConfig(size, 40, 72, 2, 4, activation="relu", **SHAPE),
+    }
+    for name, config in configs.items():
+        model = build(config, seed=1)
+        for parameter in (p for p in model.parameters() if p.dim() == 1):
+            torch.nn.init.normal_(parameter, mean=1.0 if parameter.mean() == 1 else 0.0, std=0.2)
+        save_hf(model, root / name)
+        tokenizer.save(root / name / "tokenizer.json")
+    return {path.stem: path for path in root.iterdir()}
+
+
+def job(places: dict[str, Path], out: Path, model: str = "llama", **settings) -> Job:
+    return Job(places[model], out, places["text"], Settings(**settings), samples=6, context=32, batch=4)
+
+
+IDS = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt", "relu"])
+@pytest.mark.parametrize("method", ["rtn", "billm", "dbellquant"])
+def test_every_method_binarizes_every_architecture_and_the_folder_is_the_function(
+    places, tmp_path, model, method
+):
+    record = binarize_folder(job(places, tmp_path / "out", model, method=method), show=False)
+    first, second = load(tmp_path / "out"), bellbox.load(tmp_path / "out")
+    layers = [layer for layer in first.modules() if isinstance(layer, BinarizedLinear)]
+    assert len(layers) == sum(len(block["layers"]) for block in record["blocks"])
+    assert not any(isinstance(m, torch.nn.Linear) and "layers" in n for n, m in first.named_modules())
+    with torch.no_grad():
+        logits = first(IDS)
+        assert torch.equal(logits, second(IDS))
+        assert float((logits - load_hf(places[model])(IDS)).abs().max()) > 1e-3
+    assert logits.isfinite().all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_what_is_loaded_is_what_was_fitted_bit_for_bit(places, tmp_path, monkeypatch):
+    """The hidden states behind the last block, as the driver saw them, against those of the model from the disk."""
+    from bellbox.ptq import driver
+
+    kept = {}
+    save = driver._save
+    monkeypatch.setattr(
+        driver, "_save", lambda path, tensors, *rest: (kept.update(tensors), save(path, tensors, *rest))
+    )
+    binarize_folder(job(places, tmp_path / "out"), show=False)
+    model = load(tmp_path / "out")
+    seen = []
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tokens = driver.calibration_tokens(Tokenizer.load(places["llama"]), places["text"], 6, 32)
+    with torch.no_grad():
+        for part in tokens.split(4):
+            model(part)
+    assert torch.equal(torch.cat(seen), kept["hidden"])
+
+
+def test_true_bits_count_planes_bitmaps_and_scales(places, tmp_path):
+    binarize_folder(job(places, tmp_path / "a", method="billm"), show=False)
+    binarize_folder(job(places, tmp_path / "b", method="rtn"), show=False)
+    # 40 inputs, one block: 5 bytes of signs, 5 of bits, 7 fp16 a row, 5 bytes of salient columns a layer.
+    a, b = (stored_size(load(tmp_path / name)) for name in "ab")
+    rows, wide = 4 * (40 + 20 + 20 + 40 + 72 + 72), 4 * 40
+    bits = 8 * (rows * (5 + 5 + 14) + 4 * 6 * 5 + wide * (9 + 9 + 14) + 4 * 9)
+    assert (a.weights, a.bits) == (rows * 40 + wide * 72, bits)
+    assert b.bits == 8 * (rows * (5 + 4) + wide * (9 + 4))
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "a").glob("*.safetensors"))
+    assert 0 <= on_disk - a.bits // 8 - a.other_bytes < 12_000  # headers
+
+
+def test_activations_are_rounded_token_by_token(places, tmp_path):
+    x = torch.tensor([[1.1, -2.0, 0.3], [0.0, 0.0, 0.0], [100.0, 1.0, -100.0]])
+    rounded = round_activations(x, 4)  # max|x| is 7
+    torch.testing.assert_close(rounded, torch.tensor([[8 / 7, -2.0, 2 / 7], [0, 0, 0], [100.0, 0, -100.0]]))
+    assert torch.equal(round_activations(x, 16), x)
+    binarize_folder(job(places, tmp_path / "out", activation_bits=6), show=False)
+    model = load(tmp_path / "out")
+    assert {m.activation_bits for m in model.modules() if isinstance(m, BinarizedLinear)} == {6}
+    with torch.no_grad():
+        six = model(IDS)
+        set_activation_bits(model, 16)
+        whole = model(IDS)
+    assert 1e-6 < float((six - whole).abs().max()) < float(whole.abs().max())
+
+
+def test_variants_and_powers_differ(places, tmp_path):
+    made = {}
+    for variant in ("released", "clean"):
+        for power in (1, 2):
+            out = tmp_path / f"{variant}{power}"
+            binarize_folder(job(places, out, "relu", variant=variant, power=power), show=False)
+            made[variant, power] = load(out)(IDS)
+    values = list(made.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+
+
+COMMAND = """
+import sys, time, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from bellbox.ptq import Job, Settings, binarize_folder, driver
+slow = driver.filled_block
+def wait(*a):
+    time.sleep(float(sys.argv[4]))
+    return slow(*a)
+driver.filled_block = wait
+binarize_folder(Job(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), Settings(), 6, 32, 4))
+"""
+
+
+def test_killed_after_a_block_it_goes_on_there_and_ends_with_the_same_bytes(places, tmp_path):
+    arguments = [str(places["llama"]), str(tmp_path / "out"), str(places["text"])]
+    run = [sys.executable, "-c", COMMAND, *arguments]
+    process = subprocess.Popen([*run, "1"], stdout=subprocess.PIPE, text=True)
+    work = tmp_path / "out.unfinished"
+    deadline = time.monotonic() + 120
+    while not (work / "block-0001.json").is_file():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BellboxError, match=r"cannot be read"):
+        load(tmp_path / "out")
+    again = subprocess.run([*run, "0"], capture_output=True, text=True, check=True)
+    assert "going on" in again.stdout
+    assert "block   1/4" not in again.stdout
+    assert "block   4/4" in again.stdout
+    binarize_folder(job(places, tmp_path / "whole"), show=False)
+    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    assert not work.exists()
+
+
+def test_an_unfinished_folder_of_another_job_is_not_gone_on_with(places, tmp_path):
+    work = tmp_path / "out.unfinished"
+    work.mkdir()
+    from bellbox.ptq import driver
+
+    tokens = driver.calibration_tokens(Tokenizer.load(places["llama"]), places["text"], 6, 32)
+    begun = driver._described(job(places, tmp_path / "out", method="billm"), 32, tokens)
+    (work / "settings.json").write_text(json.dumps(begun))
+    save_file({"hidden": torch.zeros(6, 32, 40)}, work / "hidden.safetensors", {"done": "1"})
+    with pytest.raises(BellboxError, match=r"begun with another method \('billm', now 'dbellquant'\)"):
+        binarize_folder(job(places, tmp_path / "out"), show=False)
+
+
+def test_an_earlier_model_is_replaced_and_anything_else_is_not(places, tmp_path):
+    binarize_folder(job(places, tmp_path / "out", method="rtn"), show=False)
+    before = load(tmp_path / "out")(IDS)
+    binarize_folder(job(places, tmp_path / "out", method="billm"), show=False)
+    assert not torch.equal(load(tmp_path / "out")(IDS), before)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(BellboxError, match="holds something else"):
+        binarize_folder(job(places, tmp_path / "mine"), show=False)
+    with pytest.raises(BellboxError, match="holds something else"):
+        binarize_folder(job(places, places["gpt"]), show=False)
+    assert not is_binarized(places["gpt"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda root: (root / "block-0001.safetensors").unlink(), "cannot be read"),
+        (lambda root: os.truncate(root / "rest.safetensors", 100), "truncated"),
+        (lambda root: flip(root / "block-0000.safetensors"), "damaged, its checksum"),
+        (lambda root: edit(root, version=2), "version 2"),
+        (lambda root: edit(root, keep=True, model={}), "damaged, its checksum"),
+        (lambda root: edit(root, model={"architecture": "llama", "hidden_size": -1}), "hidden_size is -1"),
+        (lambda root: edit(root, quantization={"method": "magic"}), "field 'quantization.method'"),
+        (lambda root: retype(root, "scales", torch.float32), r"q_proj\.scales' is torch.float32"),
+        (lambda root: retype(root, "scales", None), r"scales' is missing"),
+        (lambda root: retype(root, "scales", torch.float16, float("nan")), "NaN or infinity"),
+    ],
+)
+def test_a_damaged_folder_is_refused(places, tmp_path, change, says):
+    binarize_folder(job(places, tmp_path / "out", method="billm"), show=False)
+    change(tmp_path / "out")
+    with pytest.raises(BellboxError, match=says) as caught:
+        load(tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def edit(root: Path, keep: bool = False, **fields) -> None:
+    path = root / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in fields.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+        if value == {}:
+            config[key] = {}
+    if not keep:
+        config["sha256"] = checksum(config)
+    path.write_text(json.dumps(config))
+
+
+def retype(root: Path, leaf: str, dtype: torch.dtype | None, fill: float | None = None) -> None:
+    """Spoil one tensor, with checksums that fit."""
+    from bellbox.files import describe_file
+
+    path = root / "block-0000.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(f"q_proj.{leaf}"))
+    if dtype is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name].to(dtype)
+        if fill is not None:
+            tensors[name][0] = fill
+    save_file(tensors, path)
+    files = json.loads((root / "config.json").read_text())["files"]
+    edit(root, files={**files, path.name: describe_file(path)})

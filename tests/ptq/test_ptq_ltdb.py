@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bellbox.errors import BellboxError
+from bellbox.models import GPTConfig, LlamaConfig, build
+from bellbox.ptq.ltdb import double_bell, fold, learn_scale, slope, start_scale
+
+
+def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) * torch.rand(columns, generator=generator).add(0.2)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("columns", [8, 12, 20])
+def test_loss_and_distance_are_those_of_the_definition(power, columns):
+    w = weights(5, columns).double().numpy()
+    loss, distance = [], []
+    for row in w:
+        for first in range(0, columns, 8):
+            part = row[first : first + 8]
+            mean = part.mean()
+            apart = np.abs(part - mean).mean()
+            for value in part:
+                gaps = [abs(value - (mean + apart)), abs(value - (mean - apart))]
+                nearer = [mean + apart, mean - apart][int(np.argmin(gaps))]
+                loss.append(100 * min(gaps) ** power / abs(nearer) ** power)
+                distance.append(min(gaps))
+    found = double_bell(torch.from_numpy(w), power, block=8)
+    np.testing.assert_allclose([float(one) for one in found], [np.mean(loss), np.mean(distance)], rtol=1e-10)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("columns", [8, 20])
+def test_the_closed_form_is_autograd_of_the_definition(power, columns):
+    w = weights(300, columns).double()
+    scale = torch.linspace(-0.5, 2, columns, dtype=torch.float64).requires_grad_()
+    loss, distance = double_bell(w * scale, power, 8)
+    (wanted,) = torch.autograd.grad(loss, scale)
+    found = slope(w, scale.detach(), power, 8)
+    np.testing.assert_allclose(found[:2], [float(loss.detach()), float(distance)], rtol=1e-12)
+    torch.testing.assert_close(found[2], wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_reach_the_weight_through_the_centres_too():
+    # Twice the weight is the same picture: no gradient along the scale itself. With fixed centres there were one.
+    w, scale = weights(30, 16).double(), torch.linspace(0.5, 2, 16, dtype=torch.float64)
+    gradient = slope(w, scale, 2, 8)[2]
+    assert abs(float((gradient * scale).sum())) < 1e-9 < float(gradient.abs().max())
+
+
+def test_the_start_is_the_formula():
+    w, largest = weights(4, 6), torch.tensor([1.0, 2.0, 50.0, 0.0, 3.0, 0.5])
+    s = start_scale(largest, w)
+    expected = [
+        max(1e-5, max(1e-5, x) ** 0.85 / float(w[:, j].abs().max()) ** 0.15)
+        for j, x in enumerate(largest.tolist())
+    ]
+    torch.testing.assert_close(s, torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["released", "clean"])
+def test_learning_stops_at_the_first_rise_and_keeps_the_lowest_loss(variant):
+    w, largest = [weights(96, 256), weights(32, 256, 1)], torch.rand(256) + 0.5
+    learned = learn_scale(w, largest, variant=variant)
+    whole = learn_scale(w, largest, variant=variant, most_steps=3)
+    assert 0 < learned.steps <= 200
+    assert whole.steps == 3
+    assert learned.loss[1] < learned.loss[0]
+    assert bool((learned.scale != 0).all())
+
+
+def test_released_takes_the_larger_scale_and_clean_one_for_all_rows():
+    w, largest = [weights(16, 32), weights(16, 32, 1) * 3], torch.rand(32) + 0.5
+    alone = [learn_scale([one], largest, variant="released").scale for one in w]
+    merged = learn_scale(w, largest, variant="released").scale
+    assert torch.equal(merged, torch.where(alone[0].abs() >= alone[1].abs(), alone[0], alone[1]))
+    together = learn_scale(w, largest, variant="clean").scale
+    assert torch.equal(together, learn_scale([torch.cat(w)], largest, variant="released").scale)
+
+
+CONFIGS = {
+    "llama": LlamaConfig(61, 64, 96, 2, 4, 2, max_position_embeddings=40, initializer_range=0.2),
+    "gpt": GPTConfig(61, 64, 96, 2, 4, max_position_embeddings=40, initializer_range=0.2),
+    "opt": GPTConfig(61, 64, 96, 2, 4, max_position_embeddings=40, initializer_range=0.2, activation="relu"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folded_scale_leaves_the_logits_as_they_were(name):
+    from bellbox.ptq.blocks import groups_of
+
+    model = build(CONFIGS[name], seed=0).eval()
+    for parameter in model.parameters():  # norms and biases too
+        nn.init.normal_(parameter, mean=0.1, std=0.2)
+    ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(ids)
+        for index, block in enumerate(model.model.layers if name == "llama" else model.transformer.h):
+            for group in groups_of(CONFIGS[name]):
+                if group.norm is not None:
+                    layers = [block.get_submodule(layer) for layer in group.layers]
+                    largest = torch.rand(64, generator=torch.Generator().manual_seed(index)) * 8
+                    scale = learn_scale([layer.weight for layer in layers], largest).scale
+                    assert float(scale.abs().max() / scale.abs().min()) > 3
+                    fold(block.get_submodule(group.norm), layers, scale)
+        after = model(ids)
+    assert float((after - before).abs().max()) < 1e-5 * float(before.abs().max())
+    assert float((after - before).abs().max()) > 0
+
+
+def test_a_norm_that_cannot_take_the_scale_is_named():
+    layer = nn.Linear(8, 4)
+    with pytest.raises(BellboxError, match=r"ln: LayerNorm has no weight of 8 numbers.*use method billm"):
+        fold(nn.LayerNorm(8, elementwise_affine=False), [layer], torch.ones(8), "ln")
