@@ -138,10 +138,13 @@ void backward(uintptr_t grad, uintptr_t v, uintptr_t x_hat, int type, int64_t ro
 
 NB_MODULE(_native, m) {
     m.doc() = "Bellbox's kernels for CPUs; used through bellbox.kernels.native.";
+    m.attr("source") = BELLBOX_SOURCE;
+    m.def("packed_size", &packed_size);
+    nb::class_<Arena>(m, "Arena").def(nb::init<size_t>());
     nb::class_<PackedWeights>(m, "PackedWeights")
         .def("__init__", [](PackedWeights* self, int32_t bits, int64_t n, int64_t k, int32_t multiplier, int32_t shift,
-                            uintptr_t scale, uintptr_t bias) {
-            new (self) PackedWeights(bits, n, k, multiplier, shift, at<float>(scale), at<float>(bias));
+                            uintptr_t scale, uintptr_t bias, Arena& arena) {
+            new (self) PackedWeights(bits, n, k, multiplier, shift, at<float>(scale), at<float>(bias), arena);
         })
         .def("fill", [](PackedWeights& self, uintptr_t codes, int64_t ldc, int64_t first, int64_t rows) {
             self.fill(at<uint8_t>(codes), ldc, first, rows);
@@ -159,21 +162,37 @@ NB_MODULE(_native, m) {
                             std::vector<float> act_scales) {
             new (self) Siblings{coding, std::move(weights), std::move(act_scales)};
         });
-    nb::class_<LlamaBlock>(m, "LlamaBlock")
+    nb::class_<Block>(m, "Block")
+        .def("__init__", [](Block* self, const Siblings& qkv, const Siblings& output, const Siblings& wide,
+                            const Siblings& down, int64_t head_dim) {
+            new (self) Block(qkv, output, wide, down, head_dim);
+        })
+        .def("attention", [](Block& self, uintptr_t x, uintptr_t normed, int64_t batch, uintptr_t keys, uintptr_t values,
+                             int64_t room, int64_t start, int threads) {
+            nb::gil_scoped_release release;
+            self.attention(at<float>(x), at<float>(normed), batch, nullptr, nullptr, at<float>(keys), at<float>(values),
+                           room, start, threads);
+        })
+        .def("widen", [](Block& self, uintptr_t normed, int64_t batch, uintptr_t out, int threads) {
+            nb::gil_scoped_release release;
+            self.widen(at<float>(normed), batch, {at<void>(out)}, threads);
+        })
+        .def("narrow", [](Block& self, uintptr_t x, uintptr_t active, int64_t batch, int threads) {
+            nb::gil_scoped_release release;
+            self.narrow(at<float>(x), at<float>(active), batch, threads);
+        });
+    nb::class_<LlamaBlock, Block>(m, "LlamaBlock")
         .def("__init__", [](LlamaBlock* self, const Siblings& qkv, const Siblings& output, const Siblings& gate_up,
-                            const Siblings& down, uintptr_t first_norm, uintptr_t second_norm, double eps,
-                            int64_t head_dim) {
-            new (self) LlamaBlock(qkv, output, gate_up, down, at<float>(first_norm), at<float>(second_norm), eps, head_dim);
+                            const Siblings& down, int64_t head_dim, uintptr_t first_norm, uintptr_t second_norm,
+                            double eps) {
+            new (self) LlamaBlock(qkv, output, gate_up, down, head_dim, at<float>(first_norm), at<float>(second_norm), eps);
         })
-        .def("attention", [](LlamaBlock& self, uintptr_t x, int64_t batch, uintptr_t cosine, uintptr_t sine, uintptr_t keys,
-                             uintptr_t values, int64_t room, int64_t start, uintptr_t gate, uintptr_t up, int threads) {
+        .def("attend_and_widen", [](LlamaBlock& self, uintptr_t x, int64_t batch, int64_t hidden, uintptr_t cosine,
+                                    uintptr_t sine, uintptr_t keys, uintptr_t values, int64_t room, int64_t start,
+                                    uintptr_t gate, uintptr_t up, int threads) {
             nb::gil_scoped_release release;
-            self.attention(at<float>(x), batch, at<float>(cosine), at<float>(sine), at<float>(keys), at<float>(values),
-                           room, start, at<float>(gate), at<float>(up), threads);
-        })
-        .def("mlp", [](LlamaBlock& self, uintptr_t x, uintptr_t active, int64_t batch, int threads) {
-            nb::gil_scoped_release release;
-            self.mlp(at<float>(x), at<float>(active), batch, threads);
+            self.attend_and_widen(at<float>(x), batch, hidden, at<float>(cosine), at<float>(sine), at<float>(keys),
+                                  at<float>(values), room, start, at<float>(gate), at<float>(up), threads);
         });
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("use", [](const std::string& name) { use(name.c_str()); });

@@ -126,8 +126,9 @@ void check_layer(const Kernels& kernels) {
         std::normal_distribution<float> normal;
         for (float& s : scale) s = normal(randomness);
         for (float& b : bias) b = normal(randomness);
+        Arena arena(packed_size(bits, outputs, k));
         matrices.emplace_back(bits, outputs, k, static_cast<int32_t>(pick(1, 2)), static_cast<int32_t>(pick(0, 9)),
-                              scale.data(), pick(0, 1) == 0 ? bias.data() : nullptr);
+                              scale.data(), pick(0, 1) == 0 ? bias.data() : nullptr, arena);
         const int64_t first = std::min<int64_t>(outputs, 16 * pick(0, 9));  // in two slabs
         matrices.back().fill(codes.data(), k, 0, first);
         matrices.back().fill(codes.data() + first * k, k, first, outputs - first);

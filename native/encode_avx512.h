@@ -48,10 +48,18 @@ BELLBOX_INLINE int32_t encode_row(const Coder& coder, const Signs& signs, const 
     return _mm512_reduce_add_epi32(_mm512_add_epi32(sums.levels[0], sums.levels[1]));
 }
 
+// The same by Search, for rows that may hold NaN.
+template <Type T>
+__attribute__((noinline)) int32_t encode_row_with_care(const EncodeArgs& a, const void* x, float* scratch, float r,
+                                                       int8_t* levels) {
+    const Search search(a.thresholds, a.n, Values{a.multiplier, a.shift});
+    float unused = 0;
+    return encode_row<T, false>(search, Signs(), x, scratch, a.k, a.block, r, levels, unused);
+}
+
 template <Type T, typename Coder>
 inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch, int64_t begin, int64_t end) {
     const Coder coder = shared;  // a copy of its own: stores of bytes could change one that others see
-    const Search careful(a.thresholds, a.n, Values{a.multiplier, a.shift});
     const Signs signs;
     const bool fixed = a.normalise == Normalise::fixed;
     const float fixed_r = fixed_scale(a);
@@ -67,7 +75,7 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch,
             // values, are looked at with care.
             if (!(squares < 3e38f) || !(fixed_r < 3e38f)) {
                 a.marks[i] = row_scale(rms(row_norm<T>(x, a.k), a.k), a).mark;
-                a.sums[i] = encode_row<T, false>(careful, signs, x, scratch, a.k, a.block, fixed_r, levels, squares);
+                a.sums[i] = encode_row_with_care<T>(a, x, scratch, fixed_r, levels);
             }
         } else {
             const double sigma =
@@ -77,7 +85,7 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch,
             if (scale.r == scale.r)  // below the ceiling no value is a NaN
                 a.sums[i] = encode_row<T, false>(coder, signs, x, scratch, a.k, a.block, scale.r, levels, squares);
             else
-                a.sums[i] = encode_row<T, false>(careful, signs, x, scratch, a.k, a.block, scale.r, levels, squares);
+                a.sums[i] = encode_row_with_care<T>(a, x, scratch, scale.r, levels);
         }
         if (written < a.ldl) memset(levels + written, 0, static_cast<size_t>(a.ldl - written));
     }

@@ -6,13 +6,7 @@
 #include <unistd.h>
 #endif
 
-#define BELLBOX_NAMESPACE avx512
-#include "choice_avx512.h"
-#include "decoder.h"
-#include "encode_avx512.h"
 #include "linear_amx.h"
-#include "peak.h"
-#include "training_avx512.h"
 
 namespace bellbox {
 namespace {
@@ -20,7 +14,7 @@ namespace amx {
 
 void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
     if (m_end - m_begin <= kFewRows || tile_begin >= tile_end)
-        return avx512::linear(a, m_begin, m_end, tile_begin, tile_end);
+        return avx512_kernels.linear(a, m_begin, m_end, tile_begin, tile_end);
     switch (a.weights->bits) {
         case 1: return linear<1>(a, m_begin, m_end, tile_begin, tile_end);
         case 2: return linear<2>(a, m_begin, m_end, tile_begin, tile_end);
@@ -32,9 +26,11 @@ void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_be
 }  // namespace amx
 }  // namespace
 
-const Kernels amx_kernels = {
-    "amx",       avx512::encode,   avx512::rotate, avx512::forward,    avx512::backward,
-    amx::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear, avx512::integer_peak};
+const Kernels amx_kernels = [] {
+    Kernels kernels = avx512_kernels;
+    kernels.name = "amx", kernels.linear = amx::linear;
+    return kernels;
+}();
 
 // Linux gives the state of tiles to a process that asks; all threads of it, those that run too, then have it.
 bool amx_permitted() {

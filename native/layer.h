@@ -68,12 +68,29 @@ inline Aligned<uint8_t> weight_memory(size_t bytes) {
     return aligned<uint8_t>(bytes);
 }
 
+// Memory for the weights of many matrices, one after another: small ones then lie on huge pages too, and siblings are one
+// stream. It lives as long as one of its parts.
+class Arena {
+  public:
+    explicit Arena(size_t bytes) : memory_(weight_memory(bytes)), left_(bytes) {}
+    std::shared_ptr<uint8_t> take(size_t bytes) {
+        if (bytes > left_) throw std::bad_alloc();
+        std::shared_ptr<uint8_t> part(memory_, memory_.get() + used_);
+        used_ += bytes, left_ -= bytes;
+        return part;
+    }
+
+  private:
+    std::shared_ptr<uint8_t[]> memory_;
+    size_t used_ = 0, left_;
+};
+
 // A weight matrix in the machine's layout, with its scales.
 class PackedWeights {
   public:
     PackedWeights(int32_t bits, int64_t n, int64_t k, int32_t multiplier, int32_t shift, const float* scale,
-                  const float* bias)
-        : data_(weight_memory(packed_size(bits, n, k))), scale_(scale, scale + n) {
+                  const float* bias, Arena& arena)
+        : data_(arena.take(packed_size(bits, n, k))), scale_(scale, scale + n) {
         if (bias != nullptr) bias_.assign(bias, bias + n);
         if (bits <= 2) code_sums_.resize(static_cast<size_t>(n));
         view_ = Weights{data_.get(),   bits,
@@ -97,7 +114,7 @@ class PackedWeights {
     }
 
   private:
-    Aligned<uint8_t> data_;
+    std::shared_ptr<uint8_t> data_;
     std::vector<float> scale_, bias_;
     std::vector<int32_t> code_sums_;
     Weights view_{};

@@ -23,10 +23,19 @@ def packed(recipe: bb.Recipe | None = None, name: str = "tiny", embeddings="fp32
     return bb.convert(model, embeddings)
 
 
+SHAPES = {
+    "llama": {"name": "tiny", "num_attention_heads": 4, "num_key_value_heads": 2},
+    "gpt": {"name": "gpt-tiny", "num_attention_heads": 4},
+    "opt": {"name": "gpt-tiny", "num_attention_heads": 2, "activation": "relu"},
+}
+
+
 @pytest.mark.parametrize("isa", native.instruction_sets())
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_steps_are_the_layers_to_the_last_bit(isa: str, bits: int) -> None:
-    model = packed(bb.Recipe.bbq(bits), num_attention_heads=4, num_key_value_heads=2)
+@pytest.mark.parametrize(
+    ("shape", "bits"), [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("gpt", 2), ("opt", 4)]
+)
+def test_steps_are_the_layers_to_the_last_bit(isa: str, shape: str, bits: int) -> None:
+    model = packed(bb.Recipe.bbq(bits), **SHAPES[shape])
     ids = torch.randint(0, 96, (3, 30), generator=torch.Generator().manual_seed(bits))
     with native.use(isa), torch.no_grad():
         caches = [model.new_cache(3, 30) for _ in range(2)]
@@ -44,8 +53,9 @@ def test_steps_are_the_layers_to_the_last_bit(isa: str, bits: int) -> None:
         steps.step(ids[:, :1])
 
 
-def test_generation_takes_them_and_writes_the_same() -> None:
-    model = packed(embeddings="int8")
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+def test_generation_takes_them_and_writes_the_same(name: str) -> None:
+    model = packed(name=name, embeddings="int8")
     prompt = torch.randint(0, 96, (2, 4))
     short = torch.stack(list(generate(model, prompt, 20, seed=1)))
     handle = model.register_forward_hook(lambda *_: None)
@@ -60,7 +70,8 @@ def test_other_models_keep_to_their_layers() -> None:
 
     assert served(packed(embeddings="bf16"))
     assert not served(build(preset("tiny")))
-    assert not served(packed(name="gpt-tiny"))
+    assert served(packed(name="gpt-tiny"))
+    assert not served(packed(bb.Recipe.bbq(2, keep=("*.h.1.mlp.*",)), name="gpt-tiny"))
     assert not served(packed(bb.Recipe.bbq(2, share_inputs=False)))
     assert not served(packed(bb.Recipe.bbq(2, keep=("*.layers.0.mlp.*",))))
     exact = packed()

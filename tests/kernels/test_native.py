@@ -227,6 +227,28 @@ def test_siblings_of_different_widths_share_one_call_on_two_threads(isa):
         torch.set_num_threads(threads)
 
 
+def test_matrices_may_share_one_piece_of_memory_which_outlives_its_maker():
+    levels, shapes = Levels.gaussian(4), [(33, 130), (1, 130), (700, 130)]
+    codes = [torch.randint(0, 4, shape, dtype=torch.uint8) for shape in shapes]
+    arena = native.Arena(sum(native.packed_size(levels.grid, *shape) for shape in shapes))
+    weights = [native.Weights([c], 130, levels, torch.ones(len(c)), None, arena) for c in codes]
+    with pytest.raises(MemoryError):
+        native.Weights([codes[1]], 130, levels, torch.ones(1), None, arena)
+    del arena
+    x = torch.randn(3, 130)
+    coding = native.Coding(levels, 2, "rms")
+    integers = native.encode(x, levels, 2, "rms")[0].float()
+    outs = native.linear(x, weights, [1.0, 1.0, 1.0], coding, torch.float32)
+    for c, y in zip(codes, outs, strict=True):
+        assert torch.equal(y, integers @ levels.decode_int8(c).float().t())
+
+
+def test_kernels_of_another_source_are_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(native, "_source", lambda: "of tomorrow")
+    with pytest.raises(bb.BellboxError, match=r"rebuild them with `pip install"):
+        native._module.__wrapped__()
+
+
 @pytest.mark.parametrize("zero_point", [-30.5, -10.5, -2.5, 1, 7.5, 26])
 @pytest.mark.parametrize("n", [2, 3, 4, 8, 16])
 def test_a_shifted_grid_gives_the_bits_of_the_reference(isa, n, zero_point):

@@ -11,9 +11,11 @@ This module checks what the compiled code takes on trust: device, dtype, contigu
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
@@ -41,11 +43,26 @@ def _module() -> ModuleType | None:
         from bellbox import _native  # pyright: ignore[reportAttributeAccessIssue]
     except ModuleNotFoundError:
         return None
+    source = _source()
+    if source is not None and getattr(_native, "source", None) != source:
+        raise BellboxError(
+            "the compiled kernels were built from another version of native/: rebuild them with "
+            "`pip install --no-deps --editable .` in the checkout"
+        )
     try:
         _native.isa()
     except RuntimeError as error:
         raise BellboxError(str(error)) from None
     return _native
+
+
+def _source() -> str | None:
+    """The digest of the bindings' source beside this package; None where it was installed without."""
+    source = Path(__file__).parents[3] / "native" / "bindings.cpp"
+    try:
+        return hashlib.sha256(source.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def compiled() -> ModuleType | None:
@@ -155,6 +172,30 @@ class Coding:
         )
 
 
+class Arena:
+    """Memory for several weight matrices, one after another.
+
+    Args:
+        nbytes: of all of them, each as `packed_size` says.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        module = _module()
+        assert module is not None
+        self.handle = module.Arena(nbytes)
+
+
+def packed_size(levels: Grid, rows: int, columns: int) -> int:
+    """Bytes that the codes of a weight matrix take in the machine's layout."""
+    module = _module()
+    assert module is not None
+    return module.packed_size(_bits(levels), rows, columns)
+
+
+def _bits(levels: Grid) -> int:
+    return (levels.n - 1).bit_length()
+
+
 class Weights:
     """A weight matrix in the machine's layout.
 
@@ -165,21 +206,29 @@ class Weights:
         levels: what codes stand for; at most 16.
         scale: fp32 `[out]`, what one integer is worth.
         bias: fp32 `[out]`, or None.
+        arena: where the codes go; memory of their own where None.
     """
 
     def __init__(
-        self, codes: Iterable[Tensor], columns: int, levels: Grid, scale: Tensor, bias: Tensor | None
+        self,
+        codes: Iterable[Tensor],
+        columns: int,
+        levels: Grid,
+        scale: Tensor,
+        bias: Tensor | None,
+        arena: Arena | None = None,
     ) -> None:
         module = _module()
         assert module is not None
         scale = scale.contiguous()
         bias = None if bias is None else bias.contiguous()
-        bits = (levels.n - 1).bit_length()
+        arena = arena or Arena(packed_size(levels, len(scale), columns))
         shift = int(levels.multiplier * levels.offset)
         pointer = 0 if bias is None else bias.data_ptr()
         self.rows, self.columns = len(scale), columns
+        sizes = _bits(levels), self.rows, columns
         self.handle = module.PackedWeights(
-            bits, self.rows, columns, levels.multiplier, shift, scale.data_ptr(), pointer
+            *sizes, levels.multiplier, shift, scale.data_ptr(), pointer, arena.handle
         )
         first = 0
         for slab in codes:

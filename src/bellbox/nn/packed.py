@@ -218,11 +218,15 @@ class PackedLinear(nn.Module):
         integers, _, _ = native.encode(rows, *self.coding_arguments())
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
-    def prepack(self) -> Prepacked:
-        """The weights in the machine's layout, made at the first use and again only if a buffer has changed."""
+    def prepack(self, arena: native.Arena | None = None) -> Prepacked:
+        """The weights in the machine's layout, made at the first use and again only if a buffer has changed.
+
+        Args:
+            arena: where to put them if they have to be made.
+        """
         ready = self._prepacked
         if ready is None or not ready.is_of(self):
-            ready = self._prepacked = Prepacked(self)
+            ready = self._prepacked = Prepacked(self, arena)
         return ready
 
     def coding_arguments(self) -> tuple[Levels, int, native.Normalise, float, bool]:

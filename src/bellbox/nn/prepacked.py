@@ -31,16 +31,17 @@ class Prepacked:
 
     Args:
         layer: a packed layer on the CPU.
+        arena: where the weights go; memory of their own where None.
     """
 
-    def __init__(self, layer: PackedLinear) -> None:
+    def __init__(self, layer: PackedLinear, arena: native.Arena | None = None) -> None:
         self._buffers = tuple(layer._buffers.values())
         # Tensors made in inference mode count no changes.
         self._counted = [b for b in self._buffers if b is not None and not b.is_inference()]
         self._versions = list(map(_version, self._counted))
         scale = layer.weight_scale / layer.weight_levels.multiplier
         slabs = unpack_slabs(layer.weight_packed, layer.in_features, layer.weight_levels.n)
-        self.weights = native.Weights(slabs, layer.in_features, layer.weight_levels, scale, layer.bias)
+        self.weights = native.Weights(slabs, layer.in_features, layer.weight_levels, scale, layer.bias, arena)
         self.act_scale = float(layer.act_scale / layer.coding.levels.multiplier)
         """What one integer of the input is worth."""
         self.coding = native.Coding(*layer.coding_arguments())
@@ -56,15 +57,22 @@ class Prepacked:
 def prepack_all(model: nn.Module) -> None:
     """Pack the layers of a model for this machine now, not at their first use, where the compiled kernels serve them.
 
+    The weights of all go into one piece of memory: many small matrices then fill huge pages.
+
     The canonical bytes are then needed only to save the model again: if they lie in a mapped file, the operating
     system is told that their pages may go.
     """
     from bellbox.nn.packed import PackedLinear
 
-    for layer in model.modules():
-        if isinstance(layer, PackedLinear) and layer.weight_packed.is_cpu and layer.compiled:
-            layer.prepack()
-            _page_out(layer.weight_packed)
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    layers = [layer for layer in layers if layer.weight_packed.is_cpu and layer.compiled]
+    if not layers:
+        return
+    shapes = ((layer.weight_levels, layer.out_features, layer.in_features) for layer in layers)
+    arena = native.Arena(sum(native.packed_size(*shape) for shape in shapes))
+    for layer in layers:
+        layer.prepack(arena)
+        _page_out(layer.weight_packed)
 
 
 def _page_out(tensor: Tensor) -> None:
