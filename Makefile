@@ -49,7 +49,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/linear.py
+	$(BIN)/bellbox bench kernels --shapes 4096x4096 640x640 --threads 1
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis

@@ -53,7 +53,9 @@ def test_layers_are_held_against_what_the_machine_can_do() -> None:
     assert list(by_name)[-2:] == ["Bellbox 2 bits", "Bellbox 1 bit"]
     two = by_name["Bellbox 2 bits"]
     assert two.weight_bytes == 32 * 64 * 2 // 8
-    assert two.read_fraction == pytest.approx(two.weight_bytes / machine.read_bandwidth / two.seconds.median)
+    bandwidths = [each.weight_bytes / each.read_fraction / each.seconds.median for each in found]
+    assert bandwidths == pytest.approx([bandwidths[0]] * len(found))
+    assert bandwidths[0] > 1e8
     assert random_layer(32, 64, 3)(torch.randn(5, 64)).isfinite().all()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bellbox.benchmark.machine import Machine
+from bellbox.benchmark.machine import Machine, Memory
 from bellbox.benchmark.timing import Spread, take_turns
 from bellbox.hadamard import block_size
 from bellbox.levels import Levels
@@ -41,7 +41,8 @@ class KernelResult:
     weight_bytes: int
     """What a call has to read of weights."""
     read_fraction: float
-    """Time to read the weights once at the machine's bandwidth, over the measured time."""
+    """Time to read the weights once at the bandwidth that reading memory reached in the same turns, over the measured
+    time."""
     integer_fraction: float | None
     """Time of the multiply-adds at the machine's integer rate, over the measured time."""
 
@@ -122,8 +123,11 @@ def bench_kernels(
         )
     if more is not None:
         contenders.update(more(x, copies))
+    memory = Memory()
     with torch.no_grad():
-        times = take_turns({name: run for name, (run, _) in contenders.items()}, seconds)
+        turns = {"reading": memory.read} | {name: run for name, (run, _) in contenders.items()}
+        times = take_turns(turns, seconds)
+    bandwidth = memory.piece / times.pop("reading").median
     return [
         KernelResult(
             name,
@@ -133,7 +137,7 @@ def bench_kernels(
             hot,
             spread,
             contenders[name][1],
-            contenders[name][1] / machine.read_bandwidth / spread.median,
+            contenders[name][1] / bandwidth / spread.median,
             None if machine.integer_rate is None else rows * count / machine.integer_rate / spread.median,
         )
         for name, spread in times.items()

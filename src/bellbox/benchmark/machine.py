@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from bellbox.kernels import native
 
 _BYTES = 1 << 29
 """Read to measure the bandwidth: more than any cache holds."""
+_PIECE = 1 << 23
+"""Read at a time where reading takes turns with other work."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def measure_machine() -> Machine:
         torch.__version__,
         native.describe(),
         datetime.now(UTC).date().isoformat(),
-        read_bandwidth(),
+        Memory().bandwidth(),
         integer_rate(),
     )
 
@@ -65,15 +68,31 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def read_bandwidth() -> float:
-    """Bytes a second of summing a tensor that no cache holds, the best of five."""
-    source = torch.ones(_BYTES // 4)
-    times: list[float] = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        source.sum()
-        times.append(time.perf_counter() - begun)
-    return _BYTES / min(times)
+class Memory:
+    """Memory that no cache holds, on huge pages where the system gives them, as packed weights are; for reading it."""
+
+    piece = _PIECE
+    """Bytes of one `read`."""
+
+    def __init__(self) -> None:
+        memory = mmap.mmap(-1, _BYTES)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._all = torch.frombuffer(memory, dtype=torch.float32).fill_(1)
+        self._pieces = self._all.split(_PIECE // 4)
+
+    def read(self, turn: int) -> None:
+        """One piece, another every turn."""
+        self._pieces[turn % len(self._pieces)].sum()
+
+    def bandwidth(self) -> float:
+        """Bytes a second of reading all of it, the best of five."""
+        times: list[float] = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            self._all.sum()
+            times.append(time.perf_counter() - begun)
+        return _BYTES / min(times)
 
 
 def integer_rate() -> float | None:

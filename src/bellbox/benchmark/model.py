@@ -14,6 +14,7 @@ from bellbox.benchmark.timing import Spread, take_turns
 from bellbox.decoding import steps_for
 from bellbox.models import ModelConfig, build
 from bellbox.nn.compact import Precision
+from bellbox.nn.prepacked import prepack_all
 from bellbox.process import peak_memory
 from bellbox.recipe import Recipe
 from bellbox.surgery import convert, prepare
@@ -51,11 +52,13 @@ class ModelResult:
 
 
 def random_model(config: ModelConfig, bits: int, embeddings: Precision = "fp32") -> nn.Module:
-    """A packed model of random weights; its activation scales come from one forward over random tokens."""
+    """A packed model of random weights, as loading leaves one; its activation scales come from one forward."""
     model = prepare(build(config, seed=0), Recipe.bbq(bits)).eval()
     with torch.no_grad():
         model(torch.randint(0, config.vocab_size, (1, 16)))
-    return convert(model, embeddings)
+    packed = convert(model, embeddings)
+    prepack_all(packed)
+    return packed
 
 
 class Contender(Protocol):

@@ -101,7 +101,10 @@ def _kernels(command: Kernels, machine: Machine) -> list[dict[str, Any]]:
             found = bench_kernels(
                 machine, outputs, inputs, m, command.bits, hot=command.hot, seconds=command.seconds
             )
-            base = next(each for each in found if each.name == "torch bf16").seconds.median
+            wide, base = (
+                next(each for each in found if each.name == f"torch {dtype}").seconds.median
+                for dtype in ("fp32", "bf16")
+            )
             where = "hot" if command.hot else "in rotation"
             print(f"\n{outputs} x {inputs}, {m} row{'s' if m > 1 else ''}, weights {where}")
             for each in found:
@@ -109,7 +112,8 @@ def _kernels(command: Kernels, machine: Machine) -> list[dict[str, Any]]:
                 line = (
                     f"  {each.name:30}{s.median * 1e6:11,.1f} us ({s.low * 1e6:,.1f} to {s.high * 1e6:,.1f})"
                 )
-                line += f"{base / s.median:7.2f} x bf16, {each.read_fraction:4.0%} of the read bandwidth"
+                line += f"{base / s.median:7.2f} x bf16,{wide / s.median:7.2f} x fp32"
+                line += f", {each.read_fraction:4.0%} of the read bandwidth"
                 if each.integer_fraction is not None:
                     line += f", {each.integer_fraction:4.0%} of the integer rate"
                 print(line)
