@@ -12,7 +12,7 @@ from torch import nn
 
 import bellbox as bb
 from bellbox.hadamard import butterfly
-from bellbox.io import FORMAT, VERSION
+from bellbox.io import FORMAT, VERSIONS
 from bellbox.kernels.encode import normaliser, row_sigma
 from bellbox.levels import Grid, Levels
 from bellbox.nn import InputCoding, PackedLinear
@@ -75,7 +75,7 @@ def test_configuration(tmp_path):
     assert set(shown["files"]["model.safetensors"]) == {"bytes", "sha256"}
     shown["files"] = written["files"]
     assert shown == written
-    assert (FORMAT, VERSION) == ("bellbox-packed", 2)
+    assert (FORMAT, VERSIONS) == ("bellbox-packed", (2, 3))
 
 
 def test_the_worked_function():

@@ -43,6 +43,13 @@ def block_size(features: int, largest: int = DEFAULT_BLOCK) -> int:
     block = min(largest, features & -features)
     if block == 1 < largest and features not in _warned:
         _warned.add(features)
+        if features == 1:
+            warnings.warn(
+                "one input channel a group leaves nothing to rotate: depthwise convolutions are quantized without "
+                "rotation, which costs accuracy; keep=(...) leaves them in full precision",
+                stacklevel=2,
+            )
+            return block
         warnings.warn(
             f"{features} features have no factor of two: the layer is quantized without rotation, "
             "which costs accuracy; an even size, best a multiple of 128, avoids it",

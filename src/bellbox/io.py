@@ -22,14 +22,15 @@ from bellbox import stored
 from bellbox.errors import BellboxError
 from bellbox.files import checksum, describe_file, new_folder, read_json, read_tensors, verify_file
 from bellbox.levels import Grid, Levels
-from bellbox.nn import PackedLinear, QuantizedLinear, replace_layer, without_fused_paths
+from bellbox.nn import PackedConv2d, PackedLinear, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.prepacked import prepack_all
 from bellbox.nn.tools import unique_tensors
 from bellbox.stored import CONFIG, TENSORS
 
 FORMAT = "bellbox-packed"
-VERSION = 2
+VERSIONS = (2, 3)
+"""What is read. Convolutions came with 3; a model without any is still written as 2."""
 TOKENIZER = "tokenizer.json"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,7 +56,7 @@ def save(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
         raise BellboxError("save takes a packed model: call bellbox.convert(model) first")
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise BellboxError("save takes a packed model; this one still has layers in training form")
     target = Path(folder)
     if tokenizer is not None and not Path(tokenizer).is_file():
@@ -76,7 +77,7 @@ def save(
             raise BellboxError(f"{target}: cannot be written ({error})") from None
         config: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSIONS[any(isinstance(layer, PackedConv2d) for layer in layers.values())],
             "model": _describe_model(model),
             "quantization": {"layers": _describe_layers(layers), "embeddings": _describe_tables(model)},
             "files": {TENSORS: describe_file(writing / TENSORS)},
@@ -184,8 +185,9 @@ def read_config(root: Path) -> dict[str, Any]:
     config = read_json(path)
     if config.get("format") != FORMAT:
         raise BellboxError(f"{path}: not a packed Bellbox model")
-    if config.get("version") != VERSION:
-        raise BellboxError(f"{path}: format version {config.get('version')!r}; this Bellbox reads {VERSION}")
+    if config.get("version") not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise BellboxError(f"{path}: format version {config.get('version')!r}; this Bellbox reads {known}")
     if config.get("sha256") != checksum(config):
         raise BellboxError(f"{path}: damaged, its checksum does not match; save the model again")
     return stored.validated(path, config)
@@ -236,9 +238,9 @@ def sizes(model: nn.Module) -> Sizes:
 
 
 def _describe_model(model: nn.Module) -> dict[str, Any] | None:
-    from bellbox.models import GPT, Llama
+    from bellbox.models import GPT, Llama, ResNet, ViT
 
-    return model.config.to_dict() if isinstance(model, (Llama, GPT)) else None
+    return model.config.to_dict() if isinstance(model, (Llama, GPT, ResNet, ViT)) else None
 
 
 def _describe_levels(levels: Levels) -> dict[str, Any]:
@@ -265,8 +267,21 @@ def _describe_layers(layers: Mapping[str, PackedLinear]) -> dict[str, Any]:
             "weight": _describe_grid(layer.weight_levels),
             "activation": _describe_levels(layer.coding.levels),
             "input": owners.setdefault(id(layer.shared), name),
+            **({"convolution": _describe_window(layer)} if isinstance(layer, PackedConv2d) else {}),
         }
         for name, layer in layers.items()
+    }
+
+
+def _describe_window(layer: PackedConv2d) -> dict[str, Any]:
+    window = layer.window
+    return {
+        "channels": layer.in_channels,
+        "groups": window.groups,
+        "kernel": list(window.kernel),
+        "stride": list(window.stride),
+        "padding": list(window.padding),
+        "dilation": list(window.dilation),
     }
 
 
@@ -286,10 +301,10 @@ def _read_tensors(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _build(root: Path, description: dict[str, Any]) -> nn.Module:
-    from bellbox.models import build, config_from_dict
+    from bellbox.models import any_config_from_dict, build
 
     try:
-        config = config_from_dict(description)
+        config = any_config_from_dict(description)
         with torch.device("meta"):
             return build(config)
     except BellboxError as error:

@@ -14,9 +14,11 @@ from torch import nn
 
 from bellbox import io
 from bellbox.errors import BellboxError
+from bellbox.models import ResNet, ResNetConfig, ViT, ViTConfig
 from bellbox.nn.compact import Precision
 
 if TYPE_CHECKING:
+    from bellbox.data.images import ImageDataset
     from bellbox.data.shards import TokenDataset
     from bellbox.data.tokenizer import Tokenizer
     from bellbox.training import LoadedRun
@@ -37,11 +39,16 @@ class OpenedModel:
     tokenizer: Path | None
     """The tokenizer file that lies with the model; None where there is none."""
     context: int
-    """Tokens: what a run was trained with; the longest sequence that any other model takes."""
+    """Tokens: what a run was trained with; the longest sequence that any other model takes. 0 of a vision model."""
     description: str
     """One line for the user."""
     run: LoadedRun | None = None
     """The run, where it is one."""
+
+    @property
+    def is_vision(self) -> bool:
+        """Whether it takes images."""
+        return isinstance(self.model, ResNet | ViT)
 
     def load_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
@@ -117,16 +124,20 @@ def _open_run(root: Path, checkpoint: str) -> OpenedModel:
     from bellbox.training import load_run
 
     run = load_run(root, checkpoint)
-    about = f"run {root} at step {run.step:,} ({run.tokens:,} tokens): {_shape(run.model)}"
-    return OpenedModel(root, run.model, "run", run.tokenizer, run.config.data.context, about, run)
+    vision = run.config.task == "vision"
+    unit, context = ("images", 0) if vision else ("tokens", run.config.data.context)
+    about = f"run {root} at step {run.step:,} ({run.tokens:,} {unit}): {_shape(run.model)}"
+    return OpenedModel(root, run.model, "run", run.tokenizer, context, about, run)
 
 
 def _longest(model: nn.Module) -> int:
-    return model.config.max_position_embeddings  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+    return getattr(model.config, "max_position_embeddings", 0)
 
 
 def _shape(model: nn.Module) -> str:
     config = model.config
+    if isinstance(model, ResNet | ViT):
+        return f"{type(model).__name__}, {model.config.num_labels} classes"
     return (
         f"{type(model).__name__}, {config.num_hidden_layers} blocks of width {config.hidden_size}, "  # pyright: ignore[reportAttributeAccessIssue]
         f"{config.vocab_size:,} tokens"  # pyright: ignore[reportAttributeAccessIssue]
@@ -148,6 +159,8 @@ def open_data_for(opened: OpenedModel, source: str | None) -> tuple[TokenDataset
     """
     from bellbox import data
 
+    if opened.is_vision:
+        raise BellboxError(f"{opened.path}: is a vision model; this needs one of language")
     if source is None:
         source = "classics" if opened.run is None else opened.run.config.data.source
     dataset = data.open(source)
@@ -166,3 +179,35 @@ def open_data_for(opened: OpenedModel, source: str | None) -> tuple[TokenDataset
             f"{own[:12]}); prepare it again with --tokenizer {opened.tokenizer}"
         )
     return dataset, None
+
+
+def open_images_for(opened: OpenedModel, source: str | None) -> ImageDataset:
+    """Images that fit a vision model.
+
+    Args:
+        opened: the model.
+        source: as `open_images`; where None, what the run was trained on.
+
+    Raises:
+        BellboxError: no source, or images of other channels, another size or with more classes than the model has.
+    """
+    from bellbox.data.images import open_images
+
+    config = opened.model.config
+    assert isinstance(config, ResNetConfig | ViTConfig)
+    size = config.image_size if isinstance(config, ViTConfig) else None
+    if opened.run is not None:
+        source, size = source or opened.run.config.data.source, opened.run.config.vision.image_size or size
+    if source is None:
+        raise BellboxError(f"{opened.path}: name images to look at: --data FILE.npz, a folder, or hf:NAME")
+    dataset = open_images(source, size)
+    channels, height, _ = dataset.train.shape
+    if channels != config.num_channels or (isinstance(config, ViTConfig) and height != config.image_size):
+        raise BellboxError(
+            f"data '{source}' has images of {dataset.train.shape}, {opened.path} takes other ones"
+        )
+    if len(dataset.classes) > config.num_labels:
+        raise BellboxError(
+            f"data '{source}' has {len(dataset.classes)} classes, {opened.path} knows {config.num_labels}"
+        )
+    return dataset

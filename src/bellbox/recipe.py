@@ -21,9 +21,18 @@ Statistic = Literal["row", "tensor", "ema", "token", "learned"]
 
 HEADS = (
     *("lm_head", "embed_out", "output_projection", "classifier", "score", "head"),
-    *("lm_head.decoder", "predictions.decoder", "vocab_projector"),
+    *("lm_head.decoder", "predictions.decoder", "vocab_projector", "classifier.1"),
 )
 """Last parts of the names under which models keep their output layer; left in full precision by default."""
+
+STEMS = (
+    *("stem", "stem.*", "conv_stem", "conv1", "patch_embed*"),
+    *("*.stem.*", "*.embedder.embedder.*", "*.patch_embeddings.projection"),
+)
+"""Patterns of the names under which vision models keep the layer that reads the image; left in full precision too."""
+
+LayerKind = Literal["linear", "conv"]
+"""What a rule may confine itself to."""
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -87,10 +96,12 @@ class Rule:
     """Quantizer of the input."""
     weights_rotated: bool = False
     """Whether the stored weight lives in the domain that the input is rotated into, and is not rotated again."""
+    kind: LayerKind | None = None
+    """Only layers of this kind: `linear` or `conv`; any where None."""
 
-    def matches(self, name: str) -> bool:
-        """Whether the dotted name of a layer fits the pattern."""
-        return fnmatchcase(name, self.pattern)
+    def matches(self, name: str, kind: LayerKind = "linear") -> bool:
+        """Whether the dotted name of a layer fits the pattern, and its kind."""
+        return self.kind in (None, kind) and fnmatchcase(name, self.pattern)
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,9 @@ class Recipe:
         keep: tuple[str, ...] = (),
         rules: tuple[Rule, ...] = (),
     ) -> Recipe:
-        """A method on every linear layer but the output head. What is not said is the method's own choice.
+        """A method on every linear layer and convolution but head and stem.
+
+        What is not said is the method's own choice.
 
         Args:
             method: one of `bellbox.quantizers.METHODS`, or `none` for full precision.
@@ -172,7 +185,8 @@ class Recipe:
             activations = None if weight_only == "float" else _int8_beside(weights)
         if weights_rotated:
             weights = dataclasses.replace(weights, block=1, options=_without_signs(weights.options))
-        left = tuple(Rule(pattern) for head in HEADS for pattern in (head, f"*.{head}"))
+        heads = tuple(pattern for head in HEADS for pattern in (head, f"*.{head}"))
+        left = tuple(map(Rule, (*heads, *STEMS)))
         everything = Rule("*", weights, activations, weights_rotated)
         return cls((*rules, *map(Rule, keep), *left, everything), share_inputs)
 
@@ -199,14 +213,37 @@ class Recipe:
         return cls.of("bbq", bits, **choices)
 
     @classmethod
+    def bbq_vision(cls, bits: int | None = None, *, zeta: float | None = 2.45, **choices: Any) -> Recipe:
+        """BBQ-Vision: blocks of 64 channels in convolutions and of 32 in linear layers, and no learned gamma.
+
+        Args:
+            bits: of weights and activations.
+            zeta: x_hat follows zeta times each sample's (each token's) sigma; 2.45 as released for vision, 1.694 in
+                the authors' later code; None for a learned gamma.
+            choices: as in `Recipe.of`.
+
+        Raises:
+            BellboxError: both `bits` and `levels`, or a value out of range.
+        """
+        if zeta is not None:
+            choices["options"] = {**choices.get("options", {}), "zeta": zeta}
+        choices.setdefault("block", 32)
+        whole = cls.of("bbq", bits, **choices)
+        everything = whole.rules[-1]
+        specs = (everything.weights, everything.activations)
+        weights, activations = (spec and dataclasses.replace(spec, block=64) for spec in specs)
+        convolutions = dataclasses.replace(everything, kind="conv", weights=weights, activations=activations)
+        return cls((*whole.rules[:-1], convolutions, everything), whole.share_inputs)
+
+    @classmethod
     def none(cls) -> Recipe:
         """Leave every layer as it is: the full-precision baseline."""
         return cls()
 
-    def rule_for(self, name: str) -> Rule | None:
+    def rule_for(self, name: str, kind: LayerKind = "linear") -> Rule | None:
         """The rule that decides about a layer, or None where it is left as it is."""
         for rule in self.rules:
-            if rule.matches(name):
+            if rule.matches(name, kind):
                 return rule if rule.weights or rule.activations else None
         return None
 

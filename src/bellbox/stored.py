@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.levels import Grid, Levels
-from bellbox.nn import InputCoding, PackedLinear, QuantizedLinear, SharedInput
+from bellbox.nn import (
+    InputCoding,
+    PackedConv2d,
+    PackedLinear,
+    QuantizedConv2d,
+    QuantizedLinear,
+    SharedInput,
+)
 from bellbox.nn.compact import Compact, Precision, empty_like
 from bellbox.nn.tools import unique_tensors
+from bellbox.nn.window import Window
 from bellbox.packing import unpack_slabs
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -41,6 +49,14 @@ def validated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     class StoredLevels(StoredGrid):
         thresholds: Literal["gaussian"] | list[float]
 
+    class StoredWindow(Strict):
+        channels: int = Field(ge=1, le=1 << 24)
+        groups: int = Field(ge=1, le=1 << 24)
+        kernel: list[int] = Field(min_length=2, max_length=2)
+        stride: list[int] = Field(min_length=2, max_length=2)
+        padding: list[int] = Field(min_length=4, max_length=4)
+        dilation: list[int] = Field(min_length=2, max_length=2)
+
     class StoredLayer(Strict):
         in_features: int = Field(ge=1, le=1 << 24)
         out_features: int = Field(ge=1, le=1 << 24)
@@ -52,6 +68,7 @@ def validated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         weight: StoredGrid
         activation: StoredLevels
         input: str
+        convolution: StoredWindow | None = None
 
     class StoredQuantization(Strict):
         layers: dict[str, StoredLayer] = Field(min_length=1)
@@ -70,7 +87,11 @@ def validated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         sha256: str
 
     try:
-        return StoredConfig.model_validate(config).model_dump()
+        read = StoredConfig.model_validate(config).model_dump()
+        for name, layer in read["quantization"]["layers"].items():
+            if read["version"] < 3 and layer["convolution"] is not None:
+                raise BellboxError(f"{path}: layer {name!r} is a convolution, which version 2 does not have")
+        return read
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -98,10 +119,11 @@ def packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, PackedLine
         try:
             weight = Grid(entry["weight"]["levels"], entry["weight"]["zero_point"])
             activation, block = _read_levels(entry["activation"]), entry["hadamard_block"]
-            if block & (block - 1) or entry["in_features"] % block:
-                raise BellboxError(
-                    f"Hadamard block {block}: must be a power of two that divides {entry['in_features']}"
-                )
+            window, rotated = entry["convolution"], entry["in_features"]
+            if window is not None:
+                rotated = _check_window(window, entry)
+            if block & (block - 1) or rotated % block:
+                raise BellboxError(f"Hadamard block {block}: must be a power of two that divides {rotated}")
             if entry["normalise"] == "absmax" and block != 1:
                 raise BellboxError(f"normalise 'absmax' goes with hadamard_block 1, not {block}")
             if entry["normalise"] == "static" and entry["rescale"]:
@@ -113,16 +135,37 @@ def packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, PackedLine
         except BellboxError as error:
             raise BellboxError(f"{root / CONFIG}: layer {name!r}: {error}") from None
         coding = InputCoding(activation, block, entry["normalise"], entry["rescale"], entry["signs"])
+        rest = entry["out_features"], weight, coding, entry["bias"], shared[entry["input"]]
         with torch.device("meta"):
-            layers[name] = PackedLinear(
-                entry["in_features"],
-                entry["out_features"],
-                weight,
-                coding,
-                entry["bias"],
-                shared[entry["input"]],
-            )
+            layers[name] = _empty_layer(entry, *rest)
     return layers
+
+
+def _check_window(window: Mapping[str, Any], entry: Mapping[str, Any]) -> int:
+    """Channels of a group, where the numbers of a convolution fit together."""
+    channels, groups = window["channels"], window["groups"]
+    depth = channels // groups
+    for name, least in (("kernel", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
+        if not all(least <= size <= 1 << 16 for size in window[name]):
+            raise BellboxError(f"{name} is {window[name]}: numbers from {least} to {1 << 16} are needed")
+    if channels % groups or entry["out_features"] % groups:
+        raise BellboxError(f"{groups} groups do not divide {channels} and {entry['out_features']} channels")
+    if entry["in_features"] != window["kernel"][0] * window["kernel"][1] * depth:
+        raise BellboxError(
+            f"in_features is {entry['in_features']}, which is not kernel {window['kernel']} times {depth} channels"
+        )
+    return depth
+
+
+def _empty_layer(
+    entry: Mapping[str, Any], outputs: int, weight: Grid, coding: InputCoding, bias: bool, shared: SharedInput
+) -> PackedLinear:
+    stored = entry["convolution"]
+    if stored is None:
+        return PackedLinear(entry["in_features"], outputs, weight, coding, bias, shared)
+    sizes = (tuple(stored[name]) for name in ("kernel", "stride", "padding", "dilation"))
+    window = Window(*sizes, stored["groups"])  # type: ignore[arg-type]
+    return PackedConv2d(stored["channels"], outputs, window, weight, coding, bias, shared)
 
 
 def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Precision]) -> dict[str, Compact]:
@@ -185,12 +228,28 @@ def _check_places(root: Path, model: nn.Module, packed: Mapping[str, PackedLinea
     places = dict(model.named_modules())
     for name, layer in packed.items():
         place = places.get(name)
-        if not isinstance(place, (nn.Linear, QuantizedLinear, PackedLinear)):
+        conv = isinstance(layer, PackedConv2d)
+        fits = (
+            (nn.Conv2d, QuantizedConv2d, PackedConv2d) if conv else (nn.Linear, QuantizedLinear, PackedLinear)
+        )
+        if not isinstance(place, fits) or (not conv and isinstance(place, PackedConv2d)):
             kind = "nothing" if place is None else type(place).__name__
-            raise BellboxError(f"{root}: layer {name!r} is {kind} in the model, not a linear layer")
-        here, there = (place.out_features, place.in_features), (layer.out_features, layer.in_features)
+            wanted = "a convolution" if conv else "a linear layer"
+            raise BellboxError(f"{root}: layer {name!r} is {kind} in the model, not {wanted}")
+        here, there = _shape(place), _shape(layer)
         if here != there:
             raise BellboxError(f"{root}: layer {name!r} is {there} in the file and {here} in the model")
+
+
+def _shape(layer: nn.Module) -> tuple[Any, ...]:
+    """What must be equal of the layer in the file and that in the model: outputs, inputs, geometry."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.in_channels, Window.of(layer)
+    if isinstance(layer, QuantizedConv2d):
+        return layer.out_channels, layer.in_channels, layer.window
+    if isinstance(layer, PackedConv2d):
+        return layer.out_features, layer.in_channels, layer.window
+    return layer.out_features, layer.in_features
 
 
 def _check_tensors(

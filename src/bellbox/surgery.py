@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.hadamard import hadamard
+from bellbox.hadamard import block_size
 from bellbox.levels import Grid
 from bellbox.nn import (
     ActivationQuantizer,
+    PackedConv2d,
     PackedLinear,
+    QuantizedConv2d,
+    QuantizedLayer,
     QuantizedLinear,
     SharedInput,
     quantized_layers,
@@ -24,23 +28,24 @@ from bellbox.nn import (
     without_fused_paths,
 )
 from bellbox.nn.compact import Precision, compact
-from bellbox.quantizers import build_quantizer
-from bellbox.recipe import SIBLINGS, Recipe, Rule
+from bellbox.quantizers import METHODS, Quantizer, build_quantizer
+from bellbox.recipe import SIBLINGS, LayerKind, QuantizerSpec, Recipe, Rule
 
 Model = TypeVar("Model", bound=nn.Module)
+Plain = nn.Linear | nn.Conv2d
 
 
 def prepare(model: Model, recipe: Recipe) -> Model:
-    """Replace linear layers by fake-quantized ones, in place, as the recipe says.
+    """Replace linear layers and convolutions by fake-quantized ones, in place, as the recipe says.
 
     Train the result as usual: weights stay full precision, each forward quantizes them and the inputs.
 
     Args:
-        model: any module. Exact `nn.Linear` layers are considered; everything else is left.
+        model: any module. Exact `nn.Linear` and `nn.Conv2d` layers are considered; everything else is left.
         recipe: which layers, and how.
 
     Returns:
-        The same model (a new layer where `model` is itself one `nn.Linear`).
+        The same model (a new layer where `model` is itself one such layer).
 
     Raises:
         BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, a layer
@@ -48,21 +53,23 @@ def prepare(model: Model, recipe: Recipe) -> Model:
     """
     layers = new_layers(model, recipe)
     _warn_of_idle_rules(model, recipe)
-    for linear, layer in layers:
-        weight, activation = layer.weight_quantizer, layer.activation_quantizer
-        if weight is not None:
-            weight.initialize(_rotated(linear, activation) if layer.weights_rotated else linear.weight)
+    for _, layer in layers:
+        if layer.weight_quantizer is not None:
+            if layer.weights_rotated:
+                layer.weight_quantizer.initialize(layer.rows_of(layer.rotated_weight()))
+            else:
+                layer.weight_quantizer.initialize(layer.weight_rows())
     result: nn.Module = model
-    for linear, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
+    for plain, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
         if layer.weights_rotated:
             with torch.no_grad():
-                linear.weight.copy_(_rotated(linear, layer.activation_quantizer))
-        result = replace_layer(result, linear, layer)
+                plain.weight.copy_(layer.rotated_weight())
+        result = replace_layer(result, plain, layer)
     without_fused_paths(result)
     return cast(Model, result)
 
 
-def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Linear, QuantizedLinear]]:
+def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[Plain, QuantizedLayer]]:
     """Each layer that `prepare` would replace, and what by; nothing is changed yet and no scale is set.
 
     So it is also the quick way to learn whether a recipe fits a model, which may lie on the meta device.
@@ -72,42 +79,47 @@ def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Linear, Quanti
     """
     if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BellboxError(f"the recipe is {recipe!r}: give a Recipe, such as bb.Recipe.bbq(bits=2)")
-    if any(isinstance(module, (QuantizedLinear, PackedLinear)) for module in model.modules()):
+    if any(isinstance(module, (QuantizedLayer, PackedLinear)) for module in model.modules()):
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
-    decided = [(name, layer, rule) for name, layer in _linears(model) if (rule := recipe.rule_for(name))]
+    decided = [
+        (name, layer, rule)
+        for name, layer in _plain_layers(model)
+        if (rule := recipe.rule_for(name, kind_of_layer(layer)))
+    ]
     if recipe.rules and not decided:
         raise BellboxError(_why_no_layer(model))
-    layers: list[tuple[nn.Linear, QuantizedLinear]] = []
+    layers: list[tuple[Plain, QuantizedLayer]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
     groups = _sibling_groups(decided) if recipe.share_inputs else {}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    for name, linear, rule in decided:
-        if rule.weights_rotated and uses[id(linear.weight)] > 1:
+    for name, plain, rule in decided:
+        if rule.weights_rotated and uses[id(plain.weight)] > 1:
             raise BellboxError(
                 f"{name}: its weight stands elsewhere in the model too, where a rotated one would be wrong; give it a "
                 "rule without weights_rotated"
             )
         group = groups.get(name, (name,))
         shared = owners.get(group)
-        activation = shared or _activation_quantizer(name, linear, rule, readers=len(group))
+        where = name or "the layer"
+        activation = shared or _activation_quantizer(where, plain, rule, readers=len(group))
         if activation is not None:
             owners[group] = activation
-        weight = None
-        if rule.weights is not None:
-            where = f"{name or 'the layer'}.weight"
-            weight = build_quantizer(rule.weights, linear.in_features, linear.out_features, name=where)
-            weight.to(linear.weight.device)
-        owned, rotated = shared is None, rule.weights_rotated
+        weight = None if rule.weights is None else _weight_quantizer(where, plain, rule.weights)
+        choices = weight, activation, shared is None, rule.weights_rotated
         try:
-            layer = QuantizedLinear(linear, weight, activation, owned, rotated)
+            layer = (
+                QuantizedLinear(plain, *choices)
+                if isinstance(plain, nn.Linear)
+                else QuantizedConv2d(plain, *choices)
+            )
         except BellboxError as error:
-            raise BellboxError(f"{name or 'the layer'}: {error}") from None
-        layers.append((linear, layer.train(linear.training)))
+            raise BellboxError(f"{where}: {error}") from None
+        layers.append((plain, layer.train(plain.training)))
     return layers
 
 
 def unprepare(model: Model) -> Model:
-    """The way back from `prepare`: plain linear layers that hold the trained weights, in place.
+    """The way back from `prepare`: plain layers that hold the trained weights, in place.
 
     The quantizers and their scales are dropped; weights that were learned rotated are rotated back. Parameters stay
     the same objects, for an optimizer that knows them.
@@ -118,12 +130,11 @@ def unprepare(model: Model) -> Model:
     """
     result: nn.Module = model
     for _, layer in list(quantized_layers(model)):
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
+        plain = layer.unquantized()
         if layer.weights_rotated:
             with torch.no_grad():
-                linear.weight.copy_(_rotated_back(layer))
-        result = replace_layer(result, layer, linear.train(layer.training))
+                layer.weight.copy_(layer.rotated_weight(back=True))
+        result = replace_layer(result, layer, plain)
     return cast(Model, result)
 
 
@@ -161,7 +172,8 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
             )
         shared.setdefault(id(activation), SharedInput(activation.shared.readers))
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
-        memo[id(layer)] = PackedLinear.from_quantized(layer, shared.get(id(activation)))
+        kind = PackedConv2d if isinstance(layer, QuantizedConv2d) else PackedLinear
+        memo[id(layer)] = kind.from_quantized(layer, shared.get(id(activation)))
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
     compact(packed, embeddings)
     return packed
@@ -190,23 +202,25 @@ def _why_no_layer(model: nn.Module) -> str:
     # GPT-2 of transformers keeps its matrices, transposed, in a class of its own.
     if any(type(module).__name__ == "Conv1D" for module in model.modules()):
         return (
-            "the recipe matches no nn.Linear layer: this model keeps its matrices in Conv1D; load a GPT-2 with "
+            "the recipe matches no layer: this model keeps its matrices in Conv1D; load a GPT-2 with "
             "bellbox.models.load_hf(folder), which has linear layers"
         )
-    return "the recipe matches no linear layer of the model; look at the patterns of its rules"
+    return "the recipe matches no linear layer or convolution of the model; look at the patterns of its rules"
 
 
 def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:
     """A pattern with a typing error would quantize what it was to keep: say so."""
     usual = {rule.pattern for rule in Recipe.bbq().rules}
-    names = [name for name, _ in _linears(model)]
+    names: list[tuple[str, LayerKind]] = [
+        (name, kind_of_layer(layer)) for name, layer in _plain_layers(model)
+    ]
     for rule in recipe.rules:
-        if rule.pattern not in usual and not any(map(rule.matches, names)):
-            warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no linear layer", stacklevel=3)
+        if rule.pattern not in usual and not any(rule.matches(*each) for each in names):
+            warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no layer", stacklevel=3)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Exact `nn.Linear` layers by name. Those inside nn.MultiheadAttention are read past their forward: skipped."""
+def _plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
+    """Exact `nn.Linear` and `nn.Conv2d` layers by name, but for those that nn.MultiheadAttention reads past."""
     skip = {
         id(inner)
         for module in model.modules()
@@ -214,19 +228,38 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         for inner in module.modules()
     }
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and id(module) not in skip:
-            yield name, module
+        if type(module) in (nn.Linear, nn.Conv2d) and id(module) not in skip:
+            yield name, cast(Plain, module)
 
 
-def _activation_quantizer(
-    name: str, linear: nn.Linear, rule: Rule, readers: int
-) -> ActivationQuantizer | None:
+def kind_of_layer(layer: nn.Module) -> LayerKind:
+    """What rules call it."""
+    return "conv" if isinstance(layer, nn.Conv2d) else "linear"
+
+
+def _activation_quantizer(name: str, layer: Plain, rule: Rule, readers: int) -> ActivationQuantizer | None:
     if rule.activations is None:
         return None
-    quantizer = build_quantizer(
-        rule.activations, linear.in_features, None, name=f"{name or 'the layer'}.input"
-    )
-    return ActivationQuantizer(quantizer, readers).to(linear.weight.device).train(linear.training)
+    conv = isinstance(layer, nn.Conv2d)
+    features = layer.in_channels // layer.groups if conv else layer.in_features
+    quantizer = build_quantizer(rule.activations, features, None, name=f"{name}.input")
+    quantizer.samples = conv
+    return ActivationQuantizer(quantizer, readers).to(layer.weight.device).train(layer.training)
+
+
+def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer:
+    where = f"{name}.weight"
+    if isinstance(layer, nn.Linear):
+        quantizer = build_quantizer(spec, layer.in_features, layer.out_features, name=where)
+        return quantizer.to(layer.weight.device)
+    depth, pixels = layer.in_channels // layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
+    # A row is a whole filter, its rotation goes over the channels of a pixel alone.
+    block = block_size(depth, METHODS[spec.method].own_block if spec.block is None else spec.block)
+    spec = dataclasses.replace(spec, block=block)
+    quantizer = build_quantizer(spec, pixels * depth, layer.out_channels, name=where)
+    if quantizer.signs is not None:  # those of the input, pixel by pixel
+        quantizer.signs = build_quantizer(spec, depth, None, name=where).signs.repeat(pixels)  # type: ignore[union-attr]
+    return quantizer.to(layer.weight.device)
 
 
 def rotated_weights(model: nn.Module) -> frozenset[Tensor]:
@@ -234,22 +267,10 @@ def rotated_weights(model: nn.Module) -> frozenset[Tensor]:
     return frozenset(layer.weight for _, layer in quantized_layers(model) if layer.weights_rotated)
 
 
-def _rotated(linear: nn.Linear, activation: ActivationQuantizer | None) -> Tensor:
-    """The weight in the domain that the input is rotated into."""
-    return linear.weight if activation is None else activation.quantizer.rotate(linear.weight.detach())
-
-
-def _rotated_back(layer: QuantizedLinear) -> Tensor:
-    """The inverse of `_rotated`, up to rounding: the rotation is its own inverse, and signs come before it."""
-    assert layer.activation_quantizer is not None
-    quantizer = layer.activation_quantizer.quantizer
-    weight = hadamard(layer.weight.detach(), quantizer.block)
-    return weight if quantizer.signs is None else weight * quantizer.signs
-
-
-def _sibling_groups(decided: list[tuple[str, nn.Linear, Rule]]) -> dict[str, tuple[str, ...]]:
+def _sibling_groups(decided: list[tuple[str, Plain, Rule]]) -> dict[str, tuple[str, ...]]:
     """Layer name -> names of all siblings (itself included) that share its activation quantizer."""
-    rules = {name: (layer.in_features, rule.activations) for name, layer, rule in decided}
+    linear = [(name, layer, rule) for name, layer, rule in decided if isinstance(layer, nn.Linear)]
+    rules = {name: (layer.in_features, rule.activations) for name, layer, rule in linear}
     groups: dict[str, tuple[str, ...]] = {}
     for name in rules:
         parent, _, leaf = name.rpartition(".")
@@ -274,9 +295,10 @@ def summary(model: nn.Module) -> str:
     rows: dict[tuple[str, ...], list[str]] = {}
     quantized = 0
     for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLayer):
             weight, activation = layer.weight_quantizer, layer.activation_quantizer
             quantized += layer.weight.numel() if weight is not None else 0
+            shape = layer.row_count, layer.row_length
             cells = (
                 _label(weight.levels) if weight else "float",
                 _label(activation.levels) if activation else "float",
@@ -286,6 +308,7 @@ def summary(model: nn.Module) -> str:
             )
         elif isinstance(layer, PackedLinear):
             quantized += layer.in_features * layer.out_features
+            shape = layer.out_features, layer.in_features
             coding = layer.coding
             sharing = "shared" if layer.shared.readers > 1 else "own"
             cells = (
@@ -298,7 +321,7 @@ def summary(model: nn.Module) -> str:
         else:
             continue
         pattern = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "(the model)"
-        key = (pattern, f"{layer.out_features} x {layer.in_features}", *cells)
+        key = (pattern, f"{shape[0]} x {shape[1]}", *cells)
         rows.setdefault(key, []).append(name or "(the model)")
     header = ("layer", "out x in", "weight bits", "input bits", "statistic", "block", "input", "count")
     named = {key: key[0] if len(names) > 1 else names[0] for key, names in rows.items()}

@@ -111,11 +111,11 @@ def test_help_lists_the_flags_with_their_docs(capsys: pytest.CaptureFixture[str]
 def test_it_trains_and_says_what_to_do_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bellbox.training import loop
+    from bellbox.training import task
 
     # The whole validation split of the books would take most of the time here.
-    whole = loop.perplexity
-    monkeypatch.setattr(loop, "perplexity", lambda *a, **k: whole(*a, **k, max_tokens=500))
+    whole = task.perplexity
+    monkeypatch.setattr(task, "perplexity", lambda *a, **k: whole(*a, **k, max_tokens=500))
     folder = tmp_path / "run"
     main(["train", "--folder", str(folder), "--steps", "2", *TINY])
     out = capsys.readouterr().out

@@ -27,7 +27,7 @@ def test_means_are_taken_at_the_rate_that_was_best_on_the_first_seed(result) -> 
     (study,) = summarise(lines(result))
     full, bbq, wild, broken = study.summaries
     assert (full.lr, bbq.lr, wild.lr, broken.lr) == (2e-3, 1e-3, None, None)
-    assert bbq.perplexities == {0: 20.0, 1: 24.0, 2: 25.0}
+    assert bbq.values == {0: 20.0, 1: 24.0, 2: 25.0}
     assert bbq.mean == pytest.approx(23.0)
     assert bbq.deviation == pytest.approx(math.sqrt(7.0))
     # The ratio compares the seeds that both have: (20 + 24) / (16 + 18).
@@ -45,7 +45,7 @@ def test_older_definitions_and_budgets_do_not_mix_in(result) -> None:
     short = result("other", perplexity=1.0)
     short.config["steps"] = 5
     (study,) = summarise([old, short, result(seed=3, perplexity=9.0)])
-    assert [summary.perplexities for summary in study.summaries] == [{3: 9.0}]
+    assert [summary.values for summary in study.summaries] == [{3: 9.0}]
     assert study.left_out == 2
 
 
@@ -53,7 +53,7 @@ def test_lines_from_before_a_key_existed_belong_to_the_same_row(result) -> None:
     older = result(seed=0)
     del older.config["compile"], older.config["optimizer"]["eps"]
     (study,) = summarise([older, result(seed=1)])
-    assert list(study.summaries[0].perplexities) == [0, 1]
+    assert list(study.summaries[0].values) == [0, 1]
     assert study.left_out == 0
 
 

@@ -38,7 +38,7 @@ def test_a_file_is_read_and_written_without_loss(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ({"optimizer": {"lrr": 1}}, r"unknown key 'optimizer.lrr'; did you mean 'lr'\?"),
-        ({"zzz": 1}, "unknown key 'zzz'; there are: folder, model, "),
+        ({"zzz": 1}, "unknown key 'zzz'; there are: folder, task, model, "),
         ({"optimizer": {"lr": "fast"}}, "'optimizer.lr' is 'fast', must be a valid number"),
         ({"optimizer": {"betas": [0.9]}}, "'optimizer.betas' is"),
         ({"batch": {"tokens": 1.5}}, "'batch.tokens' is 1.5, must be a valid integer"),

@@ -139,7 +139,7 @@ def test_a_run_in_pieces_equals_a_run_in_one(tiny: Tiny, statistic: Any) -> None
 
 
 def test_a_signal_during_validation_is_made_up_for(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bellbox.training import loop
+    from bellbox.training import task
 
     whole, pieces = tiny("whole"), tiny("pieces")
     train(whole, show=False)
@@ -149,7 +149,7 @@ def test_a_signal_during_validation_is_made_up_for(tiny: Tiny, monkeypatch: pyte
         trainer.signals._on_signal(15, None)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "perplexity", interrupted)
+        patch.setattr(task, "perplexity", interrupted)
         result = trainer.run()
     assert (result.step, result.stopped_by, result.finished) == (2, 15, False)
     assert [record["kind"] for record in records(pieces)] == ["train", "train"]

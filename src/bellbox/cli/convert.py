@@ -19,11 +19,12 @@ from torch import nn
 from bellbox import io
 from bellbox.cli.eval import first_sequences
 from bellbox.cli.output import help_text
+from bellbox.data.images.batches import chosen
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation.codes import Agreement, agreement
 from bellbox.io import Sizes
 from bellbox.nn.compact import Precision, compact
-from bellbox.opening import OpenedModel, open_data_for, open_model
+from bellbox.opening import OpenedModel, open_data_for, open_images_for, open_model
 from bellbox.surgery import convert
 
 require("tyro", "cli")
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _CHECKED_SEQUENCES = 16
+_CHECKED_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Convert:
     """Load the packed model back and compare every code and logit with the trained model (embeddings rounded alike), on
     validation text."""
     data: str | None = None
-    """Text for the check: a dataset folder, or `classics`; the run's own data where not given."""
+    """Text or images for the check, as `bellbox train` takes them; the run's own data where not given."""
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
         opened.model, command.embeddings
     )  # rounded alike: then all codes must still be the same
     found = agreement(trained, io.load(command.out), batches)
-    print(describe(found))
+    print(describe(found, "validation images" if opened.is_vision else "tokens of validation text"))
     if not found.holds:
         print(
             f"bellbox: {command.out} is not the model that was trained: do not use it; this is a defect of Bellbox",
@@ -98,12 +100,16 @@ def pack(opened: OpenedModel, out: Path, embeddings: Precision = "fp32") -> Size
 
 
 def check_batches(opened: OpenedModel, source: str | None = None) -> Iterable[torch.Tensor]:
-    """Validation text for `agreement`: a few thousand tokens, in batches.
+    """Validation text for `agreement`, a few thousand tokens, or a few hundred images; in batches.
 
     Raises:
-        BellboxError: as `open_data_for`.
+        BellboxError: as `open_data_for` and `open_images_for`.
     """
     try:
+        if opened.is_vision:
+            valid = open_images_for(opened, source).valid
+            places = chosen(len(valid), min(_CHECKED_IMAGES, len(valid)))
+            return torch.div(valid.read(places), 255).split(64)
         dataset, _ = open_data_for(opened, source)
     except BellboxError as error:
         raise BellboxError(f"{error}; or leave the check out with --no-check") from None
@@ -111,12 +117,12 @@ def check_batches(opened: OpenedModel, source: str | None = None) -> Iterable[to
     return first_sequences(split, opened.context, _CHECKED_SEQUENCES).split(4)
 
 
-def describe(found: Agreement) -> str:
+def describe(found: Agreement, unit: str = "tokens of validation text") -> str:
     """The outcome of `agreement` in words."""
     verdict = "the same function" if found.holds else "NOT the same function"
     exact = " (equal to the last bit)" if found.logit_difference == 0 else ""
     return (
-        f"packed model loaded back from disk against the trained one, {found.tokens:,} tokens of validation text,"
+        f"packed model loaded back from disk against the trained one, {found.tokens:,} {unit},"
         f" all {found.layers} low-bit layers:\n"
         f"  codes compared          {found.codes:,} ({found.weight_codes:,} of weights, {found.input_codes:,} of"
         f" layer inputs)\n"

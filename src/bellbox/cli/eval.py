@@ -1,4 +1,4 @@
-"""Evaluate a model: perplexity, bits per byte, entropy of its codes.
+"""Evaluate a model: perplexity and bits per byte, or accuracy; entropy of its codes.
 
 bellbox eval runs/small
 bellbox eval runs/small --checkpoint best --stride 64
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
+from bellbox.cli.eval_images import ImageEvaluation, evaluate_images, show_images
 from bellbox.cli.output import help_text, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import PerplexityResult, UnigramResult, perplexity, unigram
@@ -40,7 +41,7 @@ class Eval:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder, a packed folder, or a Hugging Face folder."""
     data: str | None = None
-    """A dataset folder, or `classics`. A run's own data, else the classics, where not given."""
+    """A dataset folder, or `classics`; images of a vision model. A run's own, else the classics, where not given."""
     split: str = "valid"
     """The split to score."""
     context: int | None = None
@@ -103,23 +104,30 @@ def main(argv: list[str]) -> None:
         require_writable(Path(command.json))
     opened = open_model(command.model, command.checkpoint, command.embeddings)
     with _Bar() as bar:
-        found = evaluate(
-            opened,
-            command.data,
-            command.split,
-            context=command.context,
-            stride=command.stride,
-            max_tokens=command.max_tokens,
-            batch=command.batch,
-            progress=bar.update,
-        )
+        if opened.is_vision:
+            found = evaluate_images(opened, command.data, bar.update)
+        else:
+            found = _evaluate_text(opened, command, bar)
     if command.json == "-":
         print(json.dumps(found.to_dict(), indent=1))
         return
-    show(found)
+    show_images(found) if isinstance(found, ImageEvaluation) else show(found)
     if command.json is not None:
         write_file(Path(command.json), json.dumps(found.to_dict(), indent=1) + "\n")
         print(f"written to {command.json}")
+
+
+def _evaluate_text(opened: OpenedModel, command: Eval, bar: _Bar) -> Evaluation:
+    return evaluate(
+        opened,
+        command.data,
+        command.split,
+        context=command.context,
+        stride=command.stride,
+        max_tokens=command.max_tokens,
+        batch=command.batch,
+        progress=bar.update,
+    )
 
 
 def evaluate(

@@ -98,6 +98,10 @@ def continue_text(
         BellboxError: a prompt that leaves no room in the context, no tokenizer, a stop that is no token, or what
             `generate_text` refuses.
     """
+    if opened.is_vision:
+        raise BellboxError(
+            f"{opened.path}: is a vision model, which names what an image shows; it writes no text"
+        )
     tokenizer = opened.load_tokenizer()
     backend: Any = require("tokenizers", "cli").Tokenizer.from_str(tokenizer.text)
     if max_new_tokens is None:

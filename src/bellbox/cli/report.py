@@ -22,7 +22,7 @@ from bellbox.errors import BellboxError, require
 from bellbox.evaluation import unigram
 from bellbox.evaluation.codes import Agreement
 from bellbox.kernels.encode import normaliser, rotate_normalise, row_sigma
-from bellbox.nn import QuantizedLinear, quantized_layers
+from bellbox.nn import QuantizedLayer, quantized_layers
 from bellbox.opening import OpenedModel, open_model
 from bellbox.quantizers.bbq import BBQ
 from bellbox.report import (
@@ -110,7 +110,7 @@ def collect(
     assert run is not None
     quantized = dict(quantized_layers(opened.model))
     weights = [layer.weight_quantizer for layer in quantized.values() if layer.weight_quantizer is not None]
-    floor = _unigram(run.config.data.source)
+    floor = None if opened.is_vision else _unigram(run.config.data.source)
     return ReportInput(
         record=read_record(opened.path),
         step=run.step,
@@ -132,12 +132,12 @@ def collect(
 def write_sample(
     opened: OpenedModel, prompt: str, seed: int = 0, temperature: float = 0.8, top_k: int = 40
 ) -> Sample | None:
-    """A text by the model; None where its statistic makes generating impossible.
+    """A text by the model; None of a vision model, and where its statistic makes generating impossible.
 
     Raises:
         BellboxError: a prompt that is empty or too long.
     """
-    if not _is_causal(opened.model):
+    if opened.is_vision or not _is_causal(opened.model):
         return None
     stream = continue_text(opened, prompt, temperature=temperature, top_k=top_k, seed=seed)
     text = "".join(stream)
@@ -160,7 +160,7 @@ def _unigram(source: str) -> Any:
 
 
 @torch.no_grad()
-def _layer_values(layers: dict[str, QuantizedLinear], asked: str | None) -> LayerValues | None:
+def _layer_values(layers: dict[str, QuantizedLayer], asked: str | None) -> LayerValues | None:
     suited = {name: layer for name, layer in layers.items() if isinstance(layer.weight_quantizer, BBQ)}
     if asked is not None and asked not in suited:
         raise BellboxError(f"--layer '{asked}': no such BBQ layer; there are: {', '.join(suited) or 'none'}")
@@ -170,7 +170,7 @@ def _layer_values(layers: dict[str, QuantizedLinear], asked: str | None) -> Laye
     layer = suited[name]
     quantizer = layer.weight_quantizer
     assert isinstance(quantizer, BBQ)
-    weight = layer.weight.detach().float()
+    weight = layer.weight_rows().detach().float()
     r = normaliser(row_sigma(weight), quantizer.block).float()
     return LayerValues(
         name=name,
@@ -181,14 +181,14 @@ def _layer_values(layers: dict[str, QuantizedLinear], asked: str | None) -> Laye
     )
 
 
-def _weight_gamma(layers: dict[str, QuantizedLinear]) -> dict[str, Any]:
+def _weight_gamma(layers: dict[str, QuantizedLayer]) -> dict[str, Any]:
     found = {name: getattr(layer.weight_quantizer, "gamma", None) for name, layer in layers.items()}
     return {
         name: gamma.detach().float().numpy().reshape(-1) for name, gamma in found.items() if gamma is not None
     }
 
 
-def _activation_gamma(layers: dict[str, QuantizedLinear]) -> dict[str, float]:
+def _activation_gamma(layers: dict[str, QuantizedLayer]) -> dict[str, float]:
     seen: dict[int, str] = {}
     for name, layer in layers.items():
         seen.setdefault(id(layer.activation_quantizer), name)

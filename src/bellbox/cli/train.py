@@ -4,6 +4,7 @@ bellbox train                                               # tiny, 2 bits, the 
 bellbox train --folder runs/w4 --quantization.bits 4 --steps 500
 bellbox train --config my.yaml --optimizer.lr 6e-4 --model.overrides num_hidden_layers=4
 bellbox train --config runs/w4/config.yaml                  # go on after a kill
+bellbox train --task vision --data.source cifar10.npz --model.preset resnet-small
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 
 from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
+from bellbox.models import ResNet, ViT
 from bellbox.nn import quantized_layers
 from bellbox.surgery import summary
 from bellbox.training import TrainConfig, Trainer, load_config
@@ -148,7 +150,8 @@ def _farewell(folder: Path, model: nn.Module) -> str:
     ):  # else: to train with and measure, no more
         if layers and all(layer.runs_on_integers for layer in layers):
             commands.append(f"bellbox convert {folder} --out {folder}-packed")
-        commands.append(f'bellbox generate {folder} --prompt "Once upon a time"')
+        if not isinstance(model, ResNet | ViT):
+            commands.append(f'bellbox generate {folder} --prompt "Once upon a time"')
     return "\n  ".join(
         [f"the run is in {folder}: config.yaml, metrics.jsonl, checkpoints/\nnext:", *commands]
     )

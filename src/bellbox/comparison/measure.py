@@ -10,7 +10,7 @@ from torch import nn
 
 from bellbox import io
 from bellbox.errors import BellboxError
-from bellbox.nn import QuantizedLinear, quantized_layers
+from bellbox.nn import QuantizedLayer, quantized_layers
 from bellbox.packing import row_bytes
 from bellbox.recipe import Recipe
 from bellbox.report.style import kind_of
@@ -36,7 +36,8 @@ def measure(model: nn.Module, folder: Path) -> dict[str, Any]:
         "steps": last["step"],
         "tokens": last["tokens"],
         "loss": last["loss"],
-        "perplexity": last["perplexity"],
+        "perplexity": last.get("perplexity"),
+        "accuracy": last.get("accuracy"),
         "weight_entropy": weights["mean"],
         "lowest_weight_entropy": min(weights["layers"].values(), default=None),
         "activation_entropy": _mean(last, "activation_entropy"),
@@ -59,7 +60,7 @@ def measure(model: nn.Module, folder: Path) -> dict[str, Any]:
 
 
 def block_bytes(model: nn.Module) -> tuple[int, str | None]:
-    """Bytes of the blocks' linear layers: codes, scales and constants where quantized, bf16 where not.
+    """Bytes of the blocks' linear layers and convolutions: codes, scales and constants where quantized, bf16 where not.
 
     Returns:
         The bytes, and None or why the model cannot be packed; in that case quantized layers count with their codes
@@ -70,7 +71,7 @@ def block_bytes(model: nn.Module) -> tuple[int, str | None]:
     left = [
         module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and blocks.rule_for(name) is not None
+        if type(module) in (nn.Linear, nn.Conv2d) and blocks.rule_for(name) is not None
     ]
     floats = 2 * sum(p.numel() for module in left for p in module.parameters())
     if not layers:
@@ -81,13 +82,12 @@ def block_bytes(model: nn.Module) -> tuple[int, str | None]:
         return floats + sum(map(_unpacked_bytes, layers.values())), str(error)
 
 
-def _unpacked_bytes(layer: QuantizedLinear) -> int:
+def _unpacked_bytes(layer: QuantizedLayer) -> int:
     quantizer = layer.weight_quantizer
     if quantizer is None:
         return 2 * layer.weight.numel()
-    return layer.out_features * (
-        row_bytes(layer.in_features, quantizer.levels.n) + 4 * quantizer.scales_a_row
-    )
+    row = row_bytes(layer.row_length, quantizer.levels.n)
+    return layer.row_count * (row + 4 * quantizer.scales_a_row)
 
 
 def _mean(record: dict[str, Any], name: str) -> float | None:

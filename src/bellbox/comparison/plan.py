@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bellbox import data
 from bellbox.comparison.grid import Cell, Grid
 from bellbox.comparison.results import Result, Results, identity
 from bellbox.training.config import TrainConfig
+from bellbox.training.task import data_checksum
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Wanted:
     seed: int
     config: TrainConfig
     data: str
-    """Checksum of its tokens."""
+    """Checksum of its tokens or images."""
     key: str
     """Its `identity`."""
 
@@ -58,15 +58,16 @@ class Plan:
         place = (cell.row, cell.bits, lr, seed)
         if place not in self._wanted:
             config = cell.config(lr, seed)
-            tokens = self._tokens(config.data.source)
+            tokens = self._tokens(config)
             key = identity(config.to_dict(), tokens)
             self._wanted[place] = Wanted(cell, lr, seed, config, tokens, key)
         return self._wanted[place]
 
-    def _tokens(self, source: str) -> str:
-        if source not in self._data:
-            self._data[source] = data.open(source).manifest.content_checksum()
-        return self._data[source]
+    def _tokens(self, config: TrainConfig) -> str:
+        place = f"{config.task} {config.data.source} {config.vision.image_size}"
+        if place not in self._data:
+            self._data[place] = data_checksum(config)
+        return self._data[place]
 
     def runs(self) -> Iterator[Wanted]:
         """All runs that are known to be wanted by now, done or not, in their order."""

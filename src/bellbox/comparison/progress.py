@@ -10,6 +10,7 @@ from bellbox.comparison.plan import Plan, Wanted
 from bellbox.comparison.process import Process
 from bellbox.comparison.results import Result
 from bellbox.live import Live, clock
+from bellbox.training.progress import judged
 
 _LINE_SECONDS = 60.0
 
@@ -83,8 +84,7 @@ class GridProgress(Live):
         if result.error is not None:
             what = f"FAILED: {result.error}"
         else:
-            loss, perplexity = result.loss, result.perplexity
-            what = "diverged" if loss is None or perplexity is None else f"perplexity {perplexity:.2f}"
+            what = "diverged" if result.metric is None else judged(vars(result))
             if result.weight_entropy is not None:
                 what += f", weight entropy {result.weight_entropy:.3f}"
             what += " (known from another study)" if reused else ""

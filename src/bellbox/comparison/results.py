@@ -27,7 +27,7 @@ FREE = ("folder", "threads", "eval_every", "checkpoint_every", "log_every", "ten
 
 @dataclass(frozen=True)
 class Result:
-    """One run. Perplexity is that of the last validation; null numbers were not finite."""
+    """One run. Perplexity or accuracy is that of the last validation; null numbers were not finite."""
 
     study: str
     row: str
@@ -44,9 +44,13 @@ class Result:
     """Why it did not finish; then there is nothing below but where it ran."""
     steps: int = 0
     tokens: int = 0
+    """Images of a vision task."""
     loss: float | None = None
-    """Nats per token."""
+    """Nats per token or image."""
     perplexity: float | None = None
+    """Of a language model."""
+    accuracy: float | None = None
+    """Share of the images, of a vision task."""
     weight_entropy: float | None = None
     """Bits per code, mean of the layers."""
     lowest_weight_entropy: float | None = None
@@ -72,6 +76,23 @@ class Result:
         """Loss to choose by: infinite where the run failed or diverged."""
         return math.inf if self.error is not None or self.loss is None else self.loss
 
+    @property
+    def metric(self) -> float | None:
+        """What the task is judged by: perplexity, or accuracy; None where the run failed or diverged."""
+        if self.score == math.inf:
+            return None
+        return self.accuracy if is_vision(self.config) else self.perplexity
+
+
+def is_vision(config: dict[str, Any]) -> bool:
+    """Whether a configuration is one of a vision task; older ones do not say."""
+    return config.get("task", "language") == "vision"
+
+
+def per_step(config: dict[str, Any]) -> int:
+    """Tokens or images in a step, of `settings` or of a whole configuration."""
+    return config["vision"]["batch"] if is_vision(config) else config["batch"]["tokens"]
+
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
     """What decides a run's numbers besides its text: a configuration with defaults filled in, the rest left out.
@@ -81,12 +102,14 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     """
     full = _filled(config, dataclasses.asdict(TrainConfig()))
     if full["tokens"] is not None:
-        full["steps"], full["tokens"] = -(-full["tokens"] // full["batch"]["tokens"]), None
+        full["steps"], full["tokens"] = -(-full["tokens"] // per_step(full)), None
     for key in FREE:
         full.pop(key, None)
     full["data"] = {key: value for key, value in full["data"].items() if key != "source"}
     if full["quantization"]["method"] == "none" and full["quantization"].get("recipe") is None:
         full["quantization"] = None  # nothing is quantized, whatever the other keys say
+    for section in ("batch", "distill") if is_vision(full) else ("task", "vision"):
+        full.pop(section)
     return full
 
 

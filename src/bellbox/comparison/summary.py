@@ -6,10 +6,10 @@ import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from bellbox.comparison.plan import best_lr
-from bellbox.comparison.results import Result, settings
+from bellbox.comparison.results import Result, is_vision, per_step, settings
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Summary:
     lr: float | None
     """The best one, by the loss on the first seed; None where all failed."""
     tried: dict[float, float | None]
-    """Learning rate -> perplexity on the first seed; None where the run failed or diverged."""
-    perplexities: dict[int, float]
-    """Seed -> perplexity at the best rate; runs that failed or diverged are not in it."""
+    """Learning rate -> `Study.metric` on the first seed; None where the run failed or diverged."""
+    values: dict[int, float]
+    """Seed -> `Study.metric` at the best rate; runs that failed or diverged are not in it."""
     ratio: float | None
     """To full precision, over the seeds that both have."""
     weight_entropy: float | None
@@ -40,13 +40,13 @@ class Summary:
 
     @property
     def mean(self) -> float | None:
-        """Perplexity, mean over the seeds."""
-        return statistics.fmean(self.perplexities.values()) if self.perplexities else None
+        """`Study.metric`, mean over the seeds."""
+        return statistics.fmean(self.values.values()) if self.values else None
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation of the perplexity over the seeds (n - 1); None for a single seed."""
-        return statistics.stdev(self.perplexities.values()) if len(self.perplexities) > 1 else None
+        """Standard deviation over the seeds (n - 1); None for a single seed."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
     @property
     def at_edge(self) -> bool:
@@ -60,8 +60,10 @@ class Study:
 
     name: str
     summaries: tuple[Summary, ...]
+    metric: Literal["perplexity", "accuracy"]
+    """What rows are judged by; accuracy is a share."""
     tokens: int
-    """Training tokens of each run."""
+    """Training tokens, or images, of each run."""
     context: int
     machines: tuple[str, ...]
     dates: tuple[str, ...]
@@ -91,6 +93,7 @@ def _study(name: str, everything: list[Result]) -> Study:
     return Study(
         name=name,
         summaries=tuple(_summary(found, floor) for found in current.values()),
+        metric="accuracy" if is_vision(everything[-1].config) else "perplexity",
         tokens=max((result.tokens for result in kept), default=0),
         context=frame[1],
         machines=tuple(dict.fromkeys(_machine(result) for result in kept)),
@@ -101,9 +104,9 @@ def _study(name: str, everything: list[Result]) -> Study:
 
 
 def _frame(result: Result) -> tuple[str, int, int]:
-    """What runs must share to be compared: the text, the context, the budget."""
+    """What runs must share to be compared: the data, the context, the budget."""
     asked = settings(result.config)
-    return result.data, asked["data"]["context"], (asked["steps"] or 0) * asked["batch"]["tokens"]
+    return result.data, asked["data"]["context"], (asked["steps"] or 0) * per_step(asked)
 
 
 def _last_definition(found: list[Result]) -> list[Result]:
@@ -136,16 +139,16 @@ def _best_runs(found: list[Result]) -> dict[int, Result]:
 def _summary(found: list[Result], floor: dict[int, Result]) -> Summary:
     sweep = _first_seed(found)
     runs = _best_runs(found)
-    sound = {seed: result.perplexity for seed, result in runs.items() if result.perplexity is not None}
-    floors = {seed: r.perplexity for seed, r in floor.items() if r.perplexity is not None and seed in sound}
+    sound = {seed: result.metric for seed, result in runs.items() if result.metric is not None}
+    floors = {seed: r.metric for seed, r in floor.items() if r.metric is not None and seed in sound}
     ratio = sum(sound[seed] for seed in floors) / sum(floors.values()) if floors else None
-    good = [result for result in runs.values() if result.perplexity is not None]
+    good = [result for result in runs.values() if result.metric is not None]
     return Summary(
         row=found[0].row,
         bits=found[0].bits,
         lr=best_lr({lr: result.score for lr, result in sweep.items()}),
-        tried={lr: sweep[lr].perplexity for lr in sorted(sweep)},
-        perplexities=dict(sorted(sound.items())),
+        tried={lr: sweep[lr].metric for lr in sorted(sweep)},
+        values=dict(sorted(sound.items())),
         ratio=ratio,
         weight_entropy=_mean(result.weight_entropy for result in good),
         lowest_weight_entropy=min(
@@ -158,7 +161,7 @@ def _summary(found: list[Result], floor: dict[int, Result]) -> Summary:
         errors=tuple(
             f"lr {result.lr:g}, seed {result.seed}: {result.error or 'the loss is not finite'}"
             for result in found
-            if result.perplexity is None
+            if result.metric is None
         ),
         results=tuple(good),
         full_precision=_is_full_precision(found[0]),

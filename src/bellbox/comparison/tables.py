@@ -16,11 +16,21 @@ def _number(value: float | None, form: str) -> str:
     return _NONE if value is None else format(value, form)
 
 
-def _perplexity(summary: Summary, plus_minus: str = "±") -> str:
+def _judged(summary: Summary, factor: float) -> str:
     if summary.mean is None:
         return "failed"
     deviation = summary.deviation
-    return f"{summary.mean:.2f}" + ("" if deviation is None else f" {plus_minus} {deviation:.2f}")
+    return f"{factor * summary.mean:.2f}" + ("" if deviation is None else f" ± {factor * deviation:.2f}")
+
+
+def factor_of(study: Study) -> float:
+    """What `Study.metric` is multiplied with to be shown: accuracy is shown in percent."""
+    return 100.0 if study.metric == "accuracy" else 1.0
+
+
+def title_of(study: Study) -> str:
+    """How `Study.metric` is called where it is shown."""
+    return "accuracy, %" if study.metric == "accuracy" else study.metric
 
 
 def _lr(summary: Summary) -> str:
@@ -33,32 +43,46 @@ def _size(summary: Summary) -> str:
     return f"{summary.block_bytes:,}" + ("†" if summary.not_packed is not None else "")
 
 
-COLUMNS: tuple[tuple[str, Callable[[Summary], str]], ...] = (
-    ("method", lambda s: s.row),
-    ("bits", lambda s: _NONE if s.bits is None else bits_text(s.bits)),
-    ("perplexity", _perplexity),
-    ("of full precision", lambda s: _number(s.ratio, ".3f")),
-    ("weight entropy", lambda s: _number(s.weight_entropy, ".3f")),
-    ("input entropy", lambda s: _number(s.activation_entropy, ".3f")),
-    ("step, ms", lambda s: _NONE if s.step_seconds is None else f"{1e3 * s.step_seconds:.0f}"),
-    ("block bytes", _size),
-    ("best lr", _lr),
-    ("seeds", lambda s: str(len(s.perplexities))),
-)
+def _columns(study: Study) -> tuple[tuple[str, Callable[[Summary], str]], ...]:
+    return (
+        ("method", lambda s: s.row),
+        ("bits", lambda s: _NONE if s.bits is None else bits_text(s.bits)),
+        (title_of(study), lambda s: _judged(s, factor_of(study))),
+        ("of full precision", lambda s: _number(s.ratio, ".3f")),
+        ("weight entropy", lambda s: _number(s.weight_entropy, ".3f")),
+        ("input entropy", lambda s: _number(s.activation_entropy, ".3f")),
+        ("step, ms", lambda s: _NONE if s.step_seconds is None else f"{1e3 * s.step_seconds:.0f}"),
+        ("block bytes", _size),
+        ("best lr", _lr),
+        ("seeds", lambda s: str(len(s.values))),
+    )
+
+
+def headings(study: Study) -> list[str]:
+    """Of the table's columns."""
+    return [name for name, _ in _columns(study)]
 
 
 def cells(study: Study) -> list[list[str]]:
-    """The table's rows as text, under the headings of `COLUMNS`."""
-    return [[text(summary) for _, text in COLUMNS] for summary in study.summaries]
+    """The table's rows as text, under `headings`."""
+    return [[text(summary) for _, text in _columns(study)] for summary in study.summaries]
 
 
 def notes(study: Study) -> list[str]:
     """What one must know to read the table, a sentence each."""
+    if study.metric == "accuracy":
+        budget, layers = (
+            f"{study.tokens:,} training images a run; accuracy on the",
+            "convolutions and linear layers",
+        )
+    else:
+        budget = f"{study.tokens:,} training tokens a run, context {study.context}; perplexity on the whole"
+        layers = "linear layers"
     found = [
-        f"{study.tokens:,} training tokens a run, context {study.context}; perplexity on the whole validation"
-        " split, mean and standard deviation over seeds at the learning rate that was best on the first seed."
+        f"{budget} validation split, mean and standard deviation over seeds at the learning rate that was best on the"
+        " first seed."
         " Entropy in bits per code, mean of the layers. Step: the quickest logged stretch of a run."
-        " Block bytes: the blocks' linear layers, packed (bf16 where not quantized).",
+        f" Block bytes: the blocks' {layers}, packed (bf16 where not quantized).",
         f"Measured {' and '.join(study.dates)} on {'; '.join(study.machines)}; Bellbox {'; '.join(study.versions)}.",
     ]
     if any(summary.at_edge for summary in study.summaries):
@@ -79,28 +103,32 @@ def notes(study: Study) -> list[str]:
 
 
 def rates(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table of learning rates: perplexity of each on the first seed."""
+    """Headings and rows of the table of learning rates: `Study.metric` of each on the first seed."""
     tried = sorted({lr for summary in study.summaries for lr in summary.tried})
     body = []
     for summary in study.summaries:
         row = [_label(summary)]
         for lr in tried:
-            value = _number(summary.tried[lr], ".2f") if lr in summary.tried else ""
+            found = summary.tried.get(lr)
+            value = "" if lr not in summary.tried else _number(found and factor_of(study) * found, ".2f")
             row.append("failed" if value == _NONE else value)
         body.append(row)
     return ["", *(f"{lr:g}" for lr in tried)], body
+
+
+def rates_title(study: Study) -> str:
+    """Of the table of learning rates."""
+    return f"{title_of(study).capitalize()} on the first seed, by learning rate"
 
 
 def markdown(studies: list[Study]) -> str:
     """All studies, each with its table, its notes and its learning rates."""
     parts = []
     for study in studies:
-        parts.append(f"## {study.name}\n\n" + _markdown_table([name for name, _ in COLUMNS], cells(study)))
+        parts.append(f"## {study.name}\n\n" + _markdown_table(headings(study), cells(study)))
         parts.append("\n".join(f"- {note}" for note in notes(study)) + "\n")
         if any(len(summary.tried) > 1 for summary in study.summaries):
-            parts.append(
-                "Perplexity on the first seed, by learning rate:\n\n" + _markdown_table(*rates(study))
-            )
+            parts.append(f"{rates_title(study)}:\n\n" + _markdown_table(*rates(study)))
     return "\n".join(parts)
 
 
@@ -113,17 +141,19 @@ def comma_separated(studies: list[Study]) -> str:
     """One line a row and study, numbers in full."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
+    metrics = sorted({study.metric for study in studies}, reverse=True)  # perplexity, then accuracy
     writer.writerow(
-        ["study", "method", "bits", "perplexity", "deviation", "ratio", "weight_entropy",
+        ["study", "method", "bits", *metrics, "deviation", "ratio", "weight_entropy",
          "lowest_weight_entropy", "activation_entropy", "step_seconds", "block_bytes", "packable", "lr",
          "lr_at_edge", "seeds", "tokens", "failed"]
     )  # fmt: skip
     for study in studies:
         for s in study.summaries:
+            values = [s.mean if study.metric == metric else None for metric in metrics]
             writer.writerow(
-                [study.name, s.row, s.bits, s.mean, s.deviation, s.ratio, s.weight_entropy,
+                [study.name, s.row, s.bits, *values, s.deviation, s.ratio, s.weight_entropy,
                  s.lowest_weight_entropy, s.activation_entropy, s.step_seconds, s.block_bytes,
-                 s.not_packed is None, s.lr, s.at_edge, len(s.perplexities), study.tokens, len(s.errors)]
+                 s.not_packed is None, s.lr, s.at_edge, len(s.values), study.tokens, len(s.errors)]
             )  # fmt: skip
     return buffer.getvalue()
 
@@ -136,9 +166,9 @@ def latex(studies: list[Study]) -> str:
         lines = [
             f"% study {study.name}",
             *(f"% {note}" for note in notes(study)),
-            f"\\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}",
+            f"\\begin{{tabular}}{{l{'r' * (len(headings(study)) - 1)}}}",
             "\\toprule",
-            " & ".join(_escape(name) for name, _ in COLUMNS) + r" \\",
+            " & ".join(map(_escape, headings(study))) + r" \\",
             "\\midrule",
             *(" & ".join(line) + r" \\" for line in body),
             "\\bottomrule",

@@ -27,7 +27,7 @@ def _mix(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
-def _key(*parts: int) -> int:
+def key_of(*parts: int) -> int:
     """One 64-bit number from several; every part changes it."""
     state = np.zeros(1, dtype=np.uint64)
     for part in parts:
@@ -47,7 +47,7 @@ class Permutation:
         self.size = size
         # At least 3 bits a half: with fewer, the network knows only a handful of permutations.
         self._half = max(3, ((size - 1).bit_length() + 1) // 2)
-        self._keys = [np.uint64(_key(*key, number)) for number in range(_ROUNDS)]
+        self._keys = [np.uint64(key_of(*key, number)) for number in range(_ROUNDS)]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Where each position (integers, each in the range) goes, int64 of the same shape."""
@@ -146,6 +146,6 @@ class Batches:
     def _order(self, epoch: int) -> tuple[Permutation, int]:
         if epoch not in self._orders:
             order = Permutation(self.windows_per_epoch, self.seed, epoch, 0)
-            phase = _key(self.seed, epoch, 1) % self._phases
+            phase = key_of(self.seed, epoch, 1) % self._phases
             self._orders = {epoch: (order, phase)}  # the last one only: steps move forward
         return self._orders[epoch]

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from bellbox.entropy import code_counts, entropy_bits
 from bellbox.errors import BellboxError
-from bellbox.nn import PackedLinear, QuantizedLinear
+from bellbox.nn import PackedLinear, QuantizedLayer
 
-LowBitLayer = QuantizedLinear | PackedLinear
+LowBitLayer = QuantizedLayer | PackedLinear
 
 
 def low_bit_layers(model: nn.Module) -> dict[str, LowBitLayer]:
     """Every fake-quantized or packed layer by its dotted name."""
     found = model.named_modules()
-    return {name: module for name, module in found if isinstance(module, QuantizedLinear | PackedLinear)}
+    return {name: module for name, module in found if isinstance(module, QuantizedLayer | PackedLinear)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def code_use(model: nn.Module, tokens: Tensor) -> CodeUse | None:
 
     Args:
         model: in evaluation mode.
-        tokens: int64 `[batch, T]` whose activations are counted.
+        tokens: int64 `[batch, T]`, or images, whose activations are counted.
     """
     layers = low_bit_layers(model)
     if not layers:
@@ -94,11 +94,11 @@ class Agreement:
     layers: int
     """Layers compared: all low-bit ones."""
     tokens: int
-    """Tokens that both models were run on."""
+    """Tokens, or images, that both models were run on."""
     weight_codes: int
     """Weight codes compared."""
     input_codes: int
-    """Input codes compared, of every layer for every token."""
+    """Input codes compared, of every layer for every token or image."""
     mismatches: int
     """Codes that differ."""
     logits: int
@@ -124,7 +124,7 @@ def agreement(trained: nn.Module, packed: nn.Module, batches: Iterable[Tensor]) 
     Args:
         trained: with fake-quantized layers, in evaluation mode.
         packed: its packed form, likewise.
-        batches: int64 `[batch, T]` each.
+        batches: int64 `[batch, T]` each, or images `[batch, channels, height, width]`.
 
     Raises:
         BellboxError: they do not have the same low-bit layers.
@@ -148,7 +148,8 @@ def agreement(trained: nn.Module, packed: nn.Module, batches: Iterable[Tensor]) 
             got = packed(batch)
         compared["input"] += sum(codes.numel() for codes in kept.values())
         differing += sum(_differing(codes, found.get(name)) for name, codes in kept.items())
-        tokens, logits = tokens + batch.numel(), logits + expected.numel()
+        size = len(batch) if batch.is_floating_point() else batch.numel()
+        tokens, logits = tokens + size, logits + expected.numel()
         worst = max(worst, float((expected - got).abs().max().nan_to_num(torch.inf)))
         largest = max(largest, float(expected.abs().max()))
     difference = worst / largest if largest else worst
@@ -171,9 +172,9 @@ def _input_codes(
         x = args[0]
         if isinstance(layer, PackedLinear):
             receive(name, layer.input_codes(x), layer.coding.levels.n)
-        elif isinstance(layer, QuantizedLinear) and layer.activation_quantizer is not None:
+        elif isinstance(layer, QuantizedLayer) and layer.activation_quantizer is not None:
             quantizer = layer.activation_quantizer.quantizer
-            receive(name, quantizer.codes(x), quantizer.levels.n)
+            receive(name, layer.input_codes(x), quantizer.levels.n)
 
     handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
     try:

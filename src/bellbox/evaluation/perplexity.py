@@ -92,12 +92,12 @@ def perplexity(
         device = next((one.device for one in model.parameters()), torch.device("cpu"))
 
     nats, scored = 0.0, 0
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for windows in _batches(total, context, stride, batch_size):
             rows = np.stack([_read(split, start, stop + 1) for start, stop, _ in windows])
             tokens = torch.from_numpy(rows).to(device)
             new = windows[0][2]
-            logits = _logits(model(tokens[:, :-1]))[:, -new:]
+            logits = logits_of(model(tokens[:, :-1]))[:, -new:]
             nats += _sum_of_losses(logits, tokens[:, -new:], scored + 1)
             scored += new * len(windows)
             if progress is not None:
@@ -150,7 +150,8 @@ def _read(split: TokenSplit | np.ndarray | torch.Tensor, start: int, stop: int) 
     return np.asarray(split[start:stop]).astype(np.int64)
 
 
-def _logits(output: Any) -> torch.Tensor:
+def logits_of(output: Any) -> torch.Tensor:
+    """What a model gave: the logits, or an object that has them."""
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
@@ -189,7 +190,7 @@ def _scored_bytes(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the while; each module gets its own mode back, frozen ones included."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

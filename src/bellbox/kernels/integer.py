@@ -34,11 +34,11 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def float_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`integer_matmul` where there is no integer product: in the narrowest float that holds every partial sum."""
+    """`integer_matmul`, of one pair or a batch of them, in the narrowest float that holds every partial sum."""
     # |sum| <= 128 * 128 * K stays below the 24 bits of fp32 up to K = 1024 at worst, below the 53 of fp64 always.
-    exact = torch.float32 if _largest(a) * _largest(b) * a.shape[1] < 2**24 else torch.float64
+    exact = torch.float32 if _largest(a) * _largest(b) * a.shape[-1] < 2**24 else torch.float64
     with torch.autocast(a.device.type, enabled=False):
-        return a.to(exact) @ b.to(exact).t()
+        return a.to(exact) @ b.to(exact).mT
 
 
 def _largest(x: Tensor) -> int:

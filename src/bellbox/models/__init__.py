@@ -1,4 +1,4 @@
-"""LLaMA and GPT, small and plain, and the way to and from Hugging Face folders.
+"""LLaMA and GPT, ResNet and ViT, small and plain, and the way to and from Hugging Face folders.
 
 ```python
 from bellbox.models import build, preset
@@ -10,38 +10,67 @@ logits = model(input_ids)                              # [batch, tokens] int64 -
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from bellbox.models.cache import KVCache
 from bellbox.models.config import (
     PRESETS,
+    VISION_PRESETS,
+    AnyConfig,
     GPTConfig,
     LlamaConfig,
     ModelConfig,
+    ResNetConfig,
+    VisionConfig,
+    ViTConfig,
+    any_config_from_dict,
     config_from_dict,
     preset,
+    vision_preset,
 )
 from bellbox.models.gpt import GPT
 from bellbox.models.hf import load_hf, save_hf
 from bellbox.models.llama import Llama
+from bellbox.models.resnet import ResNet
+from bellbox.models.vit import ViT
 
 __all__ = [
     "GPT",
     "PRESETS",
+    "VISION_PRESETS",
+    "AnyConfig",
     "GPTConfig",
     "KVCache",
     "Llama",
     "LlamaConfig",
     "ModelConfig",
+    "ResNet",
+    "ResNetConfig",
+    "ViT",
+    "ViTConfig",
+    "VisionConfig",
+    "any_config_from_dict",
     "build",
     "config_from_dict",
     "load_hf",
     "preset",
     "save_hf",
+    "vision_preset",
 ]
 
 
-def build(config: ModelConfig, seed: int | None = None) -> Llama | GPT:
+_MODELS = {LlamaConfig: Llama, GPTConfig: GPT, ResNetConfig: ResNet, ViTConfig: ViT}
+
+
+@overload
+def build(config: ModelConfig, seed: int | None = None) -> Llama | GPT: ...
+@overload
+def build(config: VisionConfig, seed: int | None = None) -> ResNet | ViT: ...
+@overload
+def build(config: AnyConfig, seed: int | None = None) -> Llama | GPT | ResNet | ViT: ...
+def build(config: AnyConfig, seed: int | None = None) -> Llama | GPT | ResNet | ViT:
     """A freshly initialised model, in fp32 on PyTorch's default device.
 
     Args:
@@ -50,7 +79,7 @@ def build(config: ModelConfig, seed: int | None = None) -> Llama | GPT:
             from the global state.
     """
     if seed is None:
-        return Llama(config) if isinstance(config, LlamaConfig) else GPT(config)
+        return _MODELS[type(config)](config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(config)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bellbox.nn.quantized import QuantizedLinear
+from bellbox.nn.quantized import QuantizedLayer
 from bellbox.nn.tools import quantized_layers
 
 
@@ -27,14 +27,14 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     Args:
         model: prepared; must not be changed within.
     """
-    held: list[tuple[QuantizedLinear, Tensor, Tensor]] = []
+    held: list[tuple[QuantizedLayer, Tensor, Tensor]] = []
     try:
         for _, layer in quantized_layers(model):
             if layer.weight_quantizer is None:
                 continue
             # fp32, so that the leaf sums in fp32; autocast rounds a copy, to what the quantizer would have given.
             with torch.autocast(layer.weight.device.type, enabled=False):
-                quantized = layer.weight_quantizer(layer.weight)
+                quantized = layer.weight_quantizer(layer.weight_rows())
             leaf = quantized.detach().requires_grad_(quantized.requires_grad)
             layer.held_weight = leaf
             held.append((layer, quantized, leaf))

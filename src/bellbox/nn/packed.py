@@ -18,7 +18,7 @@ from bellbox.kernels.encode import MEASURES, compute_dtype, encode, mark, normal
 from bellbox.kernels.integer import scaled_product
 from bellbox.levels import Grid, Levels
 from bellbox.nn.prepacked import Prepacked
-from bellbox.nn.quantized import QuantizedLinear, finish
+from bellbox.nn.quantized import QuantizedLayer, finish
 from bellbox.nn.shared import SharedInput, version_of
 
 
@@ -97,8 +97,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_scale", torch.zeros(out_features))
         self.register_buffer("act_scale", torch.zeros(()))
         self.register_buffer("act_rsigma", torch.zeros(()) if coding.normalise == "static" else None)
-        signs = torch.ones(in_features, dtype=torch.int8) if coding.signs else None
-        self.register_buffer("act_signs", signs)
+        self.register_buffer(
+            "act_signs", torch.ones(self.features, dtype=torch.int8) if coding.signs else None
+        )
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self._integers: tuple[Tensor, int, Tensor] | None = None
         self._prepacked: Prepacked | None = None
@@ -116,7 +117,7 @@ class PackedLinear(nn.Module):
         self._key = _register(self)
 
     @classmethod
-    def from_quantized(cls, layer: QuantizedLinear, shared: SharedInput | None = None) -> PackedLinear:
+    def from_quantized(cls, layer: QuantizedLayer, shared: SharedInput | None = None) -> PackedLinear:
         """Pack a trained layer.
 
         Raises:
@@ -135,9 +136,7 @@ class PackedLinear(nn.Module):
         coding = InputCoding(
             quantizer.levels, quantizer.block, normalise, quantizer.rescale, signs is not None
         )
-        packed = cls(
-            layer.in_features, layer.out_features, weight.levels.grid, coding, bias is not None, shared
-        )
+        packed = cls.like(layer, weight.levels.grid, coding, shared)
         packed.to(layer.weight.device)
         packed.weight_packed.copy_(packing.pack(codes, weight.levels.n))
         packed.weight_scale.copy_((weight.scale() * marks).reshape(-1))
@@ -149,6 +148,18 @@ class PackedLinear(nn.Module):
         if bias is not None and packed.bias is not None:
             packed.bias.copy_(bias.detach())
         return packed.train(layer.training)
+
+    @classmethod
+    def like(
+        cls, layer: QuantizedLayer, weight_levels: Grid, coding: InputCoding, shared: SharedInput | None
+    ) -> PackedLinear:
+        """An empty packed layer of the shape of a trained one."""
+        return cls(layer.row_length, layer.row_count, weight_levels, coding, layer.bias is not None, shared)
+
+    @property
+    def features(self) -> int:
+        """Entries of an input that are rotated together at most, and have their own signs."""
+        return self.in_features
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -180,7 +191,7 @@ class PackedLinear(nn.Module):
         weight_scale = self.weight_scale / self.weight_levels.multiplier
         act_scale = self.act_scale / self.coding.levels.multiplier
         product = scaled_product(levels, self._weight_integers(), weight_scale, act_scale, marks)
-        return finish(product, self.bias, x)
+        return finish(product, self.bias, x).reshape(*x.shape[:-1], self.out_features)
 
     def output_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that the caller of a linear layer expects for an input `x`."""

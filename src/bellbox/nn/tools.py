@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.entropy import code_counts
-from bellbox.nn.quantized import ActivationQuantizer, QuantizedLinear
+from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer
 
 
 def without_fused_paths(model: nn.Module) -> None:
@@ -67,10 +67,10 @@ def record_activation_codes(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             quantizer.observers.remove(observe)
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """Every `QuantizedLinear` with its dotted name."""
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Every `QuantizedLayer` with its dotted name."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLayer):
             yield name, module
 
 

@@ -142,6 +142,8 @@ class Quantizer(nn.Module, ABC):
     """Own parameter -> its learning rate, as a multiple of everything else's."""
     name: str = ""
     """Dotted name of the layer it belongs to, for messages."""
+    samples: bool = False
+    """Whether a row is a whole sample `[pixels, features]`, as of a convolution's input; else a vector of features."""
 
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__()
@@ -226,23 +228,19 @@ class Quantizer(nn.Module, ABC):
             x: `[..., features]`.
 
         Returns:
-            uint8 codes `[..., features]`, and fp32 marks `[..., 1]`: 1.0, or sigma where `rescale`; NaN for a row
-            with a non-finite entry.
+            uint8 codes `[..., features]`, and fp32 marks `[..., 1]` (of samples `[samples, 1]`): 1.0, or sigma where
+            `rescale`; NaN for a row with a non-finite entry.
         """
         rows = self._rows(x)
         self._see_first(rows)
         norm = self.normaliser(rows, training=False)
         codes = encode(rows, norm.r, self.levels.thresholds, self.block)
         marks = mark(norm.r, len(rows), norm.sigma if self.rescale else None)
-        return codes.reshape(x.shape), marks.reshape(*x.shape[:-1], 1)
+        return codes.reshape(x.shape), marks.reshape(self._shape_of_marks(x))
 
     def rotate(self, x: Tensor) -> Tensor:
         """`[..., features]` in the rotated domain and not quantized: the other side of a product with this one."""
-        rows, device = self._rows(x), x.device.type
-        if self.block == 1:
-            return rows.reshape(x.shape)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return rotate(rows, self.block**-0.5, self.block, dtype).reshape(x.shape)
+        return rotate_vectors(self._rows(x), self.block).reshape(x.shape)
 
     def codes(self, x: Tensor) -> Tensor:
         """Only the codes of `encode`."""
@@ -303,14 +301,26 @@ class Quantizer(nn.Module, ABC):
                 f"input{where} has shape {tuple(x.shape)} and dtype {x.dtype}: "
                 f"a float tensor with last dimension {self.features} is needed"
             )
-        x = x.reshape(-1, self.features)
-        return x if self.signs is None else x * self.signs
+        x = x if self.signs is None else x * self.signs
+        return x.flatten(1) if self.samples else x.reshape(-1, self.features)
+
+    def _shape_of_marks(self, x: Tensor) -> tuple[int, ...]:
+        return (len(x), 1) if self.samples else (*x.shape[:-1], 1)
 
     def _checked(self, r: Tensor, rows: Tensor) -> Tensor:
         if debug_enabled() and rows.numel() and not bool(r.isfinite().all()):
             where = self.name or ("an activation" if self.rows is None else "a weight")
             raise BellboxError(f"{where}: the quantizer's input holds NaN or infinity (or an RMS above 1e30)")
         return r
+
+
+def rotate_vectors(x: Tensor, block: int) -> Tensor:
+    """The orthonormal rotation of `[..., features]`, in the autocast dtype where active."""
+    if block == 1:
+        return x
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return rotate(x, block**-0.5, block, dtype)
 
 
 class LearnedQuantizer(Quantizer):
@@ -337,6 +347,10 @@ class LearnedQuantizer(Quantizer):
         self.initialized.fill_(True)
         self._ready = True
 
+    def buffers_changed(self) -> None:
+        """Look at `initialized` again, after it was written past `load_state_dict`."""
+        self._ready = bool(self.initialized)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
-        self._ready = bool(self.initialized)
+        self.buffers_changed()

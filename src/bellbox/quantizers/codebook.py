@@ -72,8 +72,9 @@ class Codebook(Quantizer):
         self._see_first(rows)
         norm = self.normaliser(rows, training=False)
         codes = encode(rows, norm.r, self.levels.thresholds, 1)
-        marks = mark(norm.r, len(rows)).reshape(-1, self.features // self.group).mean(-1)
-        return codes.reshape(x.shape), marks.reshape(*x.shape[:-1], 1)
+        shape = self._shape_of_marks(x)
+        marks = mark(norm.r, len(rows)).reshape(*shape[:-1], -1).mean(-1)
+        return codes.reshape(x.shape), marks.reshape(shape)
 
     def scale(self) -> Tensor:
         """The table has the scale of the data."""

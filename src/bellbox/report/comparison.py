@@ -1,4 +1,4 @@
-"""Pictures of a comparison: perplexity by bits and by bytes, entropy by step, learned scales.
+"""Pictures of a comparison: perplexity or accuracy by bits and by bytes, entropy by step, learned scales.
 
 Entropy by step and the scales are the BBQ paper's Figures 3 and 7, for whatever methods were compared.
 """
@@ -14,6 +14,7 @@ import numpy as np
 
 from bellbox.comparison.grid import bits_text
 from bellbox.comparison.summary import Study, Summary
+from bellbox.comparison.tables import factor_of, title_of
 from bellbox.report.sheet import standalone
 from bellbox.report.style import (
     BLUE,
@@ -74,7 +75,11 @@ def _floor(axes: Any, study: Study, draw: str = "axhline") -> None:
     for summary in study.summaries:
         if summary.full_precision and summary.mean is not None:
             getattr(axes, draw)(
-                summary.mean, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2, label=summary.row
+                factor_of(study) * summary.mean,
+                color=MUTED,
+                linestyle=(0, (4, 3)),
+                linewidth=1.2,
+                label=summary.row,
             )
 
 
@@ -93,24 +98,26 @@ def _by_bits(study: Study) -> Picture | None:
         return None
     looks = _looks(study)
     drawn, axes = figure(1, 1, 9.6, 4.2)
+    factor = factor_of(study)
     for row, found in _by_row_name(known).items():
         found.sort(key=lambda s: s.bits or 0)
         axes.errorbar(
-            [s.bits for s in found], [s.mean for s in found], yerr=[s.deviation or 0 for s in found],
+            [s.bits for s in found], *_heights(found, factor),
             label=row, markersize=5, capsize=3, **looks[row],
         )  # fmt: skip
     _floor(axes, study)
-    _log_perplexity(axes, [s for s in study.summaries if s.bits is not None or s.full_precision])
+    _judged_axis(axes, study, [s for s in study.summaries if s.bits is not None or s.full_precision])
     axes.set_xlabel("bits of weights and inputs")
     axes.set_xticks(widths, list(map(bits_text, widths)))
-    axes.set_ylabel("validation perplexity")
-    axes.set_title("Perplexity by bits")
-    axes.legend(loc="upper right")
+    axes.set_ylabel(f"validation {title_of(study)}")
+    axes.set_title(f"{study.metric.capitalize()} by bits")
+    axes.legend(loc="best")
+    scale = ", logarithmic; lower is better" if study.metric == "perplexity" else "; higher is better"
     return Picture(
-        "perplexity-by-bits",
-        "Perplexity of each method at each bit width, logarithmic; bars are one standard deviation over seeds."
-        " Lower is better; the dashed line is full precision.",
-        to_svg(drawn, "Perplexity by bits"),
+        f"{study.metric}-by-bits",
+        f"{study.metric.capitalize()} of each method at each bit width{scale}. Bars are one standard deviation over"
+        " seeds; the dashed line is full precision.",
+        to_svg(drawn, f"{study.metric.capitalize()} by bits"),
     )
 
 
@@ -121,26 +128,28 @@ def _by_row(study: Study) -> Picture | None:
         return None
     looks = _looks(study)
     drawn, axes = figure(1, 1, 9.6, 1.1 + 0.27 * len(known))
+    factor = factor_of(study)
     for place, summary in enumerate(known):
         style = looks[summary.row]
+        means, deviations = _heights([summary], factor)
         axes.errorbar(
-            [summary.mean], [place], xerr=[summary.deviation or 0], color=style["color"], marker=style["marker"],
+            means, [place], xerr=deviations, color=style["color"], marker=style["marker"],
             markersize=6, capsize=4,
         )  # fmt: skip
-        values = list(summary.perplexities.values())
+        values = [factor * value for value in summary.values.values()]
         axes.plot(values, [place] * len(values), "|", color=style["color"], markersize=9, alpha=0.7)
     _floor(axes, study, "axvline")
     names = [s.row if s.bits is None else f"{s.row}, {bits_text(s.bits)}" for s in known]
     axes.set_yticks(range(len(known)), names)
     axes.set_ylim(len(known) - 0.5, -0.5)
-    axes.set_xlabel("validation perplexity")
+    axes.set_xlabel(f"validation {title_of(study)}")
     if any(s.full_precision for s in study.summaries):
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
     return Picture(
-        "perplexity-by-row",
+        f"{study.metric}-by-row",
         "Every row and bit width. Ticks are single seeds, the marker is their mean, the bar one standard deviation;"
         " rows whose bars overlap are not told apart by this study.",
-        to_svg(drawn, "Perplexity of every row"),
+        to_svg(drawn, f"{study.metric.capitalize()} of every row"),
     )
 
 
@@ -151,11 +160,12 @@ def _by_bytes(study: Study) -> Picture | None:
         return None
     looks = _looks(study)
     drawn, axes = figure(1, 1, 9.6, 4.0)
+    factor = factor_of(study)
     for row, found in _by_row_name(known).items():
         style = looks.get(row, {"color": MUTED, "linestyle": "-", "marker": "*"})
         found.sort(key=lambda s: s.block_bytes or 0)
         axes.errorbar(
-            [s.block_bytes for s in found], [s.mean for s in found], yerr=[s.deviation or 0 for s in found],
+            [s.block_bytes for s in found], *_heights(found, factor),
             label=row, markersize=6, capsize=3, **style,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -163,16 +173,17 @@ def _by_bytes(study: Study) -> Picture | None:
     chosen = [t for i, t in enumerate(ticks) if i == 0 or t / ticks[i - 1] > 1.15]
     axes.set_xticks(chosen, [f"{t / 1024:,.0f} KiB" for t in chosen])
     axes.xaxis.set_minor_locator(_no_ticks())
-    _log_perplexity(axes, known)
-    axes.set_xlabel("bytes of the blocks' linear layers")
-    axes.set_ylabel("validation perplexity")
-    axes.set_title("Perplexity against bytes")
-    axes.legend(loc="upper right")
+    _judged_axis(axes, study, known)
+    axes.set_xlabel("bytes of the blocks' linear layers and convolutions")
+    axes.set_ylabel(f"validation {title_of(study)}")
+    axes.set_title(f"{study.metric.capitalize()} against bytes")
+    axes.legend(loc="best")
+    good = "down" if study.metric == "perplexity" else "up"
     return Picture(
-        "perplexity-by-bytes",
-        "What a byte buys: packed size of the linear layers of the blocks against perplexity, both logarithmic."
-        " Further down and further left is better.",
-        to_svg(drawn, "Perplexity against bytes"),
+        f"{study.metric}-by-bytes",
+        f"What a byte buys: packed size of the layers of the blocks, logarithmic, against {study.metric}."
+        f" Further {good} and further left is better.",
+        to_svg(drawn, f"{study.metric.capitalize()} against bytes"),
     )
 
 
@@ -197,7 +208,7 @@ def _entropy_by_step(study: Study) -> Picture | None:
             axes.axhline(bits, color=RED, linestyle=(0, (4, 3)), linewidth=1.1)
             axes.set_title(f"{bits_text(bits)} bits, {what}")
             axes.set_ylim(top=bits + 0.02 * bits)
-        token_axis(grid[1, column])
+        token_axis(grid[1, column], "images" if study.metric == "accuracy" else "tokens")
     grid[0, 0].set_ylabel("bits per code")
     grid[1, 0].set_ylabel("bits per code")
     handles: dict[str, Any] = {}
@@ -259,8 +270,15 @@ def _no_ticks() -> Any:
     return NullLocator()
 
 
-def _log_perplexity(axes: Any, known: Sequence[Summary]) -> None:
-    """A logarithmic axis over the perplexities, labelled with plain numbers."""
+def _heights(found: Sequence[Summary], factor: float) -> tuple[list[float], list[float]]:
+    """Means and their deviations, as they are shown."""
+    return [factor * (s.mean or 0) for s in found], [factor * (s.deviation or 0) for s in found]
+
+
+def _judged_axis(axes: Any, study: Study, known: Sequence[Summary]) -> None:
+    """Of perplexities a logarithmic axis, labelled with plain numbers; of accuracies a plain one."""
+    if study.metric == "accuracy":
+        return
     axes.set_yscale("log")
     values = [s.mean for s in known if s.mean is not None]
     low, high = 0.96 * min(values), 1.04 * max(values)

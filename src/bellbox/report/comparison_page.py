@@ -26,12 +26,12 @@ def comparison_page(drawn: Sequence[tuple[Study, Sequence[Picture]]]) -> str:
 
 
 def _study(study: Study, pictures: Sequence[Picture]) -> str:
-    body = _table([name for name, _ in tables.COLUMNS], tables.cells(study))
+    body = _table(tables.headings(study), tables.cells(study))
     body += "".join(f'<p class="caption">{text(note)}</p>\n' for note in tables.notes(study))
     body += "".join(figure_with_caption(picture.svg, picture.caption) for picture in pictures)
     if any(len(summary.tried) > 1 for summary in study.summaries):
         body += (
-            "<details open><summary>Perplexity on the first seed, by learning rate</summary>"
+            f"<details open><summary>{tables.rates_title(study)}</summary>"
             f"{_table(*tables.rates(study))}</details>\n"
         )
     return section(study.name, body)

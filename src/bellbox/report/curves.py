@@ -25,9 +25,12 @@ def loss_and_bits(content: ReportInput) -> str:
         left.axhline(content.unigram_loss, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1)
         _note(left, content.unigram_loss, "unigram model")
     left.set_title("Loss")
-    left.set_ylabel("nats per token")
-    token_axis(left)
+    left.set_ylabel(f"nats per {content.record.unit.removesuffix('s')}")
+    token_axis(left, content.record.unit)
     left.legend(loc="best")
+    if content.record.is_vision:
+        _accuracy(right, evals)
+        return to_svg(drawn, "Loss and accuracy against training images")
     low, high = left.get_ylim()
     ticks = [
         p for p in (2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 1e4, 1e5) if low < np.log(p) < high
@@ -55,6 +58,19 @@ def loss_and_bits(content: ReportInput) -> str:
     return to_svg(drawn, "Loss, perplexity and bits per byte against training tokens")
 
 
+def _accuracy(axes: Any, evals: list[dict[str, Any]]) -> None:
+    images, shares = _column(evals, "tokens"), 100 * _column(evals, "accuracy")
+    axes.plot(images, shares, color=GREEN, marker="o", markersize=4)
+    axes.annotate(
+        f"{shares[-1]:.2f} %", (images[-1], shares[-1]), xytext=(-4, -13), textcoords="offset points", ha="right",
+        fontweight="bold",
+    )  # fmt: skip
+    axes.set_title("Accuracy, validation")
+    axes.set_ylabel("percent")
+    axes.margins(y=0.15)
+    token_axis(axes, "images")
+
+
 @styled
 def learning_rate_and_gradient(content: ReportInput) -> str:
     """The schedule and the norm of the gradient before clipping."""
@@ -69,7 +85,7 @@ def learning_rate_and_gradient(content: ReportInput) -> str:
     right.set_title("Norm of the gradient, before clipping")
     right.set_ylim(bottom=0)
     for axes in (left, right):
-        token_axis(axes)
+        token_axis(axes, content.record.unit)
     return to_svg(drawn, "Learning rate and gradient norm against training tokens")
 
 

@@ -33,7 +33,7 @@ def entropy_over_time(content: ReportInput) -> str:
         _limit_line(axes, limit)
         axes.set_title(f"{title}: entropy of the codes")
         axes.set_ylabel("bits per code")
-        token_axis(axes)
+        token_axis(axes, content.record.unit)
         axes.legend(loc="best")
     return to_svg(drawn, "Entropy of weight codes and of layer input codes against training tokens")
 

@@ -14,6 +14,13 @@ from bellbox.report import bell_box, curves, layers
 from bellbox.report.content import ReportInput, SizeRow
 from bellbox.report.html import document, figure_with_caption, section, text
 
+_LANGUAGE_CAPTION = (
+    "Left: the loss in nats per token (perplexity is its exponential, scale on the right); the thin line is"
+    " single training batches, the points are the whole validation split. Right: the same validation loss"
+    " per byte of text, which compares across tokenizers. Both should fall to the end and lie well under the"
+    " dashed line, a full-precision model that knows only how often each token occurs."
+)
+
 
 def render(content: ReportInput) -> str:
     """The whole page.
@@ -50,17 +57,18 @@ def _when(content: ReportInput) -> str:
         return ""
     last = train[-1]
     minutes = last["seconds"] / 60
-    return (
-        f"{last['step']:,} steps, {last['tokens']:,} tokens, {minutes:.1f} minutes of training and validation"
-    )
+    budget = f"{last['step']:,} steps, {last['tokens']:,} {content.record.unit}"
+    return f"{budget}, {minutes:.1f} minutes of training and validation"
 
 
 def _cards(content: ReportInput) -> Iterable[str]:
     last = content.record.at(content.step)
     if last is not None:
-        yield _card(
-            "validation perplexity", _number(last["perplexity"], 2), f"loss {_number(last['loss'], 4)}"
-        )
+        loss = f"loss {_number(last['loss'], 4)}"
+        if content.record.is_vision:
+            yield _card("validation accuracy", f"{100 * last['accuracy']:.2f} %", loss)
+        else:
+            yield _card("validation perplexity", _number(last["perplexity"], 2), loss)
         if last.get("bits_per_byte") is not None:
             floor = content.unigram_bits_per_byte
             note = "" if floor is None else f"unigram model: {floor:.3f}"
@@ -92,13 +100,15 @@ def _card(label: str, value: str, note: str) -> str:
 
 
 def _training(content: ReportInput) -> str:
-    body = figure_with_caption(
-        curves.loss_and_bits(content),
-        "Left: the loss in nats per token (perplexity is its exponential, scale on the right); the thin line is"
-        " single training batches, the points are the whole validation split. Right: the same validation loss"
-        " per byte of text, which compares across tokenizers. Both should fall to the end and lie well under the"
-        " dashed line, a full-precision model that knows only how often each token occurs.",
-    )
+    if content.record.is_vision:
+        caption = (
+            "Left: the loss in nats per image; the thin line is single training batches (with whatever augmentation"
+            " and mixing there is), the points are the validation split. Right: how many validation images get their"
+            " own class."
+        )
+    else:
+        caption = _LANGUAGE_CAPTION
+    body = figure_with_caption(curves.loss_and_bits(content), caption)
     if content.record.train:
         body += figure_with_caption(
             curves.learning_rate_and_gradient(content),
@@ -182,6 +192,7 @@ def _sizes(content: ReportInput) -> str:
         " less the larger the model is.</p>\n"
     )
     found = content.verification
+    checked = "validation images" if content.record.is_vision else "tokens of validation text"
     if found is not None:
         exact = (
             "equal to the last bit"
@@ -189,7 +200,7 @@ def _sizes(content: ReportInput) -> str:
             else "the largest difference relative to them"
         )
         body += (
-            f'<p class="caption">Packed against trained, on {found.tokens:,} tokens of validation text:'
+            f'<p class="caption">Packed against trained, on {found.tokens:,} {checked}:'
             f" <b>{found.codes:,} codes compared, {found.mismatches:,} differ</b>; logits"
             f" {found.logit_difference:.3g} ({exact}).</p>\n"
         )

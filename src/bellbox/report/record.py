@@ -27,6 +27,16 @@ class RunRecord:
     environment: dict[str, Any]
     """Versions, processor, git revision; empty where none was recorded."""
 
+    @property
+    def is_vision(self) -> bool:
+        """Whether it is a vision task's: judged by accuracy, counted in images."""
+        return any("accuracy" in record for record in self.evals)
+
+    @property
+    def unit(self) -> str:
+        """What its `tokens` are."""
+        return "images" if self.is_vision else "tokens"
+
     def at(self, step: int | None) -> dict[str, Any] | None:
         """The validation record of a step; the last one where it has none or no step is asked for."""
         exact = [record for record in self.evals if record["step"] == step]

@@ -128,9 +128,9 @@ def millions(value: float, _position: object = None) -> str:
     return f"{value:g}"
 
 
-def token_axis(axes: Any) -> None:
-    """Label the x axis as training tokens."""
-    axes.set_xlabel("training tokens")
+def token_axis(axes: Any, unit: str = "tokens") -> None:
+    """Label the x axis as training tokens, or images."""
+    axes.set_xlabel(f"training {unit}")
     axes.xaxis.set_major_formatter(millions)
     axes.set_xlim(left=0)
 

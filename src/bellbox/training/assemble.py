@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.models import build, preset
+from bellbox.models import ViTConfig, build, preset, vision_preset
 from bellbox.nn.tools import unique_tensors
 from bellbox.planner import quantized_fraction
 from bellbox.recipe import Recipe, recipe_from_dict
 from bellbox.surgery import new_layers, prepare
 from bellbox.training.config import QuantizationSection, TrainConfig
+
+if TYPE_CHECKING:
+    from bellbox.data.images import ImageDataset
 
 
 def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
@@ -44,6 +48,39 @@ def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
         raise BellboxError(
             f"data.context is {context}, model.overrides.max_position_embeddings only {positions}; raise that"
         )
+    return _resolve_rest(config)
+
+
+def resolve_vision(config: TrainConfig, dataset: ImageDataset) -> TrainConfig:
+    """`resolve` of a vision task: classes, channels and image size follow the data.
+
+    Raises:
+        BellboxError: a preset or a size that does not fit the images.
+    """
+    config = copy.deepcopy(config.check())
+    overrides, (channels, height, width) = config.model.overrides, dataset.train.shape
+    asked = overrides.setdefault("num_labels", len(dataset.classes))
+    if isinstance(asked, int) and asked < len(dataset.classes):
+        raise BellboxError(
+            f"model.overrides.num_labels is {asked}, data.source '{config.data.source}' has {len(dataset.classes)} "
+            "classes; leave it out"
+        )
+    facts = {"num_channels": channels}
+    if isinstance(vision_preset(config.model.preset), ViTConfig):
+        if height != width:
+            raise BellboxError(f"{config.model.preset} takes square images, these are {height} x {width}")
+        facts["image_size"] = height
+    for name, value in facts.items():
+        if overrides.setdefault(name, value) != value:
+            raise BellboxError(
+                f"model.overrides.{name} is {overrides[name]}, that of data.source '{config.data.source}' is {value}; "
+                "leave it out"
+            )
+    vision_preset(config.model.preset, **overrides)
+    return _resolve_rest(config)
+
+
+def _resolve_rest(config: TrainConfig) -> TrainConfig:
     config.steps, config.tokens = config.total_steps, None
     if config.optimizer.cewt.every and config.quantization.recipe is None:
         _resolve_cewt(config.quantization)
@@ -73,7 +110,7 @@ def _optimal_fraction(config: TrainConfig) -> float:
     weights = make_recipe(section).rules[-1].weights
     assert weights is not None  # of a method that is not none
     try:
-        tokens = config.total_steps * config.batch.tokens
+        tokens = config.total_steps * config.per_step
         return quantized_fraction(tokens, parameters, math.log2(weights.levels))
     except BellboxError as error:
         raise BellboxError(f"phases.quantized: optimal: {error}") from None
@@ -82,7 +119,14 @@ def _optimal_fraction(config: TrainConfig) -> float:
 def _skeleton(config: TrainConfig) -> nn.Module:
     """The model without memory."""
     with torch.device("meta"):
-        return build(preset(config.model.preset, **config.model.overrides))
+        return _network(config)
+
+
+def _network(config: TrainConfig, seed: int | None = None) -> nn.Module:
+    name, overrides = config.model.preset, config.model.overrides
+    if config.task == "vision":
+        return build(vision_preset(name, **overrides), seed)
+    return build(preset(name, **overrides), seed)
 
 
 def check_quantization(config: TrainConfig, section: QuantizationSection) -> None:
@@ -124,8 +168,7 @@ def make_model(config: TrainConfig, quantization: QuantizationSection | None = N
         config: the configuration.
         quantization: that of the phase; the final one where None.
     """
-    model = build(preset(config.model.preset, **config.model.overrides), seed=config.seed)
-    return prepare(model, make_recipe(quantization or config.quantization))
+    return prepare(_network(config, config.seed), make_recipe(quantization or config.quantization))
 
 
 def pick_device(name: str) -> torch.device:

@@ -34,22 +34,23 @@ class ModelSection:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     preset: str = "tiny"
-    """Name of a preset of `bellbox.models`: tiny, small, 95M, 125M, 200M, 300M, gpt-95M, ..."""
+    """Name of a preset of `bellbox.models`: tiny, small, 95M, 125M, 200M, 300M, gpt-95M, ...; resnet-small, ..."""
     overrides: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Fields of the preset to change, by name. The vocabulary follows the data."""
+    """Fields of the preset to change, by name. Vocabulary, classes, channels and image size follow the data."""
 
 
 @dataclass
 class DataSection:
-    """Which text."""
+    """Which text, or which images."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     source: str = "classics"
-    """A folder made by `bellbox data prepare`, or `classics`, the bundled public-domain books."""
+    """A folder made by `bellbox data prepare`, or `classics`, the bundled public-domain books. Of a vision task: an
+    .npz file, a folder of IDX files, a folder with train/CLASS/*, `fashion-mnist`, or hf:NAME."""
     context: int = 256
     """Tokens in a sequence."""
     seed: int = 0
-    """Seed of the order in which the sequences come."""
+    """Seed of the order in which sequences or images come, and of what augmentation draws."""
 
 
 @dataclass
@@ -171,12 +172,44 @@ class BatchSection:
 
 
 @dataclass
+class VisionSection:
+    """Images and what is done to them, for `task: vision`; the sections batch and distill, and data.context, are for
+    language only."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    image_size: int | None = None
+    """Height and width that images are scaled and cropped to, for sources that hold images of any size."""
+    train_images: int | None = None
+    """Train on so many of the images; all where null."""
+    valid_images: int | None = None
+    """Validate on so many; all where null."""
+    batch: int = 128
+    """Images in one optimizer step."""
+    micro_batch: int | None = None
+    """Images in one forward pass; as many as in a step where null."""
+    crop: int = 4
+    """Pixels by which training images are moved at random, each way; 0 for none."""
+    flip: bool = True
+    """Mirror training images at random."""
+    mixup: float = 0.0
+    """Both numbers of mixup's Beta distribution; 0 for none."""
+    cutmix: float = 0.0
+    """Likewise of cutmix. Where both are on, each batch gets one of them."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    ema: float = 0.0
+    """Decay of the averaged weights that are validated and loaded in place of the trained ones; 0 for none."""
+
+
+@dataclass
 class TrainConfig:
     """Everything that decides a run."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     folder: str = "runs/train"
     """Where the run lives."""
+    task: Literal["language", "vision"] = "language"
+    """Predict the next token, or name what an image shows."""
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     quantization: QuantizationSection = field(default_factory=QuantizationSection)
@@ -185,10 +218,11 @@ class TrainConfig:
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     distill: DistillSection = field(default_factory=DistillSection)
     batch: BatchSection = field(default_factory=BatchSection)
+    vision: VisionSection = field(default_factory=VisionSection)
     steps: int | None = None
     """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
     tokens: int | None = None
-    """Budget in tokens, rounded up to whole steps."""
+    """Budget in tokens (of a vision task, in images), rounded up to whole steps."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast dtype of the training forward. Master weights and evaluation are fp32 in both."""
     compile: bool = False
@@ -216,15 +250,22 @@ class TrainConfig:
         return self.batch.tokens // self.data.context
 
     @property
+    def per_step(self) -> int:
+        """Tokens in one optimizer step; images of a vision task."""
+        return self.vision.batch if self.task == "vision" else self.batch.tokens
+
+    @property
     def accumulation(self) -> int:
         """Forward passes in one optimizer step."""
+        if self.task == "vision":
+            return self.vision.batch // (self.vision.micro_batch or self.vision.batch)
         return self.sequences_per_step // self.batch.micro_sequences
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         if self.tokens is not None:
-            return -(-self.tokens // self.batch.tokens)
+            return -(-self.tokens // self.per_step)
         return DEFAULT_STEPS if self.steps is None else self.steps
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,7 +278,10 @@ class TrainConfig:
         Raises:
             BellboxError: naming the key, its value and the limit.
         """
-        _check_batch(self)
+        if self.task == "vision":
+            _check_vision(self)
+        else:
+            _check_batch(self)
         _check_method(self.quantization)
         if self.steps is not None and self.tokens is not None:
             raise BellboxError(
@@ -301,6 +345,31 @@ def _check_batch(config: TrainConfig) -> None:
             f"batch.tokens {tokens} makes {tokens // context} sequences of {context}, which "
             f"batch.micro_sequences {micro} does not divide; choose one that does"
         )
+
+
+def _check_vision(config: TrainConfig) -> None:
+    section = config.vision
+    micro = section.batch if section.micro_batch is None else section.micro_batch
+    if config.distill.teacher is not None:
+        raise BellboxError("distill.teacher is for language; leave it out of a vision task")
+    for name, ok, limit in (
+        ("vision.batch", section.batch >= 2, "at least 2"),
+        ("vision.micro_batch", micro >= 1 and section.batch % micro == 0, "a divisor of vision.batch"),
+        (
+            "vision.image_size",
+            section.image_size is None or 1 <= section.image_size <= 4096,
+            "from 1 to 4096",
+        ),
+        ("vision.train_images", section.train_images is None or section.train_images >= 1, "at least 1"),
+        ("vision.valid_images", section.valid_images is None or section.valid_images >= 1, "at least 1"),
+        ("vision.crop", 0 <= section.crop <= 256, "from 0 to 256"),
+        ("vision.mixup", 0 <= section.mixup < float("inf"), "at least 0"),
+        ("vision.cutmix", 0 <= section.cutmix < float("inf"), "at least 0"),
+        ("vision.label_smoothing", 0 <= section.label_smoothing < 1, "in [0, 1)"),
+        ("vision.ema", 0 <= section.ema < 1, "in [0, 1)"),
+    ):
+        if not ok:
+            raise BellboxError(f"{name} is {_value(config, name)}, must be {limit}")
 
 
 def _check_method(section: QuantizationSection) -> None:

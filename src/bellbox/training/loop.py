@@ -24,11 +24,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bellbox import data
 from bellbox.errors import BellboxError
-from bellbox.evaluation import perplexity
 from bellbox.nn import weights_quantized_once
 from bellbox.surgery import prepare, rotated_weights, unprepare
 from bellbox.training import random_state
@@ -39,8 +36,8 @@ from bellbox.training.assemble import (
     make_recipe,
     model_tensors,
     pick_device,
-    resolve,
 )
+from bellbox.training.average import Average
 from bellbox.training.checkpoint import Checkpoint, Checkpoints, State
 from bellbox.training.config import TrainConfig
 from bellbox.training.config_file import differences, load_config, save_config
@@ -49,7 +46,7 @@ from bellbox.training.environment import describe
 from bellbox.training.files import lock, write_text
 from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
-from bellbox.training.metrics import MetricsWriter, perplexity_of
+from bellbox.training.metrics import MetricsWriter
 from bellbox.training.modes import debug_mode, determinism
 from bellbox.training.optimizer import ModelOptimizer
 from bellbox.training.phases import Phase, phase_after, phase_at, phases_of
@@ -57,9 +54,7 @@ from bellbox.training.progress import Progress
 from bellbox.training.run import CONFIG_FILE, TOKENIZER_FILE
 from bellbox.training.schedule import one_cycle
 from bellbox.training.stop import Stopped, StopSignals
-
-# Sequences of the validation split whose activation codes are counted.
-_COUNTED_SEQUENCES = 8
+from bellbox.training.task import make_task
 
 
 @dataclass(frozen=True)
@@ -73,11 +68,11 @@ class RunResult:
     total_steps: int
     """Optimizer steps asked for."""
     tokens: int
-    """Training tokens seen."""
+    """Training tokens (images of a vision task) seen."""
     validation: dict[str, Any] | None
     """The last evaluation record of the run, None where there is none yet."""
     best_loss: float | None
-    """Lowest validation loss of the last phase in nats per token."""
+    """Lowest validation loss of the last phase in nats per token or image."""
     stopped_by: int | None = None
     """Number of the signal that stopped it early."""
 
@@ -103,8 +98,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True):
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.dataset = data.open(config.data.source)
-        self.config = resolve(config, self.dataset.vocab_size)
+        self.task = make_task(config)
+        self.config = self.task.config
         self.folder = Path(self.config.folder)
         self.device = pick_device(self.config.device)
         self.resume, self.show = resume, show
@@ -115,16 +110,11 @@ class Trainer:
             check_quantization(self.config, later.quantization)
         self.phase = self.phases[0]
         self.model = make_model(self.config, self.phase.quantization).to(self.device)
+        self.task.start(self.model)
         self._build_around_model()
-        self.batches = data.Batches(
-            self.dataset.train,
-            context=self.config.data.context,
-            sequences_per_step=self.config.sequences_per_step,
-            seed=self.config.data.seed,
-        )
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         teacher = self.teacher.checksum if self.teacher else ""
-        self.state = State(0, 0, 0.0, data=self.dataset.manifest.checksum(), teacher=teacher)
+        self.state = State(0, 0, 0.0, data=self.task.checksum, teacher=teacher)
         self.saved_step = 0
         self.signals = StopSignals()
         self._timed_tokens, self._timed_seconds = 0, 0.0
@@ -135,6 +125,7 @@ class Trainer:
         compiled = self.config.compile and not self.config.debug
         self.forward = torch.compile(self.model) if compiled else self.model
         self.optimizer = ModelOptimizer(self.model, self.config.optimizer)
+        self.average = Average(self.model, self.config.vision.ema)
 
     def _enter(self, phase: Phase) -> None:
         """Go over to another phase: the weights and their moments stay, the quantizers are made anew."""
@@ -198,18 +189,18 @@ class Trainer:
             self._restore(checkpoint)
         save_config(self.config, self.folder / CONFIG_FILE)
         write_text(self.folder / "environment.json", json.dumps(describe(self.device), indent=1) + "\n")
-        tokenizer = (self.dataset.path / TOKENIZER_FILE).read_text(encoding="utf-8")
-        write_text(self.folder / TOKENIZER_FILE, tokenizer)
+        if self.task.tokenizer is not None:
+            write_text(self.folder / TOKENIZER_FILE, self.task.tokenizer)
         state = self.state
         self.metrics = MetricsWriter(self.folder, state.step, state.evaluated_step, self.config.tensorboard)
         self.validation = self.metrics.last_evaluation
-        self.progress = Progress(self.config.total_steps, state.step, self.show)
+        self.progress = Progress(self.config.total_steps, state.step, self.show, self.task.unit)
 
     def _announce(self) -> None:
         config, step = self.config, self.state.step
         self.progress.note(
             f"{'going on' if step else 'training'} in {self.folder}: step {step} of {config.total_steps}, "
-            f"{config.batch.tokens:,} tokens a step in {config.accumulation} passes, "
+            f"{config.per_step:,} {self.task.unit} a step in {config.accumulation} passes, "
             f"{config.precision} on {self.device}"
         )
         if self.teacher and self.teacher.unchecked:
@@ -251,7 +242,8 @@ class Trainer:
             self._enter(phase)
         load_model_tensors(self.model, checkpoint.model_tensors(), str(checkpoint.path))
         try:
-            self.optimizer.restore(self.model.named_parameters(), checkpoint.optimizer_tensors())
+            tensors = self.average.restore(checkpoint.optimizer_tensors())
+            self.optimizer.restore(self.model.named_parameters(), tensors)
         except (KeyError, ValueError) as error:
             raise BellboxError(
                 f"{checkpoint.path}: the optimizer's state does not fit the model: {error}"
@@ -287,7 +279,7 @@ class Trainer:
         )  # fmt: skip
         self.model.train()
         self.optimizer.zero_grad()
-        parts = self._micro_batches(state.step)
+        parts = [(x.to(self.device), y.to(self.device)) for x, y in self.task.micro_batches(state.step)]
         total = torch.zeros(3, device=self.device)
         try:
             with weights_quantized_once(self.model) if len(parts) > 1 else nullcontext():
@@ -304,12 +296,13 @@ class Trainer:
         every = config.optimizer.cewt.every
         last = state.step + 1 == phase.end
         self.optimizer.step(lr, project=last or (every > 0 and (state.step + 1) % every == 0))
+        self.average.update()
 
         state.step += 1
-        state.tokens += config.batch.tokens
+        state.tokens += config.per_step
         elapsed = time.monotonic() - begun
         state.seconds += elapsed
-        self._timed_tokens += config.batch.tokens
+        self._timed_tokens += config.per_step
         self._timed_seconds += elapsed
         self.progress.step(state.step, loss_value)
         if state.step % config.log_every == 0 or self._done():
@@ -320,7 +313,7 @@ class Trainer:
                     "phase": state.phase,
                     "tokens": state.tokens,
                     "loss": loss_value,
-                    "perplexity": perplexity_of(loss_value),
+                    **self.task.fields(loss_value),
                     "lr": lr,
                     "grad_norm": norm_value,
                     **({"divergence": apart} if self.teacher else {}),
@@ -330,20 +323,8 @@ class Trainer:
             )
             self._timed_tokens, self._timed_seconds = 0, 0.0
 
-    def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        inputs, targets = self.batches.at(step)
-        size = self.config.batch.micro_sequences
-        return list(zip(inputs.to(self.device).split(size), targets.to(self.device).split(size), strict=True))
-
-    def _counted_forward(self) -> None:
-        context, split = self.config.data.context, self.dataset.valid
-        rows = min(_COUNTED_SEQUENCES, len(split) // context)
-        if rows:
-            ids = split.read(0, rows * context).reshape(rows, context)
-            self.model(torch.from_numpy(ids).to(self.device))
-
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """What is minimised, the loss of the text, and the divergence from the teacher (0 without one): `[3]`."""
+        """What is minimised, the loss of the data, and the divergence from the teacher (0 without one): `[3]`."""
         watched = checked_forward(self.model) if self.config.debug else nullcontext()
         autocast = torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
@@ -353,7 +334,7 @@ class Trainer:
         with watched, autocast:
             logits = forward(inputs)
             wanted = self.teacher.logits(inputs) if self.teacher else None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = self.task.loss(logits, targets)
         if self.teacher is None or wanted is None:
             return torch.stack((loss, loss, torch.zeros_like(loss)))
         apart = divergence(logits, wanted, self.teacher.temperature)
@@ -379,23 +360,24 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Validate over the whole split, in fp32; True where it is the best so far."""
         state, begun = self.state, time.monotonic()
-        self.model.eval()
+        model, inputs = self.average.model.eval(), self.task.counted_inputs()
         with self.signals.interruptible():
-            result = perplexity(self.model, self.dataset.valid, context=self.config.data.context)
-            measures = quantization_measures(self.model, self._counted_forward)
+            result = self.task.evaluate(model)
+            measures = quantization_measures(
+                model, lambda: None if inputs is None else model(inputs.to(self.device))
+            )
         state.seconds += time.monotonic() - begun
-        improved = math.isfinite(result.loss) and (state.best_loss is None or result.loss < state.best_loss)
-        state.evaluated_step, state.loss = state.step, result.loss
+        loss = result["loss"]
+        improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        state.evaluated_step, state.loss = state.step, loss
         if improved:
-            state.best_loss = result.loss
+            state.best_loss = loss
         self.validation = {
             "kind": "eval",
             "step": state.step,
             "phase": state.phase,
             "tokens": state.tokens,
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
+            **result,
             **measures,
             "seconds": state.seconds,
         }
@@ -412,9 +394,8 @@ class Trainer:
             state.loss = None
         state.random = random_state.capture()
         self.metrics.sync()
-        self.checkpoints.save(
-            state, model_tensors(self.model), self.optimizer.tensors(self.model.named_parameters())
-        )
+        moments = self.optimizer.tensors(self.model.named_parameters())
+        self.checkpoints.save(state, model_tensors(self.model), {**moments, **self.average.tensors()})
         self.saved_step = state.step
         state.seconds += time.monotonic() - begun
 

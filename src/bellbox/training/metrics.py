@@ -11,8 +11,11 @@ happened. Only the fields of `WALL_CLOCK` may differ between two equal runs.
      "gamma": {"weight": {name: {"mean", "std", "min", "max"}}, "activation": {name: value}},
      "saturated": {"weight": {"mean", "layers"}, "activation": likewise}, "seconds"}
 
-Units: loss of the text and divergence from a teacher (only where there is one) in nats per token, entropy in bits
-per code, saturated as a share of all codes. Where nothing is quantized, the last four fields are absent. A number
+A vision run has "accuracy", a share, in place of "perplexity" and "bits_per_byte", and none in training records; its
+"tokens" and "tokens_per_s" are images.
+
+Units: loss of the data and divergence from a teacher (only where there is one) in nats per token or image, entropy in
+bits per code, saturated as a share of all codes. Where nothing is quantized, the last four fields are absent. A number
 that is not finite is written as null.
 """
 

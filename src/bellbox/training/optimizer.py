@@ -23,16 +23,14 @@ _NORM = "cewt_norm"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters: weights of `nn.Linear` and its subclasses decay, everything else does
-    not.
+    """Split the trainable parameters: weights of linear layers and convolutions decay, everything else does not.
 
     A weight that is tied to an embedding counts as the embedding's. A quantizer may name parameters of its own that
     decay too (`decayed`), or learn at another rate (`learning_rates`): that is the group's `lr_scale`, for `set_lr`.
     Each parameter appears once.
 
     Args:
-        model: prepared or not; quantized linear layers count by being `nn.Linear` or by their name
-            `QuantizedLinear`.
+        model: prepared or not.
         weight_decay: the decay of the first group.
     """
     from bellbox.quantizers import Quantizer
@@ -41,7 +39,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     decayed = {
         id(m.weight)
         for m in model.modules()
-        if _is_linear(m) and isinstance(m.weight, Tensor) and id(m.weight) not in embeddings
+        if _multiplies(m) and isinstance(m.weight, Tensor) and id(m.weight) not in embeddings
     }
     rates: dict[int, float] = {}
     for module in model.modules():
@@ -59,10 +57,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    from bellbox.nn import QuantizedLinear
+def _multiplies(module: nn.Module) -> bool:
+    from bellbox.nn import QuantizedLayer
 
-    return isinstance(module, nn.Linear | QuantizedLinear)
+    return isinstance(module, nn.Linear | nn.Conv2d | QuantizedLayer)
 
 
 class ModelOptimizer:
@@ -182,8 +180,9 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, Tensor] = {}
     for name, module in model.named_modules():
-        if _is_linear(module) and not is_head(name) and isinstance(module.weight, Tensor):
-            found[id(module.weight)] = module.weight
+        weight = module.weight if _multiplies(module) and not is_head(name) else None
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            found[id(weight)] = weight
     return [weight for key, weight in found.items() if key not in embeddings]
 
 

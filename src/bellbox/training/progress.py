@@ -15,24 +15,25 @@ class Progress(Live):
         total: optimizer steps of the whole run.
         start: step that it goes on from.
         show: False for silence.
+        unit: what the run counts: tokens or images.
     """
 
-    def __init__(self, total: int, start: int, show: bool = True):
+    def __init__(self, total: int, start: int, show: bool = True, unit: str = "tokens"):
         super().__init__(show)
-        self.total, self.start = total, start
+        self.total, self.start, self.unit = total, start, unit
         self._begun = time.monotonic()
-        self._values = {"loss": "", "perplexity": "", "entropy": "", "speed": ""}
+        self._values = {"loss": "", "judged": "", "entropy": "", "speed": ""}
 
     def columns(self, rich: Any) -> list[Any]:
-        """Step, loss, perplexity, entropy, speed, time left."""
+        """Step, loss, perplexity or accuracy, entropy, speed, time left."""
         return [
             rich.TextColumn("step"),
             rich.MofNCompleteColumn(),
             rich.BarColumn(bar_width=24),
             rich.TextColumn("loss {task.fields[loss]}"),
-            rich.TextColumn("ppl {task.fields[perplexity]}"),
+            rich.TextColumn("{task.fields[judged]}"),
             rich.TextColumn("entropy {task.fields[entropy]}"),
-            rich.TextColumn("{task.fields[speed]} tok/s"),
+            rich.TextColumn(f"{{task.fields[speed]}} {self.unit}/s"),
             rich.TextColumn("left"),
             rich.TimeRemainingColumn(),
         ]
@@ -51,24 +52,28 @@ class Progress(Live):
         """A record was written."""
         if record["kind"] == "eval":
             entropy = record.get("weight_entropy", {}).get("mean")
-            self._values["perplexity"] = f"{record['perplexity']:.2f}"
+            self._values["judged"] = judged(record)
             self._values["entropy"] = "-" if entropy is None else f"{entropy:.3f}"
-            line = (
-                f"step {record['step']:>6}  validation loss {record['loss']:.4f}  "
-                f"perplexity {record['perplexity']:.3f}"
-            )
-            if record["bits_per_byte"] is not None:
+            line = f"step {record['step']:>6}  validation loss {record['loss']:.4f}  {judged(record)}"
+            if record.get("bits_per_byte") is not None:
                 line += f"  bits/byte {record['bits_per_byte']:.4f}"
             self.note(line + ("" if entropy is None else f"  weight entropy {entropy:.3f} bits"))
             return
         self._values["speed"] = f"{record['tokens_per_s']:,.0f}"
         if self.bar is None:
+            known = f"{judged(record)}  " if "perplexity" in record else ""
             self.note(
-                f"step {record['step']:>6}/{self.total}  loss {record['loss']:.4f}  "
-                f"perplexity {record['perplexity']:.2f}  lr {record['lr']:.2e}  "
-                f"{record['tokens_per_s']:,.0f} tokens/s  {self._left(record['step'])} left"
+                f"step {record['step']:>6}/{self.total}  loss {record['loss']:.4f}  {known}lr {record['lr']:.2e}  "
+                f"{record['tokens_per_s']:,.0f} {self.unit}/s  {self._left(record['step'])} left"
             )
 
     def _left(self, step: int) -> str:
         done = step - self.start
         return clock((time.monotonic() - self._begun) / max(done, 1) * (self.total - step))
+
+
+def judged(record: dict[str, Any]) -> str:
+    """What a record is judged by: `perplexity 12.345`, or `accuracy 87.65 %`."""
+    if record.get("accuracy") is not None:
+        return f"accuracy {100 * record['accuracy']:.2f} %"
+    return f"perplexity {record['perplexity']:.3f}"

@@ -10,6 +10,7 @@ from torch import nn
 
 from bellbox.errors import BellboxError
 from bellbox.training.assemble import load_model_tensors, make_model
+from bellbox.training.average import averaged_tensors
 from bellbox.training.checkpoint import Checkpoint, Checkpoints
 from bellbox.training.config import TrainConfig
 from bellbox.training.config_file import load_config
@@ -26,7 +27,8 @@ class LoadedRun:
     folder: Path
     """The run folder."""
     model: nn.Module
-    """Prepared as in the checkpoint's phase, with its weights, in evaluation mode, on the CPU in fp32."""
+    """Prepared as in the checkpoint's phase, with its weights (averaged ones where the run averages), in evaluation
+    mode, on the CPU in fp32."""
     config: TrainConfig
     """The resolved configuration of the run."""
     phase: Phase
@@ -34,9 +36,9 @@ class LoadedRun:
     step: int
     """Optimizer steps done at this checkpoint."""
     tokens: int
-    """Training tokens seen at this checkpoint."""
-    tokenizer: Path
-    """The run's own copy of its tokenizer file."""
+    """Training tokens (images of a vision task) seen at this checkpoint."""
+    tokenizer: Path | None
+    """The run's own copy of its tokenizer file; None of a vision task."""
 
 
 def is_run(folder: str | os.PathLike[str]) -> bool:
@@ -62,7 +64,8 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
     found = _find(Checkpoints(root / "checkpoints"), checkpoint)
     phase = phase_after(phases_of(config), found.step)
     model = make_model(config, phase.quantization)
-    load_model_tensors(model, found.model_tensors(), str(found.path))
+    tensors = averaged_tensors(found.optimizer_tensors()) if config.vision.ema else {}
+    load_model_tensors(model, tensors or found.model_tensors(), str(found.path))
     return LoadedRun(
         folder=root,
         model=model.eval(),
@@ -70,7 +73,7 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
         phase=phase,
         step=found.step,
         tokens=found.state.tokens,
-        tokenizer=root / TOKENIZER_FILE,
+        tokenizer=root / TOKENIZER_FILE if config.task == "language" else None,
     )
 
 

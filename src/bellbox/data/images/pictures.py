@@ -1,0 +1,51 @@
+"""Decoding picture files with Pillow, which is distrusted as far as it goes: known formats and bounded sizes only."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from bellbox.errors import BellboxError, require
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+_MOST_PIXELS = 1 << 26
+_MOST_BYTES = 64 << 20
+
+
+def decode(data: bytes | Path, where: str, size: int | None = None) -> np.ndarray:
+    """A picture as uint8 `[height, width, 3]`.
+
+    Args:
+        data: the file's bytes, or the file.
+        where: its name, for messages.
+        size: scale the shorter side to it and cut the middle out; as it is where None.
+
+    Raises:
+        BellboxError: no picture, a damaged one, or one of more than 64 MiB or 67 million pixels.
+    """
+    require("PIL", "vision")
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if isinstance(data, Path):
+            if data.stat().st_size > _MOST_BYTES:
+                raise BellboxError(f"{where}: {data.stat().st_size} bytes, more than a picture may have")
+            data = data.read_bytes()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > _MOST_PIXELS:
+                raise BellboxError(f"{where}: {width} x {height} pixels, more than {_MOST_PIXELS}")
+            picture = picture.convert("RGB")
+            if size is not None:
+                scale = size / min(width, height)
+                wide, high = max(size, round(width * scale)), max(size, round(height * scale))
+                left, top = (wide - size) // 2, (high - size) // 2
+                resized = picture.resize((wide, high), Image.Resampling.BILINEAR)
+                picture = resized.crop((left, top, left + size, top + size))
+            return np.asarray(picture)
+    except BellboxError:
+        raise
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise BellboxError(f"{where}: cannot be read as a picture ({error})") from None

@@ -1,0 +1,100 @@
+"""A small vision transformer, written plainly (Dosovitskiy et al. 2020, arXiv 2010.11929), with DeiT's training tricks
+(arXiv 2012.12877) left to the trainer.
+
+q, k and v read the very same tensor, so that they can share a quantizer. Patch embedding (`patch_embed`), norms and
+classifier (`head`) keep their precision by the recipe's own defaults. The classifier sees the mean of the patches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bellbox.models.config import ViTConfig
+from bellbox.models.image import DropPath, Normalise, rising
+
+
+class Attention(nn.Module):
+    """Self-attention over the patches."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        width = config.hidden_size
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, patches, hidden]` to the same."""
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, patches, hidden]` to the same."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ViTConfig, drop_path: float) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_epsilon
+        self.norm1, self.attention = nn.LayerNorm(width, eps), Attention(config)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps), MLP(config)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, patches, hidden]` to the same."""
+        x = x + self.drop_path(self.attention(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Images in [0, 1], `[batch, channels, image size, image size]`, to logits `[batch, labels]`.
+
+    Attributes:
+        config: its shape.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.normalise = Normalise(config.num_channels)
+        width, patch = config.hidden_size, config.patch_size
+        self.patch_embed = nn.Conv2d(config.num_channels, width, patch, patch)
+        self.positions = nn.Parameter(torch.empty(1, (config.image_size // patch) ** 2, width))
+        chances = rising(config.drop_path, config.num_hidden_layers)
+        self.blocks = nn.ModuleList(Block(config, chance) for chance in chances)
+        self.norm = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.head = nn.Linear(width, config.num_labels)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=config.initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.positions, std=config.initializer_range)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the classifier sees: `[batch, hidden]`."""
+        x = self.patch_embed(self.normalise(x)).flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.head(self.features(x))

@@ -1,0 +1,100 @@
+"""The convolution for inference: codes only, each input element coded once, patches of integers multiplied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bellbox.errors import BellboxError
+from bellbox.levels import Grid
+from bellbox.nn.conv import QuantizedConv2d, integer_convolution
+from bellbox.nn.packed import InputCoding, PackedLinear, with_signs
+from bellbox.nn.quantized import QuantizedLayer, finish
+from bellbox.nn.shared import SharedInput
+from bellbox.nn.window import Window, pixels_of
+
+
+class PackedConv2d(PackedLinear):
+    """A packed layer whose rows of weights are filters `[kernel height, kernel width, in_channels / groups]`.
+
+    A sample `[height, width, in_channels]` is coded as one row. Padding is the integer 0.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        window: the geometry.
+        weight_levels: the integers that weight codes stand for.
+        coding: how the input is coded.
+        bias: whether there is a bias.
+
+    Its buffers are those of `PackedLinear`, with `in_features` weights a row and `out_features` rows; `act_signs` is
+    int8 `[in_channels / groups]`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        window: Window,
+        weight_levels: Grid,
+        coding: InputCoding,
+        bias: bool,
+        shared: SharedInput | None = None,
+    ) -> None:
+        self.in_channels, self.window = in_channels, window
+        pixels = window.kernel[0] * window.kernel[1]
+        super().__init__(pixels * self.features, out_channels, weight_levels, coding, bias, shared)
+
+    @classmethod
+    def like(
+        cls, layer: QuantizedLayer, weight_levels: Grid, coding: InputCoding, shared: SharedInput | None
+    ) -> PackedLinear:
+        """See `PackedLinear.like`."""
+        assert isinstance(layer, QuantizedConv2d)
+        sizes = layer.in_channels, layer.out_channels, layer.window
+        return cls(*sizes, weight_levels, coding, layer.bias is not None, shared)
+
+    @property
+    def features(self) -> int:
+        """Input channels of a group."""
+        return self.in_channels // self.window.groups
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        window = self.window
+        return (
+            f"{self.in_channels}, {self.out_features}, kernel_size={window.kernel}, stride={window.stride}, "
+            f"padding={window.padding}, dilation={window.dilation}, groups={window.groups}, "
+            f"bias={self.bias is not None}, weight_levels={self.weight_levels.n}, "
+            f"activation_levels={self.coding.levels.n}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, in_channels, height, width]` to `[batch, out_channels, out height, out width]`, without gradient."""
+        rows = self._rows(x)
+        return self._run_conv_reference(x, rows)
+
+    @torch.no_grad()
+    def _run_conv_reference(self, x: Tensor, rows: Tensor) -> Tensor:
+        codes, marks = self.coding.encode(rows, self.act_rsigma, None)
+        image = self.coding.levels.decode_int8(codes).view(len(x), *x.shape[2:], self.in_channels)
+        weight_scale = self.weight_scale / self.weight_levels.multiplier
+        act_scale = self.act_scale / self.coding.levels.multiplier
+        product = integer_convolution(
+            image, self._weight_integers(), weight_scale, act_scale, marks, self.window
+        )
+        return finish(product, self.bias, x).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def input_codes(self, x: Tensor) -> Tensor:
+        """uint8 codes `[batch, height * width * in_channels]` of an input, from the very path that a forward takes."""
+        return self.coding.encode(self._rows(x), self.act_rsigma, None)[0]
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """A row a sample, channels innermost, signs changed."""
+        if not x.is_floating_point() or x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise BellboxError(
+                f"a packed convolution of {self.in_channels} channels got shape {tuple(x.shape)}, dtype {x.dtype}: "
+                "[batch, channels, height, width] is needed"
+            )
+        return with_signs(pixels_of(x, self.features, ""), self.act_signs).flatten(1)

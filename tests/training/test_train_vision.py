@@ -1,0 +1,225 @@
+"""`task: vision`: the same loop, checkpoint and resume as for language; accuracy in the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bellbox as bb
+from bellbox.data.images import open_images
+from bellbox.errors import BellboxError
+from bellbox.evaluation.accuracy import accuracy
+from bellbox.models import ResNet, ViT
+from bellbox.nn import quantized_layers
+from bellbox.training import TrainConfig, Trainer, load_run, save_config, train
+from bellbox.training.config import DataSection, ModelSection, PhasesSection, VisionSection
+from bellbox.training.metrics import WALL_CLOCK, read_records
+
+VisionRun = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bright and dark 8 x 8 images: two classes that anything can tell apart."""
+    draw, arrays = np.random.default_rng(0), {}
+    for split, count in (("train", 96), ("test", 32)):
+        labels = np.arange(count) % 2
+        shade = 60 + 120 * labels[:, None, None, None]
+        arrays[f"{split}_images"] = (shade + draw.integers(-40, 40, (count, 8, 8, 3))).astype(np.uint8)
+        arrays[f"{split}_labels"] = labels
+    path = tmp_path_factory.mktemp("images") / "shades.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def tiny_vision(images: Path, tmp_path: Path) -> VisionRun:
+    def make(folder: str = "run", **changes: object) -> TrainConfig:
+        base = TrainConfig(
+            folder=str(tmp_path / folder),
+            task="vision",
+            model=ModelSection("resnet-small", {"width": 8, "stages": 2, "stem_stride": 1}),
+            data=DataSection(source=str(images)),
+            vision=VisionSection(batch=16, crop=1),
+            steps=4,
+            precision="fp32",
+            device="cpu",
+            eval_every=2,
+            checkpoint_every=2,
+            log_every=1,
+            tensorboard=False,
+        )
+        return dataclasses.replace(base, **changes)
+
+    return make
+
+
+def records_of(config: TrainConfig) -> list[dict[str, object]]:
+    found = read_records(Path(config.folder) / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in WALL_CLOCK} for record in found]
+
+
+def assert_equal_runs(one: TrainConfig, other: TrainConfig) -> None:
+    assert records_of(one) == records_of(other)
+    ours, theirs = load_run(one.folder).model.state_dict(), load_run(other.folder).model.state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_it_learns_and_records_accuracy(tiny_vision: VisionRun) -> None:
+    config = tiny_vision(steps=30, eval_every=30)
+    result = train(config, show=False)
+    assert result.validation is not None
+    assert result.validation["accuracy"] > 0.9
+    assert "perplexity" not in result.validation
+    assert result.tokens == 30 * 16
+    last = records_of(config)[-2]
+    assert last["kind"] == "train"
+    assert "perplexity" not in last
+    run = load_run(config.folder)
+    assert isinstance(run.model, ResNet)
+    assert run.tokenizer is None
+    found = accuracy(run.model, open_images(config.data.source).valid, batch_size=5)
+    assert found.accuracy == result.validation["accuracy"]
+    assert found.loss == pytest.approx(result.validation["loss"], rel=1e-6)
+    mean, _ = open_images(config.data.source).statistics()
+    assert run.model.normalise.mean.flatten().tolist() == pytest.approx(mean)
+    assert len(result.validation["weight_entropy"]["layers"]) == len(list(quantized_layers(run.model)))
+
+
+MIXED = VisionSection(batch=16, micro_batch=8, mixup=0.3, cutmix=1.0, label_smoothing=0.1, ema=0.7)
+
+
+@pytest.mark.parametrize("preset", ["resnet-small", "vit-small"])
+def test_stopped_and_resumed_it_ends_bit_identical(tiny_vision: VisionRun, preset: str) -> None:
+    overrides: dict[str, bool | int | float | str] = {"width": 8, "stages": 2, "drop_path": 0.2}
+    if preset == "vit-small":
+        overrides = {"patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "drop_path": 0.2}
+    settings = {
+        "steps": 7,
+        "model": ModelSection(preset, overrides),
+        "vision": MIXED,
+        "phases": PhasesSection(quantized=0.7),
+        "precision": "bf16",
+    }
+    whole, stopped = tiny_vision("whole", **settings), tiny_vision("stopped", **settings)
+    train(whole, show=False)
+    for until in (2, 5):
+        trainer = Trainer(stopped, show=False)
+        step = trainer._train_step
+
+        def count(step: Callable[[], None] = step, trainer: Trainer = trainer, until: int = until) -> None:
+            step()
+            if trainer.state.step == until:
+                trainer.signals.received = signal.SIGTERM
+
+        trainer._train_step = count  # type: ignore[method-assign]
+        assert not trainer.run().finished
+    assert train(stopped, show=False).finished
+    assert_equal_runs(whole, stopped)
+    if preset == "vit-small":
+        assert isinstance(load_run(whole.folder).model, ViT)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
+def test_killed_and_resumed_it_ends_bit_identical(tiny_vision: VisionRun) -> None:
+    settings = {"steps": 60, "checkpoint_every": 3, "eval_every": 20, "vision": MIXED}
+    whole, killed = tiny_vision("whole", **settings), tiny_vision("killed", **settings)
+    torch.set_num_threads(1)
+    train(whole, show=False)
+    file = Path(killed.folder).with_suffix(".yaml")
+    save_config(killed, file)
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from bellbox.training import load_config, train\n"
+        "train(load_config(sys.argv[1]), show=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(file)])
+    deadline = time.monotonic() + 60
+    while not list(Path(killed.folder).glob("checkpoints/step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert load_run(killed.folder).step < 60
+    train(killed, show=False)
+    assert_equal_runs(whole, killed)
+
+
+def test_averaged_weights_are_what_is_judged_and_loaded(tiny_vision: VisionRun) -> None:
+    config = tiny_vision(vision=VisionSection(batch=16, ema=0.5), steps=3, eval_every=3)
+    trainer = Trainer(config, show=False)
+    expected: dict[str, torch.Tensor] = {}
+    step = trainer._train_step
+
+    def follow() -> None:
+        step()
+        for name, value in trainer.model.named_parameters():
+            before = expected.get(name)
+            expected[name] = (
+                value.detach().clone() if before is None else torch.lerp(before, value.detach(), 0.5)
+            )
+
+    trainer._train_step = follow  # type: ignore[method-assign]
+    trainer.run()
+    loaded = dict(load_run(config.folder).model.named_parameters())
+    for name, value in expected.items():
+        torch.testing.assert_close(loaded[name].detach(), value)
+    assert not torch.equal(loaded["head.weight"], trainer.model.state_dict()["head.weight"])
+
+
+def test_stem_norms_and_head_keep_their_precision(tiny_vision: VisionRun) -> None:
+    for preset, kept in (("resnet-small", {"stem.conv", "head"}), ("vit-small", {"patch_embed", "head"})):
+        model = bb.models.build(bb.models.vision_preset(preset))
+        plain = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+        low = {name for name, _ in quantized_layers(bb.prepare(model, bb.Recipe.bbq_vision()))}
+        assert plain - low == kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": ModelSection("tiny")},
+            "no preset of a vision model 'tiny'; there are: resnet-small, ",
+        ),
+        (
+            {"task": "language", "model": ModelSection("vit-small")},
+            "no model preset 'vit-small'; there are: tiny",
+        ),
+        ({"vision": VisionSection(batch=97)}, "a batch of 97 images cannot be made of 96"),
+        (
+            {"vision": VisionSection(batch=16, micro_batch=5)},
+            "vision.micro_batch is 5, must be a divisor",
+        ),
+        ({"vision": VisionSection(train_images=97)}, "97 images are asked for"),
+        ({"vision": VisionSection(mixup=-1.0)}, "vision.mixup is -1.0, must be at least 0"),
+        (
+            {"model": ModelSection("resnet-small", {"num_channels": 1})},
+            "num_channels is 1, that of data.source",
+        ),
+        ({"model": ModelSection("vit-small", {"patch_size": 3})}, "patch_size is 3, which does not divide 8"),
+        ({"data": DataSection(source="nowhere")}, "'nowhere': no images here"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(
+    tiny_vision: VisionRun, changes: dict[str, object], message: str
+) -> None:
+    config = tiny_vision(**changes)
+    if config.task == "language":
+        config.data = DataSection()
+    with pytest.raises(BellboxError, match=message) as caught:
+        Trainer(config, show=False)
+    assert "\n" not in str(caught.value)
