@@ -13,10 +13,10 @@ ROW = QuantizerSpec(levels=16, statistic="row")
 
 def test_bits_and_levels_reach_both_sides():
     for recipe, n in (
-        (Recipe.bbq(), 4),
-        (Recipe.bbq(4), 16),
-        (Recipe.bbq(bits=1), 2),
-        (Recipe.bbq(levels=3), 3),
+        (Recipe.of("bbq"), 4),
+        (Recipe.of("bbq", 4), 16),
+        (Recipe.of("bbq", bits=1), 2),
+        (Recipe.of("bbq", levels=3), 3),
     ):
         rule = recipe.rule_for("model.layers.0.mlp.up_proj")
         assert rule is not None
@@ -26,8 +26,10 @@ def test_bits_and_levels_reach_both_sides():
         2, weight_levels=3, activation_levels=16, statistic="ema", block=32, gamma_init=2.0
     ).rule_for("x")
     assert rule is not None
-    assert rule.weights == QuantizerSpec("bbq", 3, None, None, 32, {"gamma_init": 2.0})
-    assert rule.activations == QuantizerSpec("bbq", 16, None, "ema", 32, {"gamma_init": 2.0})
+    options = {"gamma_lr": 0.1, "gamma_init": 2.0}
+    assert rule.weights == QuantizerSpec("bbq", 3, None, None, 1, options)
+    assert rule.activations == QuantizerSpec("bbq", 16, None, "ema", 32, options)
+    assert rule.weights_rotated
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ STEMS = (
 LayerKind = Literal["linear", "conv"]
 """What a rule may confine itself to."""
 
+GAMMA_LR = 0.1
+"""Learning rate of BBQ's gamma in `Recipe.bbq`, in units of the others'."""
+
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -95,7 +98,9 @@ class Rule:
     activations: QuantizerSpec | None = None
     """Quantizer of the input."""
     weights_rotated: bool = False
-    """Whether the stored weight lives in the domain that the input is rotated into, and is not rotated again."""
+    """Whether the stored weight lives in the domain that the input is rotated into, and is not rotated again.
+
+    The weight's own block is then 1."""
     kind: LayerKind | None = None
     """Only layers of this kind: `linear` or `conv`; any where None."""
 
@@ -151,7 +156,8 @@ class Recipe:
             block: largest Hadamard block, of both.
             options: of the method.
             weight_only: quantize weights only, and leave activations in `float` or round them to 8 bits (`int8`).
-            weights_rotated: learn the weights in the rotated domain, as CEWT does; needs quantized activations.
+            weights_rotated: learn the weights in the rotated domain; needs quantized activations. A weight that stands
+                elsewhere in the model too stays as it is, and is rotated in every forward.
             share_inputs: see `Recipe.share_inputs`.
             keep: name patterns of further layers to leave in full precision.
             rules: rules that go before all others.
@@ -191,25 +197,45 @@ class Recipe:
         return cls((*rules, *map(Rule, keep), *left, everything), share_inputs)
 
     @classmethod
-    def bbq(cls, bits: int | None = None, *, gamma_init: float | None = None, **choices: Any) -> Recipe:
-        """Bell Box Quantization as Bellbox does it: causal, with the statistic `token`.
+    def bbq(
+        cls,
+        bits: int | None = None,
+        *,
+        gamma_init: float | None = None,
+        gamma_lr: float = GAMMA_LR,
+        weights_rotated: bool | None = None,
+        **choices: Any,
+    ) -> Recipe:
+        """Bell Box Quantization as Bellbox does it, with what our studies found to be better (docs/studies.md).
+
+        Causal (the statistic `token`); weights are learned in the rotated domain, where their codes stay equally used
+        and no step has to rotate them; and gamma learns at a tenth of the learning rate. `bellbox train` adds the
+        hyperball step (`bellbox.training.cewt`), which a loop of your own may as well.
 
         Args:
             bits: of weights and activations, 1 to 8 (2 where nothing is said).
             gamma_init: initial scale in units of the RMS of the whole tensor; the paper's 1.694 where None.
+            gamma_lr: what the learning rate is multiplied with for gamma, as an optimizer over
+                `bellbox.training.optimizer.parameter_groups` does; the paper's is 1.
+            weights_rotated: see `Recipe.of`. Where None, yes if activations are quantized.
             choices: as in `Recipe.of`.
 
         Raises:
             BellboxError: both `bits` and `levels`, or a value out of range.
         """
+        options: dict[str, bool | float | str] = {"gamma_lr": gamma_lr}
         if gamma_init is not None:
-            choices["options"] = {**choices.get("options", {}), "gamma_init": gamma_init}
-        return cls.of("bbq", bits, **choices)
+            options["gamma_init"] = gamma_init
+        choices["options"] = {**options, **(choices.get("options") or {})}
+        if weights_rotated is None:
+            weights_rotated = choices.get("weight_only") != "float"
+        return cls.of("bbq", bits, weights_rotated=weights_rotated, **choices)
 
     @classmethod
     def bbq_paper(cls, bits: int | None = None, **choices: Any) -> Recipe:
-        """Bell Box Quantization as in the paper (arXiv 2603.01599): the statistic `tensor`, which is not causal."""
-        choices.setdefault("statistic", "tensor")
+        """Bell Box Quantization as in the paper (arXiv 2603.01599): the statistic `tensor`, which is not causal,
+        weights rotated in every step, and gamma learned like everything else."""
+        choices["statistic"] = choices.get("statistic") or "tensor"
         return cls.of("bbq", bits, **choices)
 
     @classmethod

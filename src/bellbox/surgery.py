@@ -94,10 +94,7 @@ def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[Plain, QuantizedL
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for name, plain, rule in decided:
         if rule.weights_rotated and uses[id(plain.weight)] > 1:
-            raise BellboxError(
-                f"{name}: its weight stands elsewhere in the model too, where a rotated one would be wrong; give it a "
-                "rule without weights_rotated"
-            )
+            rule = _rotated_in_forward(rule)  # whoever else reads the weight needs it as it is
         group = groups.get(name, (name,))
         shared = owners.get(group)
         where = name or "the layer"
@@ -235,6 +232,16 @@ def _plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
 def kind_of_layer(layer: nn.Module) -> LayerKind:
     """What rules call it."""
     return "conv" if isinstance(layer, nn.Conv2d) else "linear"
+
+
+def _rotated_in_forward(rule: Rule) -> Rule:
+    """The rule that gives the same codes from a weight that is not stored rotated."""
+    weights, inputs = rule.weights, rule.activations
+    if weights is None or inputs is None:  # nothing that is rotated; the layer says what is wrong
+        return rule
+    signs = {key: value for key, value in inputs.options.items() if key == "signs"}
+    weights = dataclasses.replace(weights, block=inputs.block, options={**weights.options, **signs})
+    return dataclasses.replace(rule, weights=weights, weights_rotated=False)
 
 
 def _activation_quantizer(name: str, layer: Plain, rule: Rule, readers: int) -> ActivationQuantizer | None:

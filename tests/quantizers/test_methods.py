@@ -322,8 +322,14 @@ def test_what_a_method_does_not_have_is_refused_in_one_line(recipe, says):
 def test_the_standard_recipes():
     assert Recipe.of("none") == Recipe.none()
     assert Recipe.of("ternary_support").rules[-1].weights == QuantizerSpec("ternary_support", 3)
-    assert Recipe.of("bbq", 3) == Recipe.bbq(3)
+    ours = Recipe.bbq(3).rules[-1]
+    assert ours.weights == QuantizerSpec("bbq", 8, block=1, options={"gamma_lr": 0.1})
+    assert ours.activations == QuantizerSpec("bbq", 8, options={"gamma_lr": 0.1})
+    assert ours.weights_rotated
+    assert not Recipe.bbq(3, weight_only="float").rules[-1].weights_rotated
     paper = Recipe.bbq_paper(4).rules[-1]
+    assert paper.weights == QuantizerSpec("bbq", 16)
+    assert not paper.weights_rotated
     assert paper.activations == QuantizerSpec("bbq", 16, statistic="tensor")
     assert Recipe.of("lsq", 4, weight_only="int8").rules[-1].activations == QuantizerSpec("rtn", 255)
     assert Recipe.of("bbq", 1, weight_only="int8").rules[-1].activations == QuantizerSpec(

@@ -26,9 +26,11 @@ def names_in(model: nn.Module, group: dict[str, list[nn.Parameter]]) -> set[str]
 @pytest.mark.parametrize("recipe", [Recipe.none(), Recipe.bbq(bits=2)])
 def test_only_the_matrices_of_linear_layers_decay(name: str, recipe: Recipe) -> None:
     model = prepare(small(name), recipe)
-    decay, plain = parameter_groups(model, 0.1)
-    assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    decayed, kept = names_in(model, decay), names_in(model, plain)
+    decay, *others = parameter_groups(model, 0.1)
+    assert [decay["weight_decay"], *(group["weight_decay"] for group in others)] == [0.1] + [0.0] * len(
+        others
+    )
+    decayed, kept = names_in(model, decay), set[str]().union(*(names_in(model, group) for group in others))
     assert decayed | kept == {name for name, _ in model.named_parameters()}
     assert not decayed & kept
     assert all(name.endswith(("proj.weight", "fc.weight", "lm_head.weight", ".weight")) for name in decayed)
@@ -53,7 +55,7 @@ def test_a_quantizer_may_have_parameters_that_decay_or_learn_at_another_rate() -
         scales = {name for name, _ in model.named_parameters() if name.endswith("quantizer.a")}
         assert len(scales) == 11  # seven weights, four inputs: siblings share
         assert scales & names_in(model, decay) == (scales if decays else set())
-    model = prepare(small(), Recipe.bbq(options={"gamma_lr": 10.0}))
+    model = prepare(small(), Recipe.bbq(gamma_lr=10.0))
     *_, fast = parameter_groups(model, 0.1)
     assert fast["lr_scale"] == 10.0
     assert fast["weight_decay"] == 0.0

@@ -15,7 +15,10 @@ from bellbox.nn.tools import unique_tensors
 from bellbox.planner import quantized_fraction
 from bellbox.recipe import Recipe, recipe_from_dict
 from bellbox.surgery import new_layers, prepare
-from bellbox.training.config import QuantizationSection, TrainConfig
+from bellbox.training.config import PAPER, CewtSection, QuantizationSection, TrainConfig
+
+BBQ_EVERY = 16
+"""Steps between projections with BBQ: often enough that its codes stay equally used, seldom enough to cost nothing."""
 
 if TYPE_CHECKING:
     from bellbox.data.images import ImageDataset
@@ -82,14 +85,19 @@ def resolve_vision(config: TrainConfig, dataset: ImageDataset) -> TrainConfig:
 
 def _resolve_rest(config: TrainConfig) -> TrainConfig:
     config.steps, config.tokens = config.total_steps, None
-    if config.optimizer.cewt.every and config.quantization.recipe is None:
-        _resolve_cewt(config.quantization)
+    _resolve_cewt(config.optimizer.cewt, config.quantization)
     if config.phases.quantized == "optimal":
         config.phases.quantized = _optimal_fraction(config)
     return config
 
 
-def _resolve_cewt(section: QuantizationSection) -> None:
+def _resolve_cewt(cewt: CewtSection, section: QuantizationSection) -> None:
+    """Write out what is left open: BBQ learns rotated weights on the hyperball, other methods neither."""
+    own = section.recipe is None and section.method == "bbq" and section.weight_only is None
+    if cewt.every is None:
+        cewt.every = BBQ_EVERY if own and section.weights_rotated is not False else 0
+    if cewt.every == 0 or section.recipe is not None:
+        return
     if section.method == "none":
         raise BellboxError(
             "optimizer.cewt constrains quantized weights, but quantization.method is none; leave it out"
@@ -146,19 +154,23 @@ def make_recipe(section: QuantizationSection) -> Recipe:
     """
     if section.recipe is not None:
         return recipe_from_dict(section.recipe)
-    return Recipe.of(
-        section.method,
-        bits=section.bits if section.levels is None else None,
-        levels=section.levels,
-        zero_point=section.zero_point,
-        statistic=section.statistic,
-        weight_statistic=section.weight_statistic,
-        block=section.block,
-        options=section.options,
-        weight_only=section.weight_only,
-        weights_rotated=bool(section.weights_rotated),
-        share_inputs=section.share,
-    )
+    choices = {
+        "bits": section.bits if section.levels is None else None,
+        "levels": section.levels,
+        "zero_point": section.zero_point,
+        "statistic": section.statistic,
+        "weight_statistic": section.weight_statistic,
+        "block": section.block,
+        "options": section.options,
+        "weight_only": section.weight_only,
+        "share_inputs": section.share,
+    }
+    if section.method == "bbq":
+        return Recipe.bbq(weights_rotated=section.weights_rotated, **choices)
+    rotated = bool(section.weights_rotated)
+    if section.method == PAPER:
+        return Recipe.bbq_paper(weights_rotated=rotated, **choices)
+    return Recipe.of(section.method, weights_rotated=rotated, **choices)
 
 
 def make_model(config: TrainConfig, quantization: QuantizationSection | None = None) -> nn.Module:

@@ -28,6 +28,10 @@ _FORBID: dict[str, Any] = {"extra": "forbid"}
 DEFAULT_STEPS = 1000
 
 
+PAPER = "bbq_paper"
+"""Method name of `Recipe.bbq_paper`; all others are quantizers' own."""
+
+
 @dataclass
 class ModelSection:
     """Which network."""
@@ -59,7 +63,8 @@ class QuantizationSection:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     method: str = "bbq"
-    """One of `bellbox.quantizers.METHODS` (bbq, quest, lsq, ...), or `none` for full precision."""
+    """One of `bellbox.quantizers.METHODS` (bbq, quest, lsq, ...), `bbq_paper` for BBQ just as published (`bbq` is
+    `Recipe.bbq`), or `none` for full precision."""
     bits: int | None = 2
     """Bits of weights and activations: 1 to 8. Ignored where `levels` is given."""
     levels: int | None = None
@@ -77,7 +82,7 @@ class QuantizationSection:
     weight_only: Literal["float", "int8"] | None = None
     """Quantize weights only; leave activations in `float`, or round them to 8 bits."""
     weights_rotated: bool | None = None
-    """Whether weights are learned in the rotated domain; where null, with CEWT they are."""
+    """Whether weights are learned in the rotated domain; where null, with BBQ and with CEWT they are."""
     share: bool = True
     """Whether layers that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
     recipe: dict[str, Any] | None = None
@@ -100,15 +105,16 @@ class PhasesSection:
 
 @dataclass
 class CewtSection:
-    """Constrained weights: exactly Gaussian ones, so that every code is used equally (bellbox.training.cewt)."""
+    """Constrained weights: of constant norm, and made exactly Gaussian from time to time (bellbox.training.cewt)."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    every: int = 0
-    """Steps between projections; 0 for none of it, 1 as in the method."""
+    every: int | None = None
+    """Steps between projections; 0: no constraint at all, 1: after each. Where null, 16 with BBQ, else 0."""
     hyperball: bool = True
     """Whether an update is scaled to the weight's norm, in place of weight decay."""
-    lr: float = 0.01
-    """Peak learning rate of the hyperball, in units of the weight's norm; it follows `schedule`."""
+    lr: float = 0.02
+    """Peak learning rate of the hyperball, in units of the weight's norm; it follows `schedule`. `optimizer.lr` is
+    then for all other parameters."""
 
 
 @dataclass
@@ -131,7 +137,7 @@ class OptimizerSection:
     momentum: float = 0.95
     """Of Muon."""
     cewt: CewtSection = field(default_factory=CewtSection)
-    """Constrained weights; off by default."""
+    """Constrained weights."""
 
 
 @dataclass
@@ -312,7 +318,7 @@ class TrainConfig:
             ("optimizer.weight_decay", optimizer.weight_decay >= 0, "at least 0"),
             ("optimizer.clip", optimizer.clip >= 0, "at least 0"),
             ("optimizer.momentum", 0 <= optimizer.momentum < 1, "in [0, 1)"),
-            ("optimizer.cewt.every", optimizer.cewt.every >= 0, "at least 0"),
+            ("optimizer.cewt.every", (optimizer.cewt.every or 0) >= 0, "at least 0"),
             ("optimizer.cewt.lr", 0 < optimizer.cewt.lr < 1, "between 0 and 1"),
             ("distill.weight", 0 < self.distill.weight <= 1, "in (0, 1]"),
             ("distill.temperature", 0 < self.distill.temperature < float("inf"), "above 0"),
@@ -378,7 +384,7 @@ def _check_method(section: QuantizationSection) -> None:
     if section.recipe is not None or section.method == "none":
         return
     try:
-        check_method(section.method, section.options)
+        check_method("bbq" if section.method == PAPER else section.method, section.options)
     except BellboxError as error:
         raise BellboxError(f"quantization: {error}") from None
 

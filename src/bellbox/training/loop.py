@@ -293,7 +293,7 @@ class Trainer:
         (objective, loss_value, apart), norm_value = total.tolist(), norm.item()
         if not (math.isfinite(objective) and math.isfinite(norm_value)):
             raise self._broken_step(parts, objective, norm_value)
-        every = config.optimizer.cewt.every
+        every = config.optimizer.cewt.every or 0
         last = state.step + 1 == phase.end
         self.optimizer.step(lr, project=last or (every > 0 and (state.step + 1) % every == 0))
         self.average.update()
