@@ -179,10 +179,12 @@ def test_weights_learned_rotated_give_the_same_function() -> None:
 
 def test_unprepare_gives_the_convolution_back() -> None:
     conv = some_conv(kernel_size=3, padding=1, stride=2, dilation=2, groups=2, bias=False)
-    back = bb.surgery.unprepare(bb.prepare(copy.deepcopy(conv), Recipe.bbq()))
+    back = bb.surgery.unprepare(bb.prepare(copy.deepcopy(conv), Recipe.bbq(weights_rotated=False)))
     assert type(back) is nn.Conv2d
     assert str(back) == str(conv)
     assert torch.equal(back(some_images()), conv(some_images()))
+    rotated = bb.surgery.unprepare(bb.prepare(copy.deepcopy(conv), Recipe.bbq()))
+    assert torch.allclose(rotated.weight, conv.weight, atol=1e-6)
 
 
 def test_stem_and_head_are_left_and_depthwise_layers_say_that_they_are_not_rotated() -> None:

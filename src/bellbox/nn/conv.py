@@ -65,7 +65,7 @@ class QuantizedConv2d(QuantizedLayer):
         """See `QuantizedLayer.rotated_weight`."""
         if self.activation_quantizer is None:
             return self.weight
-        vectors = self.weight.detach().permute(0, 2, 3, 1).flatten(1, 2)
+        vectors = self.weight.detach().permute(0, 2, 3, 1).flatten(1, 2).clone()  # never a view of the weight
         return self._as_weight(rotated(vectors, self.activation_quantizer.quantizer, back).flatten(1))
 
     def unquantized(self) -> nn.Conv2d:
