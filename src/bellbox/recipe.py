@@ -227,9 +227,8 @@ class Recipe:
         if gamma_init is not None:
             options["gamma_init"] = gamma_init
         choices["options"] = {**options, **(choices.get("options") or {})}
-        if weights_rotated is None:
-            weights_rotated = choices.get("weight_only") != "float"
-        return cls.of("bbq", bits, weights_rotated=weights_rotated, **choices)
+        rotated = choices.get("weight_only") != "float" if weights_rotated is None else weights_rotated
+        return cls.of("bbq", bits, weights_rotated=rotated, **choices)
 
     @classmethod
     def bbq_paper(cls, bits: int | None = None, **choices: Any) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ def make_recipe(section: QuantizationSection) -> Recipe:
     """
     if section.recipe is not None:
         return recipe_from_dict(section.recipe)
-    choices = {
+    choices: dict[str, Any] = {
         "bits": section.bits if section.levels is None else None,
         "levels": section.levels,
         "zero_point": section.zero_point,
