@@ -31,6 +31,7 @@ BLOCK = 128
 """Columns of a block."""
 MOST_SALIENT = 50
 """A block has fewer salient columns than this."""
+_ROWS = 512
 BILLM_SCALES, RTN_SCALES = 7, 2
 """Numbers that each row of a block has."""
 
@@ -83,10 +84,10 @@ def binarize(
         variant: `released` or `clean`, see above.
         scale_dtype: of the stored scales.
     """
-    salience = (w / diagonal) ** 2
-    searched, cost = (salience, None) if variant == "released" else (w, diagonal**-2)
-    salient = _find_salient(searched, cost, salience)
-    large = _find_large(searched, cost, salient)
+    salience, released = (w / diagonal) ** 2, variant == "released"
+    searched, cost = (salience, torch.ones_like(diagonal)) if released else (w, diagonal**-2)
+    salient = _find_salient(searched, cost, salience, released)
+    large = _find_large(searched, cost, salient, released)
     return _fill(w, salient, large, scale_dtype)
 
 
@@ -103,49 +104,46 @@ def _left_over(x: Tensor) -> Tensor:
     return deviation - alpha * deviation.sign()
 
 
-def _error(x: Tensor, cost: Tensor | None) -> Tensor:
+def _error(x: Tensor, cost: Tensor) -> Tensor:
     """Squared error of one binarization of the rows, each column weighted by its cost."""
-    left = _left_over(x).square_()
-    return left.sum() if cost is None else (left.sum(0) * cost).sum()
+    return (_left_over(x).square_() @ cost).sum()
 
 
-def _find_salient(searched: Tensor, cost: Tensor | None, salience: Tensor) -> Tensor:
+def _find_salient(searched: Tensor, cost: Tensor, salience: Tensor, released: bool) -> Tensor:
     """bool `[columns]`: the number of most salient columns that gives the lowest error."""
     columns = searched.shape[1]
     order = salience.sum(0).argsort(descending=True, stable=True)
-    x = searched[:, order]
-    sorted_cost = None if cost is None else cost[order]
-    # Without costs this is the authors' search: at least one column, and the rest is binarized twice as well.
-    first = 1 if cost is None else 0
+    x, cost = searched[:, order], cost[order]
+    first = 1 if released else 0
     errors: list[Tensor] = []
     for count in range(first, max(min(MOST_SALIENT, columns), first + 1)):
         head, tail = x[:, :count], x[:, count:]
-        low, high = (None, None) if sorted_cost is None else (sorted_cost[:count], sorted_cost[count:])
         error = x.new_zeros(())
         if count:
-            error = error + _error(_left_over(head), low)
+            error = error + _error(_left_over(head), cost[:count])
         if count < columns:
-            error = error + _error(_left_over(tail) if cost is None else tail, high)
+            error = error + _error(_left_over(tail) if released else tail, cost[count:])
         errors.append(error)
     salient = torch.zeros(columns, dtype=torch.bool, device=x.device)
     salient[order[: first + int(torch.stack(errors).argmin())]] = True
     return salient
 
 
-def _find_large(searched: Tensor, cost: Tensor | None, salient: Tensor) -> Tensor:
+def _find_large(searched: Tensor, cost: Tensor, salient: Tensor, released: bool) -> Tensor:
     """bool `[rows, columns]`: the weights of other columns at or above the best of 81 quantiles of magnitude."""
     rows, columns = searched.shape
     x = searched[:, ~salient]
     magnitude = x.abs()
     pool = magnitude.flatten()
-    if cost is None:  # the authors take quantiles over salient columns too, as zeros
+    if released:  # the authors take quantiles over salient columns too, as zeros
         pool = torch.cat((pool, pool.new_zeros(rows * (columns - x.shape[1]))))
     large = torch.zeros_like(searched, dtype=torch.bool)
     if not x.numel():
         return large
     candidates = _quantiles(pool, torch.linspace(0.1, 0.9, 81, dtype=x.dtype, device=x.device))
-    other = None if cost is None else cost[~salient]
-    errors = torch.stack([_split_error(x, magnitude >= limit, other) for limit in candidates])
+    errors = torch.zeros_like(candidates)
+    for part, sizes in zip(x.split(_ROWS), magnitude.split(_ROWS), strict=True):
+        errors += _split_errors(part, sizes, candidates, cost[~salient])
     large[:, ~salient] = magnitude >= candidates[int(errors.argmin())]
     return large
 
@@ -158,18 +156,24 @@ def _quantiles(pool: Tensor, at: Tensor) -> Tensor:
     return torch.lerp(ordered[low], ordered[(low + 1).clamp(max=len(ordered) - 1)], place - low)
 
 
-def _split_error(x: Tensor, large: Tensor, cost: Tensor | None) -> Tensor:
-    """Squared error of binarizing each row's two groups by themselves."""
-    inside = large.to(x.dtype)
-    count = inside.sum(1, keepdim=True)
-    counts = count.clamp(min=1), (x.shape[1] - count).clamp(min=1)
-    total = (x * inside).sum(1, keepdim=True)
-    means = total / counts[0], (x.sum(1, keepdim=True) - total) / counts[1]
-    distance = (x - torch.where(large, *means)).abs_()
-    total = (distance * inside).sum(1, keepdim=True)
-    alphas = total / counts[0], (distance.sum(1, keepdim=True) - total) / counts[1]
-    left = distance.sub_(torch.where(large, *alphas)).square_()
-    return left.sum() if cost is None else (left.sum(0) * cost).sum()
+def _split_errors(x: Tensor, magnitude: Tensor, candidates: Tensor, cost: Tensor) -> Tensor:
+    """For each candidate the squared error of binarizing each row's two groups by themselves: `[candidates]`.
+
+    The search is where the time goes, so: few passes over rows that stay in the cache.
+    """
+    columns, total = x.shape[1], x.sum(1, keepdim=True)
+    errors: list[Tensor] = []
+    for limit in candidates:
+        inside = (magnitude >= limit).to(x.dtype)
+        count = inside.sum(1, keepdim=True)
+        high, low = count.clamp(min=1), (columns - count).clamp(min=1)
+        part = torch.linalg.vecdot(x, inside).unsqueeze(1)
+        mean, other = part / high, (total - part) / low
+        distance = torch.addcmul(other, inside, mean - other).sub_(x).abs_()
+        part = torch.linalg.vecdot(distance, inside).unsqueeze(1)
+        alpha, other = part / high, (distance.sum(1, keepdim=True) - part) / low
+        errors.append((distance.sub_(torch.addcmul(other, inside, alpha - other)).square_() @ cost).sum())
+    return torch.stack(errors)
 
 
 def _fill(w: Tensor, salient: Tensor, large: Tensor, scale_dtype: torch.dtype) -> Binarized:

@@ -12,7 +12,7 @@ from bellbox.data.sources import resolve
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError
 
-_MOST_CHARACTERS = 1 << 23
+_CHARACTERS_A_TOKEN = 16
 
 
 def calibration_tokens(tokenizer: Tokenizer, source: str | Path, samples: int, context: int) -> Tensor:
@@ -20,8 +20,8 @@ def calibration_tokens(tokenizer: Tokenizer, source: str | Path, samples: int, c
 
     Args:
         tokenizer: the model's own.
-        source: a text file (plain, .gz, .xz, .zst), JSON lines, or a folder of them; of a long one, its first 8 million
-            characters.
+        source: a text file (plain, .gz, .xz, .zst), JSON lines, or a folder of them; of a long one, the first 16
+            characters for each token that is wanted, some four times what these take.
         samples: number of sequences.
         context: tokens of each.
 
@@ -31,8 +31,12 @@ def calibration_tokens(tokenizer: Tokenizer, source: str | Path, samples: int, c
     Raises:
         BellboxError: no such file, or too little text.
     """
-    ids = [number for text in _documents(source) for number in tokenizer.encode(text)]
     needed = samples * context
+    ids = [
+        number
+        for text in _documents(source, _CHARACTERS_A_TOKEN * needed)
+        for number in tokenizer.encode(text)
+    ]
     if len(ids) < needed:
         raise BellboxError(
             f"{source}: {len(ids):,} tokens are too little calibration text for {samples} samples of {context} tokens "
@@ -44,8 +48,9 @@ def calibration_tokens(tokenizer: Tokenizer, source: str | Path, samples: int, c
     return torch.stack([tokens[start : start + context] for start in starts])
 
 
-def _documents(source: str | Path) -> Iterator[str]:
-    left, parts = _MOST_CHARACTERS, []
+def _documents(source: str | Path, most: int) -> Iterator[str]:
+    """The documents of the first so many characters."""
+    left, parts = most, []
     for piece in (piece for one in resolve([source]) for piece in one.pieces()):
         parts.append(piece.text[:left])
         left -= len(parts[-1])
