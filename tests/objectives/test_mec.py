@@ -22,7 +22,7 @@ from bellbox.objectives import (
     two_view_loss,
 )
 
-SHAPES = [(40, 12), (12, 40), (20, 20), (2, 3)]
+SHAPES = [(40, 12), (12, 40), (20, 20), (3, 5)]
 
 
 def features(m: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_autocast_and_equal_rows_do_no_harm():
 @pytest.mark.parametrize(
     ("shape", "options", "says"),
     [
-        ((1, 4), {}, "at least 2"),
+        ((2, 4), {}, "at least 3"),
         ((4, 3, 2), {}, "shape"),
         ((4, 3), {"experts": 4}, "from 1 to the 3 channels"),
         ((4, 3), {"experts": 0}, "experts is 0"),
@@ -178,10 +178,10 @@ def test_features_come_from_any_named_layer():
     model = build(LlamaConfig(31, 16, 24, 2, 2, max_position_embeddings=16), seed=0)
     hook = FeatureHook(model, "lm_head")
     inside = FeatureHook(model, "model.layers.1.mlp", side="output")
-    logits = model(torch.arange(20).reshape(2, 10))
+    logits = model(torch.arange(30).reshape(3, 10))
     rows = hook.take()
     torch.testing.assert_close(rows @ model.lm_head.weight.T, logits.mean(1))
-    assert inside.take().shape == (2, 16)
+    assert inside.take().shape == (3, 16)
     mec_loss(rows).backward()
     assert float(model.model.layers[0].mlp.up_proj.weight.grad.abs().sum()) > 0
     with pytest.raises(BellboxError, match="has not been called"):

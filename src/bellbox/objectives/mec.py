@@ -48,10 +48,12 @@ def normalised(features: Tensor) -> Tensor:
         features: float `[m, d]`. A row that equals the mean becomes zero.
 
     Raises:
-        BellboxError: another shape, or fewer than two rows.
+        BellboxError: another shape, or fewer than three rows: two centred rows are opposite, whatever they were.
     """
-    if features.dim() != 2 or len(features) < 2:
-        raise BellboxError(f"features of shape {tuple(features.shape)}: give [m, d] with m of at least 2")
+    if features.dim() != 2 or len(features) < 3:
+        raise BellboxError(
+            f"mec: features of shape {tuple(features.shape)}: needs [m, d] with at least 3 samples in a forward pass"
+        )
     wide = features if features.dtype == torch.float64 else features.float()
     centred = wide - wide.mean(0)
     return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)

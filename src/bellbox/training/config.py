@@ -154,6 +154,27 @@ class DistillSection:
 
 
 @dataclass
+class MecSection:
+    """A term that makes a layer's features carry as much as they can: MEC-style, see bellbox.objectives.mec."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    weight: float = 0.0
+    """What the term, from -1 to 0, is multiplied by and added to the loss; 0 for none."""
+    layer: str | None = None
+    """The layer by name; the output layer where null."""
+    side: Literal["input", "output"] = "input"
+    """What of it: of the output layer, its input is the pooled representation."""
+    distortion: float = 64.0
+    """Squared error a dimension that the code may make."""
+    experts: int = 1
+    """Groups of channels that are coded by themselves; the time falls with the square."""
+    form: Literal["exact", "taylor"] = "exact"
+    """The determinant itself, or the first terms of a series."""
+    order: int = 4
+    """Terms of the series."""
+
+
+@dataclass
 class ScheduleSection:
     """One cycle of the learning rate, both legs a half cosine."""
 
@@ -223,6 +244,7 @@ class TrainConfig:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     distill: DistillSection = field(default_factory=DistillSection)
+    mec: MecSection = field(default_factory=MecSection)
     batch: BatchSection = field(default_factory=BatchSection)
     vision: VisionSection = field(default_factory=VisionSection)
     steps: int | None = None
@@ -321,6 +343,15 @@ class TrainConfig:
             ("optimizer.cewt.every", (optimizer.cewt.every or 0) >= 0, "at least 0"),
             ("optimizer.cewt.lr", 0 < optimizer.cewt.lr < 1, "between 0 and 1"),
             ("distill.weight", 0 < self.distill.weight <= 1, "in (0, 1]"),
+            ("mec.weight", 0 <= self.mec.weight < float("inf"), "at least 0"),
+            ("mec.distortion", 0 < self.mec.distortion < float("inf"), "above 0"),
+            ("mec.experts", self.mec.experts >= 1, "at least 1"),
+            ("mec.order", self.mec.order >= 1, "at least 1"),
+            (
+                "compile",
+                not (self.compile and self.mec.weight),
+                "false with mec: a compiled graph hides its layers",
+            ),
             ("distill.temperature", 0 < self.distill.temperature < float("inf"), "above 0"),
             ("schedule.warmup", 0 <= schedule.warmup < 1, "in [0, 1)"),
             ("schedule.start_factor", 0 < schedule.start_factor <= 1, "in (0, 1]"),

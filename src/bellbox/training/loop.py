@@ -46,6 +46,7 @@ from bellbox.training.environment import describe
 from bellbox.training.files import lock, write_text
 from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
+from bellbox.training.mec import EntropyTerm
 from bellbox.training.metrics import MetricsWriter
 from bellbox.training.modes import debug_mode, determinism
 from bellbox.training.optimizer import ModelOptimizer
@@ -111,6 +112,7 @@ class Trainer:
         self.phase = self.phases[0]
         self.model = make_model(self.config, self.phase.quantization).to(self.device)
         self.task.start(self.model)
+        self.entropy: EntropyTerm | None = None
         self._build_around_model()
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         teacher = self.teacher.checksum if self.teacher else ""
@@ -124,6 +126,9 @@ class Trainer:
         # Debug hooks would break a compiled graph anyway.
         compiled = self.config.compile and not self.config.debug
         self.forward = torch.compile(self.model) if compiled else self.model
+        if self.entropy is not None:
+            self.entropy.remove()
+        self.entropy = EntropyTerm(self.model, self.config.mec) if self.config.mec.weight else None
         self.optimizer = ModelOptimizer(self.model, self.config.optimizer)
         self.average = Average(self.model, self.config.vision.ema)
 
@@ -280,7 +285,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         parts = [(x.to(self.device), y.to(self.device)) for x, y in self.task.micro_batches(state.step)]
-        total = torch.zeros(3, device=self.device)
+        total = torch.zeros(4, device=self.device)
         try:
             with weights_quantized_once(self.model) if len(parts) > 1 else nullcontext():
                 for inputs, targets in parts:
@@ -290,7 +295,7 @@ class Trainer:
         except BellboxError as error:
             raise BellboxError(f"step {state.step + 1}: {error}; {self._last_saved()}") from None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or math.inf)
-        (objective, loss_value, apart), norm_value = total.tolist(), norm.item()
+        (objective, loss_value, apart, entropy), norm_value = total.tolist(), norm.item()
         if not (math.isfinite(objective) and math.isfinite(norm_value)):
             raise self._broken_step(parts, objective, norm_value)
         every = config.optimizer.cewt.every or 0
@@ -317,6 +322,7 @@ class Trainer:
                     "lr": lr,
                     "grad_norm": norm_value,
                     **({"divergence": apart} if self.teacher else {}),
+                    **({"mec": entropy} if self.entropy else {}),
                     "tokens_per_s": self._timed_tokens / self._timed_seconds,
                     "seconds": state.seconds,
                 }
@@ -324,7 +330,7 @@ class Trainer:
             self._timed_tokens, self._timed_seconds = 0, 0.0
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """What is minimised, the loss of the data, and the divergence from the teacher (0 without one): `[3]`."""
+        """What is minimised, the data's loss, the teacher's divergence and the entropy term (0 without): `[4]`."""
         watched = checked_forward(self.model) if self.config.debug else nullcontext()
         autocast = torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
@@ -334,12 +340,16 @@ class Trainer:
         with watched, autocast:
             logits = forward(inputs)
             wanted = self.teacher.logits(inputs) if self.teacher else None
-        loss = self.task.loss(logits, targets)
-        if self.teacher is None or wanted is None:
-            return torch.stack((loss, loss, torch.zeros_like(loss)))
-        apart = divergence(logits, wanted, self.teacher.temperature)
-        share = self.teacher.weight
-        return torch.stack(((1 - share) * loss + share * apart, loss, apart))
+        objective = loss = self.task.loss(logits, targets)
+        apart = entropy = torch.zeros_like(loss)
+        if self.teacher is not None and wanted is not None:
+            apart = divergence(logits, wanted, self.teacher.temperature)
+            share = self.teacher.weight
+            objective = (1 - share) * loss + share * apart
+        if self.entropy is not None:
+            entropy = self.entropy.value()
+            objective = objective + self.config.mec.weight * entropy
+        return torch.stack((objective, loss, apart, entropy))
 
     def _broken_step(self, parts: list[tuple[Tensor, Tensor]], loss: float, norm: float) -> BellboxError:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
