@@ -85,3 +85,17 @@ def test_models_that_it_cannot_take_are_refused_in_one_line(refused, tmp_path, h
     )
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_page_shows_the_bells_before_and_after(bellbox_process, tmp_path, hf, text):
+    made = bellbox_process("ptq", hf, "--calibration", text, "--out", "two", "--samples", 4, "--context", 24)
+    assert made.returncode == 0, made.stderr
+    done = bellbox_process("report", "two")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "two" / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "Single bell, double bell?" in page
+    assert "behind input_layernorm, 1 blocks" in page
+    assert "after LTDB" in page
+    assert "Relative error of the outputs" in page
+    assert "bits a weight" in page

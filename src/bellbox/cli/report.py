@@ -1,7 +1,8 @@
-"""Write an HTML page with pictures of a run: one file, to be opened in any browser.
+"""Write an HTML page with pictures of a run or of a binarized model: one file, to be opened in any browser.
 
 bellbox report runs/small
 bellbox report runs/small --out small.html --packed small-packed
+bellbox report one-bit
 bellbox report runs/small --layer model.layers.1.mlp.up_proj --prompt "Alice"
 """
 
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from bellbox import data, io
+from bellbox import data, io, ptq
 from bellbox.cli.convert import packed_sizes, size_rows
 from bellbox.cli.generate import continue_text, speed_of
 from bellbox.cli.output import help_text, require_writable, write_file
@@ -31,6 +32,7 @@ from bellbox.report import (
     Sample,
     SizeRow,
     Verification,
+    binarized_page,
     read_record,
     render,
 )
@@ -45,9 +47,9 @@ class Report:
     """Write an HTML page with pictures of a run."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder."""
+    """A run folder, or a binarized model."""
     out: Path | None = None
-    """The file to write; report.html in the run folder where not given."""
+    """The file to write; report.html in that folder where not given."""
     packed: Path | None = None
     """The run's packed model: its size is shown, and the sample comes from it."""
     checkpoint: str = "last"
@@ -67,15 +69,28 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
     """
     command = tyro.cli(Report, args=argv, prog="bellbox report", description=help_text(__doc__))
+    if ptq.is_binarized(command.run):
+        _write_binarized(Path(command.run), command.out)
+        return
     opened = open_model(command.run, command.checkpoint)
     if opened.run is None:
-        raise BellboxError(f"{opened.path}: is a {opened.kind} model; report takes a run folder")
+        raise BellboxError(
+            f"{opened.path}: is a {opened.kind} model; report takes a run folder or a binarized model"
+        )
     out = opened.path / "report.html" if command.out is None else command.out
     require_writable(out)
     packed = None if command.packed is None else _open_packed(command.packed)
     sample = write_sample(packed or opened, command.prompt, command.seed)
     page = collect(opened, packed=packed, layer=command.layer, sample=sample)
     write_file(out, render(page))
+    print(f"report written to {out} ({out.stat().st_size / 1024:,.0f} KiB)")
+
+
+def _write_binarized(folder: Path, out: Path | None) -> None:
+    out = folder / "report.html" if out is None else out
+    require_writable(out)
+    record, size = ptq.read_record(folder), ptq.stored_size(ptq.load(folder))
+    write_file(out, binarized_page(folder.name, record, size.bits_per_weight, size.weights))
     print(f"report written to {out} ({out.stat().st_size / 1024:,.0f} KiB)")
 
 

@@ -223,6 +223,19 @@ def tokenizer_path(root: Path) -> Path | None:
     return root / TOKENIZER
 
 
+def read_record(root: Path) -> dict[str, Any]:
+    """What `bellbox ptq` recorded on its way: settings, and of each block errors, steps and seconds.
+
+    Raises:
+        BellboxError: it is missing or altered.
+    """
+    files = read_config(root)[2]
+    if RECORD not in files:
+        raise BellboxError(f"{root / CONFIG}: lists no {RECORD}")
+    verify_file(root / RECORD, files[RECORD])
+    return read_json(root / RECORD)
+
+
 @dataclass(frozen=True)
 class StoredSize:
     """What the binarized layers take, and the rest."""

@@ -10,6 +10,7 @@ page = render(ReportInput(record=read_record("runs/small")))
 ```
 """
 
+from bellbox.report.binarized import binarized_page
 from bellbox.report.comparison import Picture, comparison_pictures
 from bellbox.report.comparison_page import comparison_page
 from bellbox.report.content import LayerValues, ReportInput, Sample, SizeRow, Verification
@@ -24,6 +25,7 @@ __all__ = [
     "Sample",
     "SizeRow",
     "Verification",
+    "binarized_page",
     "comparison_page",
     "comparison_pictures",
     "read_record",
