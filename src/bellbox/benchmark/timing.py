@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -32,6 +34,9 @@ def take_turns(
     The order is drawn anew for each round, and each contender runs once untimed before it is timed: otherwise one that
     comes after a large one finds the caches full of that one's data and code.
 
+    With one thread, time is that of the processor on this process: whoever else has it in between costs nothing but what
+    he leaves of the caches. With more it is the wall's.
+
     Args:
         contenders: called with numbers that rise, so that a contender can change its weights from call to call.
         seconds: how long, all together.
@@ -40,14 +45,15 @@ def take_turns(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run(0)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     deadline = time.perf_counter() + seconds
     turn, order, shuffle = 0, list(contenders.items()), random.Random(0).shuffle
     while turn < least or time.perf_counter() < deadline:
         shuffle(order)
         for name, run in order:
             run(2 * turn)
-            begun = time.perf_counter()
+            begun = clock()
             run(2 * turn + 1)
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(clock() - begun)
         turn += 1
     return {name: Spread.of(values) for name, values in times.items()}
