@@ -34,8 +34,8 @@ def take_turns(
     The order is drawn anew for each round, and each contender runs once untimed before it is timed: otherwise one that
     comes after a large one finds the caches full of that one's data and code.
 
-    With one thread, time is that of the processor on this process: whoever else has it in between costs nothing but what
-    he leaves of the caches. With more it is the wall's.
+    With one thread, time is what the processor spends on this process: others that have it in between cost no more
+    than the caches that they spoil. With more threads it is the wall's.
 
     Args:
         contenders: called with numbers that rise, so that a contender can change its weights from call to call.
