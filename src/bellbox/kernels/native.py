@@ -327,6 +327,48 @@ def linear(
     return outs
 
 
+def convolution(
+    x: Tensor,
+    window: Sequence[int],
+    weights: Weights,
+    act_scale: float,
+    coding: Coding,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Code samples, gather patches of their integers and multiply them, in one call.
+
+    Args:
+        x: `[batch, height, width, channels]`, fp32 or bf16, on the CPU.
+        window: height, width, channels of the input, height and width of the output, height and width of the kernel,
+            strides and dilations likewise, zeros on the left and on top, and 1 where any patch reaches beyond the
+            image, else 0.
+        weights: a matrix with `kernel height * kernel width * channels` columns.
+        act_scale: what one integer of the activation is worth.
+        coding: of a sample.
+        dtype: of the result, fp32 or bf16.
+
+    Returns:
+        `[batch, out height, out width, rows of weights]`.
+    """
+    module = _module()
+    assert module is not None
+    x = x.contiguous()
+    out = torch.empty((len(x), window[3], window[4], weights.rows), dtype=dtype)
+    module.convolution(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        len(x),
+        coding.handle,
+        list(window),
+        weights.handle,
+        act_scale,
+        out.data_ptr(),
+        _TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
     """`bellbox::rotate` on fp32 or bf16 rows; see `bellbox.kernels.rotate`."""
     module = _module()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bellbox.errors import BellboxError
+from bellbox.kernels import native
 from bellbox.levels import Grid
 from bellbox.nn.conv import QuantizedConv2d, integer_convolution
 from bellbox.nn.packed import InputCoding, PackedLinear, with_signs
@@ -72,7 +73,15 @@ class PackedConv2d(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, in_channels, height, width]` to `[batch, out_channels, out height, out width]`, without gradient."""
         rows = self._rows(x)
-        return self._run_conv_reference(x, rows)
+        native_serves = self.compiled and self.window.groups == 1 and native.takes(x)
+        if not native_serves or torch.compiler.is_compiling():
+            return self._run_conv_reference(x, rows)
+        ready, wanted = self.prepack(), self.output_dtype(x)
+        dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
+        window = self.window.numbers(*x.shape[2:], self.in_channels)
+        image = rows.detach().view(len(x), *x.shape[2:], self.in_channels)
+        out = native.convolution(image, window, ready.weights, ready.act_scale, ready.coding, dtype)
+        return out.to(wanted).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def _run_conv_reference(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -88,7 +97,11 @@ class PackedConv2d(PackedLinear):
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:
         """uint8 codes `[batch, height * width * in_channels]` of an input, from the very path that a forward takes."""
-        return self.coding.encode(self._rows(x), self.act_rsigma, None)[0]
+        rows, coding = self._rows(x), self.coding
+        if not (self.compiled and native.takes(x)):
+            return coding.encode(rows, self.act_rsigma, None)[0]
+        integers, _, _ = native.encode(rows.detach(), *self.coding_arguments())
+        return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
     def _rows(self, x: Tensor) -> Tensor:
         """A row a sample, channels innermost, signs changed."""

@@ -71,6 +71,13 @@ class Window:
             )
         return room[0] // self.stride[0] + 1, room[1] // self.stride[1] + 1
 
+    def numbers(self, height: int, width: int, channels: int) -> tuple[int, ...]:
+        """What the compiled kernel is told: see `native.convolution`."""
+        rows, columns = self.output_size(height, width)
+        left, _, top, _ = self.padding
+        sizes = (height, width, channels, rows, columns, *self.kernel, *self.stride, *self.dilation, left, top)
+        return (*sizes, int(any(self.padding)))
+
     def convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`F.conv2d` of `[batch, channels, height, width]`."""
         left, right, top, bottom = self.padding

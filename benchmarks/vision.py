@@ -1,0 +1,68 @@
+"""Images a second of whole ResNets, packed and in torch's bf16 and fp32, in turns, and the size of the low-bit layers.
+
+OMP_NUM_THREADS=1 python benchmarks/vision.py                 # batch 16, one thread, 2 bits
+OMP_NUM_THREADS=1 python benchmarks/vision.py --bits 1 --seconds 20
+
+Torch runs channels last, without gradients; bf16 with the whole model in bf16. The packed model's batch norms are as
+`convert` leaves them, and once more folded (`fold_batch_norms`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from functools import partial
+
+import torch
+from torch import nn
+
+import bellbox as bb
+from bellbox.benchmark.timing import in_turns
+from bellbox.models import build, vision_preset
+
+MODELS = {
+    "resnet-small": ("resnet-small", {}),
+    "resnet-20": ("resnet-20", {}),
+    "ResNet-18, 32 x 32": ("resnet-small", {"width": 64, "stages": 4, "blocks": 2, "stem_stride": 1}),
+}
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser()
+    flags.add_argument("--bits", type=int, default=2)
+    flags.add_argument("--batch", type=int, default=16)
+    flags.add_argument("--seconds", type=float, default=10.0)
+    asked = flags.parse_args()
+    torch.set_num_threads(1)
+    for name, (preset, overrides) in MODELS.items():
+        compare(name, build(vision_preset(preset, **overrides), seed=0), asked)
+
+
+def compare(name: str, plain: nn.Module, asked: argparse.Namespace) -> None:
+    x = torch.rand(asked.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    trained = bb.prepare(copy.deepcopy(plain), bb.Recipe.bbq(asked.bits))
+    trained(x)
+    packed = bb.convert(trained.eval())
+    plain = plain.eval().to(memory_format=torch.channels_last)
+    half = copy.deepcopy(plain).bfloat16()
+    folded = bb.fold_batch_norms(copy.deepcopy(packed))
+    ways = {
+        "torch fp32": partial(plain, x),
+        "torch bf16": partial(half, x.bfloat16()),
+        "packed": partial(packed, x),
+        "packed, norms folded": partial(folded, x),
+    }
+    with torch.no_grad():
+        times = in_turns(ways, asked.seconds)
+    sizes = bb.io.sizes(packed)
+    print(f"{name}: {asked.bits} bits, batch {asked.batch}; low-bit layers 1/{sizes.ratio:.2f} of bf16")
+    best = min(times["torch fp32"].median, times["torch bf16"].median)
+    for way, time in times.items():
+        print(
+            f"  {way:<22}{asked.batch / time.median:>9,.0f} images/s  {best / time.median:5.2f} x the better torch  "
+            f"({time.median * 1e3:.2f} ms, quartiles {time.low * 1e3:.2f} to {time.high * 1e3:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
