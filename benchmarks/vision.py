@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import bellbox as bb
-from bellbox.benchmark.timing import in_turns
+from bellbox.benchmark.timing import take_turns
 from bellbox.models import build, vision_preset
 
 MODELS = {
@@ -53,7 +53,7 @@ def compare(name: str, plain: nn.Module, asked: argparse.Namespace) -> None:
         "packed, norms folded": partial(folded, x),
     }
     with torch.no_grad():
-        times = in_turns(ways, asked.seconds)
+        times = take_turns({way: lambda _turn, run=run: run() for way, run in ways.items()}, asked.seconds)
     sizes = bb.io.sizes(packed)
     print(f"{name}: {asked.bits} bits, batch {asked.batch}; low-bit layers 1/{sizes.ratio:.2f} of bf16")
     best = min(times["torch fp32"].median, times["torch bf16"].median)

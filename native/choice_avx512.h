@@ -9,6 +9,8 @@ namespace bellbox {
 namespace {
 namespace avx512 {
 
+inline bool counts(const LinearArgs& a, int64_t rows) { return binary::serves(a) || lookup::serves(a, rows); }
+
 inline void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
     if (binary::serves(a)) return binary::linear(a, m_begin, m_end, tile_begin, tile_end);
     if (lookup::serves(a, m_end - m_begin)) return lookup::linear(a, m_begin, m_end, tile_begin, tile_end);

@@ -1,11 +1,15 @@
 // A packed convolution: each sample coded once, patches of its integer levels gathered, the linear kernel on them.
 //
-// Images lie channels last, so a patch is one run of memory for each row of the window. Padding is the level 0. Where the
-// levels are half-integers no code stands for 0, so the products that count codes (1 and 2 bits) are left to windows
-// without padding.
+// Images lie channels last, so a patch is one run of memory for each row of the window. Padding adds nothing to a sum. To
+// a product of levels it is the level 0. Products that count codes (1 and 2 bits) have no code for that: they get code
+// 0, which adds nothing to sum(code * code), and the sum of the weights' codes over the window's other places, which is
+// what turns that into sum(level * code). It depends on where the window reaches beyond the image; so pixels are taken
+// border by border: those with the same missing places together.
 #pragma once
 
 #include <cstring>
+#include <map>
+#include <utility>
 
 #include "layer.h"
 
@@ -30,7 +34,7 @@ struct CodedImages {
 
     void code(EncodeArgs a, const Window& w, int threads) {
         stride = a.ldl = (a.k + 63) / 64 * 64;
-        levels.resize(static_cast<size_t>(a.rows * stride) + 64);
+        levels.resize(static_cast<size_t>(a.rows * stride) + 128);  // 64 to begin on a line, 64 to copy beyond the end
         sums.resize(static_cast<size_t>(a.rows)), marks.resize(static_cast<size_t>(a.rows));
         prefix.resize(static_cast<size_t>(a.rows * w.height * (w.width + 1)));
         a.levels = first(), a.sums = sums.data(), a.marks = marks.data();
@@ -55,31 +59,39 @@ struct CodedImages {
     }
 };
 
-// The patch that output pixel (y, x) sees, and its sum.
-inline int32_t gather(const Window& w, const int8_t* sample, const int32_t* prefix, int64_t y, int64_t x, int8_t* to) {
+// Copies in whole vectors, up to 63 bytes too far: patches are written from front to back, with room behind the last.
+inline void copy_over(int8_t* to, const int8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) std::memcpy(to + i, from + i, 64);
+}
+
+// The patch that output pixel (y, x) sees, with `pad` where it sees none of the image, and the sum of the rest.
+inline int32_t gather(const Window& w, const int8_t* sample, const int32_t* prefix, int64_t y, int64_t x, int pad, int8_t* to) {
     const int64_t depth = w.channels, left = x * w.stride_x - w.left;
     int32_t sum = 0;
     for (int64_t ky = 0; ky < w.kernel_height; ++ky, to += w.kernel_width * depth) {
         const int64_t line = y * w.stride_y - w.top + ky * w.dilation_y;
         if (line < 0 || line >= w.height) {
-            std::memset(to, 0, static_cast<size_t>(w.kernel_width * depth));
+            std::memset(to, pad, static_cast<size_t>(w.kernel_width * depth));
             continue;
         }
         const int8_t* from = sample + line * w.width * depth;
         const int32_t* known = prefix + line * (w.width + 1);
         if (w.dilation_x == 1) {
             const int64_t begin = std::max<int64_t>(left, 0), end = std::min(left + w.kernel_width, w.width);
-            if (begin > left || end < left + w.kernel_width)
-                std::memset(to, 0, static_cast<size_t>(w.kernel_width * depth));
-            if (begin >= end) continue;
-            std::memcpy(to + (begin - left) * depth, from + begin * depth, static_cast<size_t>((end - begin) * depth));
+            if (begin > left || end < left + w.kernel_width) {
+                std::memset(to, pad, static_cast<size_t>(w.kernel_width * depth));
+                if (begin >= end) continue;
+                std::memcpy(to + (begin - left) * depth, from + begin * depth, static_cast<size_t>((end - begin) * depth));
+            } else {
+                copy_over(to, from + begin * depth, w.kernel_width * depth);
+            }
             sum += known[end] - known[begin];
             continue;
         }
         for (int64_t kx = 0; kx < w.kernel_width; ++kx) {
             const int64_t at = left + kx * w.dilation_x;
             if (at < 0 || at >= w.width) {
-                std::memset(to + kx * depth, 0, static_cast<size_t>(depth));
+                std::memset(to + kx * depth, pad, static_cast<size_t>(depth));
                 continue;
             }
             std::memcpy(to + kx * depth, from + at * depth, static_cast<size_t>(depth));
@@ -89,54 +101,142 @@ inline int32_t gather(const Window& w, const int8_t* sample, const int32_t* pref
     return sum;
 }
 
-// Levels of some patches, as the linear kernel takes them.
-struct Patches {
+// Output pixels of a sample whose windows lack the same places.
+struct Pixel {
+    int32_t y, x;
+};
+struct Border {
+    std::vector<Pixel> pixels;
+    std::vector<bool> inside;             // [kernel height * kernel width]
+
+    std::vector<int32_t> code_sums(const int32_t* by_place, int64_t n) const {
+        std::vector<int32_t> sums(static_cast<size_t>(n));
+        for (size_t place = 0; place < inside.size(); ++place)
+            for (int64_t i = 0; inside[place] && i < n; ++i)
+                sums[static_cast<size_t>(i)] += by_place[static_cast<int64_t>(place) * n + i];
+        return sums;
+    }
+};
+
+// Which places of a window's line (or column) lie inside, for the output line (or column) `at`.
+inline std::vector<bool> inside_of(int64_t at, int64_t kernel, int64_t stride, int64_t dilation, int64_t before, int64_t size) {
+    std::vector<bool> inside;
+    for (int64_t k = 0; k < kernel; ++k) {
+        const int64_t place = at * stride - before + k * dilation;
+        inside.push_back(place >= 0 && place < size);
+    }
+    return inside;
+}
+
+inline std::vector<Border> borders_of(const Window& w) {
+    std::map<std::pair<std::vector<bool>, std::vector<bool>>, Border> found;
+    for (int64_t y = 0; y < w.rows; ++y) {
+        const auto lines = inside_of(y, w.kernel_height, w.stride_y, w.dilation_y, w.top, w.height);
+        for (int64_t x = 0; x < w.columns; ++x) {
+            const auto columns = inside_of(x, w.kernel_width, w.stride_x, w.dilation_x, w.left, w.width);
+            Border& border = found[{lines, columns}];
+            if (border.pixels.empty())
+                for (const bool line : lines)
+                    for (const bool column : columns) border.inside.push_back(line && column);
+            border.pixels.push_back({static_cast<int32_t>(y), static_cast<int32_t>(x)});
+        }
+    }
+    std::vector<Border> all;
+    for (auto& each : found) all.push_back(std::move(each.second));
+    return all;
+}
+
+inline Border whole(const Window& w) {    // all pixels, whatever they lack
+    Border all;
+    for (int32_t y = 0; y < w.rows; ++y)
+        for (int32_t x = 0; x < w.columns; ++x) all.pixels.push_back({y, x});
+    return all;
+}
+
+// What a thread works with: levels of some patches, as the linear kernel takes them, and its results.
+struct Slab {
     Levels memory;
     EncodeArgs rows{};
-    void make_room(int64_t count, int64_t columns) {
-        rows.rows = count, rows.k = columns, rows.ldl = (columns + 63) / 64 * 64;
+    std::vector<char> results;
+
+    void make_room(int64_t count, int64_t columns, size_t result_bytes) {
+        rows.rows = count + 1, rows.k = columns, rows.ldl = (columns + 63) / 64 * 64;  // a row to copy beyond the end
         memory.attach(rows);
+        if (results.size() < result_bytes) results.resize(result_bytes);
     }
-    // Pixels [begin, end) of the output of the whole batch.
-    void fill(const Window& w, const CodedImages& images, int64_t begin, int64_t end) {
-        const int64_t pixels = w.rows * w.columns, k = w.patch();
-        for (int64_t pixel = begin; pixel < end; ++pixel) {
-            const int64_t sample = pixel / pixels, at = pixel % pixels, row = pixel - begin;
-            int8_t* to = rows.levels + row * rows.ldl;
+};
+inline thread_local Slab slab_of_thread;
+inline thread_local CodedImages images_of_thread;
+
+struct Convolution {
+    EncodeArgs a;                         // how samples are coded
+    const Window& w;
+    const PackedWeights& weights;
+    const int32_t* code_sums;             // [kernel height * kernel width, n]: of the weights at each place
+    float act_scale;
+    char* out;                            // [batch, rows, columns, n]
+    Type out_type;
+
+    size_t row_bytes() const { return static_cast<size_t>(weights.n()) * (out_type == Type::f32 ? 4 : 2); }
+
+    // Patches [begin, end) of a border: numbered sample by sample.
+    void multiply(const CodedImages& images, const Border& border, const int32_t* sums, int64_t begin, int64_t end) const {
+        const int64_t k = w.patch(), each = static_cast<int64_t>(border.pixels.size());
+        Slab& slab = slab_of_thread;
+        slab.make_room(end - begin, k, static_cast<size_t>(end - begin) * row_bytes());
+        Weights view = weights.view();
+        LinearArgs p{};
+        p.weights = &view, p.levels = slab.rows.levels, p.ldl = slab.rows.ldl, p.m = end - begin;
+        p.sums = slab.rows.sums, p.marks = slab.rows.marks;
+        p.act_n = a.n, p.act_multiplier = a.multiplier, p.act_shift = a.shift, p.act_scale = act_scale;
+        p.out = slab.results.data(), p.out_type = out_type, p.ldo = weights.n();
+        const bool counts = sums != nullptr && kernels().counts(p, p.m);
+        if (counts) view.code_sums = sums;
+        if (w.padded && !counts) p.act_n = 256;  // levels, then, further down too
+        int64_t sample = begin / each, at = begin % each;
+        const auto next = [&] { at + 1 < each ? ++at : (++sample, at = 0); };
+        for (int64_t row = 0; row < end - begin; ++row, next()) {
+            const Pixel pixel = border.pixels[static_cast<size_t>(at)];
+            int8_t* to = slab.rows.levels + row * slab.rows.ldl;
             const int32_t* prefix = images.prefix.data() + sample * w.height * (w.width + 1);
-            rows.sums[row] = gather(w, images.sample(sample), prefix, at / w.columns, at % w.columns, to);
-            rows.marks[row] = images.marks[static_cast<size_t>(sample)];
-            std::memset(to + k, 0, static_cast<size_t>(rows.ldl - k));
+            slab.rows.sums[row] = gather(w, images.sample(sample), prefix, pixel.y, pixel.x, counts ? -a.shift : 0, to);
+            slab.rows.marks[row] = images.marks[static_cast<size_t>(sample)];
+            if (slab.rows.ldl > k) std::memset(to + k, 0, static_cast<size_t>(slab.rows.ldl - k));
+        }
+        kernels().linear(p, 0, p.m, 0, tiles_of(weights));
+        sample = begin / each, at = begin % each;
+        for (int64_t row = 0; row < end - begin; ++row, next()) {
+            const Pixel pixel = border.pixels[static_cast<size_t>(at)];
+            const int64_t place = (sample * w.rows + pixel.y) * w.columns + pixel.x;
+            std::memcpy(out + static_cast<size_t>(place) * row_bytes(),
+                        slab.results.data() + static_cast<size_t>(row) * row_bytes(), row_bytes());
+        }
+    }
+
+    // Whether codes are to be counted: they are looked at anew for each pixel, which many outputs have to repay.
+    bool by_border() const {
+        const bool can = w.padded && weights.view().bits <= 2 && a.n <= 4 && kernels().counts != nullptr;
+        if (weights.view().bits == 1 && a.n == 2) return can;
+        return can && (weights.n() >= 128 || (weights.n() >= 64 && w.rows * w.columns >= 256));
+    }
+
+    void run(int threads) const {
+        if (a.rows == 0) return;
+        CodedImages& images = images_of_thread;
+        images.code(a, w, threads);
+        const int64_t n = weights.n(), k = w.patch();
+        const bool split = by_border();
+        for (const Border& border : split ? borders_of(w) : std::vector<Border>{whole(w)}) {
+            const std::vector<int32_t> sums = split ? border.code_sums(code_sums, n) : std::vector<int32_t>{};
+            const int64_t count = a.rows * static_cast<int64_t>(border.pixels.size());
+            const int64_t room = std::max<int64_t>(96, (int64_t{1} << 18) / ((k + 63) / 64 * 64) / 8 * 8);  // second-level cache
+            const int team = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, count * n * k / kLinearGrain)));
+            share(count, team, [&](int64_t first, int64_t last) {
+                for (int64_t begin = first; begin < last; begin += room)
+                    multiply(images, border, split ? sums.data() : nullptr, begin, std::min(begin + room, last));
+            });
         }
     }
 };
-inline thread_local Patches patches_of_thread;
-inline thread_local CodedImages images_of_thread;
-
-// out [batch, rows, columns, n] of x, one sample a row: `a` says how samples are coded.
-inline void convolve(const EncodeArgs& a, const Window& w, const PackedWeights& weights, float act_scale, void* out,
-                     Type out_type, int threads) {
-    if (a.rows == 0) return;
-    CodedImages& images = images_of_thread;
-    images.code(a, w, threads);
-    const int64_t pixels = a.rows * w.rows * w.columns, k = w.patch(), ldl = (k + 63) / 64 * 64, n = weights.n();
-    const int64_t room = std::max<int64_t>(96, (int64_t{1} << 18) / ldl / 6 * 6);  // patches stay in the second-level cache
-    const int team = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, pixels * n * k / kLinearGrain)));
-    share(pixels, team, [&](int64_t first, int64_t last) {
-        Patches& patches = patches_of_thread;
-        for (int64_t begin = first; begin < last; begin += room) {
-            const int64_t end = std::min(begin + room, last);
-            patches.make_room(end - begin, k);
-            patches.fill(w, images, begin, end);
-            LinearArgs p{};
-            p.weights = &weights.view(), p.levels = patches.rows.levels, p.ldl = ldl;
-            p.sums = patches.rows.sums, p.marks = patches.rows.marks, p.m = end - begin;
-            p.act_n = w.padded ? 256 : a.n, p.act_multiplier = a.multiplier, p.act_shift = a.shift;
-            p.act_scale = act_scale, p.out_type = out_type, p.ldo = n;
-            p.out = static_cast<char*>(out) + begin * n * (out_type == Type::f32 ? 4 : 2);
-            kernels().linear(p, 0, p.m, 0, tiles_of(weights));
-        }
-    });
-}
 
 }  // namespace bellbox

@@ -156,6 +156,9 @@ struct Kernels {
     void (*attend)(const AttendArgs&, int64_t pair_begin, int64_t pair_end, float* scratch);
     void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
     int64_t (*integer_peak)(int64_t rounds);   // native/peak.h
+    // Whether `linear` takes so many rows as codes (a level that is no code's is wrong there, code_sums is used), or null
+    // where it never does.
+    bool (*counts)(const LinearArgs&, int64_t rows) = nullptr;
 };
 
 extern const Kernels portable_kernels;

@@ -28,7 +28,7 @@ void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_be
 
 const Kernels amx_kernels = [] {
     Kernels kernels = avx512_kernels;
-    kernels.name = "amx", kernels.linear = amx::linear;
+    kernels.name = "amx", kernels.linear = amx::linear, kernels.counts = nullptr;
     return kernels;
 }();
 

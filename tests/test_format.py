@@ -15,7 +15,8 @@ from bellbox.hadamard import butterfly
 from bellbox.io import FORMAT, VERSIONS
 from bellbox.kernels.encode import normaliser, row_sigma
 from bellbox.levels import Grid, Levels
-from bellbox.nn import InputCoding, PackedLinear
+from bellbox.nn import InputCoding, PackedConv2d, PackedLinear
+from bellbox.nn.window import Window
 from bellbox.packing import pack, unpack
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
@@ -113,6 +114,50 @@ def test_every_stored_field_is_explained(tmp_path):
         )._buffers,
     ):
         assert re.search(rf"[`.]{name}[`.]", PAGE), name
+
+
+def example_convolution() -> PackedConv2d:
+    levels = Levels.gaussian(4)
+    window = Window((1, 2), padding=(1, 0, 0, 0))
+    layer = PackedConv2d(2, 1, window, Grid(4, -0.5), InputCoding(levels, 2), False)
+    words = re.search(
+        r"bytes `([0-9a-f ]+)` .*`weight_scale` ([\d.]+), `act_scale` ([\d.]+), on a sample", PAGE
+    )
+    assert words
+    layer.weight_packed.copy_(torch.tensor([list(bytes.fromhex(words[1]))]))
+    layer.weight_scale.fill_(float(words[2]))
+    layer.act_scale.fill_(float(words[3]))
+    return layer
+
+
+def test_the_entry_of_a_convolution(tmp_path):
+    bb.save(nn.ModuleDict({"conv": example_convolution()}), tmp_path / "m")
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert written["version"] == 3
+    shown = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])
+    assert shown == written["quantization"]["layers"]["conv"]
+    for name in shown["convolution"]:
+        assert re.search(rf"`{name}`", PAGE), name
+
+
+def test_the_worked_convolution():
+    steps = {row[0]: numbers(row[1]) for row in table("| step | numbers |\n|---|---|\n| sample |")}
+    layer, x = example_convolution(), torch.tensor([steps["sample"]])
+    assert butterfly(x, 2).tolist() == [steps["sample rotated"]]
+    sigma, r = steps["sample's sigma, r"]
+    assert float(row_sigma(x)) == sigma
+    assert float(normaliser(row_sigma(x), 2).float()) == r
+    codes, _ = layer.coding.encode(x, None, None)
+    assert codes.tolist() == [steps["sample's codes"]]
+    integers = layer.coding.levels.decode_int8(codes)[0].tolist()
+    assert integers == steps["sample's integers"]
+    weights = layer.weight_levels.decode_int8(layer.weight_codes())[0].tolist()
+    assert weights == steps["filter's integers"]
+    alone = sum(a * b for a, b in zip(integers[:2], weights[2:], strict=True))
+    both = sum(a * b for a, b in zip(integers, weights, strict=True))
+    assert [alone, both] == steps["sums"]
+    out = layer(x.view(1, 1, 2, 2).permute(0, 3, 1, 2))
+    assert out.flatten().tolist() == steps["outputs"]
 
 
 def canonical(value: object) -> str:

@@ -10,10 +10,22 @@ model = bb.load("model-2bit")                      # the same function, on integ
 """
 
 from bellbox.errors import BellboxError
+from bellbox.folding import fold_batch_norms
 from bellbox.io import load, save
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
 from bellbox.surgery import convert, prepare, summary
 
-__all__ = ["BellboxError", "QuantizerSpec", "Recipe", "Rule", "convert", "load", "prepare", "save", "summary"]
+__all__ = [
+    "BellboxError",
+    "QuantizerSpec",
+    "Recipe",
+    "Rule",
+    "convert",
+    "fold_batch_norms",
+    "load",
+    "prepare",
+    "save",
+    "summary",
+]
 
 __version__ = "0.1.0"

@@ -58,6 +58,8 @@ def save(
         raise BellboxError("save takes a packed model: call bellbox.convert(model) first")
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise BellboxError("save takes a packed model; this one still has layers in training form")
+    if any(isinstance(layer, PackedConv2d) and layer.folded for layer in layers.values()):
+        raise BellboxError("save takes the model as trained: save it before fold_batch_norms")
     target = Path(folder)
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise BellboxError(f"{tokenizer}: no such file; name a tokenizer.json, or none")

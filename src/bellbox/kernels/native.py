@@ -331,6 +331,7 @@ def convolution(
     x: Tensor,
     window: Sequence[int],
     weights: Weights,
+    code_sums: Tensor,
     act_scale: float,
     coding: Coding,
     dtype: torch.dtype,
@@ -343,6 +344,7 @@ def convolution(
             strides and dilations likewise, zeros on the left and on top, and 1 where any patch reaches beyond the
             image, else 0.
         weights: a matrix with `kernel height * kernel width * channels` columns.
+        code_sums: int32 `[kernel height * kernel width, rows of weights]`: of the codes at each place of the window.
         act_scale: what one integer of the activation is worth.
         coding: of a sample.
         dtype: of the result, fp32 or bf16.
@@ -361,6 +363,7 @@ def convolution(
         coding.handle,
         list(window),
         weights.handle,
+        code_sums.data_ptr(),
         act_scale,
         out.data_ptr(),
         _TYPES[dtype],

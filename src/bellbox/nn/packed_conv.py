@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from bellbox.kernels import native
 from bellbox.levels import Grid
 from bellbox.nn.conv import QuantizedConv2d, integer_convolution
 from bellbox.nn.packed import InputCoding, PackedLinear, with_signs
+from bellbox.nn.prepacked import Prepacked
 from bellbox.nn.quantized import QuantizedLayer, finish
 from bellbox.nn.shared import SharedInput
 from bellbox.nn.window import Window, pixels_of
@@ -45,6 +48,13 @@ class PackedConv2d(PackedLinear):
         self.in_channels, self.window = in_channels, window
         pixels = window.kernel[0] * window.kernel[1]
         super().__init__(pixels * self.features, out_channels, weight_levels, coding, bias, shared)
+        self._code_sums: tuple[Prepacked, Tensor] | None = None
+        self.folded = False
+        """Whether a batch norm went into scale and bias (`fold_batch_norms`)."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See `PackedLinear`."""
+        return {**super().__getstate__(), "_code_sums": None}
 
     @classmethod
     def like(
@@ -80,7 +90,8 @@ class PackedConv2d(PackedLinear):
         dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
         window = self.window.numbers(*x.shape[2:], self.in_channels)
         image = rows.detach().view(len(x), *x.shape[2:], self.in_channels)
-        out = native.convolution(image, window, ready.weights, ready.act_scale, ready.coding, dtype)
+        weights = ready.weights, self._sums_of_codes(ready)
+        out = native.convolution(image, window, *weights, ready.act_scale, ready.coding, dtype)
         return out.to(wanted).permute(0, 3, 1, 2)
 
     @torch.no_grad()
@@ -93,6 +104,13 @@ class PackedConv2d(PackedLinear):
             image, self._weight_integers(), weight_scale, act_scale, marks, self.window
         )
         return finish(product, self.bias, x).permute(0, 3, 1, 2)
+
+    def _sums_of_codes(self, ready: Prepacked) -> Tensor:
+        """int32 `[kernel height * kernel width, out_channels]`, made once for the weights at hand."""
+        if self._code_sums is None or self._code_sums[0] is not ready:
+            codes = self.weight_codes().view(self.out_features, -1, self.features)
+            self._code_sums = (ready, codes.sum(-1, dtype=torch.int32).t().contiguous())
+        return self._code_sums[1]
 
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:

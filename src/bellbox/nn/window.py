@@ -75,7 +75,18 @@ class Window:
         """What the compiled kernel is told: see `native.convolution`."""
         rows, columns = self.output_size(height, width)
         left, _, top, _ = self.padding
-        sizes = (height, width, channels, rows, columns, *self.kernel, *self.stride, *self.dilation, left, top)
+        sizes = (
+            height,
+            width,
+            channels,
+            rows,
+            columns,
+            *self.kernel,
+            *self.stride,
+            *self.dilation,
+            left,
+            top,
+        )
         return (*sizes, int(any(self.padding)))
 
     def convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

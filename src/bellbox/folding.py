@@ -1,0 +1,76 @@
+"""Batch norms folded into the packed convolutions before them: one pass over the activations less, for inference.
+
+In evaluation a batch norm is `alpha x + beta`, one pair a channel, and a packed convolution ends in
+`scale * sum + bias`: both are one such step with other numbers. Equal on paper; in fp32 the product of two factors
+rounds differently from one after the other, so results differ in their last bits, and a code of a later layer where its
+value lies that close to a threshold (at most one in 100,000, `tests/test_folding.py`). Hence it is nothing that
+`convert` does by itself or that a file holds, but a step of those who run a model and want the speed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from bellbox.errors import BellboxError
+from bellbox.nn import PackedConv2d, PackedLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fold_batch_norms(model: Model) -> Model:
+    """Fold each batch norm whose input is a packed convolution's output and nothing else's, in place.
+
+    Args:
+        model: packed, in evaluation mode. It must be traceable by `torch.fx`: no branches on values.
+
+    Returns:
+        The same model, with `nn.Identity` in place of the norms. It can no longer be saved.
+
+    Raises:
+        BellboxError: the model is in training mode, or cannot be traced.
+    """
+    from torch import fx
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            # Packed layers are looked at from outside.
+            return isinstance(m, PackedLinear) or super().is_leaf_module(m, module_qualified_name)
+
+    if model.training:
+        raise BellboxError("norms follow the batch in training mode: call model.eval() first")
+    try:
+        nodes = list(Tracer().trace(model).nodes)
+    except Exception as error:  # whatever the model's own code raises on a traced value
+        raise BellboxError(f"the model cannot be traced, so its norms stay ({error})") from None
+    modules = dict(model.named_modules())
+    calls = Counter(id(modules[str(node.target)]) for node in nodes if node.op == "call_module")
+    for node in nodes:
+        source: Any = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        conv, norm = modules[str(source.target)], modules[str(node.target)]
+        alone = len(source.users) == calls[id(conv)] == calls[id(norm)] == 1
+        if isinstance(conv, PackedConv2d) and isinstance(norm, nn.BatchNorm2d) and alone:
+            _fold(conv, norm)
+            parent, _, leaf = str(node.target).rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Identity())
+    return model
+
+
+@torch.no_grad()
+def _fold(conv: PackedConv2d, norm: nn.BatchNorm2d) -> None:
+    if norm.running_mean is None or norm.running_var is None:
+        return  # it follows the batch in evaluation too
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    alpha = 1 / torch.sqrt(variance + norm.eps)
+    alpha = alpha if norm.weight is None else alpha * norm.weight.double()
+    bias = torch.zeros_like(mean) if conv.bias is None else conv.bias.double()
+    bias = (bias - mean) * alpha
+    bias = bias if norm.bias is None else bias + norm.bias.double()
+    conv.weight_scale = (conv.weight_scale.double() * alpha).float()
+    conv.bias = bias.float()
+    conv.folded = True
