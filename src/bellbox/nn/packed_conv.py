@@ -88,7 +88,7 @@ class PackedConv2d(PackedLinear):
             return self._run_conv_reference(x, rows)
         ready, wanted = self.prepack(), self.output_dtype(x)
         dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
-        window = self.window.numbers(*x.shape[2:], self.in_channels)
+        window = self.window.numbers(x.shape[2], x.shape[3], self.in_channels)
         image = rows.detach().view(len(x), *x.shape[2:], self.in_channels)
         weights = ready.weights, self._sums_of_codes(ready)
         out = native.convolution(image, window, *weights, ready.act_scale, ready.coding, dtype)
