@@ -117,3 +117,16 @@ def test_a_norm_that_cannot_take_the_scale_is_named():
     layer = nn.Linear(8, 4)
     with pytest.raises(BellboxError, match=r"ln: LayerNorm has no weight of 8 numbers.*use method billm"):
         fold(nn.LayerNorm(8, elementwise_affine=False), [layer], torch.ones(8), "ln")
+
+
+def test_no_scale_of_channels_makes_two_bells_of_gaussian_ones():
+    """100 (pi/2 mean s^2 / (mean s)^2 - 1) is at least 57.1, reached where all channels are alike."""
+    w = torch.randn(4000, 128, generator=torch.Generator().manual_seed(0))
+    alike = slope(w, torch.ones(128))[0]
+    assert alike == pytest.approx(100 * (np.pi / 2 - 1), abs=2.5)  # a block of 128 guesses its d
+    for seed in range(5):
+        scale = torch.rand(128, generator=torch.Generator().manual_seed(seed)) + 0.1
+        wanted = 100 * (np.pi / 2 * float(scale.square().mean() / scale.mean() ** 2) - 1)
+        loss = slope(w, scale)[0]
+        assert loss > alike
+        assert loss == pytest.approx(wanted, rel=0.06)

@@ -18,7 +18,8 @@ determinant by Cholesky in fp32. Three options:
   only where lambda times the largest eigenvalue of Z^T Z is below 1, which is checked. Features that are not centred
   break it: 256 random post-ReLU features of dimension 512 have L = 6.6, and four terms give -.7.
 - `experts` K splits the channels into K groups of like variance, so that the long tail gets an expert of its own, and
-  adds up their lengths. The time falls as 1/K^2 where d is the smaller side. The sum is never less than L (Fischer's
+  adds up their lengths. Where d is the smaller side, the time of the determinants falls as 1/K^2 and that of the
+  products as 1/K; the rest stays (docs/training.md has measured times). The sum is never less than L (Fischer's
   inequality: a determinant is at most the product of its diagonal blocks'): what correlation between groups costs, it
   does not see.
 - `two_view_loss` takes features of the same inputs from two views, or from a teacher.

@@ -167,7 +167,7 @@ class MecSection:
     distortion: float = 64.0
     """Squared error a dimension that the code may make."""
     experts: int = 1
-    """Groups of channels that are coded by themselves; the time falls with the square."""
+    """Groups of channels that are coded by themselves, which takes less time."""
     form: Literal["exact", "taylor"] = "exact"
     """The determinant itself, or the first terms of a series."""
     order: int = 4
