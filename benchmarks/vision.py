@@ -2,6 +2,7 @@
 
 OMP_NUM_THREADS=1 python benchmarks/vision.py                 # batch 16, one thread, 2 bits
 OMP_NUM_THREADS=1 python benchmarks/vision.py --bits 1 --seconds 20
+OMP_NUM_THREADS=1 python benchmarks/vision.py --layers        # single 3 x 3 convolutions
 
 Torch runs channels last, without gradients; bf16 with the whole model in bf16. The packed model's batch norms are as
 `convert` leaves them, and once more folded (`fold_batch_norms`).
@@ -32,8 +33,13 @@ def main() -> None:
     flags.add_argument("--bits", type=int, default=2)
     flags.add_argument("--batch", type=int, default=16)
     flags.add_argument("--seconds", type=float, default=10.0)
+    flags.add_argument("--layers", action="store_true")
     asked = flags.parse_args()
     torch.set_num_threads(1)
+    if asked.layers:
+        for channels, size in ((32, 16), (64, 32), (64, 8), (128, 16), (256, 8), (512, 4)):
+            one_layer(channels, size, asked)
+        return
     for name, (preset, overrides) in MODELS.items():
         compare(name, build(vision_preset(preset, **overrides), seed=0), asked)
 
@@ -62,6 +68,25 @@ def compare(name: str, plain: nn.Module, asked: argparse.Namespace) -> None:
             f"  {way:<22}{asked.batch / time.median:>9,.0f} images/s  {best / time.median:5.2f} x the better torch  "
             f"({time.median * 1e3:.2f} ms, quartiles {time.low * 1e3:.2f} to {time.high * 1e3:.2f})"
         )
+
+
+def one_layer(channels: int, size: int, asked: argparse.Namespace) -> None:
+    x = torch.randn(asked.batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+    plain = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    trained = bb.prepare(copy.deepcopy(plain), bb.Recipe.bbq(asked.bits))
+    trained(x)
+    packed = bb.convert(trained.eval())
+    half = plain.bfloat16().to(memory_format=torch.channels_last)
+    ways = {"bf16": partial(half, x.bfloat16()), "packed": partial(packed, x)}
+    with torch.no_grad():
+        times = take_turns(
+            {way: lambda _turn, run=run: run() for way, run in ways.items()}, asked.seconds / 6
+        )
+    bf16, low = times["bf16"], times["packed"]
+    print(
+        f"{channels} channels, {size} x {size}: bf16 {bf16.median * 1e3:.2f} ms, packed {low.median * 1e3:.2f} ms "
+        f"({low.low * 1e3:.2f} to {low.high * 1e3:.2f}): {bf16.median / low.median:.2f} x"
+    )
 
 
 if __name__ == "__main__":
