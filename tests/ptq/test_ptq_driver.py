@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,53 @@ def test_an_unfinished_folder_of_another_job_is_not_gone_on_with(places, tmp_pat
     save_file({"hidden": torch.zeros(6, 32, 40)}, work / "hidden.safetensors", {"done": "1"})
     with pytest.raises(BellboxError, match=r"begun with another method \('billm', now 'dbellquant'\)"):
         binarize_folder(job(places, tmp_path / "out"), show=False)
+
+
+def test_a_resume_with_other_weights_is_refused_by_name(places, tmp_path, monkeypatch):
+    from bellbox.ptq import driver
+
+    model = tmp_path / "model"
+    shutil.copytree(places["llama"], model)
+    begun = Job(
+        model, tmp_path / "out", places["text"], Settings(method="rtn"), samples=6, context=32, batch=4
+    )
+    run = driver._Run.block
+    monkeypatch.setattr(
+        driver._Run, "block", lambda self, number, bar: run(self, number, bar) if not number else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        binarize_folder(begun, show=False)
+    weights = model / "model.safetensors"
+    about = weights.stat()
+    os.utime(weights, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    with pytest.raises(BellboxError, match=r"begun with another model\.safetensors \(\[\d+, \d+\], now"):
+        binarize_folder(begun, show=False)
+
+
+def test_refused_at_the_very_end_only_the_swap_is_redone(places, tmp_path, monkeypatch):
+    from bellbox.ptq import driver
+
+    out = tmp_path / "out"
+
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "put_in_place", refuse)
+        with pytest.raises(BellboxError, match="out: cannot be written \\(No space left on device"):
+            binarize_folder(job(places, out, method="rtn"), show=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver._Run, "block", None)  # no block is done again
+        binarize_folder(job(places, out, method="rtn"), show=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    names = {path.name for path in out.iterdir()}
+    assert names == {"ptq.json", *json.loads((out / "config.json").read_text())["files"], "config.json"}
+    load(out)
+
+
+def test_an_out_that_cannot_be_made_is_refused_in_one_line(places):
+    with pytest.raises(BellboxError, match=r"^/proc/nope/out\.unfinished: cannot be written \(.*\)$"):
+        binarize_folder(job(places, Path("/proc/nope/out")), show=False)
 
 
 def test_an_earlier_model_is_replaced_and_anything_else_is_not(places, tmp_path):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,7 +81,7 @@ def binarize_folder(job: Job, show: bool = True) -> dict[str, Any]:
 
     Raises:
         BellboxError: no such model, too little calibration text, a singular Hessian, a folder that holds something
-            else, or an unfinished one that was begun with other settings.
+            else or cannot be written, or an unfinished one that was begun with other settings or another model.
     """
     refuse_foreign(job.out, replaces=CONFIG)
     if (job.out / CONFIG).is_file() and not is_binarized(job.out):
@@ -95,8 +95,7 @@ def binarize_folder(job: Job, show: bool = True) -> dict[str, Any]:
             f"{job.model}: its tokenizer has more entries than its vocabulary of {source.config.vocab_size}"
         )
     work = job.out.absolute().with_name(job.out.name + ".unfinished")
-    work.mkdir(parents=True, exist_ok=True)
-    with lock(work, "binarizing into"):
+    with _claimed(work):
         described = _described(job, context, tokens)
         _same_job(work, described)
         _write_json(work / _SETTINGS, described)
@@ -111,6 +110,15 @@ def binarize_folder(job: Job, show: bool = True) -> dict[str, Any]:
             for number in range(run.done, source.config.num_hidden_layers):
                 progress.done(run.block(number, progress))
         return _finish(job, source, work, described, tokenizer)
+
+
+def _claimed(work: Path) -> IO[bytes]:
+    """Make the folder, and keep others out of it."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        return lock(work, "binarizing into")
+    except OSError as error:
+        raise BellboxError(f"{work}: cannot be written ({error.strerror})") from None
 
 
 class _Run:
@@ -199,7 +207,14 @@ def _described(job: Job, context: int, tokens: Tensor) -> dict[str, Any]:
         "batch": job.batch,
         "model": sha256_file(job.model / CONFIG),
         "tokens": int((tokens.double() * torch.arange(1, tokens.numel() + 1).view_as(tokens)).sum()),
+        **{path.name: _size_and_time(path) for path in sorted(job.model.glob("*.safetensors"))},
     }
+
+
+def _size_and_time(path: Path) -> list[int]:
+    """Bytes and nanoseconds: what tells a file of weights from another one, where a checksum would read it all."""
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
 
 
 def _same_job(work: Path, described: dict[str, Any]) -> None:
@@ -207,10 +222,11 @@ def _same_job(work: Path, described: dict[str, Any]) -> None:
     if not (path.is_file() and (work / _HIDDEN).is_file()):
         return  # no block is done
     before = read_json(path)
-    for key, value in described.items():
-        if before.get(key) != value:
+    for key in dict.fromkeys([*described, *before]):
+        old, new = before.get(key), described.get(key)
+        if old != new:
             raise BellboxError(
-                f"{work} was begun with another {key} ({before.get(key)!r}, now {value!r}): give the same again, or "
+                f"{work} was begun with another {key} ({old!r}, now {new!r}): give the same again, or "
                 "delete the folder"
             )
 
@@ -223,13 +239,13 @@ def _finish(
     _write_json(work / RECORD, record)
     tokenizer.save(work / TOKENIZER)
     write_config(work, source.config, job.settings.quantization)
-    for path in [work / _HIDDEN, work / _SETTINGS, *(work / _record_file(n) for n in range(len(blocks)))]:
-        path.unlink()
-    (work / ".lock").unlink(missing_ok=True)
     try:
         put_in_place(work, job.out.absolute(), replaces=CONFIG)
     except OSError as error:
         raise BellboxError(f"{job.out}: cannot be written ({error.strerror})") from None
+    # Only now: whatever stops us before, the next start has nothing but the swap to do.
+    for name in (_HIDDEN, _SETTINGS, ".lock", *(_record_file(number) for number in range(len(blocks)))):
+        (job.out / name).unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)  # what stood at `out` before
     return record
 
@@ -261,6 +277,9 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    sync(part)
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        sync(part)
+        part.replace(path)
+    except OSError as error:
+        raise BellboxError(f"{path}: cannot be written ({error.strerror})") from None
