@@ -99,3 +99,7 @@ def test_a_page_shows_the_bells_before_and_after(bellbox_process, tmp_path, hf, 
     assert "after LTDB" in page
     assert "Relative error of the outputs" in page
     assert "bits a weight" in page
+    assert "in its block of 128 columns" in page
+    ignored = bellbox_process("report", "two", "--prompt", "Once")
+    assert ignored.returncode == 2
+    assert "--prompt does not apply to a binarized model; leave it out" in ignored.stderr

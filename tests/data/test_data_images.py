@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from bellbox.data.images import Augmentation, ImageBatches, open_images
 from bellbox.data.images.augment import beta, crop, flip
 from bellbox.data.images.base import ArraySplit
 from bellbox.data.images.idx import read_idx
+from bellbox.data.images.npz import JpegSplit
+from bellbox.data.images.pictures import decode
 from bellbox.errors import BellboxError
 
 PIL = pytest.importorskip("PIL.Image")
@@ -113,6 +116,90 @@ def test_a_data_set_of_the_hub_gives_its_images() -> None:
     assert dataset.train.read([2])[0, :, 0, 0].tolist() == [0, 9, 0]
     with pytest.raises(BellboxError, match="needs the splits train and one of validation, valid, test"):
         from_splits("hf:mine", {"train": split}, size=4)
+
+
+def test_rows_with_paths_are_read_and_rows_without_pictures_refused(tmp_path: Path) -> None:
+    from bellbox.data.images.hub import HubSplit
+
+    (tmp_path / "1.png").write_bytes(picture((0, 7, 0)))
+    rows = [
+        {"image": {"bytes": None, "path": str(tmp_path / "1.png")}},
+        {"image": {"bytes": None, "path": str(tmp_path / "gone.png")}},
+        {"image": {"bytes": None, "path": None}},
+        {"image": None},
+    ]
+    split = HubSplit("hf:mine: train", rows, "image", np.zeros(4, np.int64), 4)
+    assert split.read([0])[0, :, 0, 0].tolist() == [0, 7, 0]
+    for index, message in (
+        (1, "image 1: cannot be read"),
+        (2, "image 2: there is no"),
+        (3, "image 3: there is no"),
+    ):
+        with pytest.raises(BellboxError, match=message):
+            split.image(index)
+
+
+def test_a_strip_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """65,001 rows times 64 would be a gigabyte of pixels."""
+    pixels = np.zeros((65_001, 1, 3), np.uint8)
+    pixels[32_500] = 200  # the middle one
+    buffer = io.BytesIO()
+    PIL.fromarray(pixels).save(buffer, "PNG")
+    asked, resize = [], PIL.Image.resize
+
+    def watched(image: object, size: tuple[int, int], *rest: object, **named: object) -> object:
+        asked.append(size)
+        assert size == (64, 64)
+        return resize(image, size, *rest, **named)
+
+    monkeypatch.setattr(PIL.Image, "resize", watched)
+    found = decode(buffer.getvalue(), "strip", 64)
+    assert asked == [(64, 64)]
+    assert found.shape == (64, 64, 3)
+    assert found.max() > 190
+
+
+def test_more_decoded_images_than_fit_are_refused() -> None:
+    data = np.frombuffer(picture((1, 2, 3)), np.uint8)
+    labels = np.zeros(1 << 27, np.uint8)
+    with pytest.raises(BellboxError, match=r"134217728 images of 8 x 8, more than \d+ bytes decoded"):
+        JpegSplit("many", labels, data, np.array([0, len(data)]))
+
+
+def test_an_image_size_must_be_both_sides(tmp_path: Path) -> None:
+    write_idx(tmp_path, packed=False)
+    for size in (4, 6):
+        with pytest.raises(BellboxError, match=r"has images of 4 x 6; leave vision\.image_size out"):
+            open_images(str(tmp_path), size=size)
+
+
+def spoilt(path: Path, how: str) -> None:
+    """An .npz file with one bad member."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train_labels.npy" if how != "no array" else "class_name", b"no array" * 50)
+    content = bytearray(path.read_bytes())
+    if how == "deflate":
+        begin = 30 + len("train_labels.npy")
+        content[begin] = 0xFF  # a kind of block that deflate does not have
+    if how == "encrypted":
+        content[6] |= 1
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("deflate", r"cannot be read as an \.npz file \(Error -3"),
+        ("encrypted", r"cannot be read as an \.npz file \(.*encrypted"),
+        ("no array", r"cannot be read as an \.npz file \(class_name in it is no \.npy array"),
+    ],
+)
+def test_a_bad_member_is_refused_in_one_line(tmp_path: Path, how: str, message: str) -> None:
+    spoilt(tmp_path / "s.npz", how)
+    with pytest.raises(BellboxError, match=message) as caught:
+        open_images(str(tmp_path / "s.npz"))
+    assert "\n" not in str(caught.value)
 
 
 def broken(tmp_path: Path, **changes: np.ndarray | None) -> str:

@@ -205,6 +205,10 @@ def test_stem_norms_and_head_keep_their_precision(tiny_vision: VisionRun) -> Non
             "vision.micro_batch is 5, must be a divisor",
         ),
         ({"vision": VisionSection(train_images=97)}, "97 images are asked for"),
+        (
+            {"vision": VisionSection(valid_images=33)},
+            "vision.valid_images is 33, data.source .* has 32 valid",
+        ),
         ({"vision": VisionSection(mixup=-1.0)}, "vision.mixup is -1.0, must be at least 0"),
         (
             {"model": ModelSection("resnet-small", {"num_channels": 1})},
@@ -223,3 +227,29 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
     with pytest.raises(BellboxError, match=message) as caught:
         Trainer(config, show=False)
     assert "\n" not in str(caught.value)
+
+
+def test_the_eval_command_batches_images_and_refuses_what_is_for_text(
+    tiny_vision: VisionRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bellbox.cli import eval_images
+    from bellbox.cli.main import main
+
+    config = tiny_vision(steps=1)
+    train(config, show=False)
+    batches: list[object] = []
+    measure = eval_images.accuracy
+    monkeypatch.setattr(
+        eval_images,
+        "accuracy",
+        lambda *args, **named: batches.append(named["batch_size"]) or measure(*args, **named),
+    )
+    main(["eval", config.folder, "--batch", "5"])
+    main(["eval", config.folder])
+    assert batches == [5, 128]
+    assert "32 validation images" in capsys.readouterr().out
+    for flag, value in (("--split", "test"), ("--context", "8"), ("--stride", "4"), ("--max-tokens", "9")):
+        with pytest.raises(SystemExit) as caught:
+            main(["eval", config.folder, flag, value])
+        assert caught.value.code == 2
+        assert f"{flag} does not apply to a vision model; leave it out" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from bellbox.cli.eval_images import ImageEvaluation, evaluate_images, show_images
-from bellbox.cli.output import help_text, require_writable, write_file
+from bellbox.cli.output import help_text, refuse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import PerplexityResult, UnigramResult, perplexity, unigram
 from bellbox.evaluation.codes import CodeUse, code_use
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bellbox.data import TokenSplit
 
 _COUNTED_SEQUENCES = 8
+_WINDOWS, _IMAGES = 8, 128
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Eval:
     """Tokens between windows; the context where not given. Less costs more and gives each token more context."""
     max_tokens: int | None = None
     """Score at most so many tokens; the whole split where not given."""
-    batch: int = 8
-    """Windows at once."""
+    batch: int | None = None
+    """Windows or images at once; 8 windows, 128 images where not given."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
     embeddings: Literal["bf16", "int8"] | None = None
@@ -102,10 +103,13 @@ def main(argv: list[str]) -> None:
     command = tyro.cli(Eval, args=argv, prog="bellbox eval", description=help_text(__doc__))
     if command.json not in (None, "-"):
         require_writable(Path(command.json))
+    if command.batch is not None and command.batch < 1:
+        raise BellboxError(f"--batch is {command.batch}, must be at least 1")
     opened = open_model(command.model, command.checkpoint, command.embeddings)
     with _Bar() as bar:
         if opened.is_vision:
-            found = evaluate_images(opened, command.data, bar.update)
+            refuse_flags(command, ("split", "context", "stride", "max_tokens"), "a vision model")
+            found = evaluate_images(opened, command.data, command.batch or _IMAGES, bar.update)
         else:
             found = _evaluate_text(opened, command, bar)
     if command.json == "-":
@@ -125,7 +129,7 @@ def _evaluate_text(opened: OpenedModel, command: Eval, bar: _Bar) -> Evaluation:
         context=command.context,
         stride=command.stride,
         max_tokens=command.max_tokens,
-        batch=command.batch,
+        batch=command.batch or _WINDOWS,
         progress=bar.update,
     )
 
@@ -138,7 +142,7 @@ def evaluate(
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
-    batch: int = 8,
+    batch: int = _WINDOWS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity with its floor, and the use of codes over the first few sequences.

@@ -44,7 +44,10 @@ class ImageEvaluation:
 
 
 def evaluate_images(
-    opened: OpenedModel, source: str | None, progress: Callable[[int, int], None] | None = None
+    opened: OpenedModel,
+    source: str | None,
+    batch: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImageEvaluation:
     """Accuracy on all validation images, and the use of codes over some of them.
 
@@ -52,7 +55,7 @@ def evaluate_images(
         BellboxError: as `open_images_for`.
     """
     dataset = open_images_for(opened, source)
-    result = accuracy(opened.model, dataset.valid, progress=progress)
+    result = accuracy(opened.model, dataset.valid, batch_size=batch, progress=progress)
     some = dataset.valid.read(chosen(len(dataset.valid), min(_COUNTED_IMAGES, len(dataset.valid))))
     codes = code_use(opened.model, torch.div(some, 255))
     return ImageEvaluation(opened, dataset.source, dataset.note, result, codes)

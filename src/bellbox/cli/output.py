@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from bellbox.errors import BellboxError
 from bellbox.training.files import write_text
@@ -36,6 +38,22 @@ def write_file(path: Path, text: str) -> None:
         write_text(path, text)
     except OSError as error:
         raise BellboxError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def refuse_flags(command: Any, names: tuple[str, ...], what: str) -> None:
+    """Refuse flags that would be ignored.
+
+    Args:
+        command: the parsed command, a dataclass whose fields have defaults.
+        names: of the fields that do not apply.
+        what: does not take them, for the message.
+
+    Raises:
+        BellboxError: one of them is not at its default.
+    """
+    for field in fields(command):
+        if field.name in names and getattr(command, field.name) != field.default:
+            raise BellboxError(f"--{field.name.replace('_', '-')} does not apply to {what}; leave it out")
 
 
 def help_text(docstring: str | None) -> str:

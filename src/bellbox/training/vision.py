@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox.data.images import Augmentation, ImageBatches, open_images
+from bellbox.errors import BellboxError
 from bellbox.evaluation.accuracy import accuracy
 from bellbox.models.image import Normalise
 from bellbox.training.assemble import resolve_vision
@@ -36,7 +37,12 @@ class VisionTask(Task):
         self.dataset = open_images(config.data.source, config.vision.image_size)
         self.config = config = resolve_vision(config, self.dataset)
         self.checksum = self.dataset.checksum
-        section = config.vision
+        section, there = config.vision, len(self.dataset.valid)
+        if section.valid_images is not None and section.valid_images > there:
+            raise BellboxError(
+                f"vision.valid_images is {section.valid_images}, data.source '{config.data.source}' has {there} "
+                "validation images; leave it out for all"
+            )
         self.batches = ImageBatches(
             self.dataset.train,
             batch=section.batch,

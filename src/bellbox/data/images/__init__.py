@@ -54,8 +54,9 @@ def open_images(source: str, size: int | None = None) -> ImageDataset:
             f"'{source}': no images here; name an .npz file, a folder with IDX files, a folder with train/CLASS/*, "
             "fashion-mnist, or hf:NAME"
         )
-    if size not in (None, opened.train.shape[1], opened.train.shape[2]):
-        raise BellboxError(f"'{source}' has images of {opened.train.shape[1:]}; leave vision.image_size out")
+    height, width = opened.train.shape[1:]
+    if size is not None and (height, width) != (size, size):
+        raise BellboxError(f"'{source}' has images of {height} x {width}; leave vision.image_size out")
     return opened
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ _LABELS = ("label", "labels", "fine_label")
 
 
 class HubSplit(ImageSplit):
-    """Rows of a split whose pictures come as bytes."""
+    """Rows of a split whose pictures come as bytes, or as the paths of files."""
 
     def __init__(self, where: str, rows: Any, picture: str, labels: np.ndarray, size: int) -> None:
         super().__init__(where, labels, (3, size, size))
@@ -24,8 +25,14 @@ class HubSplit(ImageSplit):
 
     def image(self, index: int) -> np.ndarray:
         """See `ImageSplit.image`."""
-        entry = self._rows[index][self._picture]
-        return decode(entry["bytes"], f"{self.where}, image {index}", self.shape[1])
+        where = f"{self.where}, image {index}"
+        entry = self._rows[index][self._picture] or {}
+        data = entry.get("bytes")
+        if data is None and entry.get("path") is not None:
+            data = Path(entry["path"])
+        if data is None:
+            raise BellboxError(f"{where}: there is no picture in this row")
+        return decode(data, where, self.shape[1])
 
 
 def open_hub(name: str, size: int) -> ImageDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,19 @@ class JpegSplit(ImageSplit):
         labels: int64 `[count]`.
         jpeg: uint8, all bytes.
         offsets: `[count + 1]`: image i is `jpeg[offsets[i] : offsets[i + 1]]`.
+
+    Raises:
+        BellboxError: a damaged first image, or more than 16 GiB of decoded ones.
     """
 
     def __init__(self, where: str, labels: np.ndarray, jpeg: np.ndarray, offsets: np.ndarray) -> None:
         self._jpeg, self._offsets = jpeg, offsets
         first = self._decode(0, where)
         height, width, channels = first.shape
+        if len(labels) * first.size > _MOST_BYTES:
+            raise BellboxError(
+                f"{where}: {len(labels)} images of {height} x {width}, more than {_MOST_BYTES} bytes decoded"
+            )
         super().__init__(where, labels, (channels, height, width))
         # The system gives memory page by page as images come.
         self._kept = np.zeros((len(labels), *first.shape), dtype=np.uint8)
@@ -58,6 +66,19 @@ def open_npz(path: Path) -> ImageDataset:
     Raises:
         BellboxError: no such file, damaged, too large, or arrays that do not fit together.
     """
+    found = _arrays(path)
+    splits = [_split(path, found, name) for name in ("train", "test")]
+    names = found.get(
+        "class_name", np.array([str(i) for i in range(int(splits[0].labels.max(initial=0)) + 1)])
+    )
+    if names.ndim != 1:
+        raise BellboxError(f"{path}: class_name must be a list of names")
+    note = NOTE if isinstance(splits[0], JpegSplit) else ""
+    return checked_dataset(str(path), splits[0], splits[1], names.tolist(), sha256_file(path), note)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Everything in a file, unpacked, if that is not too much."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -74,17 +95,14 @@ def open_npz(path: Path) -> ImageDataset:
         KeyError,
         zipfile.BadZipFile,
         MemoryError,
-        NotImplementedError,
+        RuntimeError,  # encrypted, or packed in a way that zipfile does not know
+        zlib.error,
     ) as error:
         raise BellboxError(f"{path}: cannot be read as an .npz file ({error})") from None
-    splits = [_split(path, found, name) for name in ("train", "test")]
-    names = found.get(
-        "class_name", np.array([str(i) for i in range(int(splits[0].labels.max(initial=0)) + 1)])
-    )
-    if names.ndim != 1:
-        raise BellboxError(f"{path}: class_name must be a list of names")
-    note = NOTE if isinstance(splits[0], JpegSplit) else ""
-    return checked_dataset(str(path), splits[0], splits[1], names.tolist(), sha256_file(path), note)
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):  # NumPy gives the bytes of what is no .npy
+            raise BellboxError(f"{path}: cannot be read as an .npz file ({name} in it is no .npy array)")
+    return found
 
 
 def _split(path: Path, found: dict[str, np.ndarray], name: str) -> ImageSplit:

@@ -20,7 +20,7 @@ def decode(data: bytes | Path, where: str, size: int | None = None) -> np.ndarra
     Args:
         data: the file's bytes, or the file.
         where: its name, for messages.
-        size: scale the shorter side to it and cut the middle out; as it is where None.
+        size: cut the largest square out of the middle and scale it to this; as it is where None.
 
     Raises:
         BellboxError: no picture, a damaged one, or one of more than 64 MiB or 67 million pixels.
@@ -39,11 +39,11 @@ def decode(data: bytes | Path, where: str, size: int | None = None) -> np.ndarra
                 raise BellboxError(f"{where}: {width} x {height} pixels, more than {_MOST_PIXELS}")
             picture = picture.convert("RGB")
             if size is not None:
-                scale = size / min(width, height)
-                wide, high = max(size, round(width * scale)), max(size, round(height * scale))
-                left, top = (wide - size) // 2, (high - size) // 2
-                resized = picture.resize((wide, high), Image.Resampling.BILINEAR)
-                picture = resized.crop((left, top, left + size, top + size))
+                # The middle is cut out of the source: a scaled strip of 1 x 65000 would have gigabytes.
+                side = min(width, height)
+                left, top = (width - side) / 2, (height - side) / 2
+                middle = (left, top, left + side, top + side)
+                picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=middle)
             return np.asarray(picture)
     except BellboxError:
         raise
