@@ -295,10 +295,13 @@ def test_a_missing_key_or_file_is_named(folder, tmp_path_factory):
     with pytest.raises(BellboxError, match="has no 'hidden_size'"):
         load_hf(folder)
     (folder / "config.json").write_text("[1]")
-    with pytest.raises(BellboxError, match="JSON list"):
+    with pytest.raises(BellboxError, match="holds no JSON object"):
         load_hf(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(BellboxError, match="cannot be read as JSON"):
+    with pytest.raises(BellboxError, match="not readable as JSON"):
+        load_hf(folder)
+    (folder / "config.json").write_text('{"model_type": ["llama"]}')
+    with pytest.raises(BellboxError, match=r"model_type is \['llama'\]; Bellbox reads"):
         load_hf(folder)
     with pytest.raises(BellboxError, match="does not exist"):
         load_hf(tmp_path_factory.mktemp("empty"))

@@ -56,6 +56,16 @@ def test_value_and_gradient_are_those_of_slogdet_in_float64(m, d, distortion):
     )
 
 
+@pytest.mark.parametrize("form", ["exact", "taylor"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_features_that_are_not_finite_give_nan_for_the_trainer_to_name(form, value, experts):
+    x = features(12, 6).float()
+    x[3, 2] = value
+    assert mec_loss(x, form=form, experts=experts).isnan()
+    assert two_view_loss(x, features(12, 6, 1).float(), form=form).isnan()
+
+
 @pytest.mark.parametrize(("m", "d"), SHAPES)
 def test_two_views_and_a_teacher_are_those_of_slogdet_in_float64(m, d):
     x = features(m, d).requires_grad_()

@@ -18,6 +18,7 @@ from bellbox.report import (
     Sample,
     SizeRow,
     Verification,
+    binarized_page,
     read_record,
     render,
 )
@@ -238,3 +239,26 @@ def test_entropy_and_normal_distribution_function() -> None:
     assert entropy(np.array([8, 0])) == 0
     expected = [0.5 * math.erfc(-x / math.sqrt(2)) for x in (-3.0, -0.6745, 0.1, 2.0)]
     assert normal_cdf(np.array([-3.0, -0.6745, 0.1, 2.0])) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_page_of_a_binarized_model_names_its_own_block() -> None:
+    bell = [0, 1, 2, 1]
+    group = {
+        "norm": "n",
+        "loss_untransformed": 3.0,
+        "loss": [2.0, 1.0],
+        "bells_before": bell,
+        "bells_after": bell,
+    }
+    block = {"layers": {"q": {"error": 0.25}}, "groups": [group], "seconds": 1.0}
+    settings = {
+        "method": "dbellquant",
+        "variant": "clean",
+        "samples": 4,
+        "context": 24,
+        "activation_bits": 16,
+    }
+    record = {"settings": {**settings, "block": 64}, "blocks": [block]}
+    page = binarized_page("two", record, 1.5, 100)
+    assert "in its block of 64 columns" in page
+    assert "128" not in page.split("<figcaption")[1].split("</figcaption")[0]

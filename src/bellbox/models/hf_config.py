@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bellbox import files
 from bellbox.errors import BellboxError
 from bellbox.models.config import GPTConfig, LlamaConfig, ModelConfig
 
@@ -20,17 +21,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        BellboxError: missing, not JSON, or not an object.
+        BellboxError: missing, too large, not JSON, or not an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BellboxError(f"{path} does not exist; a Hugging Face model folder has one") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise BellboxError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BellboxError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
+    if not path.exists():
+        raise BellboxError(f"{path} does not exist; a Hugging Face model folder has one")
+    return files.read_json(path)
 
 
 def read_config(path: Path) -> tuple[ModelConfig, str]:
@@ -41,7 +36,7 @@ def read_config(path: Path) -> tuple[ModelConfig, str]:
     """
     values = read_json(path)
     kind = values.get("model_type")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         known = ", ".join(map(repr, _READERS))
         raise BellboxError(f"{path}: model_type is {kind!r}; Bellbox reads {known}")
     _refuse_unless(path, values, "quantization_config", None)

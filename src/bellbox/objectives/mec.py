@@ -78,7 +78,7 @@ def coding_length(
         experts: K, from 1 to d.
 
     Raises:
-        BellboxError: an option out of range.
+        BellboxError: an option out of range. (Features that are not finite give NaN.)
     """
     _check(z.shape[1], distortion, form, order, experts)
     with torch.autocast(z.device.type, enabled=False):
@@ -171,9 +171,11 @@ def _length(z: Tensor, p: Tensor, rate: float, form: Form, order: int) -> Tensor
     size = len(product)
     whole = product + torch.eye(size, dtype=product.dtype, device=product.device)
     if z is p:
-        return 2 * torch.linalg.cholesky(whole).diagonal().log().sum()
+        factor, failed = torch.linalg.cholesky_ex(whole)
+        length = 2 * factor.diagonal().log().sum()
+        return torch.where(failed == 0, length, length.new_tensor(float("nan")))
     sign, length = torch.linalg.slogdet(whole)
-    if float(sign.detach()) <= 0:
+    if float(sign.detach()) <= 0 and not bool(length.detach().isnan()):
         warnings.warn(
             f"mec: the determinant of the two views is not positive ({float(sign):g}): they disagree too much",
             stacklevel=4,
@@ -181,11 +183,17 @@ def _length(z: Tensor, p: Tensor, rate: float, form: Form, order: int) -> Tensor
     return length
 
 
+def _radius(product: Tensor, symmetric: bool) -> float:
+    """The largest |eigenvalue|; NaN where the matrix is not finite."""
+    if not bool(product.isfinite().all()):
+        return float("nan")
+    values = torch.linalg.eigvalsh(product) if symmetric else torch.linalg.eigvals(product)
+    return float(values.abs().max())
+
+
 def _series(product: Tensor, order: int, symmetric: bool) -> Tensor:
     """tr(A - A^2/2 + A^3/3 - ...)."""
-    with torch.no_grad():
-        values = torch.linalg.eigvalsh(product) if symmetric else torch.linalg.eigvals(product)
-        radius = float(values.abs().max())
+    radius = _radius(product.detach(), symmetric)
     if radius >= 1:
         warnings.warn(
             f"mec: the series diverges: its spectral radius is {radius:.3g}, must be below 1; centre the features, "

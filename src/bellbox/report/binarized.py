@@ -53,7 +53,8 @@ def binarized_page(name: str, record: dict[str, Any], bits_per_weight: float, we
     groups = [group for block in blocks for group in block["groups"]]
     if groups:
         body += section(
-            "Single bell, double bell?", figure_with_caption(bells(groups), _bells_caption(groups))
+            "Single bell, double bell?",
+            figure_with_caption(bells(groups), _bells_caption(groups, settings["block"])),
         )
     body += section(
         "Layer by layer",
@@ -66,7 +67,7 @@ def binarized_page(name: str, record: dict[str, Any], bits_per_weight: float, we
     return document(f"{name}: Bellbox binarized model", body)
 
 
-def _bells_caption(groups: list[dict[str, Any]]) -> str:
+def _bells_caption(groups: list[dict[str, Any]], block: int) -> str:
     plain, first, last = (
         sum(values) / len(groups)
         for values in (
@@ -76,9 +77,10 @@ def _bells_caption(groups: list[dict[str, Any]]) -> str:
         )
     )
     return (
-        "Weights behind norms, each as (w - a) / d: a is the mean of its row in its block of 128 columns, d the mean "
-        "distance from it. A weight at -1 or +1 (dashed) loses nothing by binarization. Grey: before LTDB; colour: "
-        f"after it. LTDB's loss: {plain:.1f} before, {first:.1f} at its start, {last:.1f} learned (mean over norms). "
+        f"Weights behind norms, each as (w - a) / d: a is the mean of its row in its block of {block} columns, d the "
+        "mean distance from it. A weight at -1 or +1 (dashed) loses nothing by binarization. Grey: before LTDB; "
+        f"colour: after it. LTDB's loss: {plain:.1f} before, {first:.1f} at its start, {last:.1f} learned (mean over "
+        "norms). "
         "For weights that are Gaussian within each input channel no scale of channels can bring it below 57.1 (p = 2): "
         "a scale makes the channels' widths alike, and a bell stays a bell."
     )
