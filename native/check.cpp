@@ -1,18 +1,34 @@
 // A program for `make sanitize`: random shapes through the kernels of every instruction set, each result held against
-// the portable ones bit by bit (gradients: to rounding). Every buffer has exactly the size that the kernels may touch,
-// so that AddressSanitizer sees a byte too far. AMX runs here in an emulation of its instructions.
+// the portable ones bit by bit (gradients: to rounding; convolutions: against plain loops). Every buffer has exactly the
+// size that the kernels may touch, so that AddressSanitizer sees a byte too far. AMX runs here in an emulation of its
+// instructions.
 //
 //     check [cases [seed]]
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "convolution.h"
+#include "encode_portable.h"
 #include "layer.h"
+
+// Memory that begins 16 bytes behind a line, as any may: what is rounded up to a line then leaves little behind itself.
+constexpr size_t kBehindLine = 16;
+void* operator new(size_t bytes) {
+    void* line = nullptr;
+    if (posix_memalign(&line, 64, bytes + kBehindLine) != 0) throw std::bad_alloc();  // of this very size
+    return static_cast<char*>(line) + kBehindLine;
+}
+void operator delete(void* p) noexcept {
+    if (p != nullptr) std::free(static_cast<char*>(p) - kBehindLine);
+}
+void operator delete(void* p, size_t) noexcept { operator delete(p); }
 
 using namespace bellbox;
 
@@ -61,7 +77,7 @@ bool same(const std::vector<char>& a, const std::vector<char>& b, Type type) {
 }
 
 void expect(bool condition, const std::string& what) {
-    if (!condition) throw std::runtime_error(what + " differs from the portable kernels");
+    if (!condition) throw std::runtime_error(what + " differs from the reference");
 }
 
 Coding random_coding(int64_t& k, int n) {
@@ -95,12 +111,28 @@ Encoded encode(const Kernels& kernels, EncodeArgs a) {
     return e;
 }
 
+PackedWeights random_weights(int64_t outputs, int64_t k, int weight_n, std::vector<uint8_t>& codes) {
+    const int bits = weight_n <= 2 ? 1 : weight_n <= 4 ? 2 : weight_n <= 8 ? 3 : 4;
+    codes.resize(static_cast<size_t>(outputs * k));
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(pick(0, weight_n - 1));
+    std::vector<float> scale(static_cast<size_t>(outputs)), bias(static_cast<size_t>(outputs));
+    std::normal_distribution<float> normal;
+    for (float& s : scale) s = normal(randomness);
+    for (float& b : bias) b = normal(randomness);
+    Arena arena(packed_size(bits, outputs, k));
+    PackedWeights weights(bits, outputs, k, static_cast<int32_t>(pick(1, 2)), static_cast<int32_t>(pick(0, 9)),
+                          scale.data(), pick(0, 1) == 0 ? bias.data() : nullptr, arena);
+    const int64_t first = std::min<int64_t>(outputs, 16 * pick(0, 9));  // in two slabs
+    weights.fill(codes.data(), k, 0, first);
+    weights.fill(codes.data() + first * k, k, first, outputs - first);
+    return weights;
+}
+
 // Codes, then the product, by row and column ranges and as a whole layer on two threads.
 void check_layer(const Kernels& kernels) {
     int64_t k = pick(1, 700);
     const int64_t rows = one_of<int64_t>({1, 2, 3, 5, 8, 17, 64, 65, 130, 300}), outputs = pick(1, 150);
     const int act_n = one_of({2, 2, 3, 4, 8, 16}), weight_n = one_of({2, 2, 3, 4, 7, 8, 16});
-    const int bits = weight_n <= 2 ? 1 : weight_n <= 4 ? 2 : weight_n <= 8 ? 3 : 4;
     const Coding coding = random_coding(k, act_n);
     const Type in = one_of({Type::f32, Type::bf16}), out = one_of({Type::f32, Type::bf16});
     const std::vector<char> x = numbers(rows * k, in, coding.thresholds, true);
@@ -119,20 +151,8 @@ void check_layer(const Kernels& kernels) {
         }
     }
     std::vector<PackedWeights> matrices;
-    for (int i = 0; i < 2; ++i) {
-        std::vector<uint8_t> codes(static_cast<size_t>(outputs * k));
-        for (uint8_t& code : codes) code = static_cast<uint8_t>(pick(0, weight_n - 1));
-        std::vector<float> scale(static_cast<size_t>(outputs)), bias(static_cast<size_t>(outputs));
-        std::normal_distribution<float> normal;
-        for (float& s : scale) s = normal(randomness);
-        for (float& b : bias) b = normal(randomness);
-        Arena arena(packed_size(bits, outputs, k));
-        matrices.emplace_back(bits, outputs, k, static_cast<int32_t>(pick(1, 2)), static_cast<int32_t>(pick(0, 9)),
-                              scale.data(), pick(0, 1) == 0 ? bias.data() : nullptr, arena);
-        const int64_t first = std::min<int64_t>(outputs, 16 * pick(0, 9));  // in two slabs
-        matrices.back().fill(codes.data(), k, 0, first);
-        matrices.back().fill(codes.data() + first * k, k, first, outputs - first);
-    }
+    std::vector<uint8_t> codes;
+    for (int i = 0; i < 2; ++i) matrices.push_back(random_weights(outputs, k, weight_n, codes));
     const size_t bytes = static_cast<size_t>(rows * outputs) * size_of(out);
     std::vector<char> expected[2], direct(bytes);
     for (int i = 0; i < 2; ++i) {
@@ -150,7 +170,7 @@ void check_layer(const Kernels& kernels) {
         kernels.linear(p, 0, row, 0, tile);
         kernels.linear(p, 0, row, tile, tiles_of(matrices[0]));
         kernels.linear(p, row, rows, 0, tiles_of(matrices[0]));
-        expect(same(direct, expected[i], out), "linear, " + std::to_string(bits) + " bits,");
+        expect(same(direct, expected[i], out), "linear, " + std::to_string(matrices[0].view().bits) + " bits,");
     }
     std::vector<char> outs[2] = {std::vector<char>(bytes), std::vector<char>(bytes)};
     const std::vector<const PackedWeights*> weights = {&matrices[0], &matrices[1]};
@@ -159,6 +179,75 @@ void check_layer(const Kernels& kernels) {
     Job job{coding.of(x.data(), in, rows, k, k), weights, scales, addresses, out};
     linear(job, static_cast<int>(pick(1, 3)));
     for (int i = 0; i < 2; ++i) expect(same(outs[i], expected[i], out), "a layer on threads");
+}
+
+// A window that fits its image; `channels` follow from what is left of a budget of multiply-adds.
+Window random_window(int64_t outputs) {
+    Window w{};
+    w.kernel_height = pick(1, 4), w.kernel_width = pick(1, 4);
+    w.stride_y = pick(1, 3), w.stride_x = pick(1, 3);
+    w.dilation_y = one_of({1, 1, 2, 3}), w.dilation_x = one_of({1, 1, 2, 3});
+    int64_t right = 0, below = 0;
+    if (pick(0, 2) != 0) w.left = pick(0, 4), w.top = pick(0, 4), right = pick(0, 4), below = pick(0, 4);
+    w.padded = w.left + w.top + right + below != 0;
+    const int64_t largest = one_of({5, 9, 20});
+    const int64_t reach_y = w.dilation_y * (w.kernel_height - 1) + 1, reach_x = w.dilation_x * (w.kernel_width - 1) + 1;
+    w.height = std::max(pick(1, largest), reach_y - w.top - below);
+    w.width = std::max(pick(1, largest), reach_x - w.left - right);
+    w.rows = (w.height + w.top + below - reach_y) / w.stride_y + 1;
+    w.columns = (w.width + w.left + right - reach_x) / w.stride_x + 1;
+    const int64_t each = w.rows * w.columns * w.kernel_height * w.kernel_width * outputs;
+    w.channels = std::min(std::max<int64_t>(1, 2000000 / each), one_of<int64_t>({pick(1, 16), pick(1, 300), 32, 64, 256}));
+    return w;
+}
+
+// The sum that output `i` of pixel (y, x) is, place by place; padding adds nothing.
+int32_t plain_sum(const Window& w, const int8_t* sample, const Weights& weights, const uint8_t* codes, int64_t y, int64_t x) {
+    int32_t sum = 0;
+    for (int64_t ky = 0; ky < w.kernel_height; ++ky)
+        for (int64_t kx = 0; kx < w.kernel_width; ++kx, codes += w.channels) {
+            const int64_t line = y * w.stride_y - w.top + ky * w.dilation_y, column = x * w.stride_x - w.left + kx * w.dilation_x;
+            if (line < 0 || line >= w.height || column < 0 || column >= w.width) continue;
+            for (int64_t c = 0; c < w.channels; ++c)
+                sum += sample[(line * w.width + column) * w.channels + c] * (weights.multiplier * codes[c] - weights.shift);
+        }
+    return sum;
+}
+
+// One call of a convolution, in memory that no larger case before has left behind.
+void check_convolution() {
+    const int64_t outputs = one_of<int64_t>({pick(1, 4), pick(1, 40), pick(64, 127), pick(128, 150)}), batch = pick(1, 3);
+    const Window w = random_window(outputs);
+    const int64_t k = w.height * w.width * w.channels, places = w.kernel_height * w.kernel_width;
+    const int act_n = one_of({2, 2, 3, 4, 8, 16}), weight_n = one_of({2, 2, 3, 4, 7, 8, 16});
+    int64_t features = w.channels;
+    Coding coding = random_coding(features, act_n);
+    while (w.channels % coding.block != 0) coding.block /= 2;
+    const Type in = one_of({Type::f32, Type::bf16}), out = one_of({Type::f32, Type::bf16});
+    const std::vector<char> x = numbers(batch * k, in, coding.thresholds, pick(0, 9) == 0);
+    std::vector<uint8_t> codes;
+    const PackedWeights weights = random_weights(outputs, w.patch(), weight_n, codes);
+    std::vector<int32_t> code_sums(static_cast<size_t>(places * outputs));
+    for (int64_t i = 0; i < outputs * w.patch(); ++i)
+        code_sums[static_cast<size_t>(i % w.patch() / w.channels * outputs + i / w.patch())] += codes[static_cast<size_t>(i)];
+    EncodeArgs a = coding.of(x.data(), in, batch, k, k);
+    a.ldl = (k + 63) / 64 * 64;
+    const Encoded base = encode(portable_kernels, a);
+    std::vector<char> expected(static_cast<size_t>(batch * w.rows * w.columns * outputs) * size_of(out));
+    for (int64_t i = 0; i < batch * w.rows * w.columns * outputs; ++i) {
+        const int64_t output = i % outputs, pixel = i / outputs % (w.rows * w.columns), sample = i / (outputs * w.rows * w.columns);
+        const int32_t sum = plain_sum(w, reinterpret_cast<const int8_t*>(base.levels.data()) + sample * a.ldl, weights.view(),
+                                      codes.data() + output * w.patch(), pixel / w.columns, pixel % w.columns);
+        const float mark = reinterpret_cast<const float*>(base.marks.data())[sample];
+        const float y = static_cast<float>(sum) * (weights.view().scale[output] * 0.37f) * mark;
+        store(expected.data(), out, i, weights.view().bias != nullptr ? y + weights.view().bias[output] : y);
+    }
+    share(3, 3, [](int64_t, int64_t) { slab_of_thread = Slab{}; });
+    images_of_thread = CodedImages{};
+    std::vector<char> mine(expected.size());
+    const Convolution job{coding.of(x.data(), in, batch, k, k), w, weights, code_sums.data(), 0.37f, mine.data(), out};
+    job.run(static_cast<int>(pick(1, 3)));
+    expect(same(mine, expected, out), "convolution, " + std::to_string(weights.view().bits) + " bits,");
 }
 
 void check_rotation(const Kernels& kernels) {
@@ -261,6 +350,7 @@ int main(int count, char** arguments) {
         randomness.seed(seed);
         for (long i = 0; i < cases; ++i) try {
                 check_layer(kernels());
+                check_convolution();
                 check_rotation(kernels());
                 check_training(kernels());
                 check_decoder(kernels());
