@@ -84,6 +84,15 @@ void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t
 
 }  // namespace
 
+#ifdef BELLBOX_X86
+// A copy is made at run time: here, where every processor has the instructions for it.
+const Kernels amx_kernels = [] {
+    Kernels kernels = avx512_kernels;
+    kernels.name = "amx", kernels.linear = amx_linear, kernels.counts = nullptr;
+    return kernels;
+}();
+#endif
+
 const Kernels& kernels() {
     const Kernels* chosen = current.load(std::memory_order_relaxed);
     if (chosen == nullptr) {

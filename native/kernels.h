@@ -161,10 +161,13 @@ struct Kernels {
     bool (*counts)(const LinearArgs&, int64_t rows) = nullptr;
 };
 
+// Tables of addresses, constexpr where they are defined: what initializes a variable of a file compiled for an
+// instruction set would run, in those instructions, on every processor that loads the library.
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
-extern const Kernels amx_kernels;
+extern const Kernels amx_kernels;  // avx512's but for amx_linear; made in dispatch.cpp
+void amx_linear(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
 bool amx_permitted();          // asks the operating system, once
 
 // The best that this processor runs and that is proved on hardware (amx is not), or the one that BELLBOX_ISA names. Throws std::runtime_error with one clear

@@ -9,28 +9,17 @@
 #include "linear_amx.h"
 
 namespace bellbox {
-namespace {
-namespace amx {
 
-void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
-    if (m_end - m_begin <= kFewRows || tile_begin >= tile_end)
+void amx_linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
+    if (m_end - m_begin <= amx::kFewRows || tile_begin >= tile_end)
         return avx512_kernels.linear(a, m_begin, m_end, tile_begin, tile_end);
     switch (a.weights->bits) {
-        case 1: return linear<1>(a, m_begin, m_end, tile_begin, tile_end);
-        case 2: return linear<2>(a, m_begin, m_end, tile_begin, tile_end);
-        case 3: return linear<3>(a, m_begin, m_end, tile_begin, tile_end);
-        default: return linear<4>(a, m_begin, m_end, tile_begin, tile_end);
+        case 1: return amx::linear<1>(a, m_begin, m_end, tile_begin, tile_end);
+        case 2: return amx::linear<2>(a, m_begin, m_end, tile_begin, tile_end);
+        case 3: return amx::linear<3>(a, m_begin, m_end, tile_begin, tile_end);
+        default: return amx::linear<4>(a, m_begin, m_end, tile_begin, tile_end);
     }
 }
-
-}  // namespace amx
-}  // namespace
-
-const Kernels amx_kernels = [] {
-    Kernels kernels = avx512_kernels;
-    kernels.name = "amx", kernels.linear = amx::linear, kernels.counts = nullptr;
-    return kernels;
-}();
 
 // Linux gives the state of tiles to a process that asks; all threads of it, those that run too, then have it.
 bool amx_permitted() {

@@ -9,7 +9,7 @@
 #include "training_avx2.h"
 
 namespace bellbox {
-const Kernels avx2_kernels = {
+constexpr Kernels avx2_kernels = {
     "avx2",       avx2::encode,   avx2::rotate, avx2::forward,    avx2::backward,
     avx2::linear, avx2::rms_norm, avx2::attend, avx2::int8_linear, avx2::integer_peak};
 }  // namespace bellbox

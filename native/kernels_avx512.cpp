@@ -9,7 +9,7 @@
 #include "training_avx512.h"
 
 namespace bellbox {
-const Kernels avx512_kernels = {
+constexpr Kernels avx512_kernels = {
     "avx512",       avx512::encode,   avx512::rotate, avx512::forward,    avx512::backward,
     avx512::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear, avx512::integer_peak,
     avx512::counts};

@@ -8,7 +8,7 @@
 #include "peak.h"
 
 namespace bellbox {
-const Kernels portable_kernels = {
+constexpr Kernels portable_kernels = {
     "portable",       portable::encode,   portable::rotate, portable::forward,    portable::backward,
     portable::linear, portable::rms_norm, portable::attend, portable::int8_linear, portable::integer_peak};
 }  // namespace bellbox

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no factor of two"),
 ]
 ISAS = native.instruction_sets() if native.available() else []
+
+
+def test_loading_the_module_runs_no_code_of_an_instruction_set() -> None:
+    objects = list(Path(__file__).parents[2].glob("build/*/CMakeFiles/bellbox_*.dir/native/kernels_*.o"))
+    if not objects:
+        pytest.skip("the object files were not kept")
+    # The section of what runs before anything can ask which instructions there are.
+    assert [path.name for path in objects if b".init_array" in path.read_bytes()] == []
 
 
 @pytest.fixture(params=ISAS)
