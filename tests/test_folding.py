@@ -77,6 +77,17 @@ def test_a_norm_is_left_where_something_else_reads_what_it_reads() -> None:
     assert isinstance(model.norm, nn.BatchNorm2d)
 
 
+@pytest.mark.parametrize("tracked", [False, True])
+def test_a_norm_that_follows_the_batch_stays(tracked: bool) -> None:
+    packed = packed_of(nn.Sequential(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8, track_running_stats=tracked)))
+    packed.get_submodule("1").train(tracked)
+    x = torch.rand(2, 16, 8, 8)
+    with torch.no_grad():
+        before = packed(x)
+        assert torch.equal(bb.fold_batch_norms(packed)(x), before)
+    assert isinstance(packed.get_submodule("1"), nn.BatchNorm2d)
+
+
 def test_bias_and_scale_take_the_norm_in() -> None:
     sequence = nn.Sequential(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8, affine=False))
     packed = packed_of(sequence)

@@ -24,6 +24,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def fold_batch_norms(model: Model) -> Model:
     """Fold each batch norm whose input is a packed convolution's output and nothing else's, in place.
 
+    A norm that follows the batch (without running statistics, or itself in training mode) stays.
+
     Args:
         model: packed, in evaluation mode. It must be traceable by `torch.fx`: no branches on values.
 
@@ -54,17 +56,22 @@ def fold_batch_norms(model: Model) -> Model:
             continue
         conv, norm = modules[str(source.target)], modules[str(node.target)]
         alone = len(source.users) == calls[id(conv)] == calls[id(norm)] == 1
-        if isinstance(conv, PackedConv2d) and isinstance(norm, nn.BatchNorm2d) and alone:
+        if isinstance(conv, PackedConv2d) and isinstance(norm, nn.BatchNorm2d) and alone and _is_fixed(norm):
             _fold(conv, norm)
             parent, _, leaf = str(node.target).rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Identity())
     return model
 
 
+def _is_fixed(norm: nn.BatchNorm2d) -> bool:
+    """Whether it is one `alpha x + beta`; without running statistics it follows the batch in evaluation too."""
+    return not norm.training and norm.running_mean is not None and norm.running_var is not None
+
+
 @torch.no_grad()
 def _fold(conv: PackedConv2d, norm: nn.BatchNorm2d) -> None:
-    if norm.running_mean is None or norm.running_var is None:
-        return  # it follows the batch in evaluation too
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     alpha = 1 / torch.sqrt(variance + norm.eps)
     alpha = alpha if norm.weight is None else alpha * norm.weight.double()
