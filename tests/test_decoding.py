@@ -78,5 +78,10 @@ def test_other_models_keep_to_their_layers() -> None:
     exact.exact_attention = True
     assert not served(exact)
     assert steps_for(packed(), object()) is None
+    half, position = packed(), packed(name="gpt-tiny")
+    half.model.embed_tokens.to(torch.bfloat16)
+    position.transformer.wpe.to(torch.float16)
+    assert not served(half)
+    assert not served(position)
     with torch.autocast("cpu", torch.bfloat16):
         assert not served(packed())

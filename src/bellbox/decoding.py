@@ -21,6 +21,7 @@ from bellbox.models.attention import tanh_gelu
 from bellbox.models.gpt import GPTBlock
 from bellbox.models.llama import LlamaBlock
 from bellbox.nn import PackedLinear
+from bellbox.nn.compact import CompactEmbedding
 from bellbox.nn.prepacked import Prepacked
 
 Group = tuple[nn.Module, ...]
@@ -145,27 +146,33 @@ def steps_for(model: nn.Module, cache: object) -> Steps | None:
     """The short way for this model and this cache; None where there is none.
 
     There is one for a LLaMA or GPT on the CPU whose blocks are packed throughout, siblings sharing their input, without
-    hooks, without autocast and without `exact_attention`, in fp32 but for its packed layers, embedding and head.
+    hooks, without autocast and without `exact_attention`, in fp32 but for its packed layers, compact embeddings (they
+    give fp32) and the head.
     """
     if not isinstance(cache, KVCache):
         return None
     if type(model) is Llama:
-        served = _plain(model, cache, model.model.layers) and _packed(
+        embeddings = [model.model.embed_tokens]
+        served = _plain(model, cache, model.model.layers, embeddings) and _packed(
             map(_llama_layers, _llama_blocks(model))
         )
         return LlamaSteps(model, cache) if served else None
     if type(model) is GPT:
-        served = _plain(model, cache, model.transformer.h) and _packed(map(_gpt_layers, _gpt_blocks(model)))
+        embeddings = [model.transformer.wte, model.transformer.wpe]
+        served = _plain(model, cache, model.transformer.h, embeddings) and _packed(
+            map(_gpt_layers, _gpt_blocks(model))
+        )
         return GPTSteps(model, cache) if served else None
     return None
 
 
-def _plain(model: Llama | GPT, cache: KVCache, blocks: nn.Module) -> bool:
+def _plain(model: Llama | GPT, cache: KVCache, blocks: nn.Module, embeddings: list[nn.Module]) -> bool:
     if model.exact_attention or torch.is_autocast_enabled("cpu") or not native.available():
         return False
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return False
-    tensors = (*cache.keys, *cache.values, *blocks.parameters())
+    tables = [p for each in embeddings if not isinstance(each, CompactEmbedding) for p in each.parameters()]
+    tensors = (*cache.keys, *cache.values, *blocks.parameters(), *tables)
     return all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
