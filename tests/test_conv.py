@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -211,6 +212,30 @@ def test_rules_may_confine_themselves_to_a_kind_of_layer() -> None:
     model = bb.prepare(nn.ModuleList([nn.Conv2d(128, 128, 3), nn.Linear(128, 128)]), recipe)
     blocks = [layer.activation_quantizer.quantizer.block for _, layer in quantized_layers(model)]  # type: ignore[union-attr]
     assert blocks == [64, 32]
+
+
+def test_a_block_of_bbq_vision_is_that_of_convolutions_too_and_rotated_weights_have_none() -> None:
+    def blocks(**choices: Any) -> list[int | None]:
+        rule = Recipe.bbq_vision(2, **choices).rule_for("layer", "conv")
+        assert rule is not None
+        assert rule.weights is not None
+        assert rule.activations is not None
+        return [rule.weights.block, rule.activations.block]
+
+    assert blocks() == [64, 64]
+    assert blocks(block=1) == [1, 1]
+    assert blocks(weights_rotated=True) == [1, 64]
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_an_empty_batch_gives_an_empty_one(kernel_size: int) -> None:
+    layer = prepared(Recipe.bbq(), kernel_size=kernel_size)
+    layer(some_images())
+    empty = torch.zeros(0, 16, 8, 8)
+    size = 9 - kernel_size
+    assert layer.eval()(empty).shape == (0, layer.out_channels, size, size)
+    packed = bb.convert(nn.Sequential(layer))
+    assert packed(empty).shape == (0, layer.out_channels, size, size)
 
 
 @pytest.mark.parametrize(

@@ -245,20 +245,18 @@ class Recipe:
             bits: of weights and activations.
             zeta: x_hat follows zeta times each sample's (each token's) sigma; 2.45 as released for vision, 1.694 in
                 the authors' later code; None for a learned gamma.
-            choices: as in `Recipe.of`.
+            choices: as in `Recipe.of`; a `block` is that of convolutions too.
 
         Raises:
             BellboxError: both `bits` and `levels`, or a value out of range.
         """
         if zeta is not None:
-            choices["options"] = {**choices.get("options", {}), "zeta": zeta}
-        choices.setdefault("block", 32)
-        whole = cls.of("bbq", bits, **choices)
-        everything = whole.rules[-1]
-        specs = (everything.weights, everything.activations)
-        weights, activations = (spec and dataclasses.replace(spec, block=64) for spec in specs)
-        convolutions = dataclasses.replace(everything, kind="conv", weights=weights, activations=activations)
-        return cls((*whole.rules[:-1], convolutions, everything), whole.share_inputs)
+            choices["options"] = {**(choices.get("options") or {}), "zeta": zeta}
+        if choices.get("block") is not None:
+            return cls.of("bbq", bits, **choices)
+        linear, conv = (cls.of("bbq", bits, **{**choices, "block": block}) for block in (32, 64))
+        convolutions = dataclasses.replace(conv.rules[-1], kind="conv")
+        return cls((*linear.rules[:-1], convolutions, linear.rules[-1]), linear.share_inputs)
 
     @classmethod
     def none(cls) -> Recipe:

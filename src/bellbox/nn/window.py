@@ -154,4 +154,5 @@ def pixels_of(x: Tensor, depth: int, name: str) -> Tensor:
             f"input of {name or 'a convolution'} has shape {tuple(x.shape)}: "
             "[batch, channels, height, width] is needed"
         )
-    return x.permute(0, 2, 3, 1).reshape(len(x), -1, depth)
+    vectors = x.shape[1:].numel() // depth  # -1 is ambiguous for an empty batch
+    return x.permute(0, 2, 3, 1).reshape(len(x), vectors, depth)
