@@ -16,7 +16,7 @@ from bellbox.errors import BellboxError
 from bellbox.evaluation import perplexity
 from bellbox.training import TrainConfig, Trainer, load_config, load_run, train
 from bellbox.training.checkpoint import CheckpointWarning
-from bellbox.training.config import BatchSection, QuantizationSection
+from bellbox.training.config import BatchSection, QuantizationSection, VisionSection
 from bellbox.training.files import lock
 from bellbox.training.metrics import WALL_CLOCK, read_records
 
@@ -106,6 +106,13 @@ def test_equal_configurations_give_equal_bits(tiny: Tiny) -> None:
     train(left, show=False)
     train(right, show=False)
     assert_equal_runs(left, right)
+
+
+def test_the_vision_section_means_nothing_to_a_language_run(tiny: Tiny) -> None:
+    trainer = Trainer(tiny(steps=1, vision=VisionSection(ema=7.0)), show=False)
+    trainer.run()
+    assert trainer.average.model is trainer.model
+    assert trainer.average.tensors() == {}
 
 
 def test_another_seed_gives_another_model(tiny: Tiny) -> None:

@@ -290,6 +290,11 @@ class TrainConfig:
         return self.sequences_per_step // self.batch.micro_sequences
 
     @property
+    def averaging(self) -> float:
+        """Decay of the averaged weights, 0 for none: a vision task's."""
+        return self.vision.ema if self.task == "vision" else 0.0
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         if self.tokens is not None:

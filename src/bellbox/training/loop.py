@@ -130,7 +130,7 @@ class Trainer:
             self.entropy.remove()
         self.entropy = EntropyTerm(self.model, self.config.mec) if self.config.mec.weight else None
         self.optimizer = ModelOptimizer(self.model, self.config.optimizer)
-        self.average = Average(self.model, self.config.vision.ema)
+        self.average = Average(self.model, self.config.averaging)
 
     def _enter(self, phase: Phase) -> None:
         """Go over to another phase: the weights and their moments stay, the quantizers are made anew."""

@@ -64,7 +64,7 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
     found = _find(Checkpoints(root / "checkpoints"), checkpoint)
     phase = phase_after(phases_of(config), found.step)
     model = make_model(config, phase.quantization)
-    tensors = averaged_tensors(found.optimizer_tensors()) if config.vision.ema else {}
+    tensors = averaged_tensors(found.optimizer_tensors()) if config.averaging else {}
     load_model_tensors(model, tensors or found.model_tensors(), str(found.path))
     return LoadedRun(
         folder=root,
