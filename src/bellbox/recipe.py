@@ -252,9 +252,10 @@ class Recipe:
         """
         if zeta is not None:
             choices["options"] = {**(choices.get("options") or {}), "zeta": zeta}
-        if choices.get("block") is not None:
-            return cls.of("bbq", bits, **choices)
-        linear, conv = (cls.of("bbq", bits, **{**choices, "block": block}) for block in (32, 64))
+        given = choices.pop("block", None)
+        if given is not None:
+            return cls.of("bbq", bits, block=given, **choices)
+        linear, conv = (cls.of("bbq", bits, block=block, **choices) for block in (32, 64))
         convolutions = dataclasses.replace(conv.rules[-1], kind="conv")
         return cls((*linear.rules[:-1], convolutions, linear.rules[-1]), linear.share_inputs)
 
