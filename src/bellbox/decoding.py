@@ -166,7 +166,7 @@ def steps_for(model: nn.Module, cache: object) -> Steps | None:
     return None
 
 
-def _plain(model: Llama | GPT, cache: KVCache, blocks: nn.Module, embeddings: list[nn.Module]) -> bool:
+def _plain(model: Llama | GPT, cache: KVCache, blocks: nn.Module, embeddings: Sequence[nn.Module]) -> bool:
     if model.exact_attention or torch.is_autocast_enabled("cpu") or not native.available():
         return False
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
