@@ -79,6 +79,32 @@ def verify_file(path: Path, stated: Mapping[str, Any]) -> None:
         raise BellboxError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def listed_file(root: Path, files: Mapping[str, Any], name: str, config: str) -> Path:
+    """The path of a file that a folder's configuration lists, once it is found to be as stated.
+
+    Args:
+        root: the folder.
+        files: what the configuration says of each file, by name (`describe_file`).
+        name: of the file.
+        config: name of the configuration, for the message.
+
+    Raises:
+        BellboxError: it is not listed, missing or altered.
+    """
+    if name not in files:
+        raise BellboxError(f"{root / config}: lists no {name}")
+    verify_file(root / name, files[name])
+    return root / name
+
+
+def says_format(config: Path, name: str) -> bool:
+    """Whether a configuration says that its folder is of a format (nothing else is looked at)."""
+    try:
+        return config.is_file() and read_json(config).get("format") == name
+    except BellboxError:
+        return False
+
+
 def checksum(config: Mapping[str, Any]) -> str:
     """SHA-256 of a configuration's canonical text, its own key `sha256` left out."""
     content = {key: value for key, value in config.items() if key != "sha256"}

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from bellbox import stored
 from bellbox.errors import BellboxError
-from bellbox.files import checksum, describe_file, new_folder, read_json, read_tensors, verify_file
+from bellbox.files import (
+    checksum,
+    describe_file,
+    listed_file,
+    new_folder,
+    read_json,
+    read_tensors,
+    says_format,
+)
 from bellbox.levels import Grid, Levels
 from bellbox.nn import PackedConv2d, PackedLinear, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
@@ -154,11 +162,7 @@ def load(
 
 def is_packed(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder says that it is a packed model (its content is not looked at)."""
-    path = Path(folder) / CONFIG
-    try:
-        return path.is_file() and read_json(path).get("format") == FORMAT
-    except BellboxError:
-        return False
+    return says_format(Path(folder) / CONFIG, FORMAT)
 
 
 def tokenizer_path(folder: str | os.PathLike[str]) -> Path | None:
@@ -168,11 +172,8 @@ def tokenizer_path(folder: str | os.PathLike[str]) -> Path | None:
         BellboxError: it is missing or altered.
     """
     root = Path(folder)
-    stated = read_config(root)["files"].get(TOKENIZER)
-    if stated is None:
-        return None
-    verify_file(root / TOKENIZER, stated)
-    return root / TOKENIZER
+    files = read_config(root)["files"]
+    return None if files.get(TOKENIZER) is None else listed_file(root, files, TOKENIZER, CONFIG)
 
 
 def read_config(root: Path) -> dict[str, Any]:
@@ -295,11 +296,7 @@ def _describe_tables(model: nn.Module) -> dict[str, str]:
 
 
 def _read_tensors(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    path = root / TENSORS
-    if TENSORS not in config["files"]:
-        raise BellboxError(f"{root / CONFIG}: lists no {TENSORS}")
-    verify_file(path, config["files"][TENSORS])
-    return read_tensors(path)
+    return read_tensors(listed_file(root, config["files"], TENSORS, CONFIG))
 
 
 def _build(root: Path, description: dict[str, Any]) -> nn.Module:

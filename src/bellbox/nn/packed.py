@@ -19,7 +19,7 @@ from bellbox.kernels.integer import scaled_product
 from bellbox.levels import Grid, Levels
 from bellbox.nn.prepacked import Prepacked
 from bellbox.nn.quantized import QuantizedLayer, finish
-from bellbox.nn.shared import SharedInput, version_of
+from bellbox.nn.shared import SharedInput, keeping_dtype, version_of
 
 
 @dataclass(frozen=True)
@@ -262,12 +262,7 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Follow moves between devices, never a change of dtype: the scales are part of an exact function."""
         self._integers = None
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
 
 _layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()

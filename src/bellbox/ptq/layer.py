@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox import packing
-from bellbox.nn.shared import version_of
+from bellbox.nn.shared import keeping_dtype, version_of
 from bellbox.ptq.binarize import BILLM_SCALES, RTN_SCALES, Binarized, decode
 
 
@@ -145,12 +145,7 @@ class BinarizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinarizedLinear:
         """Follow moves between devices, never a change of dtype: fp16 scales are what is stored."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
 
 def _pack(bits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.files import checksum, describe_file, read_json, read_tensors, verify_file
+from bellbox.files import checksum, describe_file, listed_file, read_json, read_tensors, says_format
 from bellbox.models import GPT, Llama, ModelConfig, build, config_from_dict
 from bellbox.models.hf import filled
 from bellbox.nn import replace_layer
@@ -84,11 +84,7 @@ def write_config(folder: Path, model: ModelConfig, quantization: Quantization) -
 
 def is_binarized(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder says that it is a binarized model (its content is not looked at)."""
-    path = Path(folder) / CONFIG
-    try:
-        return path.is_file() and read_json(path).get("format") == FORMAT
-    except BellboxError:
-        return False
+    return says_format(Path(folder) / CONFIG, FORMAT)
 
 
 def read_config(root: Path) -> tuple[ModelConfig, Quantization, dict[str, Any]]:
@@ -175,10 +171,7 @@ def load(folder: str | os.PathLike[str]) -> Llama | GPT:
     config, quantization, files = read_config(root)
     tensors: dict[str, Tensor] = {}
     for name in [REST, *(block_file(number) for number in range(config.num_hidden_layers))]:
-        if name not in files:
-            raise BellboxError(f"{root / CONFIG}: lists no {name}")
-        verify_file(root / name, files[name])
-        tensors.update(read_tensors(root / name))
+        tensors.update(read_tensors(listed_file(root, files, name, CONFIG)))
     model = empty_model(config, quantization)
     _check(root, model, tensors)
     wide = {
@@ -216,11 +209,8 @@ def tokenizer_path(root: Path) -> Path | None:
     Raises:
         BellboxError: it is missing or altered.
     """
-    stated = read_config(root)[2].get(TOKENIZER)
-    if stated is None:
-        return None
-    verify_file(root / TOKENIZER, stated)
-    return root / TOKENIZER
+    files = read_config(root)[2]
+    return None if files.get(TOKENIZER) is None else listed_file(root, files, TOKENIZER, CONFIG)
 
 
 def read_record(root: Path) -> dict[str, Any]:
@@ -229,11 +219,7 @@ def read_record(root: Path) -> dict[str, Any]:
     Raises:
         BellboxError: it is missing or altered.
     """
-    files = read_config(root)[2]
-    if RECORD not in files:
-        raise BellboxError(f"{root / CONFIG}: lists no {RECORD}")
-    verify_file(root / RECORD, files[RECORD])
-    return read_json(root / RECORD)
+    return read_json(listed_file(root, read_config(root)[2], RECORD, CONFIG))
 
 
 @dataclass(frozen=True)
