@@ -39,9 +39,9 @@ unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 sanitize:
-	cmake -S . -B build/sanitize -DBELLBOX_CHECK=ON
-	cmake --build build/sanitize --parallel $(JOBS)
-	build/sanitize/check
+	cmake -S . -B build/checks/sanitize -DBELLBOX_CHECK=ON
+	cmake --build build/checks/sanitize --parallel $(JOBS)
+	build/checks/sanitize/check
 
 format: setup
 	$(BIN)/ruff check --fix src tests benchmarks
