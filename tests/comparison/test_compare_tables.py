@@ -57,6 +57,17 @@ def test_lines_from_before_a_key_existed_belong_to_the_same_row(result) -> None:
     assert study.left_out == 0
 
 
+def test_inputs_with_bits_of_their_own_are_named(result) -> None:
+    mixed = result("W2A4")
+    mixed.config["quantization"]["activation_bits"] = 4
+    (study,) = summarise([result("W2A2"), mixed, result("full", None)])
+    assert [line[:2] for line in tables.cells(study)] == [
+        ["W2A2", "2"],
+        ["W2A4", "2, inputs 4"],
+        ["full", "-"],
+    ]
+
+
 def test_the_table_is_markdown_csv_and_latex(result) -> None:
     studies = summarise(lines(result))
     text = tables.markdown(studies)

@@ -65,6 +65,24 @@ def lsq(
     return Expected(a * q, g * inside, {"a": g_a})
 
 
+def pact_weight(x: Tensor, g: Tensor, n: int) -> Expected:
+    c = CLIP[n] * x.square().mean(-1, keepdim=True).sqrt()
+    q = half_up((x.clamp(-c, c) / c + 1) / 2 * (n - 1))
+    return Expected(c * (2 * q / (n - 1) - 1), g, {})
+
+
+def pact_input(x: Tensor, g: Tensor, n: int, alpha: Tensor, signed: bool) -> Expected:
+    if signed:
+        y = (x.clamp(-alpha, alpha) + alpha) / 2
+        x_hat = 2 * half_up(y * (n - 1) / alpha) * alpha / (n - 1) - alpha
+        inside, g_alpha = x.abs() <= alpha, g * x.sign() * (x.abs() > alpha)
+    else:
+        y = (x.abs() - (x - alpha).abs() + alpha) / 2
+        x_hat = half_up(y * (n - 1) / alpha) * alpha / (n - 1)
+        inside, g_alpha = (x > 0) & (x <= alpha), g * (x > alpha)
+    return Expected(x_hat, g * inside, {"alpha": g_alpha.sum()})
+
+
 def nearest(x: Tensor, g: Tensor, table: Tensor, scale: Tensor) -> Expected:
     distance = (x / scale)[..., None] - table
     return Expected(scale * table[distance.abs().argmin(-1)], g, {})
@@ -141,6 +159,10 @@ def case_lsq(n: int, kind: str) -> Callable[[Quantizer, Tensor, Tensor], Expecte
     return lambda q, x, g: lsq(x, g, n, number(q, "a"), low, high, shift, largest)
 
 
+def case_pact(n: int, signed: bool) -> Callable[[Quantizer, Tensor, Tensor], Expected]:
+    return lambda q, x, g: pact_input(x, g, n, number(q, "alpha"), signed)
+
+
 def case_nf(n: int) -> Callable[[Quantizer, Tensor, Tensor], Expected]:
     def expected(q: Quantizer, x: Tensor, g: Tensor) -> Expected:
         table = torch.tensor(q.table().tolist(), dtype=torch.float64)  # type: ignore[operator]
@@ -180,6 +202,11 @@ CASES = [
     *(("lsq", n, role, {}, case_lsq(n, "mid-rise")) for n in (2, 4, 8, 16) for role in ("weight", "input")),
     *(("lsq", n, "weight", {"classic": True}, case_lsq(n, "classic")) for n in (4, 16)),
     *(("lsq", n, "input", {"classic": True, "unsigned": True}, case_lsq(n, "unsigned")) for n in (4, 16)),
+    *(("lsq", n, "input", {"unsigned": True}, case_lsq(n, "unsigned")) for n in (2, 3)),
+    *(("lsq", n, "weight", {"unsigned": True}, case_lsq(n, "mid-rise")) for n in (2, 4)),
+    *(("pact", n, "input", {}, case_pact(n, False)) for n in (2, 3, 4, 16)),
+    *(("pact", n, "input", {"signed": True}, case_pact(n, True)) for n in (2, 3, 4, 16)),
+    *(("pact", n, "weight", {}, lambda q, x, g: pact_weight(x, g, q.levels.n)) for n in (2, 3, 4, 8, 16)),
     *(("nf", n, role, {}, case_nf(n)) for n in (4, 8, 16) for role in ("weight", "input")),
     *(("n2uq", n, "weight", {}, lambda q, x, g: n2uq_weight(x, g, q.levels.n, False)) for n in (2, 4, 8, 16)),
     ("n2uq", 4, "weight", {"released_gradient": True}, lambda q, x, g: n2uq_weight(x, g, 4, True)),
@@ -251,11 +278,34 @@ def test_the_first_tensor_sets_the_scales_that_the_papers_start_from():
         q = build_quantizer(QuantizerSpec("seq", n), FEATURES, None, "").double()
         q(x)
         torch.testing.assert_close(q.a.detach(), mean if n == 2 else largest)
+    for n, options, start in (
+        (2, {"unsigned": True}, 2 * mean),
+        (4, {"unsigned": True}, 2 * mean / math.sqrt(3)),
+    ):
+        q = build_quantizer(QuantizerSpec("lsq", n, options=options), FEATURES, None, "").double()
+        q(x)
+        torch.testing.assert_close(q.a.detach(), start)
     q = build_quantizer(QuantizerSpec("n2uq", 4), FEATURES, None, "").double()
     q(x)
     torch.testing.assert_close(q.a.detach(), (4 * rms / 3).expand(3))
     assert [p.item() for p in (q.beta, q.s1, q.s2)] == pytest.approx([-2 * rms.item(), 1, 2 * rms.item()])
     assert q.levels.thresholds == pytest.approx([float(t * rms) for t in (-4 / 3, 0, 4 / 3)], abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 4, 16])
+@pytest.mark.parametrize("signed", [False, True])
+def test_pact_starts_at_the_alpha_of_least_squared_error(n, signed):
+    bell = torch.randn(1 << 16, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = bell if signed else bell.relu()
+    q = build_quantizer(QuantizerSpec("pact", n, options={"signed": signed}), 1, None, "").double()
+    with torch.no_grad():
+        q(x)
+        start, errors = q.alpha.clone(), {}  # type: ignore[operator]
+        for factor in (0.85, 0.95, 1.0, 1.05, 1.15):
+            q.alpha.copy_(factor * start)  # type: ignore[operator]
+            errors[factor] = float((q(x) - x).square().mean())
+    assert min(errors, key=lambda factor: errors[factor]) in (0.95, 1.0, 1.05)
+    assert errors[1.0] < 1.01 * min(errors.values())
 
 
 def test_thresholds_of_n2uq_follow_a_change_that_no_version_counts():

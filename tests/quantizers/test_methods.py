@@ -33,7 +33,8 @@ OPTIONS = {
         {"gamma_init": "optimal", "gamma": "frozen"},
     ),
     "quest": ({}, {"rule": "clip"}),
-    "lsq": ({}, {"classic": True}, {"classic": True, "unsigned": True}),
+    "lsq": ({}, {"classic": True}, {"unsigned": True}, {"classic": True, "unsigned": True}),
+    "pact": ({}, {"signed": True}),
     "n2uq": ({}, {"released_gradient": True}),
     "nf": ({}, {"group": 8}),
 }
@@ -307,7 +308,7 @@ def test_methods_off_the_integer_grid_are_not_packed_and_say_why(method):
             lambda: Recipe.of("lsq", statistic="token"),
             "statistic 'token' does not fit activations of lsq: learned",
         ),
-        (lambda: Recipe.of("lsq", options={"unsigned": True}), "classic=true"),
+        (lambda: Recipe.of("pact", zero_point=0.0), "pact has a zero point of its own"),
         (lambda: Recipe.of("bbq", options={"zeta": 2.0}, statistic="ema"), "zeta"),
         (lambda: Recipe.of("bbq", options={"zeta": -1.0}), "zeta -1.0: must be a finite number above 0"),
         (lambda: Recipe.of("bbq", weight_only="int8", options={"signs": True}), "both have random signs"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bellbox.errors import BellboxError
+from bellbox.training.assemble import make_recipe
 from bellbox.training.config import TrainConfig
 from bellbox.training.config_file import config_from_dict, differences, load_config, save_config
 
@@ -80,6 +81,14 @@ def test_what_is_wrong_is_said_in_one_line_with_the_dotted_name(data: object, me
             {"quantization": {"method": "magic"}},
             "quantization: no quantization method 'magic'; there are: bbq",
         ),
+        (
+            {"quantization": {"activation_bits": 9}},
+            "quantization: bits=9: must be a whole number from 1 to 8",
+        ),
+        (
+            {"quantization": {"activation_bits": 4, "weight_only": "int8"}},
+            "quantization.activation_bits is 4, but weight_only leaves activations no bits",
+        ),
         ({"quantization": {"method": "quest", "options": {"rul": "clip"}}}, "'rul' of quest.*options: rule"),
     ],
 )
@@ -91,6 +100,17 @@ def test_values_out_of_range_are_refused_with_the_limit(data: object, message: s
 def test_accumulation_follows_from_the_global_batch() -> None:
     config = config_from_dict({"batch": {"tokens": 8192, "micro_sequences": 4}, "data": {"context": 128}})
     assert (config.sequences_per_step, config.accumulation) == (64, 16)
+
+
+@pytest.mark.parametrize("method", ["bbq", "bbq_paper", "lsq"])
+def test_activations_may_have_bits_of_their_own(method: str) -> None:
+    section = config_from_dict(
+        {"quantization": {"method": method, "bits": 2, "activation_bits": 4}}
+    ).quantization
+    rule = make_recipe(section).rules[-1]
+    assert rule.weights is not None
+    assert rule.activations is not None
+    assert (rule.weights.levels, rule.activations.levels) == (4, 16)
 
 
 def test_a_broken_or_missing_file_is_one_line(tmp_path: Path) -> None:

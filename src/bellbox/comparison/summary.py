@@ -18,6 +18,8 @@ class Summary:
 
     row: str
     bits: float | None
+    activation_bits: float | None
+    """As `bits`, unless the configuration gives inputs bits of their own."""
     lr: float | None
     """The best one, by the loss on the first seed; None where all failed."""
     tried: dict[float, float | None]
@@ -141,11 +143,13 @@ def _summary(found: list[Result], floor: dict[int, Result]) -> Summary:
     runs = _best_runs(found)
     sound = {seed: result.metric for seed, result in runs.items() if result.metric is not None}
     floors = {seed: r.metric for seed, r in floor.items() if r.metric is not None and seed in sound}
+    own = found[0].config["quantization"].get("activation_bits")
     ratio = sum(sound[seed] for seed in floors) / sum(floors.values()) if floors else None
     good = [result for result in runs.values() if result.metric is not None]
     return Summary(
         row=found[0].row,
         bits=found[0].bits,
+        activation_bits=found[0].bits if own is None or found[0].bits is None else float(own),
         lr=best_lr({lr: result.score for lr, result in sweep.items()}),
         tried={lr: sweep[lr].metric for lr in sorted(sweep)},
         values=dict(sorted(sound.items())),

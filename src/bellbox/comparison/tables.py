@@ -43,10 +43,16 @@ def _size(summary: Summary) -> str:
     return f"{summary.block_bytes:,}" + ("†" if summary.not_packed is not None else "")
 
 
+def _bits(summary: Summary) -> str:
+    if summary.bits is None or summary.activation_bits in (None, summary.bits):
+        return _NONE if summary.bits is None else bits_text(summary.bits)
+    return f"{bits_text(summary.bits)}, inputs {bits_text(summary.activation_bits)}"
+
+
 def _columns(study: Study) -> tuple[tuple[str, Callable[[Summary], str]], ...]:
     return (
         ("method", lambda s: s.row),
-        ("bits", lambda s: _NONE if s.bits is None else bits_text(s.bits)),
+        ("bits", _bits),
         (title_of(study), lambda s: _judged(s, factor_of(study))),
         ("of full precision", lambda s: _number(s.ratio, ".3f")),
         ("weight entropy", lambda s: _number(s.weight_entropy, ".3f")),

@@ -9,6 +9,7 @@ from bellbox.quantizers.kmeans import KMeans
 from bellbox.quantizers.lsq import LSQ
 from bellbox.quantizers.n2uq import N2UQ
 from bellbox.quantizers.nf import NF
+from bellbox.quantizers.pact import PACT
 from bellbox.quantizers.quest import QuEST
 from bellbox.quantizers.rtn import RTN
 from bellbox.quantizers.seq import SEQ
@@ -18,7 +19,8 @@ from bellbox.recipe import QuantizerSpec
 __all__ = ["METHODS", "Quantizer", "build_quantizer", "check_method", "set_debug"]
 
 METHODS: dict[str, type[Quantizer]] = {
-    kind.method: kind for kind in (BBQ, QuEST, LSQ, NF, N2UQ, SEQ, KMeans, TernarySupport, TernaryMass, RTN)
+    kind.method: kind
+    for kind in (BBQ, QuEST, LSQ, PACT, NF, N2UQ, SEQ, KMeans, TernarySupport, TernaryMass, RTN)
 }
 """Method name -> class. Add your own: see `docs/methods.md`."""
 

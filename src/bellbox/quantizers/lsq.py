@@ -3,8 +3,10 @@
 One learned step a per tensor, no rotation:
 
     mid-rise: q = round(clip(x/a - 1/2, -n/2, n/2 - 1)) + 1/2      (levels +-1/2, +-3/2, ...)
-    classic:  q = round(clip(x/a, -n/2, n/2 - 1)), or from 0 to n - 1 for activations that are never negative
-    x_hat = a q;  start: a = 2 mean|x| / sqrt(Qp), Qp = n/2 - 1 (at one bit 2 mean|x|)
+    classic:  q = round(clip(x/a, -n/2, n/2 - 1))              (whole levels, as in the LSQ paper)
+    unsigned: q = round(clip(x/a, 0, n - 1)) of activations, weights as above: for inputs that are never negative, such
+              as a ReLU's, of which both other forms would leave half of the levels unused
+    x_hat = a q;  start: a = 2 mean|x| / sqrt(Qp), Qp = n/2 - 1, unsigned n - 1, at least 1
     g_x = G inside the clip;  g_a = sum(G (q - x/a inside, q outside)) / sqrt(numel Qp)
 
 A tie goes up. |a| + 1e-8 is used for a. Weight decay of `a` shrinks the grid of the whole tensor: the released baseline
@@ -20,7 +22,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bellbox.errors import BellboxError
 from bellbox.levels import Levels
 from bellbox.quantizers.base import LearnedQuantizer, Normaliser
 from bellbox.quantizers.straight_through import Learned, Window, straight_through
@@ -36,7 +37,7 @@ class LSQOptions:
     classic: bool = False
     """Whole levels, zero among them, as in the LSQ paper; else mid-rise."""
     unsigned: bool = False
-    """Classic levels 0..n-1 for activations, which are then never negative."""
+    """Levels 0..n-1 for activations, which are then never negative."""
     decay_scale: bool = False
     """Let weight decay pull on `a`."""
 
@@ -58,19 +59,21 @@ class LSQ(LearnedQuantizer):
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
         """Levels +-1/2, +-3/2, ...; classic -n/2..n/2-1; or 0..n-1."""
-        if self.options.unsigned and not self.options.classic:
-            raise BellboxError("option unsigned of lsq goes with classic=true")
         if zero_point is None:
             zero_point = 0.0 if self.options.classic and n % 2 == 0 else -0.5
-            if self.options.unsigned and self.rows is None:
+            if self.unsigned:
                 zero_point = -n / 2
         return Levels.uniform(n, zero_point)
 
     @property
+    def unsigned(self) -> bool:
+        """Whether its input is never negative."""
+        return self.options.unsigned and self.rows is None
+
+    @property
     def largest(self) -> float:
         """Qp, at least 1: the largest level of the classic form."""
-        unsigned = self.options.unsigned and self.rows is None
-        return max(1.0, self.levels.n - 1 if unsigned else self.levels.n / 2 - 1)
+        return max(1.0, self.levels.n - 1 if self.unsigned else self.levels.n / 2 - 1)
 
     def set_from(self, x: Tensor) -> None:
         """See the module."""

@@ -40,6 +40,8 @@ class Learned:
     """What the sum is multiplied with."""
     subtract: bool = True
     """Whether v is subtracted inside the window."""
+    valued: bool = True
+    """Whether the value of the code counts, inside and outside."""
     beyond: float = 0.0
     """What G is multiplied with outside the window, above the magnitude of the outermost code's value."""
 
@@ -85,7 +87,9 @@ class _StraightThrough(torch.autograd.Function):
 
 def _gradient_of_scale(sums: Tensor, a: Tensor, learned: Learned) -> Tensor:
     valued, inside, outside = sums.unbind(-1)
-    total = valued / a.reshape(-1) + learned.beyond * outside
+    total = learned.beyond * outside
+    if learned.valued:
+        total = total + valued / a.reshape(-1)
     if learned.subtract:
         total = total - inside
     return ((total.reshape(a.shape) if a.dim() else total.sum()) * learned.gain).to(a.dtype)

@@ -107,7 +107,8 @@ def _by_bits(study: Study) -> Picture | None:
         )  # fmt: skip
     _floor(axes, study)
     _judged_axis(axes, study, [s for s in study.summaries if s.bits is not None or s.full_precision])
-    axes.set_xlabel("bits of weights and inputs")
+    alike = all(s.bits == s.activation_bits for s in known)
+    axes.set_xlabel("bits of weights and inputs" if alike else "bits of weights")
     axes.set_xticks(widths, list(map(bits_text, widths)))
     axes.set_ylabel(f"validation {title_of(study)}")
     axes.set_title(f"{study.metric.capitalize()} by bits")
@@ -191,17 +192,21 @@ def _by_bytes(study: Study) -> Picture | None:
 def _entropy_by_step(study: Study) -> Picture | None:
     known = [s for s in _low_bit(study) if s.bits is not None and s.results]
     known = [s for s in known if len(_points(s, "weight_entropy")) > 1]
-    widths = sorted({s.bits or 0 for s in known})
+    widths = sorted({(s.bits or 0, s.activation_bits or 0) for s in known})
     if not widths:
         return None
     looks = _looks(study)
     drawn, grid = figure(2, len(widths), 9.6, 4.8, squeeze=False, sharex=True)
-    for column, bits in enumerate(widths):
-        for axes, field, what in zip(
-            grid[:, column], ("weight_entropy", "activation_entropy"), ("weights", "inputs"), strict=True
+    for column, pair in enumerate(widths):
+        for axes, field, what, bits in zip(
+            grid[:, column],
+            ("weight_entropy", "activation_entropy"),
+            ("weights", "inputs"),
+            pair,
+            strict=True,
         ):
             for summary in known:
-                points = _points(summary, field) if summary.bits == bits else []
+                points = _points(summary, field) if (summary.bits, summary.activation_bits) == pair else []
                 style = {**looks[summary.row], "markersize": 3.5}
                 if points:
                     axes.plot(*zip(*points, strict=True), label=summary.row, **style)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
+from bellbox.levels import levels_from_bits
 from bellbox.models import ViTConfig, build, preset, vision_preset
 from bellbox.nn.tools import unique_tensors
 from bellbox.planner import quantized_fraction
@@ -154,9 +155,11 @@ def make_recipe(section: QuantizationSection) -> Recipe:
     """
     if section.recipe is not None:
         return recipe_from_dict(section.recipe)
+    activation_bits = section.activation_bits
     choices: dict[str, Any] = {
         "bits": section.bits if section.levels is None else None,
         "levels": section.levels,
+        "activation_levels": None if activation_bits is None else levels_from_bits(activation_bits),
         "zero_point": section.zero_point,
         "statistic": section.statistic,
         "weight_statistic": section.weight_statistic,

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from bellbox.errors import BellboxError
+from bellbox.levels import levels_from_bits
 
 _FORBID: dict[str, Any] = {"extra": "forbid"}
 DEFAULT_STEPS = 1000
@@ -69,6 +70,8 @@ class QuantizationSection:
     """Bits of weights and activations: 1 to 8. Ignored where `levels` is given."""
     levels: int | None = None
     """Number of levels in place of bits; 3 is ternary."""
+    activation_bits: int | None = None
+    """Bits of activations, where they are not those of weights: bits 2 and activation_bits 4 is W2A4."""
     zero_point: float | None = None
     """Shift of the integer grid, a multiple of 1/2."""
     statistic: Literal["token", "ema", "tensor", "learned"] | None = None
@@ -419,7 +422,14 @@ def _check_method(section: QuantizationSection) -> None:
 
     if section.recipe is not None or section.method == "none":
         return
+    if section.activation_bits is not None and section.weight_only is not None:
+        raise BellboxError(
+            f"quantization.activation_bits is {section.activation_bits}, but weight_only leaves activations no bits to "
+            "choose; leave one of them out"
+        )
     try:
+        if section.activation_bits is not None:
+            levels_from_bits(section.activation_bits)
         check_method("bbq" if section.method == PAPER else section.method, section.options)
     except BellboxError as error:
         raise BellboxError(f"quantization: {error}") from None

@@ -39,9 +39,9 @@ class Phase:
             return "quantized by the recipe"
         if section.method == "none":
             return "full precision"
-        return f"{section.method}, " + (
-            f"{section.bits} bits" if section.levels is None else f"{section.levels} levels"
-        )
+        width = f"{section.bits} bits" if section.levels is None else f"{section.levels} levels"
+        inputs = "" if section.activation_bits is None else f", inputs {section.activation_bits} bits"
+        return f"{section.method}, {width}{inputs}"
 
 
 def phases_of(config: TrainConfig) -> list[Phase]:
