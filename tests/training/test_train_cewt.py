@@ -14,10 +14,10 @@ from bellbox.entropy import code_counts
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
 from bellbox.quantizers import build_quantizer
-from bellbox.recipe import QuantizerSpec
-from bellbox.surgery import convert
+from bellbox.recipe import QuantizerSpec, Recipe
+from bellbox.surgery import convert, prepare
 from bellbox.training import TrainConfig, Trainer, load_run, train
-from bellbox.training.cewt import CEWT, normal_scores, project_
+from bellbox.training.cewt import CEWT, constrained_weights, normal_scores, project_
 from bellbox.training.config import CewtSection, OptimizerSection, PhasesSection, QuantizationSection
 from bellbox.training.metrics import WALL_CLOCK, read_records
 
@@ -74,6 +74,41 @@ def test_all_codes_of_a_projected_matrix_are_used_exactly_equally(n: int, seed: 
     quantizer.initialize(weight)
     counts = code_counts(quantizer.codes(weight), n)
     assert counts.tolist() == [12288 // n] * n
+
+
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("weight_only", [None, "float"])
+def test_weights_learned_unrotated_are_projected_in_the_domain_of_their_codes(
+    signs: bool, weight_only: str | None
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Conv2d(32, 48, 3, bias=False))
+    recipe = Recipe.of(
+        "bbq", 4, weight_statistic="tensor", weight_only=weight_only, options={"signs": signs}, keep=()
+    )
+    with torch.no_grad():
+        for layer in network:
+            layer.weight.add_(0.1 * torch.rand_like(layer.weight))
+    model = prepare(network, recipe)
+    norms = [layer.weight.detach().double().norm() for layer in model]
+    cewt = CEWT([torch.optim.AdamW(model.parameters(), lr=1e-2)], constrained_weights(model))
+    for layer in model:
+        layer.weight.grad = torch.randn_like(layer.weight)
+    before = [layer.weight.detach().clone() for layer in model]
+    cewt.step(lr=0.02)
+    for layer, norm, old in zip(model, norms, before, strict=True):
+        turned = layer.rotated_weight().flatten().double().sort().values
+        scores = torch.special.ndtri(
+            (torch.arange(turned.numel(), dtype=torch.float64) + 0.5) / turned.numel()
+        )
+        assert torch.allclose(turned, scores * norm / scores.norm(), rtol=1e-4, atol=1e-6)
+        counts = code_counts(layer.weight_codes(), 16)
+        assert (
+            counts.min() >= turned.numel() / 16 * 0.99
+        )  # values at a threshold may fall to either side by rounding
+        assert (
+            float((layer.weight.detach() - old).double().norm() / norm) < 0.2
+        )  # rotated back: near where it was
 
 
 def test_adamw_moves_a_weight_along_its_update_by_a_share_of_the_norm() -> None:

@@ -63,10 +63,12 @@ class QuantizedConv2d(QuantizedLayer):
 
     def rotated_weight(self, back: bool = False) -> Tensor:
         """See `QuantizedLayer.rotated_weight`."""
-        if self.activation_quantizer is None:
+        quantizer = self.rotating_quantizer
+        if quantizer is None:
             return self.weight
-        vectors = self.weight.detach().permute(0, 2, 3, 1).flatten(1, 2).clone()  # never a view of the weight
-        return self._as_weight(rotated(vectors, self.activation_quantizer.quantizer, back).flatten(1))
+        vectors = self.weight.detach().permute(0, 2, 3, 1).flatten(1).clone()  # never a view of the weight
+        vectors = vectors.view(len(vectors), -1, quantizer.features)
+        return self._as_weight(rotated(vectors, quantizer, back).flatten(1))
 
     def unquantized(self) -> nn.Conv2d:
         """See `QuantizedLayer.unquantized`."""

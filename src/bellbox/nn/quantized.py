@@ -133,6 +133,12 @@ class QuantizedLayer(nn.Module, ABC):
         """`rows_of` the weight."""
         return self.rows_of(self.weight)
 
+    @property
+    def rotating_quantizer(self) -> Quantizer | None:
+        """The one whose rotation the layer works in: the input's, or the weight's where that alone is quantized."""
+        inputs = self.activation_quantizer
+        return self.weight_quantizer if inputs is None else inputs.quantizer
+
     @abstractmethod
     def rotated_weight(self, back: bool = False) -> Tensor:
         """The weight, in its own shape, in the domain that the input is rotated into; or the way back from there."""
@@ -259,9 +265,8 @@ class QuantizedLinear(QuantizedLayer):
 
     def rotated_weight(self, back: bool = False) -> Tensor:
         """See `QuantizedLayer.rotated_weight`."""
-        if self.activation_quantizer is None:
-            return self.weight
-        return rotated(self.weight.detach(), self.activation_quantizer.quantizer, back)
+        quantizer = self.rotating_quantizer
+        return self.weight if quantizer is None else rotated(self.weight.detach(), quantizer, back)
 
     def unquantized(self) -> nn.Linear:
         """See `QuantizedLayer.unquantized`."""

@@ -8,7 +8,8 @@ a matrix is replaced by the one of the same rank order whose values are exactly 
 
 with s such that the norm is the one that the matrix had at first. Codes cut at Gaussian quantiles of the whole matrix
 (`weight_statistic: tensor`) are then used exactly equally often; of each row, very nearly. No rotation of the weights
-is needed for it, so they are learned directly in the rotated domain (`weights_rotated`).
+is needed for it, so they can be learned directly in the rotated domain (`weights_rotated`); weights that are not are
+projected in that domain all the same, since it is there that they are coded, and rotated back.
 
 With it goes the *hyperball* step: since the norm is fixed, only the direction of an update counts. It is scaled to
 the norm of the matrix and multiplied with a learning rate of its own, in place of weight decay:
@@ -26,12 +27,15 @@ does by radix: 4 passes, some 10 ns an entry, ties by position. `benchmarks/cewt
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
+
+Turn = Callable[[bool], Tensor]
+"""A weight rotated into the domain that it is coded in; called with True, rotated back from there."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -85,7 +89,8 @@ class CEWT:
 
     Args:
         optimizers: which train the weights, and perhaps other parameters, which they step as usual.
-        weights: fp32 matrices to constrain. They are projected at once.
+        weights: fp32 matrices to constrain; as a mapping, with how those are rotated that are coded in another domain
+            than they are learned in. They are projected at once.
         hyperball: whether updates are scaled to the norm; otherwise the optimizers' own are taken as they are.
 
     Raises:
@@ -95,15 +100,27 @@ class CEWT:
     def __init__(
         self,
         optimizers: Sequence[torch.optim.Optimizer],
-        weights: Iterable[Tensor],
+        weights: Iterable[Tensor] | Mapping[Tensor, Turn | None],
         hyperball: bool = True,
     ) -> None:
         self.optimizers, self.hyperball = optimizers, hyperball
+        self._turns: dict[Tensor, Turn | None] = (
+            dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights)
+        )
         self.norms: dict[Tensor, Tensor] = {}
         """The norm that each weight keeps, 0-dimensional fp64."""
-        for weight in weights:
+        for weight in self._turns:
             self.norms[weight] = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
-            project_(weight, self.norms[weight])
+            self._project(weight)
+
+    @torch.no_grad()
+    def _project(self, weight: Tensor) -> None:
+        turn = self._turns[weight]
+        if turn is not None:
+            weight.copy_(turn(False))
+        project_(weight, self.norms[weight])
+        if turn is not None:
+            weight.copy_(turn(True))
 
     @torch.no_grad()
     def step(self, lr: float, project: bool = True) -> None:
@@ -126,18 +143,17 @@ class CEWT:
                 # An update of zero moves nothing.
                 weight.mul_(torch.where(length > 0, lr * norm / length, 0.0).float()).add_(before[weight])
             if project:
-                project_(weight, norm)
+                self._project(weight)
             elif self.hyperball:
                 weight.mul_((norm / torch.linalg.vector_norm(weight, dtype=torch.float64)).float())
 
 
-def constrained_weights(model: nn.Module) -> list[Tensor]:
-    """The weights of all the layers of a prepared model that quantize their weight, each once."""
+def constrained_weights(model: nn.Module) -> dict[Tensor, Turn | None]:
+    """The weights of all the layers of a prepared model that quantize their weight, each once, as `CEWT` takes them."""
     from bellbox.nn import quantized_layers
 
-    found = {
-        id(layer.weight): layer.weight
+    return {
+        layer.weight: None if layer.weights_rotated else layer.rotated_weight
         for _, layer in quantized_layers(model)
         if layer.weight_quantizer is not None and layer.weight.requires_grad
     }
-    return list(found.values())
