@@ -13,12 +13,14 @@ import torch.multiprocessing as mp
 from bellbox.errors import BellboxError
 from bellbox.models import GPTConfig, LlamaConfig, build
 from bellbox.objectives import (
+    FeatureCollector,
     FeatureHook,
     coding_length,
     gather_rows,
     mec_loss,
     normalised,
     pooled,
+    spectrum,
     two_view_loss,
 )
 
@@ -138,6 +140,33 @@ def test_experts_are_groups_of_like_variance():
         gram = z[:, channels].T @ z[:, channels]
         wanted += float(torch.logdet(torch.eye(3, dtype=torch.float64) + rate * gram))
     assert float(coding_length(z, 1.0, experts=3)) == pytest.approx(wanted, rel=1e-10)
+
+
+@pytest.mark.parametrize(("m", "d"), SHAPES)
+def test_the_spectrum_says_what_the_term_is(m, d):
+    x = features(m, d)
+    shares = spectrum(x)
+    assert shares.shape == (min(m, d),)
+    assert float(shares.sum()) == pytest.approx(1)
+    assert torch.equal(shares, shares.sort(descending=True).values)
+    torch.testing.assert_close(shares, torch.linalg.svdvals(normalised(x)).square() / m)
+    total = d / 64  # lambda m
+    assert float(-(1 + total * shares).log().sum() / total) == pytest.approx(float(mec_loss(x)), rel=1e-6)
+    with pytest.raises(BellboxError, match="not finite"):
+        spectrum(x.clone().fill_(math.nan))
+
+
+def test_features_of_several_forwards_are_collected_up_to_a_limit():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    collector = FeatureCollector(model, "1", rows=5)
+    x = torch.randn(8, 4)
+    for part in x.split(2):
+        model(part)
+    found = collector.take()
+    torch.testing.assert_close(found, model[0](x[:5]))
+    assert not found.requires_grad
+    with pytest.raises(BellboxError, match="'1' has not been called"):
+        collector.take()
 
 
 def test_climbing_the_objective_spreads_collapsed_features():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bellbox.errors import BellboxError
-from bellbox.objectives import FeatureHook, mec_loss
+from bellbox.objectives import FeatureCollector, FeatureHook, mec_loss, spectrum
 from bellbox.training import TrainConfig, Trainer, load_run, train
 from bellbox.training.config import MecSection, PhasesSection, QuantizationSection
 from bellbox.training.metrics import WALL_CLOCK, read_records
@@ -52,6 +52,22 @@ def test_the_term_is_recorded_and_a_larger_weight_makes_more_of_it(tiny: Tiny) -
         name: sum(line["mec"] for line in found[-3:]) / 3 for name, found in lines.items() if len(found) > 1
     }
     assert -1 <= late[strong.folder] < late[weak.folder] <= 0
+    largest = {
+        name: records(config, "eval")[-1]["feature_spectrum"][0]
+        for name, config in (("weak", weak), ("strong", strong))
+    }
+    assert 0 < largest["strong"] < largest["weak"] < 1
+
+
+def test_the_spectrum_is_that_of_the_validated_features(tiny: Tiny) -> None:
+    config = tiny(steps=1, quantization=QuantizationSection(method="none"))
+    trainer = Trainer(config, show=False)
+    trainer.run()
+    trainer.model.eval()
+    hook = FeatureCollector(trainer.model, "lm_head")
+    trainer.task.evaluate(trainer.model)
+    shares = spectrum(hook.take()).tolist()
+    assert records(config, "eval")[-1]["feature_spectrum"] == pytest.approx(shares, rel=1e-3, abs=1e-7)
 
 
 def test_the_term_is_that_of_the_heads_input(tiny: Tiny) -> None:

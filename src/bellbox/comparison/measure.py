@@ -54,6 +54,7 @@ def measure(model: nn.Module, folder: Path) -> dict[str, Any]:
             }
             for record in evals
         ],
+        "feature_spectrum": last.get("feature_spectrum", []),
         "gamma": _gamma_histograms(model),
         "seconds": last["seconds"],
     }

@@ -65,6 +65,8 @@ class Result:
     """step, tokens, loss, weight_entropy, activation_entropy of each validation."""
     gamma: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Kind of layer -> low, high, counts: histogram of the learned row scales over the blocks."""
+    feature_spectrum: list[float] = field(default_factory=list)
+    """Of the last validation: see `bellbox.training.metrics`."""
     seconds: float | None = None
     """Training and validation, wall clock."""
     machine: dict[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
@@ -35,6 +36,9 @@ class FeatureHook:
         self._handle = places[layer].register_forward_hook(self._keep)
 
     def _keep(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._kept = self._found(inputs, output)
+
+    def _found(self, inputs: tuple[Any, ...], output: Any) -> Tensor:
         found = inputs[0] if self.side == "input" else output
         if isinstance(found, tuple):
             found = found[0]
@@ -42,7 +46,7 @@ class FeatureHook:
             raise BellboxError(
                 f"the {self.side} of layer {self.layer!r} is {type(found).__name__}, not a tensor"
             )
-        self._kept = found
+        return found
 
     def take(self) -> Tensor:
         """The features of the last forward, one row a sample (see `pooled`), once.
@@ -58,6 +62,35 @@ class FeatureHook:
     def remove(self) -> None:
         """Let go of the layer."""
         self._handle.remove()
+
+
+class FeatureCollector(FeatureHook):
+    """Gathers what a layer reads or gives over several forwards, without gradients.
+
+    Args:
+        model: as for `FeatureHook`, and so are the rest.
+        rows: samples at most; what comes after them is not kept.
+    """
+
+    def __init__(self, model: nn.Module, layer: str, side: Side = "input", rows: int = 2048) -> None:
+        super().__init__(model, layer, side)
+        self._parts: list[Tensor] = []
+        self._room = rows
+
+    def _keep(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._room > 0:
+            self._parts.append(pooled(self._found(inputs, output).detach())[: self._room].clone())
+            self._room -= len(self._parts[-1])
+
+    def take(self) -> Tensor:
+        """All of them, `[samples, d]`, once.
+
+        Raises:
+            BellboxError: the layer has not been called.
+        """
+        parts, self._parts = self._parts, []
+        self._kept = torch.cat(parts) if parts else None
+        return super().take()
 
 
 def pooled(features: Tensor) -> Tensor:

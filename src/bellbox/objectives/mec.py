@@ -60,6 +60,25 @@ def normalised(features: Tensor) -> Tensor:
     return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
+def spectrum(features: Tensor) -> Tensor:
+    """How the features' variance is spread over directions, once they are as the term sees them: `[min(m, d)]`.
+
+    The eigenvalues of Z^T Z, the largest first, over their sum (that of lambda Z^T Z is lambda m). The term is lowest
+    where all d are equal; its distance from -1 comes from the large ones.
+
+    Args:
+        features: float `[m, d]`, not yet normalised.
+
+    Raises:
+        BellboxError: as `normalised`, or features that are not finite.
+    """
+    z = normalised(features.double())
+    if not bool(z.isfinite().all()):
+        raise BellboxError("mec: features that are not finite have no spectrum")
+    values = torch.linalg.eigvalsh(z.t() @ z if z.shape[1] <= len(z) else z @ z.t()).flip(0).clamp(min=0)
+    return values / values.sum().clamp(min=1e-300)
+
+
 def coding_length(
     z: Tensor,
     distortion: float = DISTORTION,

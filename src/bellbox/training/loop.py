@@ -46,7 +46,7 @@ from bellbox.training.environment import describe
 from bellbox.training.files import lock, write_text
 from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
-from bellbox.training.mec import EntropyTerm
+from bellbox.training.mec import EntropyTerm, SpectrumMeter
 from bellbox.training.metrics import MetricsWriter
 from bellbox.training.modes import debug_mode, determinism
 from bellbox.training.optimizer import ModelOptimizer
@@ -372,7 +372,8 @@ class Trainer:
         state, begun = self.state, time.monotonic()
         model, inputs = self.average.model.eval(), self.task.counted_inputs()
         with self.signals.interruptible():
-            result = self.task.evaluate(model)
+            with SpectrumMeter(model, self.config.mec) as spectrum:
+                result = self.task.evaluate(model)
             measures = quantization_measures(
                 model, lambda: None if inputs is None else model(inputs.to(self.device))
             )
@@ -389,6 +390,7 @@ class Trainer:
             "tokens": state.tokens,
             **result,
             **measures,
+            **spectrum.fields(),
             "seconds": state.seconds,
         }
         self._record(self.validation)

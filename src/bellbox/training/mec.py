@@ -1,13 +1,21 @@
-"""The entropy term of a run: the features of one layer in each forward pass, and what they add to the objective."""
+"""The entropy term of a run: the features of one layer in each forward pass, and what they add to the objective.
+
+Their spectrum is measured at every validation, with the term or without it, so that runs can be compared.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.objectives import FeatureHook, gather_rows, mec_loss
+from bellbox.objectives import FeatureCollector, FeatureHook, gather_rows, mec_loss, spectrum
 from bellbox.recipe import is_head
 from bellbox.training.config import MecSection
+
+SPECTRUM_ROWS = 2048
+"""Samples of the validation split whose features' spectrum is measured."""
 
 
 class EntropyTerm:
@@ -42,6 +50,40 @@ class EntropyTerm:
     def remove(self) -> None:
         """Let go of the model."""
         self._features.remove()
+
+
+class SpectrumMeter:
+    """The spectrum of the features that a term sees, or would see, over the forward passes while it is entered.
+
+    Args:
+        model: the network.
+        section: says which features. Without a weight, and without a head of a usual name, nothing is measured.
+    """
+
+    def __init__(self, model: nn.Module, section: MecSection) -> None:
+        try:
+            layer = section.layer or _head(model)
+            self._features = FeatureCollector(model, layer, section.side, SPECTRUM_ROWS)
+        except BellboxError:
+            if section.weight:
+                raise
+            self._features = None
+
+    def __enter__(self) -> SpectrumMeter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._features is not None:
+            self._features.remove()
+
+    def fields(self) -> dict[str, Any]:
+        """`feature_spectrum` of an evaluation record; empty where there is none, as of features that are not finite."""
+        try:
+            shares = [] if self._features is None else spectrum(self._features.take()).tolist()
+        except BellboxError:
+            return {}
+        # Four digits are more than a picture shows.
+        return {"feature_spectrum": [float(f"{share:.4g}") for share in shares]} if shares else {}
 
 
 def _head(model: nn.Module) -> str:

@@ -9,14 +9,16 @@ happened. Only the fields of `WALL_CLOCK` may differ between two equal runs.
     {"kind": "eval", "step", "phase", "tokens", "loss", "perplexity", "bits_per_byte",
      "weight_entropy": {"mean", "layers": {name: bits}}, "activation_entropy": likewise,
      "gamma": {"weight": {name: {"mean", "std", "min", "max"}}, "activation": {name: value}},
-     "saturated": {"weight": {"mean", "layers"}, "activation": likewise}, "seconds"}
+     "saturated": {"weight": {"mean", "layers"}, "activation": likewise},
+     "feature_spectrum": [shares, the largest first], "seconds"}
 
 A vision run has "accuracy", a share, in place of "perplexity" and "bits_per_byte", and none in training records; its
 "tokens" and "tokens_per_s" are images.
 
 Units: loss of the data and divergence from a teacher (only where there is one) in nats per token or image, entropy in
-bits per code, saturated as a share of all codes. Where nothing is quantized, the last four fields are absent. A number
-that is not finite is written as null.
+bits per code, saturated as a share of all codes. The spectrum is that of the pooled features that a MEC term sees
+(`bellbox.objectives.spectrum`), over up to 2,048 validation samples; absent where fewer than three are known. Where
+nothing is quantized, the four fields before it are absent. A number that is not finite is written as null.
 """
 
 from __future__ import annotations
