@@ -23,6 +23,7 @@ from bellbox.report import (
     render,
 )
 from bellbox.report.bell_box import entropy, normal_cdf
+from bellbox.report.spectrum import effective_dimension
 
 LAYERS = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -76,7 +77,8 @@ def evaluation(step: int, low_bit: bool = True) -> dict:
     loss = 5 - step / 20
     return {
         "kind": "eval", "step": step, "tokens": 100 * step, "loss": loss, "perplexity": math.exp(loss),
-        "bits_per_byte": loss / 2, **(measures if low_bit else {}), "seconds": 1.0 * step,
+        "bits_per_byte": loss / 2, **(measures if low_bit else {}), "feature_spectrum": [0.5, 0.25, 0.125, 0.125],
+        "seconds": 1.0 * step,
     }  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def test_the_page_is_whole_and_loads_nothing(page: str) -> None:
 
 def test_every_picture_is_svg_that_can_be_read_with_its_own_ids(page: str) -> None:
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(pictures) == page.count("<figcaption>") == 7
+    assert len(pictures) == page.count("<figcaption>") == 8
     for picture in pictures:
         root = ElementTree.fromstring(picture)
         assert root.get("role") == "img"
@@ -185,6 +187,21 @@ def test_the_thresholds_and_code_shares_are_drawn(page: str) -> None:
     shares = [float(one) for one in re.findall(r">(\d+\.\d)%<", page)]
     assert len(shares) == 4
     assert sum(shares) == pytest.approx(100, abs=0.3)
+
+
+def test_the_spectrum_of_the_features_is_drawn_with_its_effective_dimension(page: str) -> None:
+    entropy_bits = 0.5 * 1 + 0.25 * 2 + 0.25 * 3
+    assert effective_dimension([0.5, 0.25, 0.125, 0.125]) == pytest.approx(2**entropy_bits)
+    assert effective_dimension([2, 2, 0]) == pytest.approx(2)
+    section = page.split("<h2>Features</h2>")[1].split("</section>")[0]
+    assert f">{2**entropy_bits:.1f}<" in section
+    assert "Effective dimension, of 4" in section
+    for step in (10, 20, 30):
+        assert f"step {step}" in section
+    older = record()
+    for one in older.evals:
+        del one["feature_spectrum"]
+    assert "<h2>Features</h2>" not in render(ReportInput(record=older))
 
 
 def test_a_full_precision_run_has_a_shorter_page() -> None:

@@ -123,6 +123,11 @@ def _definition(config: dict[str, Any]) -> str:
     return json.dumps(rest, sort_keys=True)
 
 
+def apart_from_mec(config: dict[str, Any]) -> str:
+    """Equal for configurations that differ in learning rate, seed and entropy term only."""
+    return _definition({**config, "mec": {}})
+
+
 def _is_full_precision(result: Result) -> bool:
     section = result.config["quantization"]
     return section["method"] == "none" and section.get("recipe") is None

@@ -11,11 +11,12 @@ page = render(ReportInput(record=read_record("runs/small")))
 """
 
 from bellbox.report.binarized import binarized_page
-from bellbox.report.comparison import Picture, comparison_pictures
+from bellbox.report.comparison import comparison_pictures
 from bellbox.report.comparison_page import comparison_page
 from bellbox.report.content import LayerValues, ReportInput, Sample, SizeRow, Verification
 from bellbox.report.page import render
 from bellbox.report.record import RunRecord, read_record
+from bellbox.report.sheet import Picture
 
 __all__ = [
     "LayerValues",

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: perplexity or accuracy by bits and by bytes, entropy by step, learned scales.
+"""Pictures of a comparison: perplexity or accuracy by bits and by bytes, entropy by step, learned scales, features.
 
 Entropy by step and the scales are the BBQ paper's Figures 3 and 7, for whatever methods were compared.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ import numpy as np
 from bellbox.comparison.grid import bits_text
 from bellbox.comparison.summary import Study, Summary
 from bellbox.comparison.tables import factor_of, title_of
-from bellbox.report.sheet import standalone
+from bellbox.report.sheet import Picture
+from bellbox.report.spectrum import spectrum_picture
 from bellbox.report.style import (
     BLUE,
     GREEN,
@@ -35,25 +35,9 @@ _LINES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
 _MARKERS = "osD^vPX"
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture of a study."""
-
-    name: str
-    """For its file."""
-    caption: str
-    svg: str
-    """For a page that brings the colours."""
-
-    @property
-    def standalone(self) -> str:
-        """For a file of its own."""
-        return standalone(self.svg)
-
-
 def comparison_pictures(study: Study) -> list[Picture]:
     """Those pictures of a study that its results can fill."""
-    makers = (_by_bits, _by_row, _by_bytes, _entropy_by_step, _gammas)
+    makers = (_by_bits, _by_row, _by_bytes, _entropy_by_step, _gammas, spectrum_picture)
     return [picture for make in makers if (picture := make(study)) is not None]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from bellbox.comparison import tables
 from bellbox.comparison.summary import Study
-from bellbox.report.comparison import Picture
 from bellbox.report.html import document, figure_with_caption, section, text
+from bellbox.report.sheet import Picture
 
 
 def comparison_page(drawn: Sequence[tuple[Study, Sequence[Picture]]]) -> str:

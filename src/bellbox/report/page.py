@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from bellbox.report import bell_box, curves, layers
+from bellbox.report import bell_box, curves, layers, spectrum
 from bellbox.report.content import ReportInput, SizeRow
 from bellbox.report.html import document, figure_with_caption, section, text
 
@@ -35,6 +35,7 @@ def render(content: ReportInput) -> str:
         _method(content),
         _entropy(content),
         _scales(content),
+        _features(content),
         _sizes(content),
         _sample(content),
         _configuration(content),
@@ -174,6 +175,22 @@ def _scales(content: ReportInput) -> str:
             " together (the line is the mean), and gamma of each layer input. A kind's rows should form one hill. A"
             " negative gamma only turns the sign of its row; a narrow peak at zero would be rows that the model"
             " has switched off.",
+        ),
+    )
+
+
+def _features(content: ReportInput) -> str:
+    found = spectrum.spectra_of(content.record)
+    if not found:
+        return ""
+    return section(
+        "Features",
+        figure_with_caption(
+            spectrum.features_over_time(content.record),
+            "What the output layer reads (or the layer of the run's MEC term), of the validation split, pooled to one"
+            " row a sample. Left: the share of the variance in each direction, the largest first, logarithmic; the"
+            " dashed line is an even spread. Right: in how many directions it effectively lies, the exponential of the"
+            " shares' entropy. A MEC term raises it.",
         ),
     )
 

@@ -1,6 +1,8 @@
-"""The page's style sheet: two colour schemes, one for paper, no file or font from elsewhere."""
+"""The page's style sheet: two colour schemes, one for paper, no file or font from elsewhere; pictures by themselves."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from bellbox.report.style import FONT
 
@@ -70,3 +72,19 @@ def standalone(svg: str) -> str:
     opening, rest = svg.split(">", 1)
     opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
     return f"{opening}>\n<style>{scheme}</style>{rest}\n"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a study."""
+
+    name: str
+    """For its file."""
+    caption: str
+    svg: str
+    """For a page that brings the colours."""
+
+    @property
+    def standalone(self) -> str:
+        """For a file of its own."""
+        return standalone(self.svg)
