@@ -181,12 +181,13 @@ def open_data_for(opened: OpenedModel, source: str | None) -> tuple[TokenDataset
     return dataset, None
 
 
-def open_images_for(opened: OpenedModel, source: str | None) -> ImageDataset:
+def open_images_for(opened: OpenedModel, source: str | None, size: int | None = None) -> ImageDataset:
     """Images that fit a vision model.
 
     Args:
         opened: the model.
         source: as `open_images`; where None, what the run was trained on.
+        size: height and width that images of any size are scaled to; where None, as the model says.
 
     Raises:
         BellboxError: no source, or images of other channels, another size or with more classes than the model has.
@@ -195,12 +196,11 @@ def open_images_for(opened: OpenedModel, source: str | None) -> ImageDataset:
 
     config = opened.model.config
     assert isinstance(config, ResNetConfig | ViTConfig)
-    size = config.image_size if isinstance(config, ViTConfig) else None
     if opened.run is not None:
-        source, size = source or opened.run.config.data.source, opened.run.config.vision.image_size or size
+        source = source or opened.run.config.data.source
     if source is None:
         raise BellboxError(f"{opened.path}: name images to look at: --data FILE.npz, a folder, or hf:NAME")
-    dataset = open_images(source, size)
+    dataset = open_images(source, size, usual=config.image_size)
     channels, height, _ = dataset.train.shape
     if channels != config.num_channels or (isinstance(config, ViTConfig) and height != config.image_size):
         raise BellboxError(

@@ -96,7 +96,9 @@ def test_folders_are_classes_and_pictures_are_scaled(tmp_path: Path) -> None:
     dataset = open_images(str(tmp_path), size=8)
     assert dataset.classes == ("cat", "dog")
     assert dataset.train.read([1])[0, :, 0, 0].tolist() == [100, 50, 0]
-    with pytest.raises(BellboxError, match=r"say what to scale them to \(vision.image_size\)"):
+    assert open_images(str(tmp_path), usual=4).train.shape == (3, 4, 4)
+    assert open_images(str(tmp_path), 8, usual=4).train.shape == (3, 8, 8)
+    with pytest.raises(BellboxError, match=r"say what to scale them to \(vision.image_size, --image-size\)"):
         open_images(str(tmp_path))
     (tmp_path / "val" / "cow").mkdir()
     with pytest.raises(BellboxError, match="class 'cow' is not in train/"):
@@ -169,7 +171,9 @@ def test_more_decoded_images_than_fit_are_refused() -> None:
 def test_an_image_size_must_be_both_sides(tmp_path: Path) -> None:
     write_idx(tmp_path, packed=False)
     for size in (4, 6):
-        with pytest.raises(BellboxError, match=r"has images of 4 x 6; leave vision\.image_size out"):
+        with pytest.raises(
+            BellboxError, match=r"has images of 4 x 6; leave the size out \(vision\.image_size"
+        ):
             open_images(str(tmp_path), size=size)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -253,3 +254,56 @@ def test_the_eval_command_batches_images_and_refuses_what_is_for_text(
             main(["eval", config.folder, flag, value])
         assert caught.value.code == 2
         assert f"{flag} does not apply to a vision model; leave it out" in capsys.readouterr().err
+
+
+def test_a_packed_model_knows_the_size_that_its_pictures_were_scaled_to(
+    tiny_vision: VisionRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    from bellbox.cli.main import main
+
+    for split, count in (("train", 8), ("valid", 2)):
+        for name, shade in (("dark", 40), ("bright", 200)):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image.new("RGB", (20 + i, 12), (shade, shade + i, shade)).save(folder / f"{i}.png")
+    pictures = str(tmp_path / "pictures")
+    config = tiny_vision(
+        data=DataSection(source=pictures), vision=VisionSection(image_size=8, batch=8, crop=0), steps=2
+    )
+    train(config, show=False)
+    packed = tmp_path / "packed"
+    main(["convert", config.folder, "--out", str(packed)])
+    losses = []
+    for model, more in (
+        (config.folder, []),
+        (str(packed), ["--data", pictures]),
+        (str(packed), ["--data", pictures, "--image-size", "16"]),
+    ):
+        capsys.readouterr()
+        main(["eval", model, *more, "--json", "-"])
+        found = json.loads(capsys.readouterr().out)
+        losses.append(found["loss"])
+    assert losses[0] == losses[1]
+    assert losses[2] != losses[0]
+    opened = bb.load(packed)
+    assert opened.config.image_size == 8
+    for size in ("0", "5000"):
+        with pytest.raises(SystemExit):
+            main(["eval", str(packed), "--data", pictures, "--image-size", size])
+        assert f"--image-size is {size}, must be from 1 to 4096" in capsys.readouterr().err
+
+
+def test_a_packed_model_without_a_size_asks_for_one(
+    tiny_vision: VisionRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bellbox.cli.main import main
+
+    config = tiny_vision(steps=1)
+    train(config, show=False)
+    bb.save(bb.convert(load_run(config.folder).model), tmp_path / "packed")
+    (tmp_path / "pictures" / "train").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main(["eval", str(tmp_path / "packed"), "--data", str(tmp_path / "pictures")])
+    assert "say what to scale them to (vision.image_size, --image-size)" in capsys.readouterr().err

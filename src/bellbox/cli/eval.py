@@ -53,6 +53,9 @@ class Eval:
     """Score at most so many tokens; the whole split where not given."""
     batch: int | None = None
     """Windows or images at once; 8 windows, 128 images where not given."""
+    image_size: int | None = None
+    """Of a vision model, height and width that pictures in a folder are scaled to; what it was trained with, where not
+    given."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
     embeddings: Literal["bf16", "int8"] | None = None
@@ -105,12 +108,17 @@ def main(argv: list[str]) -> None:
         require_writable(Path(command.json))
     if command.batch is not None and command.batch < 1:
         raise BellboxError(f"--batch is {command.batch}, must be at least 1")
+    if command.image_size is not None and not 1 <= command.image_size <= 4096:
+        raise BellboxError(f"--image-size is {command.image_size}, must be from 1 to 4096")
     opened = open_model(command.model, command.checkpoint, command.embeddings)
     with _Bar() as bar:
         if opened.is_vision:
             refuse_flags(command, ("split", "context", "stride", "max_tokens"), "a vision model")
-            found = evaluate_images(opened, command.data, command.batch or _IMAGES, bar.update)
+            found = evaluate_images(
+                opened, command.data, command.batch or _IMAGES, command.image_size, bar.update
+            )
         else:
+            refuse_flags(command, ("image_size",), "a language model")
             found = _evaluate_text(opened, command, bar)
     if command.json == "-":
         print(json.dumps(found.to_dict(), indent=1))

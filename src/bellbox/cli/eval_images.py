@@ -47,14 +47,22 @@ def evaluate_images(
     opened: OpenedModel,
     source: str | None,
     batch: int,
+    size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageEvaluation:
     """Accuracy on all validation images, and the use of codes over some of them.
 
+    Args:
+        opened: the model.
+        source: as `open_images_for`, and so is `size`.
+        batch: images at once.
+        size: see there.
+        progress: told how many of how many are done.
+
     Raises:
         BellboxError: as `open_images_for`.
     """
-    dataset = open_images_for(opened, source)
+    dataset = open_images_for(opened, source, size)
     result = accuracy(opened.model, dataset.valid, batch_size=batch, progress=progress)
     some = dataset.valid.read(chosen(len(dataset.valid), min(_COUNTED_IMAGES, len(dataset.valid))))
     codes = code_use(opened.model, torch.div(some, 255))

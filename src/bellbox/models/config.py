@@ -44,10 +44,12 @@ class _Config:
     """What both descriptions share: checks of single values, and the way to a dictionary."""
 
     architecture: ClassVar[str]
+    optional: ClassVar[tuple[str, ...]] = ("num_key_value_heads", "head_dim")
+    """Fields that may be None."""
 
     def _check_values(self) -> None:
         for name, value in vars(self).items():
-            optional = value is None and name in ("num_key_value_heads", "head_dim")
+            optional = value is None and name in self.optional
             if name in _POSITIVE_INTS and not optional:
                 most = _MOST.get(name, 2**24)
                 if type(value) is not int or not 1 <= value <= most:
@@ -200,6 +202,7 @@ class ResNetConfig(_Config):
     """
 
     architecture: ClassVar[str] = "resnet"
+    optional: ClassVar[tuple[str, ...]] = ("image_size",)
 
     num_labels: int = 10
     """Classes."""
@@ -214,6 +217,9 @@ class ResNetConfig(_Config):
     """2 halves the image at once: four times as quick."""
     drop_path: float = 0.0
     """Probability that a sample skips the last block in training; it rises from 0 block by block."""
+    image_size: int | None = None
+    """Height and width that the images it was trained on were scaled to; None where they came in one size. It takes
+    any."""
 
     def __post_init__(self) -> None:
         self._check_values()

@@ -74,6 +74,8 @@ def resolve_vision(config: TrainConfig, dataset: ImageDataset) -> TrainConfig:
         if height != width:
             raise BellboxError(f"{config.model.preset} takes square images, these are {height} x {width}")
         facts["image_size"] = height
+    elif config.vision.image_size is not None:  # what the model says of itself wherever it goes
+        facts["image_size"] = config.vision.image_size
     for name, value in facts.items():
         if overrides.setdefault(name, value) != value:
             raise BellboxError(

@@ -21,9 +21,10 @@ __all__ = ["Augmentation", "ImageBatches", "ImageDataset", "ImageSplit", "open_i
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
+_SIZE = "vision.image_size, --image-size"
 
 
-def open_images(source: str, size: int | None = None) -> ImageDataset:
+def open_images(source: str, size: int | None = None, usual: int | None = None) -> ImageDataset:
     """Open a set of labelled images.
 
     Args:
@@ -32,21 +33,23 @@ def open_images(source: str, size: int | None = None) -> ImageDataset:
             `fashion-mnist`, for Debian's; a folder `train/CLASS/*` with `valid/`, `val/` or `test/` beside `train/`;
             or `hf:NAME`, a data set of the Hugging Face hub (extra `vision`).
         size: height and width that images are scaled and cropped to; folders and `hf:` need it, the others have one.
+        usual: in place of `size`, for those that need it.
 
     Raises:
         BellboxError: nothing of the kind there, or a damaged file.
     """
     from bellbox.data.images import folder, hub, idx, npz
 
+    wanted = usual if size is None else size
     if source.startswith("hf:"):
-        return hub.open_hub(source.removeprefix("hf:"), _required(source, size))
+        return hub.open_hub(source.removeprefix("hf:"), _required(source, wanted))
     path = FASHION_MNIST if source == "fashion-mnist" else Path(source)
     if path.suffix == ".npz":
         opened = npz.open_npz(path)
     elif idx.is_idx_folder(path):
         opened = idx.open_idx(path)
     elif (path / "train").is_dir():
-        return folder.open_folder(path, _required(source, size))
+        return folder.open_folder(path, _required(source, wanted))
     elif source == "fashion-mnist":
         raise BellboxError(f"{path}: no such folder; install Debian's package dataset-fashion-mnist")
     else:
@@ -56,13 +59,11 @@ def open_images(source: str, size: int | None = None) -> ImageDataset:
         )
     height, width = opened.train.shape[1:]
     if size is not None and (height, width) != (size, size):
-        raise BellboxError(f"'{source}' has images of {height} x {width}; leave vision.image_size out")
+        raise BellboxError(f"'{source}' has images of {height} x {width}; leave the size out ({_SIZE})")
     return opened
 
 
 def _required(source: str, size: int | None) -> int:
     if size is None:
-        raise BellboxError(
-            f"'{source}' holds images of any size; say what to scale them to (vision.image_size)"
-        )
+        raise BellboxError(f"'{source}' holds images of any size; say what to scale them to ({_SIZE})")
     return size
