@@ -15,6 +15,7 @@
 #include "block.h"
 #include "convolution.h"
 #include "layer.h"
+#include "tensors.h"
 
 namespace nb = nanobind;
 using namespace bellbox;
@@ -32,17 +33,6 @@ void encode(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const
     a.levels = at<int8_t>(levels), a.ldl = ldl, a.sums = at<int32_t>(sums), a.marks = at<float>(marks);
     nb::gil_scoped_release release;
     run_encode(a, threads);
-}
-
-void linear_layers(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const Coding& coding,
-            const std::vector<const PackedWeights*>& weights, const std::vector<float>& act_scales,
-            const std::vector<uintptr_t>& out_addresses, int out_type, int threads) {
-    nb::gil_scoped_release release;
-    std::vector<void*> outs;
-    for (const uintptr_t address : out_addresses) outs.push_back(at<void>(address));
-    Job job{coding.of(at<void>(x), static_cast<Type>(x_type), rows, k, ldx), weights, act_scales, outs,
-            static_cast<Type>(out_type)};
-    linear(job, threads);
 }
 
 // window: the fields of Window in their order.
@@ -174,7 +164,9 @@ NB_MODULE(_native, m) {
         .def("__init__", [](Siblings* self, const Coding* coding, std::vector<const PackedWeights*> weights,
                             std::vector<float> act_scales) {
             new (self) Siblings{coding, std::move(weights), std::move(act_scales)};
-        });
+        })
+        .def("__call__", &call);
+    nb::class_<Snapshot>(m, "Snapshot").def(nb::init<nb::dict>()).def("holds", &Snapshot::holds);
     nb::class_<Block>(m, "Block")
         .def("__init__", [](Block* self, const Siblings& qkv, const Siblings& output, const Siblings& wide,
                             const Siblings& down, int64_t head_dim) {
@@ -212,7 +204,6 @@ NB_MODULE(_native, m) {
     m.def("available", [] { return std::string(available()); });
     m.def("encode", &encode);
     m.def("rotate", &rotate);
-    m.def("linear", &linear_layers);
     m.def("convolution", &convolution);
     m.def("rms_norm", &rms_norm);
     m.def("attend", &attend);

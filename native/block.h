@@ -10,18 +10,6 @@
 
 namespace bellbox {
 
-// Layers that read the same input.
-struct Siblings {
-    const Coding* coding;
-    std::vector<const PackedWeights*> weights;
-    std::vector<float> act_scales;
-
-    void run(const float* x, int64_t rows, const std::vector<void*>& outs, int threads) const {
-        Job job{coding->of(x, Type::f32, rows, weights[0]->k(), weights[0]->k()), weights, act_scales, outs, Type::f32};
-        linear(job, threads);
-    }
-};
-
 inline void run_attend(const AttendArgs& a, int threads) {
     const int64_t useful = std::max<int64_t>(1, a.batch * a.heads * a.head_dim * a.start / kAttendGrain);
     share(a.batch * a.kv_heads, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
@@ -49,28 +37,31 @@ class Block {
         float* const key = mixed + batch * queries;
         float* const value = key + batch * keys_n;
         float* const out = value + batch * keys_n;
-        qkv_.run(normed, batch, {query, key, value}, threads);
+        run(qkv_, normed, batch, {query, key, value}, threads);
         run_attend(AttendArgs{query, key, value, cosine, sine, keys, values, batch, queries / head_dim_,
                               keys_n / head_dim_, head_dim_, room, start, mixed},
                    threads);
-        output_.run(mixed, batch, {out}, threads);
+        run(output_, mixed, batch, {out}, threads);
         for (int64_t i = 0; i < batch * hidden; ++i) x[i] += out[i];
     }
 
     // outs: [batch, inner] each, the first layers of the MLP.
     void widen(const float* normed, int64_t batch, const std::vector<void*>& outs, int threads) {
-        wide_.run(normed, batch, outs, threads);
+        run(wide_, normed, batch, outs, threads);
     }
 
     // x [batch, hidden] += the last layer of the MLP on active [batch, inner].
     void narrow(float* x, const float* active, int64_t batch, int threads) {
         const int64_t count = batch * down_.weights[0]->n();
         float* const out = scratch(count);
-        down_.run(active, batch, {out}, threads);
+        run(down_, active, batch, {out}, threads);
         for (int64_t i = 0; i < count; ++i) x[i] += out[i];
     }
 
   private:
+    static void run(const Siblings& layers, const float* x, int64_t rows, const std::vector<void*>& outs, int threads) {
+        layers.run(x, Type::f32, rows, outs, Type::f32, threads);
+    }
     float* scratch(int64_t count) {
         if (scratch_.size() < static_cast<size_t>(count)) scratch_.resize(static_cast<size_t>(count));
         return scratch_.data();

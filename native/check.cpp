@@ -173,11 +173,8 @@ void check_layer(const Kernels& kernels) {
         expect(same(direct, expected[i], out), "linear, " + std::to_string(matrices[0].view().bits) + " bits,");
     }
     std::vector<char> outs[2] = {std::vector<char>(bytes), std::vector<char>(bytes)};
-    const std::vector<const PackedWeights*> weights = {&matrices[0], &matrices[1]};
-    const std::vector<float> scales = {0.37f, 0.37f};
-    const std::vector<void*> addresses = {outs[0].data(), outs[1].data()};
-    Job job{coding.of(x.data(), in, rows, k, k), weights, scales, addresses, out};
-    linear(job, static_cast<int>(pick(1, 3)));
+    const Siblings layers{&coding, {&matrices[0], &matrices[1]}, {0.37f, 0.37f}};
+    layers.run(x.data(), in, rows, {outs[0].data(), outs[1].data()}, out, static_cast<int>(pick(1, 3)));
     for (int i = 0; i < 2; ++i) expect(same(outs[i], expected[i], out), "a layer on threads");
 }
 

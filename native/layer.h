@@ -241,4 +241,18 @@ inline void linear(Job& job, int threads) {
         linear_by_outputs(job, team, threads);
 }
 
+// Layers that read the same input: all of a call that stays the same from call to call.
+struct Siblings {
+    const Coding* coding;
+    std::vector<const PackedWeights*> weights;
+    std::vector<float> act_scales;
+
+    // x [rows, k] and outs [rows, n of each], contiguous.
+    void run(const void* x, Type x_type, int64_t rows, const std::vector<void*>& outs, Type out_type, int threads) const {
+        const int64_t k = weights[0]->k();
+        Job job{coding->of(x, x_type, rows, k, k), weights, act_scales, outs, out_type};
+        linear(job, threads);
+    }
+};
+
 }  // namespace bellbox

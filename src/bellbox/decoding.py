@@ -22,7 +22,6 @@ from bellbox.models.gpt import GPTBlock
 from bellbox.models.llama import LlamaBlock
 from bellbox.nn import PackedLinear
 from bellbox.nn.compact import CompactEmbedding
-from bellbox.nn.prepacked import Prepacked
 
 Group = tuple[nn.Module, ...]
 
@@ -37,16 +36,14 @@ class Steps(ABC):
 
     def __init__(self, cache: KVCache, layers: Sequence[Sequence[Group]]) -> None:
         self._cache = cache
-        self._kept: list[Prepacked] = []  # the compiled blocks hold addresses only
-        module = native.compiled()
-        assert module is not None
-        self._siblings = [[self._compile(module, group) for group in block] for block in layers]
+        self._kept: list[native.Siblings] = []  # the compiled blocks hold addresses only
+        self._siblings = [[self._compile(group) for group in block] for block in layers]
 
-    def _compile(self, module: Any, layers: Group) -> Any:
+    def _compile(self, layers: Group) -> Any:
         ready = [layer.prepack() for layer in layers if isinstance(layer, PackedLinear)]
-        self._kept += ready
-        weights, scales = [each.weights.handle for each in ready], [each.act_scale for each in ready]
-        return module.Siblings(ready[0].coding.handle, weights, scales)
+        weights, scales = [each.weights for each in ready], [each.act_scale for each in ready]
+        self._kept.append(native.Siblings(ready[0].coding, weights, scales))
+        return self._kept[-1].handle
 
     @torch.no_grad()
     def step(self, input_ids: Tensor) -> Tensor:

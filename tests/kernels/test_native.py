@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 from pathlib import Path
 
@@ -222,18 +223,28 @@ def test_siblings_of_different_widths_share_one_call_on_two_threads(isa):
     coding = native.Coding(levels, 64, "rms")
     codes = [torch.randint(0, 4, (n, 192), dtype=torch.uint8) for n in (700, 5, 330)]
     weights = [native.Weights([c], c.shape[1], levels, torch.ones(len(c)), None) for c in codes]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for rows in (1, 3, 60, 127, 128, 301):
-            x = torch.randn(rows, 192)
-            integers = native.encode(x, levels, 64, "rms")[0].float()
-            for c, y in zip(
-                codes, native.linear(x, weights, [1.0, 1.0, 1.0], coding, torch.float32), strict=True
-            ):
-                assert torch.equal(y, integers @ levels.decode_int8(c).float().t())
-    finally:
-        torch.set_num_threads(threads)
+    siblings = native.Siblings(coding, weights, [1.0, 1.0, 1.0])
+    for rows in (1, 3, 60, 127, 128, 301):
+        x = torch.randn(rows, 192)
+        integers = native.encode(x, levels, 64, "rms")[0].float()
+        for c, y in zip(codes, siblings.call(x, torch.float32, 2), strict=True):
+            assert torch.equal(y, integers @ levels.decode_int8(c).float().t())
+    del weights, coding  # what they were made of is kept by them
+    gc.collect()
+    assert torch.equal(siblings.call(x, torch.float32, 1)[2], y)
+
+
+def test_inputs_that_do_not_fit_are_refused_before_memory_is_touched():
+    levels = Levels.gaussian(4)
+    weights = native.Weights([torch.zeros(5, 64, dtype=torch.uint8)], 64, levels, torch.ones(5), None)
+    call = native.Siblings(native.Coding(levels, 64, "rms"), [weights], [1.0]).call
+    for x in (torch.ones(3, 63), torch.tensor(1.0), torch.ones(2, 64, 1)):
+        with pytest.raises(ValueError, match="last dimension"):
+            call(x, torch.float32, 1)
+    for dtype, wanted in ((torch.float64, torch.float32), (torch.float32, torch.float16)):
+        with pytest.raises(ValueError, match="float32 and bfloat16"):
+            call(torch.ones(3, 64, dtype=dtype), wanted, 1)
+    assert call(torch.ones(0, 2, 64), torch.bfloat16, 1)[0].shape == (0, 2, 5)
 
 
 def test_matrices_may_share_one_piece_of_memory_which_outlives_its_maker():
@@ -247,7 +258,7 @@ def test_matrices_may_share_one_piece_of_memory_which_outlives_its_maker():
     x = torch.randn(3, 130)
     coding = native.Coding(levels, 2, "rms")
     integers = native.encode(x, levels, 2, "rms")[0].float()
-    outs = native.linear(x, weights, [1.0, 1.0, 1.0], coding, torch.float32)
+    outs = native.Siblings(coding, weights, [1.0, 1.0, 1.0]).call(x, torch.float32, 1)
     for c, y in zip(codes, outs, strict=True):
         assert torch.equal(y, integers @ levels.decode_int8(c).float().t())
 
@@ -276,10 +287,11 @@ def test_long_rows_and_extreme_levels_do_not_overflow(isa):
     codes = torch.full((3, inputs), 15, dtype=torch.uint8)
     weights = native.Weights([codes], codes.shape[1], levels, torch.ones(3), None)
     x = torch.full((2, inputs), 9.0)
-    (y,) = native.linear(x, [weights], [1.0], native.Coding(levels, 1, "static", 1.0), torch.float32)
+    coding = native.Coding(levels, 1, "static", 1.0)
+    (y,) = native.Siblings(coding, [weights], [1.0]).call(x, torch.float32, 1)
     assert y.tolist() == [[float(7 * 7 * inputs)] * 3] * 2
     low = native.Weights([torch.zeros_like(codes)], codes.shape[1], levels, torch.ones(3), None)
-    (y,) = native.linear(-x, [low], [1.0], native.Coding(levels, 1, "static", 1.0), torch.float32)
+    (y,) = native.Siblings(coding, [low], [1.0]).call(-x, torch.float32, 1)
     assert y.tolist() == [[float(8 * 8 * inputs)] * 3] * 2
 
 

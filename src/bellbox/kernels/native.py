@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,8 @@ from torch import Tensor
 from bellbox.errors import BellboxError
 from bellbox.levels import Grid, Levels
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
 Normalise = Literal["rms", "absmax", "static"]
 _NORMALISE: dict[Normalise, int] = {"rms": 0, "absmax": 1, "static": 2}
 MAX_LEVELS = 16
@@ -121,7 +122,23 @@ def can_multiply(weight: Grid, activation: Levels) -> bool:
 
 def takes(x: Tensor) -> bool:
     """Whether the kernels, where they are there, take this tensor."""
-    return x.is_cpu and x.dtype in _TYPES
+    return x.is_cpu and x.dtype in TYPES
+
+
+def direct(x: Tensor) -> bool:
+    """Whether the kernels, where they are there, take this tensor now, past torch's dispatcher.
+
+    A compiler, a tracer, a mode (fake tensors, counters of operations) and a subclass have to see an operation of
+    torch. None of them notices plain calls with addresses, which save ten microseconds.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and x.is_cpu
+        and x.dtype in TYPES
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def serves(x: Tensor, *levels: int) -> bool:
@@ -170,6 +187,20 @@ class Coding:
         self.handle = module.Coding(
             block, levels.thresholds, _NORMALISE[normalise], rsigma, rescale, levels.multiplier, shift
         )
+
+
+def snapshot(tensors: dict[str, Tensor | None]) -> Callable[[dict[str, Tensor | None]], bool]:
+    """Remember a module's tensors as they are now.
+
+    Args:
+        tensors: by name. Those made in inference mode count no changes and are recognised by identity alone.
+
+    Returns:
+        Whether a dictionary has these very tensors, not changed in place since.
+    """
+    module = _module()
+    assert module is not None
+    return module.Snapshot(tensors).holds
 
 
 class Arena:
@@ -277,7 +308,7 @@ def encode(
     sums, marks = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
     module.encode(
         x.data_ptr(),
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         rows,
         features,
         features,
@@ -291,40 +322,23 @@ def encode(
     return integers[:, :features], sums, marks
 
 
-def linear(
-    x: Tensor, weights: Sequence[Weights], act_scales: Sequence[float], coding: Coding, dtype: torch.dtype
-) -> list[Tensor]:
-    """Code one input and multiply it with one or several weight matrices, in one call.
+class Siblings:
+    """Weight matrices of one common input, multiplied with it in one call: an object made once, called often.
 
     Args:
-        x: `[..., features]`, fp32 or bf16, on the CPU.
-        weights: matrices with `features` columns.
-        act_scales: for each, what one integer of the activation is worth.
         coding: of the input.
-        dtype: of the results, fp32 or bf16.
-
-    Returns:
-        For each matrix `[..., rows]`.
+        weights: matrices with the same number of columns.
+        act_scales: for each, what one integer of the activation is worth.
     """
-    module = _module()
-    assert module is not None
-    *leading, features = x.shape
-    x = x.contiguous()
-    outs = [torch.empty((*leading, each.rows), dtype=dtype) for each in weights]
-    module.linear(
-        x.data_ptr(),
-        _TYPES[x.dtype],
-        x.numel() // features,
-        features,
-        features,
-        coding.handle,
-        [each.handle for each in weights],
-        act_scales,
-        [out.data_ptr() for out in outs],
-        _TYPES[dtype],
-        torch.get_num_threads(),
-    )
-    return outs
+
+    def __init__(self, coding: Coding, weights: Sequence[Weights], act_scales: Sequence[float]) -> None:
+        module = _module()
+        assert module is not None
+        self._kept = coding, tuple(weights)  # the compiled object holds addresses only
+        self.handle = module.Siblings(coding.handle, [each.handle for each in weights], list(act_scales))
+        self.call: Callable[[Tensor, torch.dtype, int], list[Tensor]] = self.handle.__call__
+        """Of an input `[..., columns]`, fp32 or bf16, on the CPU; the dtype of the results, fp32 or bf16; and how many
+        threads to use: for each matrix `[..., rows]`."""
 
 
 def convolution(
@@ -358,7 +372,7 @@ def convolution(
     out = torch.empty((len(x), window[3], window[4], weights.rows), dtype=dtype)
     module.convolution(
         x.data_ptr(),
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         len(x),
         coding.handle,
         list(window),
@@ -366,7 +380,7 @@ def convolution(
         code_sums.data_ptr(),
         act_scale,
         out.data_ptr(),
-        _TYPES[dtype],
+        TYPES[dtype],
         torch.get_num_threads(),
     )
     return out
@@ -381,13 +395,13 @@ def rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape, dtype=dtype)
     module.rotate(
         x.data_ptr(),
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         x.numel() // max(1, features),
         features,
         block,
         factor,
         out.data_ptr(),
-        _TYPES[dtype],
+        TYPES[dtype],
         torch.get_num_threads(),
     )
     return out
@@ -411,7 +425,7 @@ def bbq_forward(
     _, table = _table(tuple(thresholds))
     module.forward(
         x.data_ptr(),
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         rows,
         features,
         block,
@@ -424,7 +438,7 @@ def bbq_forward(
         int(scale.numel() > 1),
         x_hat.data_ptr(),
         v.data_ptr(),
-        _TYPES[dtype],
+        TYPES[dtype],
         torch.get_num_threads(),
     )
     return x_hat, v
@@ -443,7 +457,7 @@ def bbq_backward(
         grad.data_ptr(),
         v.data_ptr(),
         x_hat.data_ptr(),
-        _TYPES[grad.dtype],
+        TYPES[grad.dtype],
         rows,
         features,
         block,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
@@ -174,14 +174,20 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, without gradient."""
-        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
-            raise BellboxError(
-                f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
-            )
+        if x.shape[-1:] != (self.in_features,):
+            self._refuse(x)
+        if self.compiled and native.direct(x):
+            return self.run_native(x)
         if self.compiled and native.takes(x):
-            tracing = torch.compiler.is_compiling()
-            return torch.ops.bellbox.packed_linear(x, self._key) if tracing else self.run_native(x)
+            return torch.ops.bellbox.packed_linear(x, self._key)
+        if not x.is_floating_point():
+            self._refuse(x)
         return self._run_reference(x)
+
+    def _refuse(self, x: Tensor) -> NoReturn:
+        raise BellboxError(
+            f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
+        )
 
     @torch.no_grad()
     def _run_reference(self, x: Tensor) -> Tensor:
@@ -200,24 +206,29 @@ class PackedLinear(nn.Module):
 
     def run_native(self, x: Tensor) -> Tensor:
         """The compiled kernels: rotation, codes, product and epilogue in one call, for all siblings at once."""
-        shared, ready, dtype = self.shared, self.prepack(), self.output_dtype(x)
-        if len(shared.members) != shared.readers or not shared.remembers(x):
-            return self._native_outputs(x, [ready], dtype)[0]
+        shared, ready = self.shared, self.prepack()
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if shared.readers == 1 or not shared.remembers(x) or len(shared.members) != shared.readers:
+            return self._native_outputs(x, ready, ready.alone, dtype)[0]
         out = shared.outputs.take(self, ready, x, dtype)
         if out is not None:
             return out
-        group = [(layer, layer.prepack()) for layer in shared.members]
-        outs = self._native_outputs(x, [ready for _, ready in group], dtype)
-        results = {id(layer): (ready, out) for (layer, ready), out in zip(group, outs, strict=True)}
+        group = [layer.prepack() for layer in shared.members]
+        outs = self._native_outputs(x, ready, shared.outputs.together(group), dtype)
+        results = {
+            id(layer): (made_by, out) for layer, made_by, out in zip(shared.members, group, outs, strict=True)
+        }
         _, out = results.pop(id(self))
         shared.outputs.put(x, dtype, results)
         return out
 
-    def _native_outputs(self, x: Tensor, ready: list[Prepacked], wanted: torch.dtype) -> list[Tensor]:
-        dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
-        weights, scales = [each.weights for each in ready], [each.act_scale for each in ready]
-        outs = native.linear(with_signs(x, self.act_signs), weights, scales, ready[0].coding, dtype)
-        return outs if dtype == wanted else [out.to(wanted) for out in outs]
+    def _native_outputs(
+        self, x: Tensor, ready: Prepacked, layers: native.Siblings, wanted: torch.dtype
+    ) -> list[Tensor]:
+        x = with_signs(x, ready.signs)
+        if wanted in native.TYPES:
+            return layers.call(x, wanted, torch.get_num_threads())
+        return [out.to(wanted) for out in layers.call(x, torch.float32, torch.get_num_threads())]
 
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:
@@ -236,7 +247,7 @@ class PackedLinear(nn.Module):
             arena: where to put them if they have to be made.
         """
         ready = self._prepacked
-        if ready is None or not ready.is_of(self):
+        if ready is None or not ready.holds(self._buffers):
             ready = self._prepacked = Prepacked(self, arena)
         return ready
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from operator import attrgetter, is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 _PAGE_OUT = 21
 """MADV_PAGEOUT of Linux."""
-_version = attrgetter("_version")
 
 
 class Prepacked:
@@ -35,23 +33,18 @@ class Prepacked:
     """
 
     def __init__(self, layer: PackedLinear, arena: native.Arena | None = None) -> None:
-        self._buffers = tuple(layer._buffers.values())
-        # Tensors made in inference mode count no changes.
-        self._counted = [b for b in self._buffers if b is not None and not b.is_inference()]
-        self._versions = list(map(_version, self._counted))
+        self.holds = native.snapshot(layer._buffers)
+        """Whether a layer's buffers are those that this was made from, unchanged."""
         scale = layer.weight_scale / layer.weight_levels.multiplier
         slabs = unpack_slabs(layer.weight_packed, layer.in_features, layer.weight_levels.n)
         self.weights = native.Weights(slabs, layer.in_features, layer.weight_levels, scale, layer.bias, arena)
         self.act_scale = float(layer.act_scale / layer.coding.levels.multiplier)
         """What one integer of the input is worth."""
         self.coding = native.Coding(*layer.coding_arguments())
-
-    def is_of(self, layer: PackedLinear) -> bool:
-        """Whether the layer still has the buffers that this was made from, unchanged."""
-        return (
-            all(map(is_, layer._buffers.values(), self._buffers))
-            and list(map(_version, self._counted)) == self._versions
-        )
+        self.signs = layer.act_signs
+        """Of the input; kept here since a module looks for a buffer as long as a small kernel runs."""
+        self.alone = native.Siblings(self.coding, [self.weights], [self.act_scale])
+        """The layer by itself, ready to be called."""
 
 
 def prepack_all(model: nn.Module) -> None:
@@ -91,6 +84,15 @@ class SiblingOutputs:
 
     def __init__(self) -> None:
         self._memory: tuple[Tensor, int, torch.dtype, dict[int, tuple[Prepacked, Tensor]]] | None = None
+        self._together: tuple[list[Prepacked], native.Siblings] | None = None
+
+    def together(self, group: list[Prepacked]) -> native.Siblings:
+        """All of these in one call, made anew only if one of them is another than before."""
+        known = self._together
+        if known is None or known[0] != group:
+            weights, scales = [each.weights for each in group], [each.act_scale for each in group]
+            known = self._together = group, native.Siblings(group[0].coding, weights, scales)
+        return known[1]
 
     def take(self, layer: PackedLinear, ready: Prepacked, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The result of this layer for this very input, once; None where there is none or something has changed."""
