@@ -20,7 +20,7 @@ def test_it_writes_a_page_with_everything(
     assert done.returncode == 0, done.stderr
     assert "report written to pages/small.html" in done.stdout
     page = (tmp_path / "pages" / "small.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 8
     assert "http" not in page
     assert "From the packed model" in page
     for heading in ("Training", "Bell, box, codes", "How well the codes are used", "Learned scales", "Size"):
