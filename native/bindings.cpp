@@ -93,6 +93,25 @@ void int8_linear(uintptr_t x, uintptr_t weight, uintptr_t scale, int64_t m, int6
           [&](int64_t begin, int64_t end) { kernels().int8_linear(a, begin, end); });
 }
 
+// Rows of x are rounded to -most..most first.
+void binarized(uintptr_t bits, uintptr_t scales, uintptr_t steps, uintptr_t order, uintptr_t bias, int64_t n, int64_t k,
+               int64_t blocks, int64_t total, uintptr_t x, int64_t m, int most, uintptr_t out, int threads) {
+    const Binarized w{at<uint64_t>(bits), at<uint16_t>(scales), at<int32_t>(steps), at<int32_t>(order), at<float>(bias),
+                      n, k, blocks, total};
+    nb::gil_scoped_release release;
+    std::vector<int8_t> rounded(static_cast<size_t>(k + 1)), ordered(static_cast<size_t>(4 * m * total));
+    std::vector<int32_t> sums(static_cast<size_t>(2 * m * blocks));
+    std::vector<float> x_scale(static_cast<size_t>(m));
+    for (int64_t row = 0; row < m; ++row)
+        x_scale[static_cast<size_t>(row)] =
+            kernels().binarized_input(w, at<float>(x) + row * k, static_cast<float>(most), rounded.data(),
+                                      ordered.data() + 4 * row * total, sums.data() + 2 * row * blocks);
+    const BinarizedArgs a{w, ordered.data(), sums.data(), x_scale.data(), m, at<float>(out)};
+    const int64_t useful = std::max<int64_t>(1, m * n * k / kLinearGrain);
+    share((n + 15) / 16, static_cast<int>(std::min<int64_t>(threads, useful)),
+          [&](int64_t begin, int64_t end) { kernels().binarized(a, begin, end); });
+}
+
 // Multiply-adds done by `threads` threads, `rounds` rounds each.
 int64_t integer_peak(int64_t rounds, int threads) {
     nb::gil_scoped_release release;
@@ -208,6 +227,7 @@ NB_MODULE(_native, m) {
     m.def("rms_norm", &rms_norm);
     m.def("attend", &attend);
     m.def("int8_linear", &int8_linear);
+    m.def("binarized", &binarized);
     m.def("integer_peak", &integer_peak);
     m.def("forward", &forward);
     m.def("backward", &backward);

@@ -332,6 +332,47 @@ void check_decoder(const Kernels& kernels) {
     expect(same(scores[0], scores[1], Type::f32), "int8_linear");
 }
 
+// Random order of the columns of a matrix: salient ones first in each block, whole steps.
+void check_binarized(const Kernels& kernels) {
+    const int64_t n = pick(1, 40), k = pick(1, 300), m = pick(1, 9), block = 8 * pick(1, 20);
+    std::vector<int32_t> steps, order;
+    for (int64_t first = 0; first < k; first += block) {
+        std::vector<int32_t> parts[2];
+        for (int64_t i = first; i < std::min(first + block, k); ++i)
+            parts[pick(0, 4) == 0 ? 0 : 1].push_back(static_cast<int32_t>(i));
+        for (auto& part : parts) {
+            while (part.size() % 4 != 0) part.push_back(static_cast<int32_t>(k));
+            steps.push_back(static_cast<int32_t>(part.size() / 4));
+            order.insert(order.end(), part.begin(), part.end());
+        }
+    }
+    const int64_t tiles = (n + 15) / 16, blocks = static_cast<int64_t>(steps.size()) / 2;
+    const int64_t total = static_cast<int64_t>(order.size()) / 4;
+    std::vector<uint64_t> bits(static_cast<size_t>(2 * tiles * total));
+    std::vector<uint16_t> scales(static_cast<size_t>(112 * tiles * blocks));
+    for (uint64_t& word : bits) word = static_cast<uint64_t>(randomness()) << 32 | randomness();
+    for (uint16_t& scale : scales) scale = static_cast<uint16_t>(pick(0, 0x7bff) | pick(0, 1) << 15);
+    std::vector<float> x(static_cast<size_t>(m * k)), bias(static_cast<size_t>(n));
+    std::vector<char> bytes = numbers(m * k, Type::f32, {0.5f}, true);
+    memcpy(x.data(), bytes.data(), bytes.size());
+    const Binarized w{bits.data(), scales.data(), steps.data(), order.data(), pick(0, 1) == 1 ? bias.data() : nullptr,
+                      n, k, blocks, total};
+    std::vector<char> out[2];
+    for (int i = 0; i < 2; ++i) {
+        const Kernels& used = i == 0 ? portable_kernels : kernels;
+        std::vector<int8_t> rounded(static_cast<size_t>(k + 1)), ordered(static_cast<size_t>(4 * m * total));
+        std::vector<int32_t> sums(static_cast<size_t>(2 * m * blocks));
+        std::vector<float> worth(static_cast<size_t>(m));
+        for (int64_t row = 0; row < m; ++row)
+            worth[static_cast<size_t>(row)] = used.binarized_input(
+                w, x.data() + row * k, 127.0f, rounded.data(), ordered.data() + 4 * row * total, sums.data() + 2 * row * blocks);
+        out[i].resize(static_cast<size_t>(4 * m * n));
+        const BinarizedArgs a{w, ordered.data(), sums.data(), worth.data(), m, reinterpret_cast<float*>(out[i].data())};
+        used.binarized(a, 0, tiles);
+    }
+    expect(same(out[0], out[1], Type::f32), "binarized");
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -351,6 +392,7 @@ int main(int count, char** arguments) {
                 check_rotation(kernels());
                 check_training(kernels());
                 check_decoder(kernels());
+                check_binarized(kernels());
             } catch (const std::exception& error) {
                 std::printf("%s, case %ld: %s\n", name.c_str(), i, error.what());
                 return 1;

@@ -142,6 +142,27 @@ struct Int8LinearArgs {
     float* out;                // [m, n]
 };
 
+// A binarized matrix (src/bellbox/ptq) in the layout of the kernels. In each block of columns the salient ones come first,
+// then the others, both filled up with columns of zero inputs to whole steps of four.
+struct Binarized {
+    const uint64_t* bits;      // [ceil(n/16)][total][2]: signs and second bits of a step; bit 4 r + c: row r, column c
+    const uint16_t* scales;    // [ceil(n/16)][blocks][7][16], fp16, finite, in the order of ptq/binarize.py
+    const int32_t* steps;      // [blocks][2]: steps of salient columns, and of others
+    const int32_t* order;      // [4 * total]: which of k inputs a step's columns take; k for zero
+    const float* bias;         // [n] or null
+    int64_t n, k, blocks, total;
+};
+
+// out[m, n] = x_scale[m] * sum over blocks and seven scales of scale * float(exact sum of integers), + bias[n]
+struct BinarizedArgs {
+    Binarized weights;
+    const int8_t* x;           // [m, 4 * total]
+    const int32_t* sums;       // [m, blocks, 2]: of x, over salient columns and over others
+    const float* x_scale;      // [m]
+    int64_t m;
+    float* out;                // [m, n]
+};
+
 // One instruction set. Row ranges let the caller divide the work among threads.
 struct Kernels {
     const char* name;
@@ -156,6 +177,9 @@ struct Kernels {
     void (*attend)(const AttendArgs&, int64_t pair_begin, int64_t pair_end, float* scratch);
     void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
     int64_t (*integer_peak)(int64_t rounds);   // native/peak.h
+    // A row of x [k] to integers, -most..most, in the order of the steps, and their sums; returns what one is worth.
+    float (*binarized_input)(const Binarized&, const float* x, float most, int8_t* rounded, int8_t* ordered, int32_t* sums);
+    void (*binarized)(const BinarizedArgs&, int64_t tile_begin, int64_t tile_end);
     // Whether `linear` takes so many rows as codes (a level that is no code's is wrong there, code_sums is used), or null
     // where it never does.
     bool (*counts)(const LinearArgs&, int64_t rows) = nullptr;

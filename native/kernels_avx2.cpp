@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #define BELLBOX_NAMESPACE avx2
+#include "binarized_portable.h"
 #include "decoder.h"
 #include "encode_avx2.h"
 #include "linear_avx2.h"
@@ -11,5 +12,6 @@
 namespace bellbox {
 constexpr Kernels avx2_kernels = {
     "avx2",       avx2::encode,   avx2::rotate, avx2::forward,    avx2::backward,
-    avx2::linear, avx2::rms_norm, avx2::attend, avx2::int8_linear, avx2::integer_peak};
+    avx2::linear, avx2::rms_norm, avx2::attend, avx2::int8_linear, avx2::integer_peak,
+    avx2::binarized_input, portable::binarized};
 }  // namespace bellbox

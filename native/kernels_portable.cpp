@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #define BELLBOX_NAMESPACE portable
+#include "binarized_portable.h"
 #include "decoder.h"
 #include "encode_portable.h"
 #include "linear_portable.h"
@@ -10,5 +11,6 @@
 namespace bellbox {
 constexpr Kernels portable_kernels = {
     "portable",       portable::encode,   portable::rotate, portable::forward,    portable::backward,
-    portable::linear, portable::rms_norm, portable::attend, portable::int8_linear, portable::integer_peak};
+    portable::linear, portable::rms_norm, portable::attend, portable::int8_linear, portable::integer_peak,
+    portable::binarized_input, portable::binarized};
 }  // namespace bellbox

@@ -76,6 +76,13 @@ def available() -> bool:
     return _module() is not None
 
 
+def isa() -> str:
+    """The instruction set in use; the compiled kernels must be there."""
+    module = _module()
+    assert module is not None
+    return module.isa()
+
+
 def describe() -> str:
     """One line for people: which kernels run, such as `native avx512` or `torch reference (...)`."""
     if os.environ.get("BELLBOX_ISA") == "reference":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox import packing
+from bellbox.kernels import binarized
 from bellbox.nn.shared import keeping_dtype, version_of
 from bellbox.ptq.binarize import BILLM_SCALES, RTN_SCALES, Binarized, decode
 
@@ -41,9 +43,9 @@ class BinarizedLinear(nn.Module):
     Its buffers are what is stored: `signs` and `bits` uint8 `[out, ceil(in / 8)]`, `salient` uint8 `[1, ceil(in / 8)]`,
     `scales` fp16 `[out, blocks, 7 or 2]`, `bias` fp32 `[out]`.
 
-    The weights are decoded at the first use and kept in fp32: on disk it is small, in memory it is not. The compiled
-    1-bit kernels do not serve it: they take one scale a row and inputs of at most 16 levels, and this has one scale a
-    row, block and group, and inputs of 6 or 8 bits.
+    With inputs of 6 or 8 bits and few rows (a decode step) the compiled kernel of `kernels/binarized.py` multiplies
+    signs and bits as they are. Else the weights are decoded at the first use and kept in fp32. The two agree to
+    rounding in fp32.
     """
 
     signs: Tensor
@@ -71,7 +73,7 @@ class BinarizedLinear(nn.Module):
         count = BILLM_SCALES if residual else RTN_SCALES
         self.register_buffer("scales", torch.zeros(out_features, blocks, count, dtype=torch.float16))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self._decoded: tuple[tuple[Tensor, ...], tuple[int | None, ...], Tensor] | None = None
+        self._made: dict[str, tuple[tuple[Tensor, ...], tuple[int, ...], Any]] = {}
 
     @classmethod
     def from_blocks(cls, blocks: Sequence[Binarized], bias: Tensor | None, block: int) -> BinarizedLinear:
@@ -92,15 +94,28 @@ class BinarizedLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The weights, fp32 `[out, in]`, decoded now or before."""
-        stored = [t for t in (self.signs, self.bits, self.salient, self.scales) if t is not None]
-        versions, kept = tuple(map(version_of, stored)), self._decoded
+        return self._kept("weight", self._decode)
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, now or before: until something that is stored changes."""
+        stored = tuple(
+            t for t in (self.signs, self.bits, self.salient, self.scales, self.bias) if t is not None
+        )
+        versions, kept = tuple(map(version_of, stored)), self._made.get(name)
         if (
             kept is None
             or versions != kept[1]
             or any(a is not b for a, b in zip(kept[0], stored, strict=True))
         ):
-            kept = self._decoded = (tuple(stored), versions, self._decode())
+            kept = self._made[name] = (stored, versions, make())
         return kept[2]
+
+    @torch.no_grad()
+    def _planes(self) -> binarized.Planes:
+        assert self.bits is not None
+        assert self.salient is not None
+        signs, bits, salient = map(self._unpacked, (self.signs, self.bits, self.salient))
+        return binarized.Planes(signs, bits, salient[0], self.scales, self.block, self.bias)
 
     @torch.no_grad()
     def _decode(self) -> Tensor:
@@ -127,6 +142,8 @@ class BinarizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
+        if self.bits is not None and binarized.serves(x, self.activation_bits):
+            return self._kept("planes", self._planes).multiply(x, self.activation_bits)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(round_activations(x, self.activation_bits), self.weight().to(x.dtype), bias)
 

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from bellbox.kernels import binarized, native
+from bellbox.ptq.feedback import binarize_matrix
+from bellbox.ptq.hessian import inverse_factor
+from bellbox.ptq.layer import BinarizedLinear, round_activations
+
+needs_avx512 = pytest.mark.skipif(
+    "avx512" not in native.instruction_sets(), reason="the kernel is used with AVX-512 only"
+)
+
+
+def layer(rows: int = 50, columns: int = 200, block: int = 64, bias: bool = True) -> BinarizedLinear:
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(rows, columns, generator=g), torch.randn(2 * columns, columns, generator=g)
+    blocks, _ = binarize_matrix(weight, inverse_factor(x.T @ x, 0.01, "x"), block=block)
+    made = BinarizedLinear.from_blocks(blocks, torch.randn(rows, generator=g) if bias else None, block)
+    made.activation_bits = 8
+    return made
+
+
+@needs_avx512
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bits", [8, 6])
+def test_few_rows_without_decoding_agree_with_decoded_weights(bias, bits):
+    one, x = layer(bias=bias), torch.randn(2, 3, 200)
+    one.activation_bits = bits
+    with native.use("avx512"):
+        found = one(x)
+    assert list(one._made) == ["planes"]
+    wanted = round_activations(x, bits) @ one.weight().T + (0 if one.bias is None else one.bias)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    torch.testing.assert_close(one(torch.cat([x] * 8))[:2], wanted, rtol=1e-6, atol=1e-6)  # many rows: decoded
+
+
+@needs_avx512
+def test_what_was_made_follows_what_is_stored():
+    one, x = layer(), torch.randn(1, 200)
+    with native.use("avx512"), torch.no_grad():
+        first, twin = one(x), copy.deepcopy(one)
+        one.scales.mul_(2)
+        torch.testing.assert_close(one(x) - one.bias, 2 * (first - one.bias), rtol=1e-4, atol=1e-4)
+        one.bias.add_(1)
+        torch.testing.assert_close(one(x), 2 * first - one.bias + 2, rtol=1e-4, atol=1e-4)
+        assert torch.equal(twin(x), first)
+
+
+@needs_avx512
+def test_gradients_and_compilers_go_by_decoded_weights():
+    one, x = layer(), torch.randn(1, 200, requires_grad=True)
+    with native.use("avx512"):
+        one.activation_bits = 8
+        assert not binarized.serves(x, 8)
+        (gradient,) = torch.autograd.grad(one(x).sum(), x)
+    assert gradient.shape == x.shape
+    assert list(one._made) == ["weight"]
