@@ -4,7 +4,7 @@ python benchmarks/ptq.py MODEL --calibration fit.txt --evaluation valid.txt --sa
 python benchmarks/ptq.py MODEL ... --methods billm:released,dbellquant:clean:1
 
 Binarized models stay in the folder, and those that are there already are scored only. A method is
-NAME[:VARIANT[:POWER]]. Texts as for `bellbox data prepare`; results go to standard output as JSON lines.
+NAME[:VARIANT[:POWER[:EXPONENT]]]. Texts as for `bellbox data prepare`; results go to standard output as JSON lines.
 """
 
 from __future__ import annotations
@@ -52,9 +52,13 @@ def main() -> None:
         score = perplexity(load_hf(options.model), text, options.context)
         report(method="none", perplexity=score.perplexity, protocol=score.protocol)
     for name in options.methods.split(","):
-        method, variant, power = [*name.split(":"), *("clean", "2")[name.count(":") :]]
-        settings = Settings(method=method, variant=variant, power=int(power))  # pyright: ignore
-        out, begun = options.folder / f"{method}-{variant}-{power}", time.monotonic()
+        method, variant, power, exponent = [*name.split(":"), *("clean", "2", "")[name.count(":") :]]
+        start = float(exponent) if exponent else None
+        settings = Settings(method=method, variant=variant, power=int(power), exponent=start)  # pyright: ignore
+        out, begun = (
+            options.folder / "-".join(filter(None, (method, variant, power, exponent))),
+            time.monotonic(),
+        )
         if not is_binarized(out):
             binarize_folder(
                 Job(options.model, out, options.calibration, settings, options.samples, options.context),
@@ -72,6 +76,7 @@ def main() -> None:
             method=method,
             variant=variant,
             power=settings.power,
+            exponent=settings.exponent,
             perplexity=scores,
             error=sum(errors) / len(errors),
             steps=[group["steps"] for group in groups],

@@ -128,15 +128,34 @@ def test_activations_are_rounded_token_by_token(places, tmp_path):
     assert 1e-6 < float((six - whole).abs().max()) < float(whole.abs().max())
 
 
-def test_variants_and_powers_differ(places, tmp_path):
-    made = {}
-    for variant in ("released", "clean"):
-        for power in (1, 2):
-            out = tmp_path / f"{variant}{power}"
-            binarize_folder(job(places, out, "relu", variant=variant, power=power), show=False)
-            made[variant, power] = load(out)(IDS)
-    values = list(made.values())
+def test_variants_powers_and_exponents_differ(places, tmp_path):
+    values = []
+    for number, (variant, power, exponent) in enumerate(
+        (
+            ("released", 1, None),
+            ("released", 2, None),
+            ("clean", 1, None),
+            ("clean", 2, None),
+            ("clean", 2, 0.85),
+        )
+    ):
+        how = {"variant": variant, "power": power, "exponent": exponent}
+        binarize_folder(job(places, tmp_path / str(number), "relu", **how), show=False)
+        values.append(load(tmp_path / str(number))(IDS))
     assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ({"power": 3}, "power is 3, must be 1 or 2"),
+        ({"exponent": 1.5}, "exponent is 1.5, must be from 0 to 1"),
+        ({"block": 12}, "block is 12, must be a multiple of 8, from 8 to 65536"),
+    ],
+)
+def test_a_setting_out_of_range_is_one_line(setting, line):
+    with pytest.raises(BellboxError, match=f"^{line}$"):
+        Settings(**setting).check()
 
 
 COMMAND = """

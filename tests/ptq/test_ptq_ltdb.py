@@ -39,9 +39,9 @@ def test_loss_and_distance_are_those_of_the_definition(power, columns):
 def test_the_closed_form_is_autograd_of_the_definition(power, columns):
     w = weights(300, columns).double()
     scale = torch.linspace(-0.5, 2, columns, dtype=torch.float64).requires_grad_()
-    loss, distance = double_bell(w * scale, power, 8)
+    loss, distance = double_bell(w * scale, power, columns)
     (wanted,) = torch.autograd.grad(loss, scale)
-    found = slope(w, scale.detach(), power, 8)
+    found = slope(w, scale.detach(), power)
     np.testing.assert_allclose(found[:2], [float(loss.detach()), float(distance)], rtol=1e-12)
     torch.testing.assert_close(found[2], wanted, rtol=1e-10, atol=1e-12)
 
@@ -49,13 +49,13 @@ def test_the_closed_form_is_autograd_of_the_definition(power, columns):
 def test_gradients_reach_the_weight_through_the_centres_too():
     # Twice the weight is the same picture: no gradient along the scale itself. With fixed centres there were one.
     w, scale = weights(30, 16).double(), torch.linspace(0.5, 2, 16, dtype=torch.float64)
-    gradient = slope(w, scale, 2, 8)[2]
+    gradient = slope(w, scale)[2]
     assert abs(float((gradient * scale).sum())) < 1e-9 < float(gradient.abs().max())
 
 
 def test_the_start_is_the_formula():
     w, largest = weights(4, 6), torch.tensor([1.0, 2.0, 50.0, 0.0, 3.0, 0.5])
-    s = start_scale(largest, w)
+    s = start_scale(largest, w, 0.85)
     expected = [
         max(1e-5, max(1e-5, x) ** 0.85 / float(w[:, j].abs().max()) ** 0.15)
         for j, x in enumerate(largest.tolist())
@@ -80,7 +80,31 @@ def test_released_takes_the_larger_scale_and_clean_one_for_all_rows():
     merged = learn_scale(w, largest, variant="released").scale
     assert torch.equal(merged, torch.where(alone[0].abs() >= alone[1].abs(), alone[0], alone[1]))
     together = learn_scale(w, largest, variant="clean").scale
-    assert torch.equal(together, learn_scale([torch.cat(w)], largest, variant="released").scale)
+    assert torch.equal(together, learn_scale([torch.cat(w)], largest).scale)
+
+
+@pytest.mark.parametrize("variant", ["released", "clean"])
+def test_each_block_of_columns_learns_and_stops_by_itself(variant):
+    w, largest = weights(48, 40), torch.rand(40, generator=torch.Generator().manual_seed(2)) + 0.5
+    w[:, 16:32] *= torch.linspace(0.1, 3, 16)  # blocks that want unequal numbers of steps
+    learned = learn_scale([w], largest, variant=variant, block=16)
+    parts = zip(w.split(16, 1), largest.split(16), strict=True)
+    alone = [learn_scale([part], x, variant=variant) for part, x in parts]
+    torch.testing.assert_close(learned.scale, torch.cat([one.scale for one in alone]), rtol=1e-5, atol=1e-6)
+    assert learned.steps == sum(one.steps for one in alone) / 3
+    assert len({one.steps for one in alone}) > 1
+    for at in (0, 1):
+        wanted = sum(one.loss[at] * len(one.scale) for one in alone) / 40
+        assert learned.loss[at] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_variants_start_from_exponents_of_their_own():
+    w, largest = weights(16, 32), torch.rand(32) + 0.5
+    for variant, exponent in (("released", 0.85), ("clean", 0.5)):
+        start = learn_scale([w], largest, variant=variant, most_steps=0).scale
+        torch.testing.assert_close(start, start_scale(largest, w, exponent), rtol=0, atol=0)
+    start = learn_scale([w], largest, exponent=0.25, most_steps=0).scale
+    torch.testing.assert_close(start, start_scale(largest, w, 0.25), rtol=0, atol=0)
 
 
 CONFIGS = {

@@ -47,6 +47,8 @@ class Ptq:
     """As cleaned up here, or as the authors' code does it (docs/ptq.md says what differs)."""
     power: Literal[1, 2] = 2
     """Of the loss that LTDB learns by; 2 as released."""
+    exponent: float | None = None
+    """Of LTDB's start: how far outliers of the activations go into the weights; .5, or .85 with --variant released."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, in units of its mean."""
 
@@ -65,6 +67,7 @@ def main(argv: list[str]) -> None:
         method=command.method,
         variant=command.variant,
         power=command.power,
+        exponent=command.exponent,
         damping=command.damping,
         activation_bits=command.activations,
     ).check()

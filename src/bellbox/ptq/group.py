@@ -29,6 +29,8 @@ class Settings:
     """As the authors' code, or cleaned up."""
     power: int = 2
     """Of LTDB's loss; 1 or 2."""
+    exponent: float | None = None
+    """Of LTDB's start, 0 to 1: how far outliers of the activations go into the weights; None for the variant's own."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, in units of its mean."""
     block: int = BLOCK
@@ -49,6 +51,7 @@ class Settings:
         """
         for name, ok, limit in (
             ("power", self.power in (1, 2), "1 or 2"),
+            ("exponent", self.exponent is None or 0 <= self.exponent <= 1, "from 0 to 1"),
             ("damping", 0 <= self.damping < float("inf"), "at least 0"),
             ("block", 8 <= self.block <= 1 << 16 and self.block % 8 == 0, "a multiple of 8, from 8 to 65536"),
             ("activation_bits", 2 <= self.activation_bits <= 16, "from 2 to 16"),
@@ -106,7 +109,12 @@ def _transform(
     weights = [layer.weight for layer in layers]
     before = torch.cat(weights)
     learned = learn_scale(
-        weights, largest, variant=settings.variant, power=settings.power, block=settings.block
+        weights,
+        largest,
+        variant=settings.variant,
+        exponent=settings.exponent,
+        power=settings.power,
+        block=settings.block,
     )
     fold(norm, layers, learned.scale, f"{name}.{group.norm}")
     after = torch.cat([layer.weight for layer in layers])

@@ -8,9 +8,10 @@ that each row's weights gather around two centres, in every block of columns:
     loss      100 mean(|w' - t|^p / |t|^p), t the nearer centre         (DTNP; p = 2 as released, p = 1 an option)
     distance  mean(min(|w' - t+|, |w' - t-|))                           (DTMD; where it rises first, learning stops)
 
-The start takes outliers of the activations into the weights: s_j = max|X_j|^e / (max_r |W_rj|)^(1-e), e = .85. Layers
-that read the same norm must share one s. `released` learns one for each and takes, for each channel, that of the
-largest magnitude; `clean` learns one for all their rows together.
+Each block of columns learns by itself: both are means over its weights, and it stops by itself. The start takes
+outliers of the activations into the weights: s_j = max|X_j|^e / (max_r |W_rj|)^(1-e). Layers that read the same norm
+must share one s. `released` learns one for each, from e = .85, and takes, for each channel, that of the largest
+magnitude; `clean` learns one for all their rows together, from e = .5 (docs/ptq.md says why).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from bellbox.ptq.binarize import BLOCK, Variant
 
 FLOOR = 1e-5
 """Least magnitude of a scale."""
+START: dict[Variant, float] = {"released": 0.85, "clean": 0.5}
+"""Exponent e of the start."""
 _ROWS = 128
 
 
@@ -35,13 +38,13 @@ class Learned:
 
     scale: Tensor
     """fp32 `[in]`; none is zero."""
-    steps: int
-    """Steps taken, the most over the layers."""
+    steps: float
+    """Steps taken, mean over the blocks of columns."""
     loss: tuple[float, float]
-    """DTNP at the start and at the kept scale, mean over the layers."""
+    """DTNP at the start and at the kept scale, mean over the weights."""
 
 
-def start_scale(largest: Tensor, weight: Tensor, exponent: float = 0.85) -> Tensor:
+def start_scale(largest: Tensor, weight: Tensor, exponent: float) -> Tensor:
     """Where learning begins, fp32 `[in]`.
 
     Args:
@@ -87,6 +90,7 @@ def learn_scale(
     largest: Tensor,
     *,
     variant: Variant = "clean",
+    exponent: float | None = None,
     power: int = 2,
     block: int = BLOCK,
     lr: float = 0.01,
@@ -98,28 +102,38 @@ def learn_scale(
         weights: of these layers, each fp32 `[out, in]`.
         largest: `[in]`, largest magnitude of each input channel on the calibration text.
         variant: how several layers come to one scale.
+        exponent: e of the start; None for the variant's own.
         power: p of the loss, 1 or 2.
         block: columns of a block.
         lr: of plain SGD.
-        most_steps: at most.
+        most_steps: at most, in each block.
     """
     weights = [weight.detach() for weight in weights]
+    exponent = START[variant] if exponent is None else exponent
     groups = [torch.cat(weights)] if variant == "clean" else weights
-    found = [_descend(weight, largest, power, block, lr, most_steps) for weight in groups]
-    scales = torch.stack([one.scale for one in found])
-    merged = scales.gather(0, scales.abs().argmax(0, keepdim=True))[0]
-    first, last = (sum(one.loss[at] for one in found) / len(found) for at in (0, 1))
-    return Learned(merged, max(one.steps for one in found), (first, last))
+    scales: list[Tensor] = []
+    found: list[Learned] = []
+    for weight in groups:
+        start = start_scale(largest, weight, exponent)
+        parts = zip(weight.split(block, 1), start.split(block), strict=True)
+        blocks = [_descend(w.contiguous(), s, power, lr, most_steps) for w, s in parts]
+        scales.append(torch.cat([one.scale for one in blocks]))
+        found += blocks
+    stacked = torch.stack(scales)
+    merged = stacked.gather(0, stacked.abs().argmax(0, keepdim=True))[0]
+    columns = sum(len(one.scale) for one in found)
+    first, last = (sum(one.loss[at] * len(one.scale) for one in found) / columns for at in (0, 1))
+    return Learned(merged, sum(one.steps for one in found) / len(found), (first, last))
 
 
 @torch.no_grad()
-def _descend(weight: Tensor, largest: Tensor, power: int, block: int, lr: float, most_steps: int) -> Learned:
-    """SGD until DTMD rises for the first time; the scale of the lowest loss is kept."""
-    scale = start_scale(largest, weight)
+def _descend(weight: Tensor, start: Tensor, power: int, lr: float, most_steps: int) -> Learned:
+    """SGD on one block of columns until DTMD rises for the first time; the scale of the lowest loss is kept."""
+    scale = start.clone()
     best, best_loss, first_loss = scale.clone(), float("inf"), float("inf")
     before, steps = float("inf"), 0
     for step in range(most_steps + 1):
-        loss, distance, gradient = slope(weight, scale, power, block)
+        loss, distance, gradient = slope(weight, scale, power)
         first_loss = loss if step == 0 else first_loss
         if loss < best_loss:
             best, best_loss = scale.clone(), loss
@@ -131,41 +145,37 @@ def _descend(weight: Tensor, largest: Tensor, power: int, block: int, lr: float,
     return Learned(best, steps, (first_loss, best_loss))
 
 
-def slope(weight: Tensor, scale: Tensor, power: int = 2, block: int = BLOCK) -> tuple[float, float, Tensor]:
+def slope(weight: Tensor, scale: Tensor, power: int = 2) -> tuple[float, float, Tensor]:
     """DTNP and DTMD of `weight * scale`, and the gradient of DTNP with respect to the scale, in closed form.
 
     With r = w'/t - 1 and f = |r|^p, df/dw' = p |r|^(p-1) sign(r) / t and df/dt = -df/dw' w'/t reach t = a +- d, and
     from there all weights of the row's block. Some rows at a time, which stay in the cache: a third of autograd's time.
 
     Args:
-        weight: float `[out, in]`.
+        weight: float `[out, in]`, one block of columns.
         scale: `[in]`.
         power: p, 1 or 2.
-        block: columns of a block.
     """
     gradient = torch.zeros_like(scale)
     loss = distance = 0.0
-    for first in range(0, weight.shape[1], block):
-        s = scale[first : first + block]
-        for rows in weight[:, first : first + block].split(_ROWS):
-            w = rows * s
-            count = w.shape[1]
-            mean = w.mean(1, keepdim=True)
-            side = (w - mean).sign_()
-            side[side == 0] = 1
-            apart = (w - mean).abs_().mean(1, keepdim=True)
-            centre = torch.addcmul(mean, side, apart)
-            centre = torch.where(centre.abs() < 1e-8, 1e-8 * side, centre)
-            distance += float((w - centre).abs_().sum())
-            share = w / centre
-            off = share - 1
-            loss += float(off.abs().sum() if power == 1 else off.square().sum())
-            near = (off.sign() if power == 1 else 2 * off) / centre
-            to_centre = -near * share
-            to_apart = (to_centre * side).sum(1, keepdim=True)
-            to_mean = to_centre.sum(1, keepdim=True) - to_apart * side.mean(1, keepdim=True)
-            near += (to_apart * side + to_mean) / count
-            gradient[first : first + block] += (near * rows).sum(0)
+    for rows in weight.split(_ROWS):
+        w = rows * scale
+        mean = w.mean(1, keepdim=True)
+        side = (w - mean).sign_()
+        side[side == 0] = 1
+        apart = (w - mean).abs_().mean(1, keepdim=True)
+        centre = torch.addcmul(mean, side, apart)
+        centre = torch.where(centre.abs() < 1e-8, 1e-8 * side, centre)
+        distance += float((w - centre).abs_().sum())
+        share = w / centre
+        off = share - 1
+        loss += float(off.abs().sum() if power == 1 else off.square().sum())
+        near = (off.sign() if power == 1 else 2 * off) / centre
+        to_centre = -near * share
+        to_apart = (to_centre * side).sum(1, keepdim=True)
+        to_mean = to_centre.sum(1, keepdim=True) - to_apart * side.mean(1, keepdim=True)
+        near += (to_apart * side + to_mean) / w.shape[1]
+        gradient += (near * rows).sum(0)
     return 100 * loss / weight.numel(), distance / weight.numel(), gradient * (100 / weight.numel())
 
 
