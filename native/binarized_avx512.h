@@ -76,8 +76,8 @@ void multiply(const BinarizedArgs& a, int64_t row, int64_t tile) {
             }
         }
     }
-    const int64_t width = std::min<int64_t>(16, w.n - 16 * tile);
-    const __mmask16 mask = static_cast<__mmask16>((1u << width) - 1);
+    const int64_t left = w.n - 16 * tile;
+    const __mmask16 mask = left < 16 ? static_cast<__mmask16>((1u << left) - 1) : __mmask16{0xffff};
     for (int r = 0; r < ROWS; ++r) {
         __m512 y = _mm512_mul_ps(acc[r], _mm512_set1_ps(a.x_scale[row + r]));
         if (w.bias != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, w.bias + 16 * tile));

@@ -8,10 +8,7 @@
 // Floor: three lookups for four weights.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "kernels.h"
 
@@ -26,13 +23,13 @@ inline float binarized_input(const Binarized& w, const float* x, float most, int
     float largest = 0.0f;
     int32_t finite = 1;
     for (int64_t i = 0; i < w.k; ++i) {
-        const float size = std::fabs(x[i]);
+        const float size = __builtin_fabsf(x[i]);
         largest = size > largest ? size : largest;
-        finite &= size <= std::numeric_limits<float>::max();
+        finite &= size <= __FLT_MAX__;
     }
-    const float scale = std::max(largest, 1e-8f) / most;
+    const float scale = (largest < 1e-8f ? 1e-8f : largest) / most;
     for (int64_t i = 0; i < w.k; ++i)
-        rounded[i] = finite ? static_cast<int8_t>(std::nearbyint(x[i] / scale)) : int8_t{0};
+        rounded[i] = finite ? static_cast<int8_t>(__builtin_nearbyintf(x[i] / scale)) : int8_t{0};
     rounded[w.k] = 0;  // what the padding of a block reads
     const int32_t* from = w.order;
     for (int64_t part = 0; part < 2 * w.blocks; ++part) {
@@ -43,7 +40,7 @@ inline float binarized_input(const Binarized& w, const float* x, float most, int
         }
         sums[part] = sum;
     }
-    return finite ? scale : std::numeric_limits<float>::quiet_NaN();
+    return finite ? scale : __builtin_nanf("");
 }
 
 }  // namespace BELLBOX_NAMESPACE
@@ -102,7 +99,7 @@ inline void binarized(const BinarizedArgs& a, int64_t begin, int64_t end) {
                 }
                 scales += 112;
             }
-            const int64_t width = std::min<int64_t>(16, w.n - 16 * tile);
+            const int64_t left = w.n - 16 * tile, width = left < 16 ? left : 16;
             for (int64_t r = 0; r < width; ++r) {
                 const float y = acc[r] * a.x_scale[row];
                 a.out[row * w.n + 16 * tile + r] = w.bias != nullptr ? y + w.bias[16 * tile + r] : y;

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bellbox import packing
 from bellbox.kernels import native
 
-MAX_ROWS = 16
+MAX_ROWS = 32
 """More rows are faster with decoded weights (docs/ptq.md)."""
 MAX_BITS = 8
 """Of the inputs."""
