@@ -37,14 +37,15 @@ void encode(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const
 
 // window: the fields of Window in their order.
 void convolution(uintptr_t x, int x_type, int64_t batch, const Coding& coding, const std::vector<int64_t>& window,
-                 const PackedWeights& weights, uintptr_t code_sums, float act_scale, uintptr_t out, int out_type,
-                 int threads) {
+                 const PackedWeights& weights, uintptr_t code_sums, uintptr_t addresses, float act_scale, uintptr_t out,
+                 int out_type, uintptr_t add, bool relu, int threads) {
     const auto& v = window;
     const Window w{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13] != 0};
     const int64_t k = w.height * w.width * w.channels;
     nb::gil_scoped_release release;
-    Convolution{coding.of(at<void>(x), static_cast<Type>(x_type), batch, k, k), w, weights, at<int32_t>(code_sums),
-                act_scale, at<char>(out), static_cast<Type>(out_type)}.run(threads);
+    convolve({coding.of(at<void>(x), static_cast<Type>(x_type), batch, k, k), w, weights, at<int32_t>(code_sums),
+              at<uint16_t>(addresses), act_scale, at<char>(out), static_cast<Type>(out_type), at<float>(add), relu},
+             threads);
 }
 
 // The nearest of -2047..2047 (ties to even) with the largest magnitude at 2047; returns what one of them is worth.
@@ -220,6 +221,7 @@ NB_MODULE(_native, m) {
         });
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("use", [](const std::string& name) { use(name.c_str()); });
+    m.def("convolves_pixels", [] { return kernels().convolve != nullptr; });
     m.def("available", [] { return std::string(available()); });
     m.def("encode", &encode);
     m.def("rotate", &rotate);

@@ -211,6 +211,19 @@ int32_t plain_sum(const Window& w, const int8_t* sample, const Weights& weights,
     return sum;
 }
 
+// As PixelArgs says.
+std::vector<uint16_t> pixel_addresses(const Window& w, int64_t outputs, const std::vector<uint8_t>& codes) {
+    const int64_t triples = (w.channels + 2) / 3, lookups = (w.patch() / w.channels * triples + 7) / 8 * 8;
+    std::vector<uint16_t> addresses(static_cast<size_t>((outputs + 15) / 16 * 16 * lookups));
+    for (int64_t i = 0; i < outputs * w.patch(); ++i) {
+        const int64_t output = i / w.patch(), place = i % w.patch() / w.channels, channel = i % w.channels;
+        const int64_t at = (output / 8 * lookups + place * triples + channel % triples) * 8 + output % 8;
+        addresses[static_cast<size_t>(at)] =
+            static_cast<uint16_t>(addresses[static_cast<size_t>(at)] | codes[static_cast<size_t>(i)] << (6 + 2 * (channel / triples)));
+    }
+    return addresses;
+}
+
 // One call of a convolution, in memory that no larger case before has left behind.
 void check_convolution() {
     const int64_t outputs = one_of<int64_t>({pick(1, 4), pick(1, 40), pick(64, 127), pick(128, 150)}), batch = pick(1, 3);
@@ -231,19 +244,26 @@ void check_convolution() {
     a.ldl = (k + 63) / 64 * 64;
     const Encoded base = encode(portable_kernels, a);
     std::vector<char> expected(static_cast<size_t>(batch * w.rows * w.columns * outputs) * size_of(out));
+    std::vector<float> add(out == Type::f32 && pick(0, 1) == 1 ? expected.size() / 4 : 0, 0.25f);
+    const bool relu = out == Type::f32 && pick(0, 1) == 1;
     for (int64_t i = 0; i < batch * w.rows * w.columns * outputs; ++i) {
         const int64_t output = i % outputs, pixel = i / outputs % (w.rows * w.columns), sample = i / (outputs * w.rows * w.columns);
         const int32_t sum = plain_sum(w, reinterpret_cast<const int8_t*>(base.levels.data()) + sample * a.ldl, weights.view(),
                                       codes.data() + output * w.patch(), pixel / w.columns, pixel % w.columns);
         const float mark = reinterpret_cast<const float*>(base.marks.data())[sample];
         const float y = static_cast<float>(sum) * (weights.view().scale[output] * 0.37f) * mark;
-        store(expected.data(), out, i, weights.view().bias != nullptr ? y + weights.view().bias[output] : y);
+        float z = weights.view().bias != nullptr ? y + weights.view().bias[output] : y;
+        if (!add.empty()) z += add[static_cast<size_t>(i)];
+        store(expected.data(), out, i, relu && z <= 0 ? 0 : z);
     }
     share(3, 3, [](int64_t, int64_t) { slab_of_thread = Slab{}; });
     images_of_thread = CodedImages{};
     std::vector<char> mine(expected.size());
-    const Convolution job{coding.of(x.data(), in, batch, k, k), w, weights, code_sums.data(), 0.37f, mine.data(), out};
-    job.run(static_cast<int>(pick(1, 3)));
+    const std::vector<uint16_t> addresses = pixel_addresses(w, outputs, codes);
+    pixels_of_thread = PixelMemory{};
+    convolve({coding.of(x.data(), in, batch, k, k), w, weights, code_sums.data(), addresses.data(), 0.37f, mine.data(), out,
+              add.empty() ? nullptr : add.data(), relu},
+             static_cast<int>(pick(1, 3)));
     expect(same(mine, expected, out), "convolution, " + std::to_string(weights.view().bits) + " bits,");
 }
 

@@ -1,29 +1,17 @@
 // A packed convolution: each sample coded once, patches of its integer levels gathered, the linear kernel on them.
 //
 // Images lie channels last, so a patch is one run of memory for each row of the window. Padding adds nothing to a sum. To
-// a product of levels it is the level 0. Products that count codes (1 and 2 bits) have no code for that: they get code
+// a product of levels it is the level 0. Products that count codes (1 bit) have no code for that: they get code
 // 0, which adds nothing to sum(code * code), and the sum of the weights' codes over the window's other places, which is
 // what turns that into sum(level * code). It depends on where the window reaches beyond the image; so pixels are taken
 // border by border: those with the same missing places together.
 #pragma once
 
 #include <cstring>
-#include <map>
-#include <utility>
 
-#include "layer.h"
+#include "pixels.h"
 
 namespace bellbox {
-
-struct Window {
-    int64_t height, width, channels;      // of the input
-    int64_t rows, columns;                // of the output
-    int64_t kernel_height, kernel_width, stride_y, stride_x, dilation_y, dilation_x;
-    int64_t left, top;                    // padding; what lies right and below follows from the output's size
-    bool padded;                          // whether any patch reaches beyond the image
-
-    int64_t patch() const { return kernel_height * kernel_width * channels; }
-};
 
 // Coded samples and what the sums of their patches follow from.
 struct CodedImages {
@@ -107,50 +95,27 @@ struct Pixel {
 };
 struct Border {
     std::vector<Pixel> pixels;
-    std::vector<bool> inside;             // [kernel height * kernel width]
-
-    std::vector<int32_t> code_sums(const int32_t* by_place, int64_t n) const {
-        std::vector<int32_t> sums(static_cast<size_t>(n));
-        for (size_t place = 0; place < inside.size(); ++place)
-            for (int64_t i = 0; inside[place] && i < n; ++i)
-                sums[static_cast<size_t>(i)] += by_place[static_cast<int64_t>(place) * n + i];
-        return sums;
-    }
+    std::vector<int32_t> code_sums;       // [n]: of the weights at the places inside, if codes are to be counted
 };
 
-// Which places of a window's line (or column) lie inside, for the output line (or column) `at`.
-inline std::vector<bool> inside_of(int64_t at, int64_t kernel, int64_t stride, int64_t dilation, int64_t before, int64_t size) {
-    std::vector<bool> inside;
-    for (int64_t k = 0; k < kernel; ++k) {
-        const int64_t place = at * stride - before + k * dilation;
-        inside.push_back(place >= 0 && place < size);
+inline std::vector<Border> borders_of(const Window& w, const int32_t* by_place, int64_t n) {
+    const Borders borders(w);
+    std::vector<Border> all(static_cast<size_t>(borders.count()));
+    for (int64_t i = 0; i < borders.count(); ++i) {
+        all[static_cast<size_t>(i)].code_sums.resize(static_cast<size_t>(n));
+        borders.add_inside(i, by_place, n, all[static_cast<size_t>(i)].code_sums.data());
     }
-    return inside;
-}
-
-inline std::vector<Border> borders_of(const Window& w) {
-    std::map<std::pair<std::vector<bool>, std::vector<bool>>, Border> found;
-    for (int64_t y = 0; y < w.rows; ++y) {
-        const auto lines = inside_of(y, w.kernel_height, w.stride_y, w.dilation_y, w.top, w.height);
-        for (int64_t x = 0; x < w.columns; ++x) {
-            const auto columns = inside_of(x, w.kernel_width, w.stride_x, w.dilation_x, w.left, w.width);
-            Border& border = found[{lines, columns}];
-            if (border.pixels.empty())
-                for (const bool line : lines)
-                    for (const bool column : columns) border.inside.push_back(line && column);
-            border.pixels.push_back({static_cast<int32_t>(y), static_cast<int32_t>(x)});
-        }
-    }
-    std::vector<Border> all;
-    for (auto& each : found) all.push_back(std::move(each.second));
+    for (int32_t y = 0; y < w.rows; ++y)
+        for (int32_t x = 0; x < w.columns; ++x)
+            all[static_cast<size_t>(borders.of_pixel[static_cast<size_t>(y * w.columns + x)])].pixels.push_back({y, x});
     return all;
 }
 
-inline Border whole(const Window& w) {    // all pixels, whatever they lack
+inline std::vector<Border> whole(const Window& w) {    // all pixels, whatever they lack
     Border all;
     for (int32_t y = 0; y < w.rows; ++y)
         for (int32_t x = 0; x < w.columns; ++x) all.pixels.push_back({y, x});
-    return all;
+    return {all};
 }
 
 // What a thread works with: levels of some patches, as the linear kernel takes them, and its results.
@@ -168,30 +133,23 @@ struct Slab {
 inline thread_local Slab slab_of_thread;
 inline thread_local CodedImages images_of_thread;
 
-struct Convolution {
-    EncodeArgs a;                         // how samples are coded
-    const Window& w;
-    const PackedWeights& weights;
-    const int32_t* code_sums;             // [kernel height * kernel width, n]: of the weights at each place
-    float act_scale;
-    char* out;                            // [batch, rows, columns, n]
-    Type out_type;
-
-    size_t row_bytes() const { return static_cast<size_t>(weights.n()) * (out_type == Type::f32 ? 4 : 2); }
+struct RowConvolution {
+    const ConvolutionJob& job;
 
     // Patches [begin, end) of a border: numbered sample by sample.
-    void multiply(const CodedImages& images, const Border& border, const int32_t* sums, int64_t begin, int64_t end) const {
+    void multiply(const CodedImages& images, const Border& border, int64_t begin, int64_t end) const {
+        const Window& w = job.w;
         const int64_t k = w.patch(), each = static_cast<int64_t>(border.pixels.size());
         Slab& slab = slab_of_thread;
-        slab.make_room(end - begin, k, static_cast<size_t>(end - begin) * row_bytes());
-        Weights view = weights.view();
+        slab.make_room(end - begin, k, static_cast<size_t>(end - begin) * job.row_bytes());
+        Weights view = job.weights.view();
         LinearArgs p{};
         p.weights = &view, p.levels = slab.rows.levels, p.ldl = slab.rows.ldl, p.m = end - begin;
         p.sums = slab.rows.sums, p.marks = slab.rows.marks;
-        p.act_n = a.n, p.act_multiplier = a.multiplier, p.act_shift = a.shift, p.act_scale = act_scale;
-        p.out = slab.results.data(), p.out_type = out_type, p.ldo = weights.n();
-        const bool counts = sums != nullptr && kernels().counts(p, p.m);
-        if (counts) view.code_sums = sums;
+        p.act_n = job.a.n, p.act_multiplier = job.a.multiplier, p.act_shift = job.a.shift, p.act_scale = job.act_scale;
+        p.out = slab.results.data(), p.out_type = job.out_type, p.ldo = job.weights.n();
+        const bool counts = !border.code_sums.empty();
+        if (counts) view.code_sums = border.code_sums.data();
         if (w.padded && !counts) p.act_n = 256;  // levels, then, further down too
         int64_t sample = begin / each, at = begin % each;
         const auto next = [&] { at + 1 < each ? ++at : (++sample, at = 0); };
@@ -199,44 +157,54 @@ struct Convolution {
             const Pixel pixel = border.pixels[static_cast<size_t>(at)];
             int8_t* to = slab.rows.levels + row * slab.rows.ldl;
             const int32_t* prefix = images.prefix.data() + sample * w.height * (w.width + 1);
-            slab.rows.sums[row] = gather(w, images.sample(sample), prefix, pixel.y, pixel.x, counts ? -a.shift : 0, to);
+            slab.rows.sums[row] = gather(w, images.sample(sample), prefix, pixel.y, pixel.x, counts ? -job.a.shift : 0, to);
             slab.rows.marks[row] = images.marks[static_cast<size_t>(sample)];
             if (slab.rows.ldl > k) std::memset(to + k, 0, static_cast<size_t>(slab.rows.ldl - k));
         }
-        kernels().linear(p, 0, p.m, 0, tiles_of(weights));
+        kernels().linear(p, 0, p.m, 0, tiles_of(job.weights));
         sample = begin / each, at = begin % each;
         for (int64_t row = 0; row < end - begin; ++row, next()) {
             const Pixel pixel = border.pixels[static_cast<size_t>(at)];
             const int64_t place = (sample * w.rows + pixel.y) * w.columns + pixel.x;
-            std::memcpy(out + static_cast<size_t>(place) * row_bytes(),
-                        slab.results.data() + static_cast<size_t>(row) * row_bytes(), row_bytes());
+            std::memcpy(job.out + static_cast<size_t>(place) * job.row_bytes(),
+                        slab.results.data() + static_cast<size_t>(row) * job.row_bytes(), job.row_bytes());
         }
     }
 
-    // Whether codes are to be counted: they are looked at anew for each pixel, which many outputs have to repay.
+    // Whether `linear` is to count codes (binary_avx512.h), where a place outside the image has no level of its own.
     bool by_border() const {
-        const bool can = w.padded && weights.view().bits <= 2 && a.n <= 4 && kernels().counts != nullptr;
-        if (weights.view().bits == 1 && a.n == 2) return can;
-        return can && (weights.n() >= 128 || (weights.n() >= 64 && w.rows * w.columns >= 256));
+        return job.w.padded && job.weights.view().bits == 1 && job.a.n == 2 && kernels().counts != nullptr;
     }
 
     void run(int threads) const {
-        if (a.rows == 0) return;
         CodedImages& images = images_of_thread;
-        images.code(a, w, threads);
-        const int64_t n = weights.n(), k = w.patch();
-        const bool split = by_border();
-        for (const Border& border : split ? borders_of(w) : std::vector<Border>{whole(w)}) {
-            const std::vector<int32_t> sums = split ? border.code_sums(code_sums, n) : std::vector<int32_t>{};
-            const int64_t count = a.rows * static_cast<int64_t>(border.pixels.size());
-            const int64_t room = std::max<int64_t>(96, (int64_t{1} << 18) / ((k + 63) / 64 * 64) / 8 * 8);  // second-level cache
-            const int team = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, count * n * k / kLinearGrain)));
-            share(count, team, [&](int64_t first, int64_t last) {
+        images.code(job.a, job.w, threads);
+        const int64_t k = (job.w.patch() + 63) / 64 * 64;
+        for (const Border& border : by_border() ? borders_of(job.w, job.code_sums, job.weights.n()) : whole(job.w)) {
+            const int64_t count = job.a.rows * static_cast<int64_t>(border.pixels.size());
+            const int64_t room = std::max<int64_t>(96, (int64_t{1} << 18) / k / 8 * 8);  // second-level cache
+            const int64_t useful = std::max<int64_t>(1, job.products(count) / kLinearGrain);
+            share(count, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t first, int64_t last) {
                 for (int64_t begin = first; begin < last; begin += room)
-                    multiply(images, border, split ? sums.data() : nullptr, begin, std::min(begin + room, last));
+                    multiply(images, border, begin, std::min(begin + room, last));
             });
         }
     }
 };
+
+inline void convolve(const ConvolutionJob& job, int threads) {
+    if (job.a.rows == 0) return;
+    const PixelConvolution pixels{job};
+    if (pixels.serves()) return pixels.run(threads);
+    RowConvolution{job}.run(threads);
+    if (job.add == nullptr && !job.relu) return;
+    float* y = reinterpret_cast<float*>(job.out);
+    share(job.a.rows * job.w.rows * job.w.columns, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * job.weights.n(); i < end * job.weights.n(); ++i) {
+            if (job.add != nullptr) y[i] += job.add[i];
+            if (job.relu && y[i] <= 0) y[i] = 0;
+        }
+    });
+}
 
 }  // namespace bellbox

@@ -163,6 +163,32 @@ struct BinarizedArgs {
     float* out;                // [m, n]
 };
 
+// A convolution whose output pixels lie side by side in vectors (native/pixels.h): 2-bit weights, at most 4 levels.
+struct PixelArgs {
+    int64_t height, width, channels, left, top;   // of the input and its padding
+    int64_t rows, columns, stride_y, stride_x;    // of the output
+    int64_t pixels;            // of the output, of all samples
+    const int8_t* codes;       // of each sample code_stride, of which [height, width, channels]
+    int64_t code_stride;
+    // Of a sample, `triples` + `sum_planes` planes of plane_width bytes a line: codes of channels q + Q (2nd) + 2 Q (3rd
+    // digit to base 4), q < Q = triples; then the sums of the codes of 28 such triples each. 64 bytes lie behind all.
+    uint8_t* planes;
+    int64_t triples, sum_planes, plane, plane_width, sample_bytes;
+    int64_t places;            // of the window
+    const int64_t* offsets;    // [places]: in a plane, from the first place of a window
+    // Triples of the weights' codes, times 64: [n up to a multiple of 16, by 8][lookups][8], lookups being [places][triples]
+    // up to a multiple of 8; zeros fill up.
+    const uint16_t* addresses;
+    int64_t lookups;
+    const int32_t* border;     // [rows * columns]: which of the borders that a window may have
+    const int32_t* less;       // [borders, less_stride]: act_shift * sum of the codes of an output inside, on whole lines
+    int64_t less_stride;
+    const int32_t* shifts;     // [rows * columns]: act_shift * inputs inside
+    LinearArgs product;        // weights, marks (of samples), what concerns the activation, out (of the first sample)
+    const float* add;          // to what is written, which is then fp32; null: nothing
+    bool relu;                 // of that; fp32 too
+};
+
 // One instruction set. Row ranges let the caller divide the work among threads.
 struct Kernels {
     const char* name;
@@ -183,6 +209,9 @@ struct Kernels {
     // Whether `linear` takes so many rows as codes (a level that is no code's is wrong there, code_sums is used), or null
     // where it never does.
     bool (*counts)(const LinearArgs&, int64_t rows) = nullptr;
+    // Planes of samples, and output pixels [64 begin, 64 end) from them; null where rows of patches serve.
+    void (*make_planes)(const PixelArgs&, int64_t sample_begin, int64_t sample_end) = nullptr;
+    void (*convolve)(const PixelArgs&, int64_t begin, int64_t end) = nullptr;
 };
 
 // Tables of addresses, constexpr where they are defined: what initializes a variable of a file compiled for an

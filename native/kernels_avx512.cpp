@@ -7,11 +7,12 @@
 #include "decoder.h"
 #include "encode_avx512.h"
 #include "peak.h"
+#include "pixels_avx512.h"
 #include "training_avx512.h"
 
 namespace bellbox {
 constexpr Kernels avx512_kernels = {
     "avx512",       avx512::encode,   avx512::rotate, avx512::forward,    avx512::backward,
     avx512::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear, avx512::integer_peak,
-    avx512::binarized_input, avx512::binarized, avx512::counts};
+    avx512::binarized_input, avx512::binarized, avx512::counts, avx512::pixels::make_planes, avx512::pixels::convolve};
 }  // namespace bellbox

@@ -127,10 +127,17 @@ struct Epilogue {
     }
 
     BELLBOX_INLINE void operator()(const LinearArgs& a, int64_t row, __m512i acc) const {
+        store(a, row, value(a, row, acc));
+    }
+
+    BELLBOX_INLINE __m512 value(const LinearArgs& a, int64_t row, __m512i acc) const {
         const __m512i exact = _mm512_sub_epi32(_mm512_mullo_epi32(acc, multiplier),
                                                _mm512_set1_epi32(a.weights->shift * a.sums[row]));
-        __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale), _mm512_set1_ps(a.marks[row]));
-        if (a.weights->bias != nullptr) y = _mm512_add_ps(y, bias);  // not always: -0 + 0 is another zero
+        const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale), _mm512_set1_ps(a.marks[row]));
+        return a.weights->bias != nullptr ? _mm512_add_ps(y, bias) : y;  // not always: -0 + 0 is another zero
+    }
+
+    BELLBOX_INLINE void store(const LinearArgs& a, int64_t row, __m512 y) const {
         const int64_t at = row * a.ldo + column;
         if (a.out_type == Type::f32) {
             _mm512_mask_storeu_ps(static_cast<float*>(a.out) + at, mask, y);

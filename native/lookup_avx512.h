@@ -131,6 +131,8 @@ void multiply(const uint8_t* codes, const uint16_t* addresses, int64_t lookups, 
                 const __m512i found =
                     _mm512_permutexvar_epi8(index, _mm512_load_si512(table + addresses[kRows * i + r]));
                 bytes[r] = i == 0 ? found : _mm512_add_epi8(bytes[r], found);
+                // One after the other: the compiler would look all of a run up first, and spill them.
+                __asm__("" : "+v"(bytes[r]));
             }
         }
         BELLBOX_UNROLL

@@ -70,6 +70,49 @@ def test_it_is_the_fake_quantized_one_to_the_last_bit(
     assert torch.equal(packed.weight_codes(), layer.weight_codes())  # type: ignore[operator]
 
 
+# Channels, outputs, height, width, samples, options.
+PIXELS = {
+    "lines of half a tile": (16, 16, 4, 32, 2, {"kernel_size": 3, "padding": 1}),
+    "lines of a tile": (6, 20, 3, 64, 1, {"kernel_size": 3, "padding": 1}),
+    "lines of more than a tile": (8, 33, 2, 128, 1, {"kernel_size": 3, "padding": 1}),
+    "many outputs": (32, 130, 6, 16, 2, {"kernel_size": 3, "padding": 1}),
+    "many outputs, strided": (32, 144, 7, 16, 3, {"kernel_size": 3, "padding": 1, "stride": 2}),
+    "strided to half a tile": (3, 5, 8, 64, 1, {"kernel_size": 3, "padding": 1, "stride": 2}),
+    "strided to a tile": (3, 5, 4, 128, 1, {"kernel_size": 2, "padding": (0, 1), "stride": 2}),
+    "odd strides": (4, 128, 9, 7, 4, {"kernel_size": 3, "padding": 1, "stride": 3}),
+    "tiles across samples": (256, 128, 4, 4, 5, {"kernel_size": 3, "padding": 1}),
+    "two sums of codes": (85, 144, 3, 8, 2, {"kernel_size": 3, "padding": 1}),
+    "two pieces of lookups": (900, 16, 5, 8, 1, {"kernel_size": 3, "padding": 1}),
+    "pixels, strided": (16, 32, 8, 8, 3, {"kernel_size": 1, "stride": 2}),
+    "few pixels": (16, 130, 3, 3, 1, {"kernel_size": 3, "padding": 1}),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", PIXELS)
+@pytest.mark.parametrize("n", [3, 4])
+def test_two_bits_in_tiles_of_pixels_are_the_fake_quantized_ones(
+    n: int, case: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channels, outputs, height, width, samples, options = PIXELS[case]
+    torch.manual_seed(0)
+    layer = bb.prepare(nn.Conv2d(channels, outputs, **options), Recipe.bbq(levels=n))
+    x = torch.randn(samples, channels, height, width)
+    layer(x)
+    with torch.no_grad():
+        assert torch.equal(run(bb.convert(layer.eval()), x, path, monkeypatch), layer(x))
+
+
+def test_an_instruction_set_with_other_weights_in_memory_takes_over() -> None:
+    layer, x = trained(Recipe.bbq(), "plain")
+    packed = bb.convert(layer)
+    with torch.no_grad():
+        expected = layer(x)
+        for path in [*native.instruction_sets()[::-1], *native.instruction_sets()]:
+            with native.use(path):
+                assert torch.equal(packed(x), expected)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.on_grid])
 def test_every_method_packs(method: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bellbox.errors import BellboxError
 from bellbox.kernels import native
@@ -16,6 +17,24 @@ from bellbox.nn.prepacked import Prepacked
 from bellbox.nn.quantized import QuantizedLayer, finish
 from bellbox.nn.shared import SharedInput
 from bellbox.nn.window import Window, pixels_of
+
+
+class _Filters:
+    """What the compiled convolution needs of the codes besides the matrix, made once for the weights at hand."""
+
+    def __init__(self, layer: PackedConv2d, ready: Prepacked) -> None:
+        self.ready = ready
+        codes = layer.weight_codes().view(layer.out_features, -1, layer.features)
+        self.code_sums = codes.sum(-1, dtype=torch.int32).t().contiguous()
+        """int32 `[kernel height * kernel width, out_channels]`."""
+        self._addresses: Tensor | None = None
+
+    def addresses(self, layer: PackedConv2d) -> Tensor | None:
+        """`native.pixel_addresses`, where the instruction set in use has a use for them."""
+        if self._addresses is None and native.convolves_pixels(layer.weight_levels, layer.coding.levels):
+            codes = layer.weight_codes().view(layer.out_features, -1, layer.features)
+            self._addresses = native.pixel_addresses(codes)
+        return self._addresses
 
 
 class PackedConv2d(PackedLinear):
@@ -48,13 +67,14 @@ class PackedConv2d(PackedLinear):
         self.in_channels, self.window = in_channels, window
         pixels = window.kernel[0] * window.kernel[1]
         super().__init__(pixels * self.features, out_channels, weight_levels, coding, bias, shared)
-        self._code_sums: tuple[Prepacked, Tensor] | None = None
+        self._filters: _Filters | None = None
+        self._windows: dict[tuple[int, int], list[int]] = {}
         self.folded = False
         """Whether a batch norm went into scale and bias (`fold_batch_norms`)."""
 
     def __getstate__(self) -> dict[str, Any]:
         """See `PackedLinear`."""
-        return {**super().__getstate__(), "_code_sums": None}
+        return {**super().__getstate__(), "_filters": None}
 
     @classmethod
     def like(
@@ -80,19 +100,32 @@ class PackedConv2d(PackedLinear):
             f"activation_levels={self.coding.levels.n}"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch, in_channels, height, width]` to `[batch, out_channels, out height, out width]`, without gradient."""
-        rows = self._rows(x)
+    def forward(self, x: Tensor, add: Tensor | None = None, relu: bool = False) -> Tensor:
+        """`[batch, in_channels, height, width]` to `[batch, out_channels, out height, out width]`, without gradient.
+
+        Args:
+            x: the input.
+            add: added to the result, in the same call where it has its shape and both are fp32.
+            relu: whether a ReLU comes last, likewise.
+        """
         native_serves = self.compiled and self.window.groups == 1 and native.takes(x)
         if not native_serves or torch.compiler.is_compiling():
-            return self._run_conv_reference(x, rows)
+            return _ended(self._run_conv_reference(x, self._rows(x)), add, relu)
         ready, wanted = self.prepack(), self.output_dtype(x)
         dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
-        window = self.window.numbers(x.shape[2], x.shape[3], self.in_channels)
-        image = rows.detach().view(len(x), *x.shape[2:], self.in_channels)
-        weights = ready.weights, self._sums_of_codes(ready)
-        out = native.convolution(image, window, *weights, ready.act_scale, ready.coding, dtype)
-        return out.to(wanted).permute(0, 3, 1, 2)
+        image = self._image(x)
+        height, width = x.shape[2:]
+        window = self._windows.get((height, width))
+        if window is None:
+            window = self._windows[height, width] = list(self.window.numbers(height, width, self.in_channels))
+        filters = self._filters
+        if filters is None or filters.ready is not ready:
+            filters = self._filters = _Filters(self, ready)
+        weights = ready.weights, filters.code_sums, filters.addresses(self)
+        if wanted != torch.float32 or (add is not None and not self._can_add(add, len(x), window)):
+            out = native.convolution(image, window, *weights, ready.act_scale, ready.coding, dtype)
+            return _ended(out.to(wanted), add, relu)
+        return native.convolution(image, window, *weights, ready.act_scale, ready.coding, dtype, add, relu)
 
     @torch.no_grad()
     def _run_conv_reference(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -105,13 +138,6 @@ class PackedConv2d(PackedLinear):
         )
         return finish(product, self.bias, x).permute(0, 3, 1, 2)
 
-    def _sums_of_codes(self, ready: Prepacked) -> Tensor:
-        """int32 `[kernel height * kernel width, out_channels]`, made once for the weights at hand."""
-        if self._code_sums is None or self._code_sums[0] is not ready:
-            codes = self.weight_codes().view(self.out_features, -1, self.features)
-            self._code_sums = (ready, codes.sum(-1, dtype=torch.int32).t().contiguous())
-        return self._code_sums[1]
-
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:
         """uint8 codes `[batch, height * width * in_channels]` of an input, from the very path that a forward takes."""
@@ -121,11 +147,27 @@ class PackedConv2d(PackedLinear):
         integers, _, _ = native.encode(rows.detach(), *self.coding_arguments())
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
+    def _can_add(self, add: Tensor, batch: int, window: list[int]) -> bool:
+        return add.dtype == torch.float32 and add.shape == (batch, self.out_features, window[3], window[4])
+
+    def _image(self, x: Tensor) -> Tensor:
+        """Channels innermost, signs changed: without a copy where `x` lies channels last."""
+        self._check(x)
+        return with_signs(x.permute(0, 2, 3, 1), self.act_signs)
+
     def _rows(self, x: Tensor) -> Tensor:
         """A row a sample, channels innermost, signs changed."""
+        self._check(x)
+        return with_signs(pixels_of(x, self.features, ""), self.act_signs).flatten(1)
+
+    def _check(self, x: Tensor) -> None:
         if not x.is_floating_point() or x.dim() != 4 or x.shape[1] != self.in_channels:
             raise BellboxError(
                 f"a packed convolution of {self.in_channels} channels got shape {tuple(x.shape)}, dtype {x.dtype}: "
                 "[batch, channels, height, width] is needed"
             )
-        return with_signs(pixels_of(x, self.features, ""), self.act_signs).flatten(1)
+
+
+def _ended(out: Tensor, add: Tensor | None, relu: bool) -> Tensor:
+    out = out if add is None else out + add
+    return F.relu(out) if relu else out
