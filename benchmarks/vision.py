@@ -5,7 +5,8 @@ OMP_NUM_THREADS=1 python benchmarks/vision.py --bits 1 --seconds 20
 OMP_NUM_THREADS=1 python benchmarks/vision.py --layers        # single 3 x 3 convolutions
 
 Torch runs channels last, without gradients; bf16 with the whole model in bf16. The packed model's batch norms are as
-`convert` leaves them, and once more folded (`fold_batch_norms`).
+`convert` leaves them, once more folded (`fold_batch_norms`), and then with sums and ReLUs in the convolutions' calls
+(`fuse_convolutions`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def compare(name: str, plain: nn.Module, asked: argparse.Namespace) -> None:
         "torch bf16": partial(half, x.bfloat16()),
         "packed": partial(packed, x),
         "packed, norms folded": partial(folded, x),
+        "folded and fused": partial(bb.fuse_convolutions(folded), x),
     }
     with torch.no_grad():
         times = take_turns({way: lambda _turn, run=run: run() for way, run in ways.items()}, asked.seconds)

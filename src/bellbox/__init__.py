@@ -11,6 +11,7 @@ model = bb.load("model-2bit")                      # the same function, on integ
 
 from bellbox.errors import BellboxError
 from bellbox.folding import fold_batch_norms
+from bellbox.fusing import fuse_convolutions
 from bellbox.io import load, save
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
 from bellbox.surgery import convert, prepare, summary
@@ -22,6 +23,7 @@ __all__ = [
     "Rule",
     "convert",
     "fold_batch_norms",
+    "fuse_convolutions",
     "load",
     "prepare",
     "save",

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from bellbox.errors import BellboxError
-from bellbox.nn import PackedConv2d, PackedLinear
+from bellbox.fusing import trace
+from bellbox.nn import PackedConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,17 +37,7 @@ def fold_batch_norms(model: Model) -> Model:
     """
     from torch import fx
 
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            # Packed layers are looked at from outside.
-            return isinstance(m, PackedLinear) or super().is_leaf_module(m, module_qualified_name)
-
-    if model.training:
-        raise BellboxError("norms follow the batch in training mode: call model.eval() first")
-    try:
-        nodes = list(Tracer().trace(model).nodes)
-    except Exception as error:  # whatever the model's own code raises on a traced value
-        raise BellboxError(f"the model cannot be traced, so its norms stay ({error})") from None
+    nodes = list(trace(model).graph.nodes)
     modules = dict(model.named_modules())
     calls = Counter(id(modules[str(node.target)]) for node in nodes if node.op == "call_module")
     for node in nodes:
