@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <numeric>
 #include <vector>
@@ -53,23 +54,38 @@ void share(int64_t count, int threads, const F& f) {
     }
 }
 
-// Memory for weights: on huge pages where it fills some. Reading it at a stretch is then twice as fast: no page walks,
-// and the hardware's own fetching does not stop at every 4 KB.
-inline Aligned<uint8_t> weight_memory(size_t bytes) {
 #ifdef __linux__
+// A piece of memory on huge pages. Reading it at a stretch is twice as fast: no page walks, and the hardware's own fetching
+// does not stop at every 4 KB.
+inline std::shared_ptr<uint8_t> huge_pages(size_t bytes) {
     constexpr size_t kHugePage = size_t{1} << 21;
-    if (bytes >= kHugePage) {
-        void* p = std::aligned_alloc(kHugePage, (bytes + 63) / 64 * 64);
-        if (p == nullptr) throw std::bad_alloc();
-        madvise(p, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish: refused, the memory serves as it is
-        return Aligned<uint8_t>(static_cast<uint8_t*>(p));
-    }
+    void* p = std::aligned_alloc(kHugePage, (bytes + 63) / 64 * 64);
+    if (p == nullptr) throw std::bad_alloc();
+    madvise(p, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish: refused, the memory serves as it is
+    return {static_cast<uint8_t*>(p), Free()};
+}
 #endif
-    return aligned<uint8_t>(bytes);
+
+// Memory for weights. What does not fill a huge page shares one with others; it is given back when the last of them goes.
+inline std::shared_ptr<uint8_t> weight_memory(size_t bytes) {
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)  // there, what is read beyond a matrix shall be seen
+    constexpr size_t kPiece = size_t{1} << 21;
+    if (bytes >= kPiece) return huge_pages(bytes);
+    static std::mutex one_at_a_time;
+    static std::shared_ptr<uint8_t> piece;
+    static size_t used = kPiece;
+    const std::lock_guard<std::mutex> guard(one_at_a_time);
+    if (used + bytes > kPiece) piece = huge_pages(kPiece), used = 0;
+    std::shared_ptr<uint8_t> part(piece, piece.get() + used);
+    used += (bytes + 63) / 64 * 64;
+    return part;
+#else
+    return {aligned<uint8_t>(bytes).release(), Free()};
+#endif
 }
 
-// Memory for the weights of many matrices, one after another: small ones then lie on huge pages too, and siblings are one
-// stream. It lives as long as one of its parts.
+// Memory for the weights of many matrices, one after another, so that siblings are one stream. It lives as long as one of
+// its parts.
 class Arena {
   public:
     explicit Arena(size_t bytes) : memory_(weight_memory(bytes)), left_(bytes) {}
@@ -81,7 +97,7 @@ class Arena {
     }
 
   private:
-    std::shared_ptr<uint8_t[]> memory_;
+    std::shared_ptr<uint8_t> memory_;
     size_t used_ = 0, left_;
 };
 

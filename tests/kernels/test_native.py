@@ -263,6 +263,23 @@ def test_matrices_may_share_one_piece_of_memory_which_outlives_its_maker():
         assert torch.equal(y, integers @ levels.decode_int8(c).float().t())
 
 
+def test_small_matrices_share_pages_and_none_notices_that_others_go():
+    levels = Levels.gaussian(4)
+    coding, x = native.Coding(levels, 64, "rms"), torch.randn(2, 512)
+    integers = native.encode(x, levels, 64, "rms")[0].float()
+    kept = []
+    for i in range(60):  # of 64 KB: several pieces of 2 MB
+        codes = torch.randint(0, 4, (500 + i % 12, 512), dtype=torch.uint8)
+        weights = native.Weights([codes], 512, levels, torch.ones(len(codes)), None)
+        if i % 7 == 0:
+            kept.append((native.Siblings(coding, [weights], [1.0]), codes))
+    del weights
+    gc.collect()
+    for siblings, codes in kept:
+        (y,) = siblings.call(x, torch.float32, 1)
+        assert torch.equal(y, integers @ levels.decode_int8(codes).float().t())
+
+
 def test_kernels_of_another_source_are_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(native, "_source", lambda: "of tomorrow")
     with pytest.raises(bb.BellboxError, match=r"rebuild them with `pip install"):
