@@ -181,7 +181,9 @@ struct PixelArgs {
     const uint16_t* addresses;
     int64_t lookups;
     const int32_t* border;     // [rows * columns]: which of the borders that a window may have
-    const int32_t* less;       // [borders, less_stride]: act_shift * sum of the codes of an output inside, on whole lines
+    // What leaves the sum of the multiplied levels: [borders, less_stride], on whole lines, act_shift * weights' multiplier *
+    // sum of the codes of an output inside; and weights' shift * sum of the levels that a window sees, of which here
+    const int32_t* less;
     int64_t less_stride;
     const int32_t* shifts;     // [rows * columns]: act_shift * inputs inside
     LinearArgs product;        // weights, marks (of samples), what concerns the activation, out (of the first sample)

@@ -133,6 +133,10 @@ struct Epilogue {
     BELLBOX_INLINE __m512 value(const LinearArgs& a, int64_t row, __m512i acc) const {
         const __m512i exact = _mm512_sub_epi32(_mm512_mullo_epi32(acc, multiplier),
                                                _mm512_set1_epi32(a.weights->shift * a.sums[row]));
+        return rounded(a, row, exact);
+    }
+
+    BELLBOX_INLINE __m512 rounded(const LinearArgs& a, int64_t row, __m512i exact) const {
         const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale), _mm512_set1_ps(a.marks[row]));
         return a.weights->bias != nullptr ? _mm512_add_ps(y, bias) : y;  // not always: -0 + 0 is another zero
     }

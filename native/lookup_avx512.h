@@ -126,10 +126,12 @@ void multiply(const uint8_t* codes, const uint16_t* addresses, int64_t lookups, 
         BELLBOX_UNROLL
         for (int i = 0; i < kRun; ++i) {
             const __m512i index = _mm512_load_si512(codes + 64 * i);
+            uint64_t some = 0;
             BELLBOX_UNROLL
             for (int r = 0; r < ROWS; ++r) {
-                const __m512i found =
-                    _mm512_permutexvar_epi8(index, _mm512_load_si512(table + addresses[kRows * i + r]));
+                if (r % 4 == 0) memcpy(&some, addresses + kRows * i + r, 8);  // the tables keep loads busy enough
+                const uint64_t address = r % 4 == 3 ? some >> 48 : some >> 16 * (r % 4) & 0xffff;
+                const __m512i found = _mm512_permutexvar_epi8(index, _mm512_load_si512(table + address));
                 bytes[r] = i == 0 ? found : _mm512_add_epi8(bytes[r], found);
                 // One after the other: the compiler would look all of a run up first, and spill them.
                 __asm__("" : "+v"(bytes[r]));

@@ -52,7 +52,7 @@ struct PixelConvolution {
             int32_t* sums = less.get() + border * stride;
             std::fill(sums, sums + stride, 0);
             borders.add_inside(border, job.code_sums, n, sums);
-            for (int64_t i = 0; i < n; ++i) sums[i] *= a.shift;
+            for (int64_t i = 0; i < n; ++i) sums[i] *= a.shift * job.weights.view().multiplier;
             inside.push_back(static_cast<int32_t>(a.shift * borders.places_inside(border) * job.w.channels));
         }
         std::vector<int32_t> shifts;

@@ -38,6 +38,7 @@ class Borders {
             of_line.push_back(number(inside_of(y, w.kernel_height, w.stride_y, w.dilation_y, w.top, w.height), lines_));
         for (int64_t x = 0; x < w.columns; ++x)
             of_column.push_back(number(inside_of(x, w.kernel_width, w.stride_x, w.dilation_x, w.left, w.width), columns_));
+        of_pixel.reserve(of_line.size() * of_column.size());
         for (const int32_t line : of_line)
             for (const int32_t column : of_column) of_pixel.push_back(line * static_cast<int32_t>(columns_.size()) + column);
     }

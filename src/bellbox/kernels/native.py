@@ -364,7 +364,7 @@ def convolution(
     """Code samples, and multiply what each window sees of their integers, in one call.
 
     Args:
-        x: `[batch, height, width, channels]`, fp32 or bf16, on the CPU.
+        x: `[batch, channels, height, width]`, fp32 or bf16, on the CPU; without a copy where it lies channels last.
         window: height, width, channels of the input, height and width of the output, height and width of the kernel,
             strides and dilations likewise, zeros on the left and on top, and 1 where any patch reaches beyond the
             image, else 0.
@@ -382,7 +382,7 @@ def convolution(
     """
     module = _module()
     assert module is not None
-    x = x.contiguous()
+    x = x.contiguous(memory_format=torch.channels_last)
     size = len(x), weights.rows, window[3], window[4]
     out = torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
     if add is not None:

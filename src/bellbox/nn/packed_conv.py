@@ -113,7 +113,9 @@ class PackedConv2d(PackedLinear):
             return _ended(self._run_conv_reference(x, self._rows(x)), add, relu)
         ready, wanted = self.prepack(), self.output_dtype(x)
         dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
-        image = self._image(x)
+        self._check(x)
+        signs = self.act_signs
+        image = x if signs is None else x * signs[:, None, None]
         height, width = x.shape[2:]
         window = self._windows.get((height, width))
         if window is None:
@@ -149,11 +151,6 @@ class PackedConv2d(PackedLinear):
 
     def _can_add(self, add: Tensor, batch: int, window: list[int]) -> bool:
         return add.dtype == torch.float32 and add.shape == (batch, self.out_features, window[3], window[4])
-
-    def _image(self, x: Tensor) -> Tensor:
-        """Channels innermost, signs changed: without a copy where `x` lies channels last."""
-        self._check(x)
-        return with_signs(x.permute(0, 2, 3, 1), self.act_signs)
 
     def _rows(self, x: Tensor) -> Tensor:
         """A row a sample, channels innermost, signs changed."""
