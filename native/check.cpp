@@ -254,7 +254,7 @@ void check_convolution() {
         const float y = static_cast<float>(sum) * (weights.view().scale[output] * 0.37f) * mark;
         float z = weights.view().bias != nullptr ? y + weights.view().bias[output] : y;
         if (!add.empty()) z += add[static_cast<size_t>(i)];
-        store(expected.data(), out, i, relu && z <= 0 ? 0 : z);
+        store(expected.data(), out, i, relu && z < 0 ? 0 : z);
     }
     share(3, 3, [](int64_t, int64_t) { slab_of_thread = Slab{}; });
     images_of_thread = CodedImages{};

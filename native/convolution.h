@@ -202,7 +202,7 @@ inline void convolve(const ConvolutionJob& job, int threads) {
     share(job.a.rows * job.w.rows * job.w.columns, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * job.weights.n(); i < end * job.weights.n(); ++i) {
             if (job.add != nullptr) y[i] += job.add[i];
-            if (job.relu && y[i] <= 0) y[i] = 0;
+            if (job.relu && y[i] < 0) y[i] = 0;
         }
     });
 }

@@ -61,6 +61,54 @@ FUSED = {
 }
 
 
+def two_sums(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    shortcut, other = x + 1, 2 * x
+    return second(first(x)) + shortcut + other
+
+
+def read_too_early(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    shortcut = x + 1
+    y = second(first(x))
+    torch.mul(x, 3, out=shortcut)
+    return y + shortcut
+
+
+@pytest.mark.parametrize("use", [two_sums, read_too_early])
+def test_what_a_call_cannot_do_besides_stays_a_step_of_its_own(use: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 5, 6)
+    packed = packed_of(Convolutions(use), x)
+    fused = bb.fuse_convolutions(packed)
+    assert len(steps(fused)) >= 3
+    again = bb.fuse_convolutions(fused)
+    with torch.no_grad():
+        assert torch.equal(fused(x), packed(x))
+        assert torch.equal(again(x), packed(x))
+
+
+def test_norms_are_not_folded_into_what_a_fused_convolution_does_besides() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 5, 6)
+    convolutions = Convolutions(lambda a, b, x: F.relu(b(a(x)) + x))
+    model = nn.Sequential(convolutions, nn.BatchNorm2d(16))
+    model[1].running_mean.fill_(0.5)
+    packed_of(convolutions, x)
+    packed = bb.convert(model.eval())
+    with torch.no_grad():
+        expected = packed(x)
+        folded = bb.fold_batch_norms(bb.fuse_convolutions(packed))
+        assert torch.equal(folded(x), expected)
+
+
+def test_a_gradient_still_passes_through_a_shortcut() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 5, 6)
+    fused = bb.fuse_convolutions(packed_of(Convolutions(lambda a, b, x: b(a(x)) + x), x))
+    given = x.clone().requires_grad_()
+    fused(given).sum().backward()
+    assert torch.equal(given.grad, torch.ones_like(x))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("path", ["reference", *native.instruction_sets()])
 @pytest.mark.parametrize("use", FUSED)
 def test_sums_and_relus_go_into_the_convolutions_without_a_bit_changed(use: str, path: str) -> None:

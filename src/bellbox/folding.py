@@ -45,7 +45,9 @@ def fold_batch_norms(model: Model) -> Model:
         if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
             continue
         conv, norm = modules[str(source.target)], modules[str(node.target)]
-        alone = len(source.users) == calls[id(conv)] == calls[id(norm)] == 1
+        # A convolution of `fuse_convolutions` may do more than multiply before the norm.
+        plain = len(source.args) == 1 and not source.kwargs
+        alone = plain and len(source.users) == calls[id(conv)] == calls[id(norm)] == 1
         if isinstance(conv, PackedConv2d) and isinstance(norm, nn.BatchNorm2d) and alone and _is_fixed(norm):
             _fold(conv, norm)
             parent, _, leaf = str(node.target).rpartition(".")

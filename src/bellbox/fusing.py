@@ -37,7 +37,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
             return isinstance(m, PackedLinear) or super().is_leaf_module(m, module_qualified_name)
 
     if model.training:
-        raise BellboxError("norms follow the batch in training mode: call model.eval() first")
+        raise BellboxError(
+            "a packed model is for evaluation, where norms do not follow the batch: call model.eval()"
+        )
     try:
         return fx.GraphModule(model, Tracer().trace(model))
     except Exception as error:  # whatever the model's own code raises on a traced value
@@ -64,7 +66,8 @@ def fuse_convolutions(model: nn.Module) -> nn.Module:
     modules: dict[str, nn.Module] = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and isinstance(modules[node.target], nn.Identity):
-            node.replace_all_uses_with(node.args[0])
+            (given,) = node.args or node.kwargs.values()
+            node.replace_all_uses_with(given)
             traced.graph.erase_node(node)
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     for node in list(traced.graph.nodes):
@@ -73,11 +76,15 @@ def fuse_convolutions(model: nn.Module) -> nn.Module:
         # The later one has the other to add; of two convolutions that is the second.
         first, *last = sorted((a for a in node.args if a in order), key=order.__getitem__)
         kept = node.target == "add_" and node.args[0] is first  # what others read is written to
-        if last and last[0] is not first and not kept and _may_end_with(last[0], node, modules):
+        if not last or last[0] is first or kept or "add" in last[0].kwargs:
+            continue
+        if _may_end_with(last[0], node, modules):
             _absorb(last[0], node, add=first)
     for node in list(traced.graph.nodes):
         is_module = node.op == "call_module" and isinstance(modules[node.target], nn.ReLU)
-        if (is_module or _is_call(node, _RELUS)) and _may_end_with(node.args[0], node, modules):
+        if not (is_module or _is_call(node, _RELUS)) or not node.args:
+            continue
+        if _may_end_with(node.args[0], node, modules):
             _absorb(node.args[0], node, relu=True)
     traced.graph.lint()
     traced.recompile()
@@ -92,7 +99,7 @@ def _may_end_with(conv: fx.Node, last: fx.Node, modules: dict[str, nn.Module]) -
     """Whether nothing but `last` reads what `conv` returns, and nothing between them writes in place."""
     if conv.op != "call_module" or not isinstance(modules[str(conv.target)], PackedConv2d):
         return False
-    if len(conv.users) != 1 or conv.kwargs.get("relu"):
+    if len(conv.users) != 1 or len(conv.args) != 1 or conv.kwargs.get("relu"):
         return False
     between = conv.next
     while between is not last:
@@ -107,7 +114,8 @@ def _writes_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return bool(getattr(modules[str(node.target)], "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or bool(node.kwargs.get("inplace")) or (name.startswith("i") and hasattr(operator, name))
+    given = bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return in_place or given or (name.startswith("i") and hasattr(operator, name))
 
 
 def _absorb(conv: fx.Node, node: fx.Node, **what: Any) -> None:

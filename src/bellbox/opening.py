@@ -198,9 +198,12 @@ def open_images_for(opened: OpenedModel, source: str | None, size: int | None = 
     assert isinstance(config, ResNetConfig | ViTConfig)
     if opened.run is not None:
         source = source or opened.run.config.data.source
+    usual = config.image_size
+    if usual is None and opened.run is not None:  # runs of before models kept it
+        usual = opened.run.config.vision.image_size
     if source is None:
         raise BellboxError(f"{opened.path}: name images to look at: --data FILE.npz, a folder, or hf:NAME")
-    dataset = open_images(source, size, usual=config.image_size)
+    dataset = open_images(source, size, usual=usual)
     channels, height, _ = dataset.train.shape
     if channels != config.num_channels or (isinstance(config, ViTConfig) and height != config.image_size):
         raise BellboxError(

@@ -61,3 +61,24 @@ def test_gradients_and_compilers_go_by_decoded_weights():
         (gradient,) = torch.autograd.grad(one(x).sum(), x)
     assert gradient.shape == x.shape
     assert list(one._made) == ["weight"]
+
+
+def test_the_compiled_kernel_is_not_asked_for_what_it_cannot_do() -> None:
+    x = torch.randn(2, 400)
+    made = layer()
+    made.activation_bits = 8
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shape"):
+        made(x)  # two rows for each that is asked for
+    x = x[:, :200].contiguous()
+    with torch.no_grad():
+        expected = made(x)
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            try:
+                assert torch.equal(made(x), expected)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert made(x).dtype == made(x.repeat(40, 1)).dtype == torch.bfloat16
+        traced = torch.jit.trace(made, x, check_trace=False)
+        torch.testing.assert_close(traced(2 * x), made(2 * x), rtol=1e-4, atol=1e-4)

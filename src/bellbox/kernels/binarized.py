@@ -27,16 +27,16 @@ def serves(x: Tensor, bits: int) -> bool:
     """Whether the kernel takes this input, and is the faster way here: with AVX-512 it is.
 
     Args:
-        x: `[..., features]`.
+        x: `[..., features]`, at least one dimension.
         bits: that its values are rounded to.
     """
     return (
-        x.is_cpu
+        native.direct(x)
         and x.dtype == torch.float32
         and bits <= MAX_BITS
         and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
         and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
         and native.available()
         and native.isa() in ("avx512", "amx")
     )
@@ -83,7 +83,7 @@ class Planes:
         module = native.compiled()
         assert module is not None
         x = x.contiguous()
-        out = torch.empty((*x.shape[:-1], self.rows))
+        out = x.new_empty((*x.shape[:-1], self.rows))
         module.binarized(
             self.planes.data_ptr(),
             self.scales.data_ptr(),

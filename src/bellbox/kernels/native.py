@@ -312,8 +312,8 @@ def encode(
     x = x.contiguous()
     rows, features = x.shape
     padded = -(-features // 64) * 64
-    integers = torch.empty(rows, padded, dtype=torch.int8)
-    sums, marks = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
+    integers = x.new_empty(rows, padded, dtype=torch.int8)
+    sums, marks = x.new_empty(rows, dtype=torch.int32), x.new_empty(rows, dtype=torch.float32)
     module.encode(
         x.data_ptr(),
         TYPES[x.dtype],
@@ -384,7 +384,7 @@ def convolution(
     assert module is not None
     x = x.contiguous(memory_format=torch.channels_last)
     size = len(x), weights.rows, window[3], window[4]
-    out = torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
+    out = torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     if add is not None:
         add = add.contiguous(memory_format=torch.channels_last)
         assert add.shape == out.shape
@@ -498,7 +498,7 @@ def bbq_backward(
     assert module is not None
     rows, features = grad.shape
     grad, r, gamma, free = grad.contiguous(), r.contiguous(), gamma.contiguous(), free.contiguous()
-    grad_x, dots = torch.empty_like(grad), torch.empty(rows, 1)
+    grad_x, dots = torch.empty_like(grad), grad.new_empty(rows, 1, dtype=torch.float32)
     module.backward(
         grad.data_ptr(),
         v.data_ptr(),

@@ -100,7 +100,7 @@ class PackedConv2d(PackedLinear):
             f"activation_levels={self.coding.levels.n}"
         )
 
-    def forward(self, x: Tensor, add: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, add: Tensor | float | None = None, relu: bool = False) -> Tensor:
         """`[batch, in_channels, height, width]` to `[batch, out_channels, out height, out width]`, without gradient.
 
         Args:
@@ -127,6 +127,7 @@ class PackedConv2d(PackedLinear):
         if wanted != torch.float32 or (add is not None and not self._can_add(add, len(x), window)):
             out = native.convolution(image, window, *weights, ready.act_scale, ready.coding, dtype)
             return _ended(out.to(wanted), add, relu)
+        assert add is None or isinstance(add, Tensor)
         return native.convolution(image, window, *weights, ready.act_scale, ready.coding, dtype, add, relu)
 
     @torch.no_grad()
@@ -149,8 +150,12 @@ class PackedConv2d(PackedLinear):
         integers, _, _ = native.encode(rows.detach(), *self.coding_arguments())
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
-    def _can_add(self, add: Tensor, batch: int, window: list[int]) -> bool:
-        return add.dtype == torch.float32 and add.shape == (batch, self.out_features, window[3], window[4])
+    def _can_add(self, add: Tensor | float, batch: int, window: list[int]) -> bool:
+        if not isinstance(add, Tensor) or not add.is_cpu or add.dtype != torch.float32:
+            return False
+        # The compiled kernels return nothing that a gradient could pass through.
+        learned = add.requires_grad and torch.is_grad_enabled()
+        return not learned and add.shape == (batch, self.out_features, window[3], window[4])
 
     def _rows(self, x: Tensor) -> Tensor:
         """A row a sample, channels innermost, signs changed."""
@@ -165,6 +170,6 @@ class PackedConv2d(PackedLinear):
             )
 
 
-def _ended(out: Tensor, add: Tensor | None, relu: bool) -> Tensor:
+def _ended(out: Tensor, add: Tensor | float | None, relu: bool) -> Tensor:
     out = out if add is None else out + add
     return F.relu(out) if relu else out

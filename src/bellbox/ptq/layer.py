@@ -43,7 +43,7 @@ class BinarizedLinear(nn.Module):
     Its buffers are what is stored: `signs` and `bits` uint8 `[out, ceil(in / 8)]`, `salient` uint8 `[1, ceil(in / 8)]`,
     `scales` fp16 `[out, blocks, 7 or 2]`, `bias` fp32 `[out]`.
 
-    With inputs of 6 or 8 bits and few rows (a decode step) the compiled kernel of `kernels/binarized.py` multiplies
+    With inputs of at most 8 bits and few rows (a decode step) the compiled kernel of `kernels/binarized.py` multiplies
     signs and bits as they are. Else the weights are decoded at the first use and kept in fp32. The two agree to
     rounding in fp32.
     """
@@ -142,7 +142,8 @@ class BinarizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
-        if self.bits is not None and binarized.serves(x, self.activation_bits):
+        fits = self.bits is not None and self.signs.is_cpu and x.shape[-1:] == (self.in_features,)
+        if fits and binarized.serves(x, self.activation_bits):
             return self._kept("planes", self._planes).multiply(x, self.activation_bits)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(round_activations(x, self.activation_bits), self.weight().to(x.dtype), bias)
