@@ -18,6 +18,9 @@ from bellbox.nn.quantized import QuantizedLayer, finish
 from bellbox.nn.shared import SharedInput
 from bellbox.nn.window import Window, pixels_of
 
+_SIZES = 64
+"""Sizes of images whose windows a layer remembers."""
+
 
 class _Filters:
     """What the compiled convolution needs of the codes besides the matrix, made once for the weights at hand."""
@@ -74,7 +77,7 @@ class PackedConv2d(PackedLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         """See `PackedLinear`."""
-        return {**super().__getstate__(), "_filters": None}
+        return {**super().__getstate__(), "_filters": None, "_windows": {}}
 
     @classmethod
     def like(
@@ -119,6 +122,8 @@ class PackedConv2d(PackedLinear):
         height, width = x.shape[2:]
         window = self._windows.get((height, width))
         if window is None:
+            if len(self._windows) >= _SIZES:
+                self._windows.clear()
             window = self._windows[height, width] = list(self.window.numbers(height, width, self.in_channels))
         filters = self._filters
         if filters is None or filters.ready is not ready:
