@@ -38,6 +38,13 @@ def numbers(text: str) -> list[float]:
     return [float(word) for word in text.replace(",", " ").split()]
 
 
+def fill(layer: PackedLinear, words: re.Match[str]) -> None:
+    """Give a layer the bytes and scales that the page names."""
+    layer.weight_packed.copy_(torch.tensor([list(bytes.fromhex(words[1]))]))
+    layer.weight_scale.fill_(float(words[2]))
+    layer.act_scale.fill_(float(words[3]))
+
+
 def example_layer() -> nn.Module:
     levels = Levels.gaussian(4)
     layer = PackedLinear(8, 1, levels, InputCoding(levels, 4), True)
@@ -45,9 +52,7 @@ def example_layer() -> nn.Module:
         r"bytes `([0-9a-f ]+)` .*`weight_scale` ([\d.]+), `act_scale` ([\d.]+), `bias` ([\d.]+):", PAGE
     )
     assert words
-    layer.weight_packed.copy_(torch.tensor([list(bytes.fromhex(words[1]))]))
-    layer.weight_scale.fill_(float(words[2]))
-    layer.act_scale.fill_(float(words[3]))
+    fill(layer, words)
     layer.bias.fill_(float(words[4]))  # type: ignore[union-attr]
     return nn.ModuleDict({"fc": layer})
 
@@ -124,9 +129,7 @@ def example_convolution() -> PackedConv2d:
         r"bytes `([0-9a-f ]+)` .*`weight_scale` ([\d.]+), `act_scale` ([\d.]+), on a sample", PAGE
     )
     assert words
-    layer.weight_packed.copy_(torch.tensor([list(bytes.fromhex(words[1]))]))
-    layer.weight_scale.fill_(float(words[2]))
-    layer.act_scale.fill_(float(words[3]))
+    fill(layer, words)
     return layer
 
 

@@ -22,21 +22,24 @@ _SIZES = 64
 """Sizes of images whose windows a layer remembers."""
 
 
+def _codes_by_place(layer: PackedConv2d) -> Tensor:
+    """Codes of the filters, `[out_channels, kernel height * kernel width, in_channels]`."""
+    return layer.weight_codes().view(layer.out_features, -1, layer.features)
+
+
 class _Filters:
     """What the compiled convolution needs of the codes besides the matrix, made once for the weights at hand."""
 
     def __init__(self, layer: PackedConv2d, ready: Prepacked) -> None:
         self.ready = ready
-        codes = layer.weight_codes().view(layer.out_features, -1, layer.features)
-        self.code_sums = codes.sum(-1, dtype=torch.int32).t().contiguous()
+        self.code_sums = _codes_by_place(layer).sum(-1, dtype=torch.int32).t().contiguous()
         """int32 `[kernel height * kernel width, out_channels]`."""
         self._addresses: Tensor | None = None
 
     def addresses(self, layer: PackedConv2d) -> Tensor | None:
         """`native.pixel_addresses`, where the instruction set in use has a use for them."""
         if self._addresses is None and native.convolves_pixels(layer.weight_levels, layer.coding.levels):
-            codes = layer.weight_codes().view(layer.out_features, -1, layer.features)
-            self._addresses = native.pixel_addresses(codes)
+            self._addresses = native.pixel_addresses(_codes_by_place(layer))
         return self._addresses
 
 
