@@ -1,11 +1,13 @@
 // Which instruction set to use, and the one weight layout that all of them read.
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "kernels.h"
+#include "self_check.h"
 
 namespace bellbox {
 namespace {
@@ -13,7 +15,6 @@ namespace {
 struct Candidate {
     const Kernels* kernels;
     bool (*runs)();
-    bool automatic;  // may be chosen without being named
 };
 
 bool always() { return true; }
@@ -28,28 +29,37 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
            __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg");
 }
+bool amx_agrees() {
+    static const bool agrees = [] {
+        if (same_products(amx_kernels, avx512_kernels)) return true;
+        std::fprintf(stderr, "bellbox: AMX gives other sums than AVX-512 on this processor, so AVX-512 is used: please report it\n");
+        return false;
+    }();
+    return agrees;
+}
 bool has_amx() {
-#ifdef BELLBOX_AMX_EMULATED
-    return has_avx512();
+#ifdef BELLBOX_AMX_TRAPPED  // native/check_amx.h
+    return has_avx512() && amx_agrees();
 #else
-    return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && amx_permitted();
+    return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && amx_permitted() &&
+           amx_agrees();
 #endif
 }
 #endif
 
 const Candidate kCandidates[] = {
 #ifdef BELLBOX_X86
-    {&amx_kernels, has_amx, false},
-    {&avx512_kernels, has_avx512, true},
-    {&avx2_kernels, has_avx2, true},
+    {&amx_kernels, has_amx},
+    {&avx512_kernels, has_avx512},
+    {&avx2_kernels, has_avx2},
 #endif
-    {&portable_kernels, always, true},
+    {&portable_kernels, always},
 };
 
 const Kernels* choose(const char* wanted) {
     const bool any = wanted == nullptr || *wanted == '\0';
     for (const Candidate& each : kCandidates) {
-        if (any ? each.automatic && each.runs() : std::strcmp(each.kernels->name, wanted) == 0) {
+        if (any ? each.runs() : std::strcmp(each.kernels->name, wanted) == 0) {
             if (each.runs()) return each.kernels;
             throw std::runtime_error(std::string("BELLBOX_ISA=") + wanted + ": this processor cannot run it; it runs: " +
                                      available());

@@ -225,8 +225,8 @@ extern const Kernels amx_kernels;  // avx512's but for amx_linear; made in dispa
 void amx_linear(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
 bool amx_permitted();          // asks the operating system, once
 
-// The best that this processor runs and that is proved on hardware (amx is not), or the one that BELLBOX_ISA names. Throws std::runtime_error with one clear
-// line where that is unknown or cannot run here.
+// The best that this processor runs, or the one that BELLBOX_ISA names. Throws std::runtime_error with one clear line
+// where that is unknown or cannot run here.
 const Kernels& kernels();
 void use(const char* name);    // from now on; the best again for "". Throws like kernels().
 const char* available();       // names, best first, separated by commas

@@ -1,7 +1,7 @@
 // The kernels for one instruction set: amx, which is avx512 with another product for many rows.
 #include "kernels.h"
 
-#if defined(__linux__) && !defined(BELLBOX_AMX_EMULATED)
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -23,9 +23,7 @@ void amx_linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t til
 
 // Linux gives the state of tiles to a process that asks; all threads of it, those that run too, then have it.
 bool amx_permitted() {
-#ifdef BELLBOX_AMX_EMULATED
-    return true;
-#elif defined(__linux__)
+#if defined(__linux__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
     return granted;

@@ -6,8 +6,8 @@
 // far as possible, since two operands from the second halve the rate: codes of 32 outputs x 512 inputs are unpacked to
 // 16 KB and serve all rows of a round, whose levels take at most 128 KB for these inputs.
 //
-// NOT YET RUN ON A PROCESSOR: proved in an emulation of its instructions only (tiles_amx.h, check.cpp), so it runs only
-// where BELLBOX_ISA=amx asks for it.
+// NOT YET TIMED ON A PROCESSOR WITH AMX: the instructions are proved where a signal handler carries them out
+// (check_amx.h), and a processor that has them is first asked whether it comes to the same (self_check.h).
 #pragma once
 
 #include "linear_avx512.h"

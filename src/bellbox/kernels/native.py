@@ -2,8 +2,8 @@
 
 `bellbox._native` is built from `native/` when the package is installed; it picks the best instruction set that
 the processor has, or the one that the environment variable BELLBOX_ISA names (amx, avx512, avx2, portable; reference
-for none of them). AMX, not yet proved on hardware, runs only where it is named. Where the module was not built (no
-compiler), everything runs on the torch reference with the same results, only slower; `describe()` says which.
+for none of them). Where the module was not built (no compiler), everything runs on the torch reference with the same
+results, only slower; `describe()` says which.
 
 This module checks what the compiled code takes on trust: device, dtype, contiguity, sizes.
 """
