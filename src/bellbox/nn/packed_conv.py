@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bellbox.errors import BellboxError
-from bellbox.kernels import native
+from bellbox.kernels import convolution, native
 from bellbox.levels import Grid
 from bellbox.nn.conv import QuantizedConv2d, integer_convolution
 from bellbox.nn.packed import InputCoding, PackedLinear, with_signs
@@ -37,9 +37,9 @@ class _Filters:
         self._addresses: Tensor | None = None
 
     def addresses(self, layer: PackedConv2d) -> Tensor | None:
-        """`native.pixel_addresses`, where the instruction set in use has a use for them."""
-        if self._addresses is None and native.convolves_pixels(layer.weight_levels, layer.coding.levels):
-            self._addresses = native.pixel_addresses(_codes_by_place(layer))
+        """`convolution.pixel_addresses`, where the instruction set in use has a use for them."""
+        if self._addresses is None and convolution.convolves_pixels(layer.weight_levels, layer.coding.levels):
+            self._addresses = convolution.pixel_addresses(_codes_by_place(layer))
         return self._addresses
 
 
@@ -133,10 +133,10 @@ class PackedConv2d(PackedLinear):
             filters = self._filters = _Filters(self, ready)
         weights = ready.weights, filters.code_sums, filters.addresses(self)
         if wanted != torch.float32 or (add is not None and not self._can_add(add, len(x), window)):
-            out = native.convolution(image, window, *weights, ready.act_scale, ready.coding, dtype)
+            out = convolution.convolve(image, window, *weights, ready.act_scale, ready.coding, dtype)
             return _ended(out.to(wanted), add, relu)
         assert add is None or isinstance(add, Tensor)
-        return native.convolution(image, window, *weights, ready.act_scale, ready.coding, dtype, add, relu)
+        return convolution.convolve(image, window, *weights, ready.act_scale, ready.coding, dtype, add, relu)
 
     @torch.no_grad()
     def _run_conv_reference(self, x: Tensor, rows: Tensor) -> Tensor:

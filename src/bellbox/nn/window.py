@@ -72,7 +72,7 @@ class Window:
         return room[0] // self.stride[0] + 1, room[1] // self.stride[1] + 1
 
     def numbers(self, height: int, width: int, channels: int) -> tuple[int, ...]:
-        """What the compiled kernel is told: see `native.convolution`."""
+        """What the compiled kernel is told: see `kernels.convolution.convolve`."""
         rows, columns = self.output_size(height, width)
         left, _, top, _ = self.padding
         sizes = (
