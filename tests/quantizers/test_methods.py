@@ -138,6 +138,37 @@ def test_compiled_training_is_the_eager_function(spec, rows):
         assert torch.equal(compiled.eval()(x), eager.eval()(x))
 
 
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if METHODS[m].on_grid and METHODS[m].activation_statistics]
+)
+def test_a_compiled_layer_evaluates_with_what_it_learned_since(method):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = bb.prepare(
+        nn.Linear(64, 8, bias=False), Recipe.of(method, statistic="token" if method == "bbq" else None)
+    )
+    x, optimizer = some_input(), torch.optim.SGD(layer.parameters(), lr=0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+    layer.eval()
+    compiled = torch.compile(
+        copy.deepcopy(layer), fullgraph=True, backend="aot_eager"
+    )  # before any eager evaluation
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+@every_quantizer
+def test_nothing_has_no_codes(spec, rows):
+    if rows is not None:
+        return
+    codes, marks = ready(spec, rows).encode(torch.zeros(2, 0, 64))
+    assert codes.shape == (2, 0, 64)
+    assert marks.shape == (2, 0, 1)
+
+
 @four_levels
 def test_gradients_under_bf16_autocast_are_those_of_fp32_but_for_values_at_an_edge(spec, rows):
     q, x = ready(spec, rows, 256), some_input(256).requires_grad_()

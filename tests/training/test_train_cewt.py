@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -260,3 +261,29 @@ def test_constraining_what_is_not_quantized_is_refused(tiny: Tiny) -> None:
     config = tiny(optimizer=section(), quantization=QuantizationSection(method="none"))
     with pytest.raises(BellboxError, match=r"quantization\.method is none; leave it out"):
         Trainer(config, show=False)
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_a_weight_of_zeros_is_left_to_the_optimizer(project: bool) -> None:
+    model = prepare(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), Recipe.bbq(bits=2))
+    last = model[1].weight
+    nn.init.zeros_(last)
+    cewt = CEWT([torch.optim.AdamW(model.parameters(), lr=1e-2)], constrained_weights(model))
+    for _ in range(3):
+        model.zero_grad()
+        (model(torch.randn(5, 16, generator=torch.Generator().manual_seed(0))) - 1).square().mean().backward()
+        cewt.step(0.02, project)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert 0 < float(last.detach().abs().max()) <= 0.05
+
+
+def test_codebooks_are_fitted_to_the_weights_as_they_are_projected(tiny: Tiny) -> None:
+    section = QuantizationSection(method="kmeans", weight_only="float", weights_rotated=False)
+    trainer = Trainer(
+        tiny(quantization=section, optimizer=OptimizerSection(cewt=CewtSection(every=1))), show=False
+    )
+    for _, layer in quantized_layers(trainer.model):
+        assert layer.weight_quantizer is not None
+        found = copy.deepcopy(layer.weight_quantizer)
+        found.initialize(layer.weight_rows())
+        assert torch.equal(found.state_dict()["centroids"], layer.weight_quantizer.state_dict()["centroids"])

@@ -90,6 +90,11 @@ def test_what_is_wrong_is_said_in_one_line_with_the_dotted_name(data: object, me
             "quantization.activation_bits is 4, but weight_only leaves activations no bits",
         ),
         ({"quantization": {"method": "quest", "options": {"rul": "clip"}}}, "'rul' of quest.*options: rule"),
+        ({"distill": {"weight": 0.9}}, "distill.weight is 0.9, must be left at 0.5 without a teacher"),
+        (
+            {"distill": {"temperature": 2}},
+            "distill.temperature is 2.0, must be left at 1.0 without a teacher",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_limit(data: object, message: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,14 @@ def test_data_that_changed_since_is_refused(tiny: Tiny, tokens: Path, tmp_path: 
     saved.write_text(saved.read_text().replace(str(tokens), str(changed)))
     with pytest.raises(BellboxError, match=r"is not what .* was begun with"):
         train(load_config(saved), show=False)
+
+
+def test_a_run_goes_on_where_its_data_have_moved(tiny: Tiny, tokens: Path, tmp_path: Path) -> None:
+    config = tiny(steps=2)
+    train(config, show=False)
+    shutil.copytree(tokens, tmp_path / "elsewhere")
+    moved = dataclasses.replace(config.data, source=str(tmp_path / "elsewhere"))
+    assert train(dataclasses.replace(config, data=moved), show=False).finished
 
 
 def test_two_processes_cannot_train_in_one_folder(tiny: Tiny) -> None:

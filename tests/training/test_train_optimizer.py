@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from bellbox.errors import BellboxError
 from bellbox.models import build, preset
 from bellbox.nn import quantized_layers
 from bellbox.recipe import Recipe
@@ -115,3 +116,8 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else(name: str) -> N
     assert not matrices & rest
     assert any("head" in name for name in rest)
     assert (group["weight_decay"], group["momentum"]) == (0.1, 0.95)
+
+
+def test_muon_without_a_matrix_to_train_is_refused() -> None:
+    with pytest.raises(BellboxError, match=r"optimizer.kind is muon.*use adamw"):
+        ModelOptimizer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), OptimizerSection(kind="muon"))

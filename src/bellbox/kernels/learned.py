@@ -10,7 +10,25 @@ import torch
 from torch import Tensor
 
 from bellbox.kernels.bbq import bbq_forward
-from bellbox.kernels.encode import Scratch, chunks
+from bellbox.kernels.encode import Scratch, chunks, encode
+from bellbox.levels import strictly_rising
+
+
+@torch.library.custom_op("bellbox::learned_encode", mutates_args=())
+def learned_encode(x: Tensor, r: Tensor, thresholds: Tensor) -> Tensor:
+    """uint8 codes of `x r`, `[rows, features]`: `encode` without rotation.
+
+    Args:
+        x: `[rows, features]`.
+        r: `[rows, 1]` or `[1, 1]`, compute dtype.
+        thresholds: `[N]`, rising.
+    """
+    return encode(x, r, strictly_rising(thresholds.tolist()), 1)
+
+
+@learned_encode.register_fake
+def _(x: Tensor, r: Tensor, thresholds: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
 
 
 @torch.library.custom_op("bellbox::learned_forward", mutates_args=())

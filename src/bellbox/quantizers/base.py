@@ -234,9 +234,13 @@ class Quantizer(nn.Module, ABC):
         rows = self._rows(x)
         self._see_first(rows)
         norm = self.normaliser(rows, training=False)
-        codes = encode(rows, norm.r, self.levels.thresholds, self.block)
+        codes = self.codes_of(rows, norm.r)
         marks = mark(norm.r, len(rows), norm.sigma if self.rescale else None)
         return codes.reshape(x.shape), marks.reshape(self._shape_of_marks(x))
+
+    def codes_of(self, rows: Tensor, r: Tensor) -> Tensor:
+        """uint8 codes of `[rows, features]`, normalised by `r`."""
+        return encode(rows, r, self.levels.thresholds, self.block)
 
     def rotate(self, x: Tensor) -> Tensor:
         """`[..., features]` in the rotated domain and not quantized: the other side of a product with this one."""

@@ -9,6 +9,7 @@ scale s follows the data and has none. The levels are not evenly spaced, so prod
 from __future__ import annotations
 
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -73,7 +74,8 @@ class Codebook(Quantizer):
         norm = self.normaliser(rows, training=False)
         codes = encode(rows, norm.r, self.levels.thresholds, 1)
         shape = self._shape_of_marks(x)
-        marks = mark(norm.r, len(rows)).reshape(*shape[:-1], -1).mean(-1)
+        groups = len(rows) // max(1, math.prod(shape))
+        marks = mark(norm.r, len(rows)).reshape(*shape[:-1], groups).mean(-1)
         return codes.reshape(x.shape), marks.reshape(shape)
 
     def scale(self) -> Tensor:

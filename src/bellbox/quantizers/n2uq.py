@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
+from bellbox.kernels.learned import learned_encode
 from bellbox.levels import Levels, strictly_rising
 from bellbox.quantizers.base import LearnedQuantizer, Normaliser
 from bellbox.quantizers.learned_thresholds import learned_thresholds
@@ -82,7 +83,7 @@ class N2UQ(LearnedQuantizer):
 
     @property
     def levels(self) -> Levels:
-        """With the thresholds as they are learned by now. (A compiled graph keeps those that it was compiled with.)"""
+        """With the thresholds as they are learned by now. (A compiled graph cannot know them: see `codes_of`.)"""
         if self.rows is None and self._ready and not torch.compiler.is_compiling():
             # By value: a parameter may be changed past its version counter, as through `.data`.
             known = self._thresholds().tolist()
@@ -90,6 +91,12 @@ class N2UQ(LearnedQuantizer):
                 self._levels = Levels(self._levels.n, -0.5, strictly_rising(known))
                 self._known = known
         return self._levels
+
+    def codes_of(self, rows: Tensor, r: Tensor) -> Tensor:
+        """See `Quantizer.codes_of`; of activations by the thresholds as a tensor, which a compiled graph follows."""
+        if self.rows is not None:
+            return super().codes_of(rows, r)
+        return learned_encode(rows, r, self._thresholds())
 
     @torch.no_grad()
     def _thresholds(self) -> Tensor:

@@ -93,6 +93,8 @@ class CEWT:
             than they are learned in. They are projected at once.
         hyperball: whether updates are scaled to the norm; otherwise the optimizers' own are taken as they are.
 
+    A weight of zeros has neither a norm to keep nor a rank order: the optimizers step it as usual.
+
     Raises:
         BellboxError: see `project_`.
     """
@@ -110,8 +112,10 @@ class CEWT:
         self.norms: dict[Tensor, Tensor] = {}
         """The norm that each weight keeps, 0-dimensional fp64."""
         for weight in self._turns:
-            self.norms[weight] = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
-            self._project(weight)
+            norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
+            if norm > 0:
+                self.norms[weight] = norm
+                self._project(weight)
 
     @torch.no_grad()
     def _project(self, weight: Tensor) -> None:

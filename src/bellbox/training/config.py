@@ -333,7 +333,7 @@ class TrainConfig:
             if value < low:
                 raise BellboxError(f"{name} is {value}, must be at least {low}")
         optimizer, schedule, phases = self.optimizer, self.schedule, self.phases
-        quantized = phases.quantized
+        quantized, taught = phases.quantized, self.distill.teacher is not None
         for name, ok, limit in (
             (
                 "phases.quantized",
@@ -351,6 +351,14 @@ class TrainConfig:
             ("optimizer.cewt.every", (optimizer.cewt.every or 0) >= 0, "at least 0"),
             ("optimizer.cewt.lr", 0 < optimizer.cewt.lr < 1, "between 0 and 1"),
             ("distill.weight", 0 < self.distill.weight <= 1, "in (0, 1]"),
+            *(
+                (
+                    f"distill.{key}",
+                    taught or getattr(self.distill, key) == default,
+                    f"left at {default} without a teacher",
+                )
+                for key, default in (("weight", 0.5), ("temperature", 1.0))
+            ),
             ("mec.weight", 0 <= self.mec.weight < float("inf"), "at least 0"),
             ("mec.distortion", 0 < self.mec.distortion < float("inf"), "above 0"),
             ("mec.experts", self.mec.experts >= 1, "at least 1"),

@@ -96,15 +96,25 @@ def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
 def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
     """Keys that decide a run's numbers and differ: `["optimizer.lr is 0.001 there, 0.002 here"]`.
 
-    Where a run lives, how often it is measured and saved, and how it is watched do not decide its numbers.
+    Where a run and its data live, how often it is measured and saved, and how it is watched do not decide its numbers
+    (that the data are the same is seen from their checksum).
     """
-    free = {"folder", "threads", "eval_every", "checkpoint_every", "log_every", "tensorboard", "debug"}
+    free = {
+        "folder",
+        "data.source",
+        "threads",
+        "eval_every",
+        "checkpoint_every",
+        "log_every",
+        "tensorboard",
+        "debug",
+    }
     found: list[str] = []
 
     def compare(left: dict[str, Any], right: dict[str, Any], prefix: str) -> None:
         for key, there in left.items():
             here, name = right[key], prefix + key
-            if (prefix == "" and key in free) or there == here:
+            if name in free or there == here:
                 continue
             if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
                 compare(there, here, name + ".")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bellbox.errors import BellboxError
-from bellbox.nn import weights_quantized_once
+from bellbox.nn import quantized_layers, weights_quantized_once
 from bellbox.surgery import prepare, rotated_weights, unprepare
 from bellbox.training import random_state
 from bellbox.training.assemble import (
@@ -130,6 +130,12 @@ class Trainer:
             self.entropy.remove()
         self.entropy = EntropyTerm(self.model, self.config.mec) if self.config.mec.weight else None
         self.optimizer = ModelOptimizer(self.model, self.config.optimizer)
+        if (
+            self.optimizer.cewt is not None
+        ):  # scales and codebooks were set from the weights before their projection
+            for _, layer in quantized_layers(self.model):
+                if layer.weight_quantizer is not None:
+                    layer.weight_quantizer.initialize(layer.weight_rows())
         self.average = Average(self.model, self.config.averaging)
 
     def _enter(self, phase: Phase) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bellbox.errors import BellboxError
 from bellbox.recipe import is_head
 from bellbox.training.cewt import CEWT, constrained_weights
 from bellbox.training.config import OptimizerSection
@@ -69,6 +70,9 @@ class ModelOptimizer:
     Args:
         model: prepared or not.
         section: which optimizer, with which numbers. With CEWT, the weights of the quantized layers are projected now.
+
+    Raises:
+        BellboxError: Muon, for a model without matrices that it could train.
     """
 
     def __init__(self, model: nn.Module, section: OptimizerSection) -> None:
@@ -77,6 +81,11 @@ class ModelOptimizer:
         self.parts: list[torch.optim.Optimizer] = []
         if section.kind == "muon":
             matrices, groups = _split(groups, block_matrices(model))
+            if not matrices:
+                raise BellboxError(
+                    "optimizer.kind is muon, which trains the matrices of linear layers, and the model has none "
+                    "but its head; use adamw"
+                )
             # Scaled so that Muon takes AdamW's learning rate and decay (arXiv 2502.16982).
             self.parts.append(
                 torch.optim.Muon(
