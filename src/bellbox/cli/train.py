@@ -27,6 +27,7 @@ from bellbox.surgery import summary
 from bellbox.training import TrainConfig, Trainer, load_config
 from bellbox.training.checkpoint import CheckpointWarning
 from bellbox.training.memory import keep_freed_memory
+from bellbox.yaml_text import parse_yaml
 
 
 @dataclass
@@ -107,7 +108,7 @@ def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
         for key, equals, _ in pairs:
             if not equals or not key:
                 raise ValueError(f"'{key}' must be written KEY=VALUE")
-        return {**before, **{key: yaml.safe_load(value) for key, _, value in pairs}}
+        return {**before, **{key: parse_yaml(value, key) for key, _, value in pairs}}
 
     @registry.primitive_rule
     def mapping(info: Any) -> Any:
@@ -129,7 +130,7 @@ def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="YAML",
-            instance_from_str=lambda words: yaml.safe_load(words[0]),
+            instance_from_str=lambda words: parse_yaml(words[0], "recipe"),
             is_instance=lambda value: value is None or isinstance(value, dict),
             str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).split("\n")[0]],
         )

@@ -27,10 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bellbox.errors import BellboxError, require
+from bellbox.errors import BellboxError
 from bellbox.training.assemble import check_quantization
 from bellbox.training.config import TrainConfig
 from bellbox.training.config_file import config_from_dict
+from bellbox.yaml_text import read_yaml
 
 KEYS = ("about", "base", "lr", "seeds", "bits", "rows")
 ROW_KEYS = ("lr", "seeds", "bits")
@@ -176,13 +177,7 @@ def _float(text: str) -> float | None:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    yaml = require("yaml", "cli")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BellboxError(f"cannot read '{path}': {error}") from None
-    except yaml.YAMLError as error:
-        raise BellboxError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise BellboxError(f"{path}: must be a mapping of keys to values")
     return data

@@ -15,6 +15,7 @@ from typing import Any, get_origin, get_type_hints
 from bellbox.errors import BellboxError, require
 from bellbox.training.config import TrainConfig
 from bellbox.training.files import write_text
+from bellbox.yaml_text import read_yaml
 
 
 def config_from_dict(data: object, where: str = "config") -> TrainConfig:
@@ -73,17 +74,9 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     """Read a YAML file.
 
     Raises:
-        BellboxError: no such file, not YAML, or anything that `config_from_dict` refuses.
+        BellboxError: no such file, not YAML, a key twice, or anything that `config_from_dict` refuses.
     """
-    yaml = require("yaml", "cli")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BellboxError(f"cannot read config '{path}': {error}") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BellboxError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(path)
     return config_from_dict({} if data is None else data, str(path))
 
 
