@@ -419,6 +419,7 @@ int main(int count, char** arguments) {
                 std::printf("%s, case %ld: %s\n", name.c_str(), i, error.what());
                 return 1;
             }
+        if (kernels().integer_peak(3) <= 0) return 1;
         std::printf("%s: the same bits\n", name.c_str());
         if (name == "amx") std::printf("amx: %ld tile instructions were carried out by the signal handler\n", trap::executed.load());
     }

@@ -223,6 +223,7 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels amx_kernels;  // avx512's but for amx_linear; made in dispatch.cpp
 void amx_linear(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
+int64_t amx_integer_peak(int64_t rounds);
 bool amx_permitted();          // asks the operating system, once
 
 // The best that this processor runs, or the one that BELLBOX_ISA names. Throws std::runtime_error with one clear line

@@ -21,6 +21,18 @@ void amx_linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t til
     }
 }
 
+// As native/peak.h: four sums from two tiles of levels and two of codes, all in registers.
+int64_t amx_integer_peak(int64_t rounds) {
+    alignas(64) const int8_t ones[64] = {1, 1, 1, 1};
+    amx::load_config(amx::whole_tiles());
+    amx::zero<0>(), amx::zero<1>(), amx::zero<2>(), amx::zero<3>();
+    amx::load<4>(ones, 0), amx::load<5>(ones, 0), amx::load<6>(ones, 0), amx::load<7>(ones, 0);
+    for (int64_t i = 0; i < rounds; ++i)
+        amx::multiply<0, 4, 6>(), amx::multiply<1, 4, 7>(), amx::multiply<2, 5, 6>(), amx::multiply<3, 5, 7>();
+    amx::release();
+    return rounds * 4 * 16 * 16 * 64;
+}
+
 // Linux gives the state of tiles to a process that asks; all threads of it, those that run too, then have it.
 bool amx_permitted() {
 #if defined(__linux__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bellbox as bb
+from bellbox.errors import BellboxError
 from bellbox.kernels import native
 from bellbox.nn import PackedLinear
 
@@ -88,6 +90,19 @@ def test_a_trace_holds_the_layers(packed, x):
     assert same(traced(2 * x[:1]), packed(2 * x[:1]))
 
 
+def test_a_function_transform_gives_the_same_numbers(packed, x):
+    assert same(torch.vmap(packed)(x), packed(x))
+
+
+def test_a_compiled_layer_has_the_dtype_that_autocast_asks_for(packed, x):
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(compiled(x), packed(x))
+        assert packed(x)[0].dtype == torch.bfloat16
+    assert same(compiled(x), packed(x))
+
+
 class Tagged(Tensor):
     pass
 
@@ -142,6 +157,25 @@ def test_changed_numbers_are_noticed_at_the_next_call(packed, x, change):
         torch.testing.assert_close(now - bias, 2 * (then - bias), rtol=1e-5, atol=1e-5)
 
 
+def test_numbers_that_the_kernels_cannot_read_are_one_line(packed, x):
+    halves = {name: v.half() if v.is_floating_point() else v for name, v in packed.state_dict().items()}
+    other = copy.deepcopy(packed)
+    other.load_state_dict(halves, assign=True)
+    with pytest.raises(BellboxError, match=r"is torch.float16 on cpu; .* needs torch.float32"):
+        other(x)
+    with pytest.raises(BellboxError, match="on meta; an input on the CPU needs"):
+        copy.deepcopy(packed).to("meta")(x)
+
+
+def test_a_layer_that_was_saved_runs_where_there_are_no_kernels(packed, x, monkeypatch):
+    expected, saved = packed(x), io.BytesIO()
+    torch.save(packed, saved)
+    monkeypatch.setattr(native, "_module", lambda: None)
+    saved.seek(0)
+    again = torch.load(saved, weights_only=False)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(again(x), expected, strict=True))
+
+
 def test_copies_and_moved_layers_have_numbers_of_their_own(packed, x):
     before = packed(x)
     other = copy.deepcopy(packed)
@@ -165,3 +199,56 @@ def test_a_functional_call_uses_the_numbers_that_it_is_given(packed, x):
     for out, bias, then in zip(outs, biases, before, strict=True):
         torch.testing.assert_close(out + bias, then)
     assert same(packed(x), before)
+
+
+@pytest.fixture(params=[1, 2, 4])
+def convolution(request) -> nn.Module:
+    torch.manual_seed(0)
+    conv = bb.prepare(nn.Conv2d(6, 5, 3, stride=2, padding=1), bb.Recipe.bbq(request.param))
+    conv(torch.randn(2, 6, 9, 8))
+    return bb.convert(conv.eval())
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 6, 7, 10, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_mode_sees_the_operation_of_a_convolution(convolution, images):
+    expected = convolution(images)
+    with Recorded() as seen:
+        assert torch.equal(convolution(images), expected)
+    assert "bellbox.packed_conv2d.default" in seen.names
+
+
+def test_a_fake_image_gives_shape_dtype_and_strides(convolution, images):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = convolution(mode.from_tensor(images))
+    real = convolution(images)
+    assert isinstance(out, FakeTensor)
+    assert (out.shape, out.dtype, out.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_and_transforms_hold_a_convolution(convolution, images):
+    traced = torch.jit.trace(convolution, images, check_trace=False)
+    assert torch.equal(traced(2 * images[:1]), convolution(2 * images[:1]))
+    batches = torch.stack((images, -images))
+    assert torch.equal(torch.vmap(convolution)(batches), torch.stack([convolution(each) for each in batches]))
+
+
+def test_a_compiled_convolution_is_the_operation_with_its_sum_and_relu(convolution, images):
+    torch._dynamo.reset()
+    add = torch.ones_like(convolution(images))
+    compiled = torch.compile(convolution, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images, add, True), convolution(images, add, True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(images), convolution(images))
+        assert compiled(images).dtype == torch.bfloat16
+
+
+def test_a_default_device_is_not_for_the_results_of_a_convolution(convolution, images):
+    expected = convolution(images)
+    other = copy.deepcopy(convolution)
+    with torch.device("meta"):
+        assert torch.equal(other(images), expected)

@@ -11,9 +11,9 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 venv=$here/.venv
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 if [ ! -e "$venv/.ready" ]; then
     "${PYTHON:-python3.11}" -m venv "$venv"
-    pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
     "${pip[@]}" torch==2.13.0 --constraint "$root/constraints.txt"
     "${pip[@]}" --constraint "$root/constraints.txt" "$root[cli]"
     grep -v '^#' "$here/requirements.txt" | while read -r peer; do
@@ -21,6 +21,7 @@ if [ ! -e "$venv/.ready" ]; then
     done
     touch "$venv/.ready"
 fi
+"${pip[@]}" --no-deps --force-reinstall "$root"  # Bellbox as it is now
 cd "$here"
 export PYTHONPATH="${PYTHONPATH:-}"
 if [ $# -gt 0 ]; then

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def strictly_rising(values: Iterable[float]) -> tuple[float, ...]:
 
 
 def _next_float32(value: float) -> float:
-    return float(torch.nextafter(torch.tensor(value, dtype=torch.float32), torch.tensor(math.inf)))
+    return float(np.nextafter(np.float32(value), np.float32(math.inf)))
 
 
 def check_levels(n: int) -> None:

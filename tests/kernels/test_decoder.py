@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bellbox as bb
+from bellbox.errors import BellboxError
 from bellbox.kernels import decoder, native
 from bellbox.models import build, preset
 
@@ -130,3 +132,34 @@ def test_a_packed_model_compiles_without_graph_breaks_to_the_same_bits(name):
         packed = bb.convert(model)
         compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(ids), packed(ids))
+
+
+def test_inputs_of_another_width_are_one_line():
+    weight, scale = torch.zeros(5, 8, dtype=torch.int8), torch.ones(5)
+    for width in (4, 16):
+        x = torch.ones(2, width)
+        with pytest.raises(BellboxError, match=r"an int8 layer of 8 inputs got shape \(2, "):
+            decoder.int8_linear(x, weight, scale)
+        with pytest.raises(BellboxError, match=r"a norm of 8 inputs got shape \(2, "):
+            decoder.rms_norm(x, torch.ones(8), 1e-5)
+
+
+def test_nothing_in_nothing_out():
+    assert decoder.rms_norm(torch.ones(3, 0), torch.ones(0), 1e-5).shape == (3, 0)
+    empty = decoder.int8_linear(torch.ones(0, 8), torch.zeros(5, 8, dtype=torch.int8), torch.ones(5))
+    assert empty.shape == (0, 5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_modes_traces_and_transforms_see_operations():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    norm, weight = torch.rand(8), torch.randint(-127, 128, (5, 8), dtype=torch.int8)
+    scale = torch.rand(5)
+    for call in (lambda x: decoder.rms_norm(x, norm, 1e-5), lambda x: decoder.int8_linear(x, weight, scale)):
+        expected = call(x)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert call(mode.from_tensor(x)).shape == expected.shape
+        assert torch.equal(torch.jit.trace(call, x, check_trace=False)(2 * x), call(2 * x))
+        assert torch.equal(torch.vmap(call)(torch.stack((x, -x))), torch.stack((expected, call(-x))))
+        with torch.device("meta"):
+            assert torch.equal(call(x), expected)

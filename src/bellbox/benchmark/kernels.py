@@ -64,7 +64,7 @@ def random_layer(outputs: int, inputs: int, bits: int) -> PackedLinear:
 
 def in_rotation(make: Callable[[], Any], nbytes: int, hot: bool) -> list[Any]:
     """As many copies as it takes that no cache holds them all; one where they shall be hot."""
-    return [make() for _ in range(1 if hot else max(2, min(64, -(-COLD_BYTES // nbytes))))]
+    return [make() for _ in range(1 if hot else max(2, min(64, -(-COLD_BYTES // max(1, nbytes)))))]
 
 
 def _turns(copies: list[Any], call: Callable[[Any], object]) -> Callable[[int], object]:

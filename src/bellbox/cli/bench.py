@@ -83,6 +83,8 @@ def main(argv: list[str]) -> None:
     wrong = [b for b in command.bits if not 1 <= b <= 4]
     if wrong or command.threads < 1 or command.seconds <= 0:
         raise BellboxError("bits are 1 to 4, threads at least 1, seconds above 0")
+    if isinstance(command, Kernels) and min(command.rows, default=0) < 1:
+        raise BellboxError("--rows takes numbers of at least 1")
     if command.json is not None:
         require_writable(command.json)
     torch.set_num_threads(command.threads)

@@ -113,7 +113,7 @@ def _ordered(salient: Tensor, block: int) -> tuple[Tensor, Tensor]:
             columns = part.nonzero()[:, 0] + first
             order.append(F.pad(columns, (0, -len(columns) % 4), value=len(salient)))
             steps.append(len(order[-1]) // 4)
-    return torch.cat(order), torch.tensor(steps, dtype=torch.int32).view(-1, 2)
+    return torch.cat(order), salient.new_tensor(steps, dtype=torch.int32).view(-1, 2)
 
 
 def _words(bits: Tensor, order: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def reference(
     Returns:
         fp32 `[m, out]`.
     """
-    total = torch.zeros(len(integers), len(signs))
+    total = input_scale.new_zeros(len(integers), len(signs))
     for number, first in enumerate(range(0, signs.shape[1], block)):
         here = slice(first, first + block)
         sign, bit = (2.0 * plane[:, here].double() - 1 for plane in (signs, bits))

@@ -90,6 +90,8 @@ def pixel_addresses(codes: Tensor) -> Tensor:
     filters, places, channels = codes.shape
     triples = -(-channels // 3)
     digits = F.pad(codes.to(torch.int16), (0, 3 * triples - channels)).view(filters, places, 3, triples)
-    numbers = (digits * torch.tensor([64, 256, 1024], dtype=torch.int16)[:, None]).sum(2, dtype=torch.int16)
+    numbers = (digits * codes.new_tensor([64, 256, 1024], dtype=torch.int16)[:, None]).sum(
+        2, dtype=torch.int16
+    )
     numbers = F.pad(numbers.flatten(1), (0, -places * triples % 8, 0, -filters % 16))
     return numbers.view(-1, 8, numbers.shape[1]).transpose(1, 2).contiguous()

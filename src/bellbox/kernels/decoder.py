@@ -10,15 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bellbox.errors import BellboxError
 from bellbox.kernels import native
 
 INT8_COLUMNS = 8192
-"""Longest row of `int8_linear`: 127 * 2047 * 8192 fits 32 bits."""
+"""Longest row of `int8_linear` in the compiled kernels: 127 * 2047 * 8192 fits 32 bits."""
 _SMALLEST = 1e-30
 
 
 def _plain(*tensors: Tensor) -> bool:
     return all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+
+def _check_width(what: str, x: Tensor, features: int) -> None:
+    if x.shape[-1:] != (features,):
+        raise BellboxError(f"{what} of {features} inputs got shape {tuple(x.shape)}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,16 +37,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         fp32, the shape of `x`.
+
+    Raises:
+        BellboxError: another number of features than weights.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.bellbox.rms_norm(x, weight, eps)
-    return _rms_norm(x, weight, eps)
+    if native.direct(x):
+        return _rms_norm(x, weight, eps)
+    return torch.ops.bellbox.rms_norm(x, weight, eps)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    _check_width("a norm", x, len(weight))
     x = x.contiguous()
     module = native.compiled()
-    if module is None or not _plain(x, weight):
+    if module is None or not _plain(x, weight) or not x.numel():
         mean = x.double().square().mean(dim=-1, keepdim=True)
         return x * (mean + eps).rsqrt().to(torch.float32) * weight
     out = torch.empty_like(x)
@@ -62,7 +72,7 @@ def attends(query: Tensor, keys: Tensor) -> bool:
     return (
         query.shape[1] == 1
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and native.direct(query)
         and native.available()
         and _plain(query, keys)
     )
@@ -127,25 +137,30 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     row with NaN or infinity gives NaN.
 
     Args:
-        x: `[..., columns]` fp32; at most `INT8_COLUMNS` columns.
+        x: `[..., columns]` fp32.
         weight: `[rows, columns]` int8.
         scale: `[rows]` fp32.
 
     Returns:
         `[..., rows]` fp32.
+
+    Raises:
+        BellboxError: another number of columns than the weight's.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.bellbox.int8_linear(x, weight, scale)
-    return _int8_linear(x, weight, scale)
+    if native.direct(x):
+        return _int8_linear(x, weight, scale)
+    return torch.ops.bellbox.int8_linear(x, weight, scale)
 
 
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    x = x.contiguous()
     rows, columns = weight.shape
+    _check_width("an int8 layer", x, columns)
+    x = x.contiguous()
     module = native.compiled()
-    if module is None or not _plain(x, scale):
+    whole = weight.is_cpu and weight.dtype == torch.int8 and weight.is_contiguous()
+    if module is None or not (_plain(x, scale) and whole and x.numel() and columns <= INT8_COLUMNS):
         return _int8_reference(x, weight, scale)
-    out = torch.empty((*x.shape[:-1], rows))
+    out = x.new_empty((*x.shape[:-1], rows))
     module.int8_linear(
         x.data_ptr(),
         weight.data_ptr(),
@@ -174,9 +189,10 @@ def _int8_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 _library = torch.library.Library("bellbox", "FRAGMENT")
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor")
-for _device in ("CPU", "CUDA"):
-    _library.impl("rms_norm", _rms_norm, _device)
-    _library.impl("int8_linear", _int8_linear, _device)
+for _name, _function in (("rms_norm", _rms_norm), ("int8_linear", _int8_linear)):
+    _library.impl(
+        _name, _function, "CompositeExplicitAutograd"
+    )  # on any device: torch where the kernels are not
 
 
 @torch.library.register_fake("bellbox::rms_norm", lib=_library)

@@ -27,6 +27,7 @@ from bellbox.errors import BellboxError
 from bellbox.levels import Grid, Levels
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_transform = torch._C._functorch.maybe_current_level  # pyright: ignore[reportAttributeAccessIssue]
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 Normalise = Literal["rms", "absmax", "static"]
 _NORMALISE: dict[Normalise, int] = {"rms": 0, "absmax": 1, "static": 2}
@@ -58,12 +59,15 @@ def _module() -> ModuleType | None:
 
 
 def _source() -> str | None:
-    """The digest of the bindings' source beside this package; None where it was installed without."""
-    source = Path(__file__).parents[3] / "native" / "bindings.cpp"
-    try:
-        return hashlib.sha256(source.read_bytes()).hexdigest()
-    except OSError:
-        return None
+    """The digest of the sources beside this package, as CMakeLists.txt takes it; None where there are none."""
+    folder = Path(__file__).parents[3] / "native"
+    files = sorted(
+        each
+        for each in folder.glob("*")
+        if each.suffix in (".h", ".cpp") and not each.name.startswith("check")
+    )
+    digests = "".join(hashlib.sha256(each.read_bytes()).hexdigest() for each in files)
+    return hashlib.sha256(digests.encode()).hexdigest() if files else None
 
 
 def compiled() -> ModuleType | None:
@@ -135,8 +139,8 @@ def takes(x: Tensor) -> bool:
 def direct(x: Tensor) -> bool:
     """Whether the kernels, where they are there, take this tensor now, past torch's dispatcher.
 
-    A compiler, a tracer, a mode (fake tensors, counters of operations) and a subclass have to see an operation of
-    torch; for nobody else is it worth the microseconds of being dispatched.
+    A compiler, a tracer, a mode (fake tensors, counters of operations), a subclass and a function transform (vmap)
+    have to see an operation of torch; for nobody else is it worth the microseconds of being dispatched.
     """
     return (
         not torch.compiler.is_compiling()
@@ -145,6 +149,7 @@ def direct(x: Tensor) -> bool:
         and x.dtype in TYPES
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
+        and _transform() is None
     )
 
 

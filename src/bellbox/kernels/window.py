@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +17,8 @@ from bellbox.kernels.encode import Scratch, chunks
 def inside(grad: Tensor, v: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:
     """`grad` where `low <= v <= high`, else 0; the ends count as fp32 numbers."""
     # The operation of torch leaves both ends out: give it the fp32 numbers next to them.
-    limit = torch.tensor([low, high], dtype=torch.float32)
-    low, high = torch.nextafter(limit, torch.tensor([-math.inf, math.inf])).tolist()
+    low = float(np.nextafter(np.float32(low), np.float32(-math.inf)))
+    high = float(np.nextafter(np.float32(high), np.float32(math.inf)))
     if out is None:
         return torch.ops.aten.hardtanh_backward(grad, v, low, high)
     return torch.ops.aten.hardtanh_backward.grad_input(grad, v, low, high, grad_input=out)

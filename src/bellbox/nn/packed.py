@@ -115,6 +115,9 @@ class PackedLinear(nn.Module):
         """A copy has its own key."""
         super().__setstate__(state)
         self._key = _register(self)
+        self.compiled = native.can_multiply(
+            self.weight_levels, self.coding.levels
+        )  # here, not where it was saved
 
     @classmethod
     def from_quantized(cls, layer: QuantizedLayer, shared: SharedInput | None = None) -> PackedLinear:
@@ -177,9 +180,9 @@ class PackedLinear(nn.Module):
         if x.shape[-1:] != (self.in_features,):
             self._refuse(x)
         if self.compiled and native.direct(x):
-            return self.run_native(x)
+            return self.run_native(x, output_dtype(x))
         if self.compiled and native.takes(x):
-            return torch.ops.bellbox.packed_linear(x, self._key)
+            return torch.ops.bellbox.packed_linear(x, self._key, output_dtype(x))
         if not x.is_floating_point():
             self._refuse(x)
         return self._run_reference(x)
@@ -199,15 +202,9 @@ class PackedLinear(nn.Module):
         product = scaled_product(levels, self._weight_integers(), weight_scale, act_scale, marks)
         return finish(product, self.bias, x).reshape(*x.shape[:-1], self.out_features)
 
-    def output_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype that the caller of a linear layer expects for an input `x`."""
-        device = x.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-    def run_native(self, x: Tensor) -> Tensor:
+    def run_native(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The compiled kernels: rotation, codes, product and epilogue in one call, for all siblings at once."""
         shared, ready = self.shared, self.prepack()
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if shared.readers == 1 or not shared.remembers(x) or len(shared.members) != shared.readers:
             return self._native_outputs(x, ready, ready.alone, dtype)[0]
         out = shared.outputs.take(self, ready, x, dtype)
@@ -276,6 +273,11 @@ class PackedLinear(nn.Module):
         return super()._apply(keeping_dtype(fn), recurse)
 
 
+def output_dtype(x: Tensor) -> torch.dtype:
+    """What the caller of a layer expects for an input on the CPU."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 _layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
 _keys = itertools.count(1)
 
@@ -288,16 +290,20 @@ def _register(layer: PackedLinear) -> int:
 
 # A compiled graph cannot hold a Python object: it holds the layer's key and the operation looks it up.
 _library = torch.library.Library("bellbox", "FRAGMENT")
-_library.define("packed_linear(Tensor x, int key) -> Tensor")
+_library.define("packed_linear(Tensor x, int key, ScalarType dtype) -> Tensor")
 
 
-def _packed_linear(x: Tensor, key: int) -> Tensor:
-    return _layers[key].run_native(x)
+def packed_layer(key: int) -> PackedLinear:
+    """The layer of a key that a graph holds."""
+    return _layers[key]
 
 
-def _packed_linear_fake(x: Tensor, key: int) -> Tensor:
-    layer = _layers[key]
-    return x.new_empty((*x.shape[:-1], layer.out_features), dtype=layer.output_dtype(x))
+def _packed_linear(x: Tensor, key: int, dtype: torch.dtype) -> Tensor:
+    return packed_layer(key).run_native(x, dtype)
+
+
+def _packed_linear_fake(x: Tensor, key: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed_layer(key).out_features), dtype=dtype)
 
 
 _library.impl("packed_linear", _packed_linear, "CPU")

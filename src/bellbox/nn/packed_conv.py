@@ -12,7 +12,7 @@ from bellbox.errors import BellboxError
 from bellbox.kernels import convolution, native
 from bellbox.levels import Grid
 from bellbox.nn.conv import QuantizedConv2d, integer_convolution
-from bellbox.nn.packed import InputCoding, PackedLinear, with_signs
+from bellbox.nn.packed import InputCoding, PackedLinear, output_dtype, packed_layer, with_signs
 from bellbox.nn.prepacked import Prepacked
 from bellbox.nn.quantized import QuantizedLayer, finish
 from bellbox.nn.shared import SharedInput
@@ -114,12 +114,19 @@ class PackedConv2d(PackedLinear):
             add: added to the result, in the same call where it has its shape and both are fp32.
             relu: whether a ReLU comes last, likewise.
         """
-        native_serves = self.compiled and self.window.groups == 1 and native.takes(x)
-        if not native_serves or torch.compiler.is_compiling():
-            return _ended(self._run_conv_reference(x, self._rows(x)), add, relu)
-        ready, wanted = self.prepack(), self.output_dtype(x)
-        dtype = wanted if wanted in (torch.float32, torch.bfloat16) else torch.float32
         self._check(x)
+        if not (self.compiled and self.window.groups == 1 and native.takes(x)):
+            return _ended(self._run_conv_reference(x, self._rows(x)), add, relu)
+        if native.direct(x):
+            return self.run_native_conv(x, output_dtype(x), add, relu)
+        return _ended(torch.ops.bellbox.packed_conv2d(x, self._key, output_dtype(x)), add, relu)
+
+    def run_native_conv(
+        self, x: Tensor, wanted: torch.dtype, add: Tensor | float | None = None, relu: bool = False
+    ) -> Tensor:
+        """The compiled kernels: codes, product, epilogue, a second sum and a ReLU in one call."""
+        ready = self.prepack()
+        dtype = wanted if wanted in native.TYPES else torch.float32
         signs = self.act_signs
         image = x if signs is None else x * signs[:, None, None]
         height, width = x.shape[2:]
@@ -152,6 +159,7 @@ class PackedConv2d(PackedLinear):
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:
         """uint8 codes `[batch, height * width * in_channels]` of an input, from the very path that a forward takes."""
+        self._check(x)
         rows, coding = self._rows(x), self.coding
         if not (self.compiled and native.takes(x)):
             return coding.encode(rows, self.act_rsigma, None)[0]
@@ -159,7 +167,7 @@ class PackedConv2d(PackedLinear):
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
     def _can_add(self, add: Tensor | float, batch: int, window: list[int]) -> bool:
-        if not isinstance(add, Tensor) or not add.is_cpu or add.dtype != torch.float32:
+        if not isinstance(add, Tensor) or not native.direct(add) or add.dtype != torch.float32:
             return False
         # The compiled kernels return nothing that a gradient could pass through.
         learned = add.requires_grad and torch.is_grad_enabled()
@@ -167,7 +175,6 @@ class PackedConv2d(PackedLinear):
 
     def _rows(self, x: Tensor) -> Tensor:
         """A row a sample, channels innermost, signs changed."""
-        self._check(x)
         return with_signs(pixels_of(x, self.features, ""), self.act_signs).flatten(1)
 
     def _check(self, x: Tensor) -> None:
@@ -181,3 +188,28 @@ class PackedConv2d(PackedLinear):
 def _ended(out: Tensor, add: Tensor | float | None, relu: bool) -> Tensor:
     out = out if add is None else out + add
     return F.relu(out) if relu else out
+
+
+# As `bellbox::packed_linear`: a graph holds the layer's key.
+_library = torch.library.Library("bellbox", "FRAGMENT")
+_library.define("packed_conv2d(Tensor x, int key, ScalarType dtype) -> Tensor")
+
+
+def _convolution(key: int) -> PackedConv2d:
+    layer = packed_layer(key)
+    assert isinstance(layer, PackedConv2d)
+    return layer
+
+
+def _packed_conv2d(x: Tensor, key: int, dtype: torch.dtype) -> Tensor:
+    return _convolution(key).run_native_conv(x, dtype)
+
+
+def _packed_conv2d_fake(x: Tensor, key: int, dtype: torch.dtype) -> Tensor:
+    layer = _convolution(key)
+    size = len(x), layer.out_features, *layer.window.output_size(x.shape[2], x.shape[3])
+    return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+_library.impl("packed_conv2d", _packed_conv2d, "CPU")
+torch.library.register_fake("bellbox::packed_conv2d", _packed_conv2d_fake, lib=_library)

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bellbox.errors import BellboxError
 from bellbox.kernels import native
 from bellbox.packing import unpack_slabs
 
 if TYPE_CHECKING:
     from bellbox.nn.packed import PackedLinear
 
+_DTYPES = {"weight_packed": torch.uint8, "act_signs": torch.int8}
+"""Of buffers; of all others fp32."""
 _PAGE_OUT = 21
 """MADV_PAGEOUT of Linux."""
 
@@ -28,11 +31,15 @@ class Prepacked:
     """What the compiled kernels need of a packed layer, made once from its buffers.
 
     Args:
-        layer: a packed layer on the CPU.
+        layer: a packed layer.
         arena: where the weights go; memory of their own where None.
+
+    Raises:
+        BellboxError: a buffer that is not on the CPU, or of another dtype than the layer made it with.
     """
 
     def __init__(self, layer: PackedLinear, arena: native.Arena | None = None) -> None:
+        _check(layer._buffers)
         self.holds = native.snapshot(layer._buffers)
         """Whether a layer's buffers are those that this was made from, unchanged."""
         scale = layer.weight_scale / layer.weight_levels.multiplier
@@ -45,6 +52,17 @@ class Prepacked:
         """Of the input; kept here since a module looks for a buffer as long as a small kernel runs."""
         self.alone = native.Siblings(self.coding, [self.weights], [self.act_scale])
         """The layer by itself, ready to be called."""
+
+
+def _check(buffers: dict[str, Tensor | None]) -> None:
+    """The kernels read memory, and take its type on trust."""
+    for name, buffer in buffers.items():
+        wanted = _DTYPES.get(name, torch.float32)
+        if buffer is not None and not (buffer.is_cpu and buffer.dtype == wanted):
+            raise BellboxError(
+                f"{name} of a packed layer is {buffer.dtype} on {buffer.device}; an input on the CPU needs {wanted} "
+                "there: move model and input to one device, and load numbers in the dtypes that they were saved in"
+            )
 
 
 def prepack_all(model: nn.Module) -> None:
