@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bellbox.data.tokenizer import Tokenizer
     from bellbox.training import LoadedRun
 
+Kind = Literal["run", "packed", "binarized", "huggingface"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -34,7 +35,7 @@ class OpenedModel:
     """The folder that was named."""
     model: nn.Module
     """In evaluation mode, on the CPU."""
-    kind: Literal["run", "packed", "binarized", "huggingface"]
+    kind: Kind
     """What the folder is."""
     tokenizer: Path | None
     """The tokenizer file that lies with the model; None where there is none."""
@@ -78,38 +79,55 @@ def open_model(
         BellboxError: nothing of the kind is there, it is damaged, or a checkpoint is named for a model that
             has none.
     """
+    root, kind = Path(path), kind_of(path)
+    if embeddings is not None and kind not in ("packed", "binarized"):
+        raise BellboxError(
+            f"{root}: only a packed or binarized model's embeddings can be rounded; convert it first"
+        )
+    if kind == "run":
+        return _open_run(root, checkpoint)
+    if checkpoint != "last":
+        raise BellboxError(f"{root}: only a run has checkpoints, and this is none; leave out --checkpoint")
+    if kind == "packed":
+        model = io.load(root, embeddings=embeddings)
+        tokenizer = io.tokenizer_path(root) or _tokenizer_beside(root)
+        return OpenedModel(
+            root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"
+        )
+    if kind == "binarized":
+        from bellbox import ptq
+
+        model, tokenizer = io.load(root, embeddings=embeddings), ptq.tokenizer_path(root)
+        about = f"binarized model {root}: {_shape(model)}"
+        return OpenedModel(root, model, "binarized", tokenizer, _longest(model), about)
+    from bellbox.models import load_hf
+
+    model = load_hf(root)
+    tokenizer = _tokenizer_beside(root)
+    about = f"Hugging Face model {root}: {_shape(model)}"
+    return OpenedModel(root, model, "huggingface", tokenizer, _longest(model), about)
+
+
+def kind_of(path: str | Path) -> Kind:
+    """What a folder is, by the files in it.
+
+    Raises:
+        BellboxError: no such folder, or none of a model.
+    """
     from bellbox import ptq
     from bellbox.training.run import CONFIG_FILE
 
     root = Path(path)
     if not root.is_dir():
         raise BellboxError(f"{root}: no such folder")
-    binarized = ptq.is_binarized(root)
-    if embeddings is not None and not (binarized or io.is_packed(root)):
-        raise BellboxError(
-            f"{root}: only a packed or binarized model's embeddings can be rounded; convert it first"
-        )
     if (root / CONFIG_FILE).is_file():
-        return _open_run(root, checkpoint)
-    if checkpoint != "last":
-        raise BellboxError(f"{root}: only a run has checkpoints, and this is none; leave out --checkpoint")
+        return "run"
     if io.is_packed(root):
-        model = io.load(root, embeddings=embeddings)
-        tokenizer = io.tokenizer_path(root) or _tokenizer_beside(root)
-        return OpenedModel(
-            root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"
-        )
-    if binarized:
-        model, tokenizer = io.load(root, embeddings=embeddings), ptq.tokenizer_path(root)
-        about = f"binarized model {root}: {_shape(model)}"
-        return OpenedModel(root, model, "binarized", tokenizer, _longest(model), about)
+        return "packed"
+    if ptq.is_binarized(root):
+        return "binarized"
     if (root / "config.json").is_file():
-        from bellbox.models import load_hf
-
-        model = load_hf(root)
-        tokenizer = _tokenizer_beside(root)
-        about = f"Hugging Face model {root}: {_shape(model)}"
-        return OpenedModel(root, model, "huggingface", tokenizer, _longest(model), about)
+        return "huggingface"
     raise BellboxError(
         f"{root}: no model here: neither a run (config.yaml, checkpoints/), nor a packed, binarized or Hugging Face "
         "model (config.json, model.safetensors)"

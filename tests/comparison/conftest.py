@@ -32,9 +32,9 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def grid(tokens: Path, tmp_path: Path) -> Grid:
-    """`grid(rows={...}, seeds=[0])`: a grid file whose runs take a moment each."""
+    """`grid(rows={...}, seeds=[0])`: a grid file whose runs take a moment each; `over` is laid over its base."""
 
-    def write(name: str = "small", steps: int = 4, **keys: Any) -> Path:
+    def write(name: str = "small", steps: int = 4, over: dict[str, Any] | None = None, **keys: Any) -> Path:
         base = {
             "model": {"preset": "tiny", "overrides": SIZE},
             "data": {"source": str(tokens), "context": 16},
@@ -43,6 +43,7 @@ def grid(tokens: Path, tmp_path: Path) -> Grid:
             "eval_every": 2, "checkpoint_every": 2, "log_every": 1, "tensorboard": False,
         }  # fmt: skip
         file = tmp_path / f"{name}.yaml"
+        base |= over or {}
         file.write_text(yaml.safe_dump({"base": base, "lr": [1e-2], **keys}, sort_keys=False))
         return file
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bellbox.comparison import load_grid
+from bellbox.comparison import load_grid, run_grid
+from bellbox.data.prepare import prepare
 from bellbox.errors import BellboxError
 
 
@@ -67,6 +68,18 @@ def test_a_base_may_stand_in_a_file_beside_the_grid(grid, tmp_path: Path) -> Non
             {"rows": {"a": {"quantization": {"method": "seq"}}}, "bits": [8]},
             "row 'a': seq has 2 to 128 levels",
         ),
+        ({"rows": {"a": {"quantization": 5, "bits": [2]}}}, "row 'a': 'quantization' is 5, must be"),
+        (
+            {"rows": {"a": {"optimizer": {"lr": 5e-3}}}},
+            r"row 'a': optimizer.lr says nothing here, .* write lr: ",
+        ),
+        ({"rows": {"a": {"seed": 7}}}, r"row 'a': seed says nothing here, .* write seeds: "),
+        ({"rows": {"a": {"data": {"seed": 9}}}}, r"row 'a': data.seed says nothing here, .* write seeds: "),
+        ({"rows": {"a": {}}, "over": {"seed": 1}}, "base: seed says nothing here"),
+        (
+            {"rows": {"a": {"quantization": {"method": "none"}, "bits": [2]}}},
+            "row 'a' is in full precision, so",
+        ),
         ({"rows": {"a": {}}, "base": "nowhere.yaml"}, "cannot read"),
         ({"rows": {"a": {}}, "base": 3}, "base must be a mapping"),
     ],
@@ -75,3 +88,82 @@ def test_a_bad_grid_is_one_clear_line(grid, keys: dict, message: str) -> None:
     with pytest.raises(BellboxError, match=message) as caught:
         load_grid(grid(**keys))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rows": {"a": {}}, "bits": [2]},
+        {"rows": {"a": {"bits": [2]}}},
+        {"rows": {"a": {"quantization": {"bits": 2}}}},
+    ],
+)
+def test_levels_of_the_base_do_not_overrule_bits_in_silence(grid, keys: dict) -> None:
+    over = {"quantization": {"levels": 3}}
+    with pytest.raises(BellboxError, match=r"row 'a': quantization.levels of the base goes before all bits"):
+        load_grid(grid(over=over, **keys))
+    out = {"rows": {"a": {"quantization": {"levels": None}, "bits": [2]}}}
+    assert load_grid(grid(over=over, **out)).cells[0].config(0.1, 0).quantization.bits == 2
+    own = {"rows": {"a": {"quantization": {"levels": 5}}}, "bits": [2]}
+    assert load_grid(grid(over=over, **own)).cells[0].bits == math.log2(5)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"batch": {"tokens": 128}}, "row 'b' has a budget of 512, row 'a' of 256: such rows do not compare"),
+        ({"steps": 5}, "row 'b' has a budget of 320, row 'a' of 256"),
+        ({"data": {"context": 8}}, "row 'b' has a context of 8, row 'a' of 16"),
+        ({"task": "vision", "model": {"preset": "resnet-small", "overrides": {}}}, "row 'b'"),
+    ],
+)
+def test_rows_of_unequal_budget_or_context_are_refused(grid, row: dict, message: str) -> None:
+    with pytest.raises(BellboxError, match=message):
+        load_grid(grid(rows={"a": {}, "b": row}))
+
+
+def test_what_is_rounded_up_to_whole_steps_is_no_other_budget(grid) -> None:
+    rows = {"a": {}, "b": {"batch": {"tokens": 128}}}
+    found = load_grid(grid(rows=rows, over={"steps": None, "tokens": 200}))
+    assert [cell.config(0.1, 0).total_steps for cell in found.cells] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"quantization": {"method": "none"}, "phases": {"quantized": 0.5}},
+            "phases: quantization.method is none",
+        ),
+        (
+            {"quantization": {"method": "none"}, "optimizer": {"cewt": {"every": 1}}},
+            "optimizer.cewt constrains",
+        ),
+        ({"phases": {"quantized": 0.01}}, r"phase 2 \(bbq, 2 bits\) gets none of the 4 steps"),
+        (
+            {"phases": {"bits_before": [4], "shares": [0.2, 0.3, 0.5]}},
+            "phases.shares is .* must be 2 numbers",
+        ),
+        ({"phases": {"bits_before": [8]}, "quantization": {"method": "seq"}}, "seq has 2 to 128 levels"),
+        ({"model": {"overrides": {"vocab_size": 7}}}, "model.overrides.vocab_size is 7"),
+        ({"distill": {"teacher": "nowhere"}}, "distill.teacher: nowhere: no such folder"),
+        ({"mec": {"weight": 1.0, "layer": "nowhere"}}, "mec.layer: "),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_run(
+    grid, tmp_path: Path, row: dict, message: str
+) -> None:
+    found = load_grid(grid(rows={"BBQ": {}, "bad": row}))
+    with pytest.raises(BellboxError, match="row 'bad': .*" + message) as caught:
+        run_grid(found, tmp_path / "out", show=False)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_rows_over_other_data_are_refused_before_the_first_run(grid, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a b c d e " * 300)
+    prepare([str(tmp_path / "text.txt")], tmp_path / "other", vocab_size=270, valid_fraction=0.2)
+    found = load_grid(grid(rows={"BBQ": {}, "bad": {"data": {"source": str(tmp_path / "other")}}}))
+    with pytest.raises(BellboxError, match="row 'bad' has other data than row 'BBQ'"):
+        run_grid(found, tmp_path / "out", show=False)

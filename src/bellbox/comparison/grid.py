@@ -15,7 +15,8 @@ rows:
 A row holds any keys of a training configuration, laid over `base`; its own `lr`, `bits` and `seeds` go before the
 grid's. Rows that fix their levels themselves (full precision, `bits` or `levels` of the quantization, a whole
 `recipe`) ignore the grid's `bits`; where nobody says any, those of `base` count. A seed decides the initial weights and
-the order of the text, alike for every row.
+the order of the text, alike for every row. All rows must ask for the same budget and context: where batches differ, say
+`tokens`, not `steps`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bellbox.comparison.results import FRAME, frame
 from bellbox.errors import BellboxError
 from bellbox.training.assemble import check_quantization
-from bellbox.training.config import TrainConfig
+from bellbox.training.config import QuantizationSection, TrainConfig
 from bellbox.training.config_file import config_from_dict
 from bellbox.yaml_text import read_yaml
 
@@ -92,10 +94,11 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_grid(path: str | os.PathLike[str]) -> Grid:
-    """Read a grid and check every configuration in it, before anything is run.
+    """Read a grid and check every configuration in it, as far as that needs no data.
 
     Raises:
-        BellboxError: an unreadable file, an unknown key, or a row that cannot be trained, by name.
+        BellboxError: an unreadable file, an unknown or repeated key, a row that cannot be trained, or rows that
+            cannot stand in one table, by name.
     """
     file = Path(path)
     data = _read_mapping(file)
@@ -112,26 +115,30 @@ def load_grid(path: str | os.PathLike[str]) -> Grid:
         raise BellboxError(
             f"{file}: rows must map names to training keys, such as BBQ: {{quantization: ...}}"
         )
+    _refuse_overruled(f"{file}: base", base)
     common = {key: data[key] for key in ROW_KEYS if key in data}
     cells: list[Cell] = []
     for name, row in rows.items():
         if not isinstance(row, dict):
             raise BellboxError(f"{file}: row '{name}' must be a mapping of training keys")
-        if "bits" in row and {"bits", "levels", "recipe"} & set(row.get("quantization") or {}):
-            raise BellboxError(f"{file}: row '{name}' says twice how many bits; leave one of them out")
-        cells += _cells(file, str(name), base, common | row)
+        cells += _cells(file, str(name), base, common, row)
+    _refuse_unequal(file, cells)
     return Grid(file.stem, str(data.get("about", "")), tuple(cells))
 
 
-def _cells(file: Path, name: str, base: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
-    lrs = _numbers(file, name, "lr", row.get("lr"), float)
-    seeds = _numbers(file, name, "seeds", row.get("seeds", [0]), int)
+def _cells(
+    file: Path, name: str, base: dict[str, Any], common: dict[str, Any], row: dict[str, Any]
+) -> list[Cell]:
+    where, said = f"{file}: row '{name}'", common | row
+    lrs = _numbers(file, name, "lr", said.get("lr"), float)
+    seeds = _numbers(file, name, "seeds", said.get("seeds", [0]), int)
     overrides = {key: value for key, value in row.items() if key not in ROW_KEYS}
     values = merged(base, overrides)
-    where = f"{file}: row '{name}'"
     quantization = config_from_dict(values, where).quantization
-    given = overrides.get("quantization") or {}
-    widths = _numbers(file, name, "bits", row.get("bits", quantization.bits or 2), int)
+    _refuse_overruled(where, overrides)
+    given = _section(overrides, "quantization")
+    _refuse_unheard_bits(where, quantization, given, common, row)
+    widths = _numbers(file, name, "bits", said.get("bits", quantization.bits or 2), int)
     if quantization.recipe is not None or quantization.method == "none":
         choices: list[tuple[float | None, dict[str, Any]]] = [(None, {})]
     elif quantization.levels is not None:
@@ -154,6 +161,61 @@ def _cells(file: Path, name: str, base: dict[str, Any], row: dict[str, Any]) -> 
         except BellboxError as error:
             raise BellboxError(f"{where}: {error}") from None
     return cells
+
+
+def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_overruled(where: str, values: dict[str, Any]) -> None:
+    """Rates and seeds are the grid's, so those of a configuration would be passed over."""
+    for dotted, there, own in (
+        ("optimizer.lr", "lr" in _section(values, "optimizer"), "lr"),
+        ("data.seed", "seed" in _section(values, "data"), "seeds"),
+        ("seed", "seed" in values, "seeds"),
+    ):
+        if there:
+            raise BellboxError(
+                f"{where}: {dotted} says nothing here, '{own}' of the row or of the grid decides; write {own}: [...] "
+                "there in place of it"
+            )
+
+
+def _refuse_unheard_bits(
+    where: str,
+    quantization: QuantizationSection,
+    given: dict[str, Any],
+    common: dict[str, Any],
+    row: dict[str, Any],
+) -> None:
+    """Bits that something else overrules. Those of the grid are not meant for rows that fix their levels."""
+    own = [key for key in ("bits", "levels", "recipe") if given.get(key) is not None]
+    if "bits" in row and own:
+        raise BellboxError(f"{where} says twice how many bits; leave one of them out")
+    fixed = next((key for key in ("recipe", "levels") if getattr(quantization, key) is not None), None)
+    if fixed is None and quantization.method == "none":
+        if "bits" in row:
+            raise BellboxError(f"{where} is in full precision, so its bits say nothing; leave them out")
+    elif fixed is not None and fixed not in own and ("bits" in common or "bits" in row or own):
+        raise BellboxError(
+            f"{where}: quantization.{fixed} of the base goes before all bits that grid and row say; leave it or "
+            f"those out, or write quantization: {{{fixed}: null}} in the row"
+        )
+
+
+def _refuse_unequal(file: Path, cells: list[Cell]) -> None:
+    """Rows of another task, budget or context do not compare."""
+    configs = [cell.config(cell.lrs[0], cell.seeds[0]).to_dict() for cell in cells]
+    first = frame(configs[0])
+    for cell, config in zip(cells, configs, strict=True):
+        for what, here, there in zip(FRAME, frame(config), first, strict=True):
+            if here != there:
+                raise BellboxError(
+                    f"{file}: row '{cell.row}' has a {what} of {here}, row '{cells[0].row}' of {there}: such rows do "
+                    "not compare; give all the same (tokens in place of steps, where their batches differ), or make "
+                    "two grids"
+                )
 
 
 def _numbers(file: Path, row: str, key: str, value: Any, kind: type) -> tuple[Any, ...]:

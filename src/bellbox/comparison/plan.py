@@ -10,11 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bellbox.comparison.grid import Cell, Grid
 from bellbox.comparison.results import Result, Results, identity
+from bellbox.errors import BellboxError
+from bellbox.training.check import check_trainable
 from bellbox.training.config import TrainConfig
-from bellbox.training.task import data_checksum
+from bellbox.training.task import data_checksum, make_task, open_data
+
+if TYPE_CHECKING:
+    from bellbox.data.images import ImageDataset
+    from bellbox.data.shards import TokenDataset
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,10 @@ def best_lr(scores: dict[float, float]) -> float | None:
     return min(finite, key=lambda lr: finite[lr]) if finite else None
 
 
+def _place(config: TrainConfig) -> str:
+    return f"{config.task} {config.data.source} {config.vision.image_size}"
+
+
 class Plan:
     """A grid against its results.
 
@@ -51,6 +62,7 @@ class Plan:
     def __init__(self, grid: Grid, results: Results):
         self.grid, self.results = grid, results
         self._data: dict[str, str] = {}
+        self._opened: dict[str, TokenDataset | ImageDataset] = {}
         self._wanted: dict[tuple[str, float | None, float, int], Wanted] = {}
 
     def wanted(self, cell: Cell, lr: float, seed: int) -> Wanted:
@@ -64,10 +76,37 @@ class Plan:
         return self._wanted[place]
 
     def _tokens(self, config: TrainConfig) -> str:
-        place = f"{config.task} {config.data.source} {config.vision.image_size}"
+        place = _place(config)
         if place not in self._data:
-            self._data[place] = data_checksum(config)
+            self._data[place] = data_checksum(self._dataset(config))
         return self._data[place]
+
+    def _dataset(self, config: TrainConfig) -> TokenDataset | ImageDataset:
+        place = _place(config)
+        if place not in self._opened:
+            self._opened[place] = open_data(config)
+        return self._opened[place]
+
+    def check(self) -> None:
+        """Refuse what could not be trained or compared, before anything runs. Rows that want no run are left alone.
+
+        Raises:
+            BellboxError: naming the row.
+        """
+        cells = self.grid.cells
+        first = self.wanted(cells[0], cells[0].lrs[0], cells[0].seeds[0])
+        for cell in cells:
+            if self.wanted(cell, cell.lrs[0], cell.seeds[0]).data != first.data:
+                raise BellboxError(
+                    f"row '{cell.row}' has other data than row '{first.cell.row}', so they do not compare; give both "
+                    "the same, or make two grids"
+                )
+        for run in {id(run.cell): run for run in self.missing()}.values():
+            try:
+                check_trainable(make_task(run.config, self._dataset(run.config)).config)
+            except BellboxError as error:
+                raise BellboxError(f"row '{run.cell.row}': {error}") from None
+        self._opened.clear()
 
     def runs(self) -> Iterator[Wanted]:
         """All runs that are known to be wanted by now, done or not, in their order."""

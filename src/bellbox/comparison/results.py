@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bellbox.errors import BellboxError
-from bellbox.training.config import TrainConfig
+from bellbox.training.config import DEFAULT_STEPS, TrainConfig
 
 FILE = "results.jsonl"
 # Where a run lives, how it is watched and saved: they do not decide its numbers.
@@ -94,6 +94,18 @@ def is_vision(config: dict[str, Any]) -> bool:
 def per_step(config: dict[str, Any]) -> int:
     """Tokens or images in a step, of `settings` or of a whole configuration."""
     return config["vision"]["batch"] if is_vision(config) else config["batch"]["tokens"]
+
+
+FRAME = ("task", "context", "budget")
+
+
+def frame(config: dict[str, Any]) -> tuple[str, int, int]:
+    """What runs over the same data must share to be compared: task, tokens of context (0 of a vision task), and the
+    tokens or images that are asked for, before they are rounded up to whole steps."""
+    vision = is_vision(config)
+    steps = DEFAULT_STEPS if config["steps"] is None else config["steps"]
+    budget = steps * per_step(config) if config["tokens"] is None else config["tokens"]
+    return "vision" if vision else "language", 0 if vision else config["data"]["context"], budget
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:

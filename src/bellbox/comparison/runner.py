@@ -63,7 +63,8 @@ def run_grid(
         show: whether to print progress.
 
     Raises:
-        BellboxError: the data cannot be opened, or another process works in the folder.
+        BellboxError: the data cannot be opened, a row cannot be trained or compared with the others, or another
+            process works in the folder.
     """
     if jobs < 1:
         raise BellboxError(f"jobs is {jobs}, must be at least 1")
@@ -73,6 +74,7 @@ def run_grid(
         runner = _Runner(grid, folder, jobs, keep_runs, show)
         if retry:
             runner.forget_failures()
+        runner.plan.check()
         signals = stack.enter_context(StopSignals())
         stack.enter_context(runner.progress)
         return runner.run(signals)

@@ -117,7 +117,7 @@ def _optimal_fraction(config: TrainConfig) -> float:
             "phases.quantized: optimal follows from quantization.bits or levels, which this run does not have; "
             "give a number"
         )
-    parameters = sum(p.numel() for p in _skeleton(config).parameters())
+    parameters = sum(p.numel() for p in skeleton(config).parameters())
     weights = make_recipe(section).rules[-1].weights
     assert weights is not None  # of a method that is not none
     try:
@@ -127,8 +127,8 @@ def _optimal_fraction(config: TrainConfig) -> float:
         raise BellboxError(f"phases.quantized: optimal: {error}") from None
 
 
-def _skeleton(config: TrainConfig) -> nn.Module:
-    """The model without memory."""
+def skeleton(config: TrainConfig) -> nn.Module:
+    """The model of a configuration without memory for its weights, unprepared."""
     with torch.device("meta"):
         return _network(config)
 
@@ -146,7 +146,7 @@ def check_quantization(config: TrainConfig, section: QuantizationSection) -> Non
     Raises:
         BellboxError: they cannot; as `make_model` would.
     """
-    new_layers(_skeleton(config), make_recipe(section))
+    new_layers(skeleton(config), make_recipe(section))
 
 
 def make_recipe(section: QuantizationSection) -> Recipe:

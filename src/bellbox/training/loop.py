@@ -30,7 +30,6 @@ from bellbox.nn import quantized_layers, weights_quantized_once
 from bellbox.surgery import prepare, rotated_weights, unprepare
 from bellbox.training import random_state
 from bellbox.training.assemble import (
-    check_quantization,
     load_model_tensors,
     make_model,
     make_recipe,
@@ -38,6 +37,7 @@ from bellbox.training.assemble import (
     pick_device,
 )
 from bellbox.training.average import Average
+from bellbox.training.check import check_trainable
 from bellbox.training.checkpoint import Checkpoint, Checkpoints, State
 from bellbox.training.config import TrainConfig
 from bellbox.training.config_file import differences, load_config, save_config
@@ -107,8 +107,7 @@ class Trainer:
         self.teacher = Teacher(self.config, self.device) if self.config.distill.teacher else None
         random_state.seed_all(self.config.seed)
         self.phases = phases_of(self.config)
-        for later in self.phases[1:]:  # hours may pass before its layers are made
-            check_quantization(self.config, later.quantization)
+        check_trainable(self.config)
         self.phase = self.phases[0]
         self.model = make_model(self.config, self.phase.quantization).to(self.device)
         self.task.start(self.model)

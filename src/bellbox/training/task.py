@@ -7,17 +7,21 @@ names what an image shows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox import data
+from bellbox.data.shards import TokenDataset
 from bellbox.evaluation import perplexity
 from bellbox.training.assemble import resolve
 from bellbox.training.config import TrainConfig
 from bellbox.training.metrics import perplexity_of
+
+if TYPE_CHECKING:
+    from bellbox.data.images import ImageDataset
 
 # Sequences of the validation split whose activation codes are counted.
 _COUNTED_SEQUENCES = 8
@@ -64,6 +68,7 @@ class LanguageTask(Task):
 
     Args:
         config: as the user gave it.
+        dataset: its data, where they are open already.
 
     Raises:
         BellboxError: data that cannot be opened, or a configuration that does not fit it.
@@ -71,8 +76,8 @@ class LanguageTask(Task):
 
     unit = "tokens"
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.dataset = data.open(config.data.source)
+    def __init__(self, config: TrainConfig, dataset: TokenDataset | None = None) -> None:
+        self.dataset = data.open(config.data.source) if dataset is None else dataset
         self.config = config = resolve(config, self.dataset.vocab_size)
         self.checksum = self.dataset.manifest.checksum()
         self.tokenizer = (self.dataset.path / "tokenizer.json").read_text(encoding="utf-8")
@@ -113,8 +118,12 @@ class LanguageTask(Task):
         return {"perplexity": perplexity_of(loss)}
 
 
-def make_task(config: TrainConfig) -> Task:
+def make_task(config: TrainConfig, dataset: TokenDataset | ImageDataset | None = None) -> Task:
     """The task of a configuration; its `config` is the resolved one.
+
+    Args:
+        config: as the user gave it.
+        dataset: its data, where they are open already.
 
     Raises:
         BellboxError: data that cannot be opened, or a configuration that does not fit it.
@@ -122,12 +131,12 @@ def make_task(config: TrainConfig) -> Task:
     if config.task == "vision":
         from bellbox.training.vision import VisionTask
 
-        return VisionTask(config)
-    return LanguageTask(config)
+        return VisionTask(config, cast("ImageDataset | None", dataset))
+    return LanguageTask(config, cast("TokenDataset | None", dataset))
 
 
-def data_checksum(config: TrainConfig) -> str:
-    """Says of two configurations whether their data are equal, wherever they lie.
+def open_data(config: TrainConfig) -> TokenDataset | ImageDataset:
+    """The data of a configuration.
 
     Raises:
         BellboxError: data that cannot be opened.
@@ -135,5 +144,12 @@ def data_checksum(config: TrainConfig) -> str:
     if config.task == "vision":
         from bellbox.data.images import open_images
 
-        return open_images(config.data.source, config.vision.image_size).checksum
-    return data.open(config.data.source).manifest.content_checksum()
+        return open_images(config.data.source, config.vision.image_size)
+    return data.open(config.data.source)
+
+
+def data_checksum(dataset: TokenDataset | ImageDataset) -> str:
+    """Says of two sets of data whether they are equal, wherever they lie."""
+    if isinstance(dataset, TokenDataset):
+        return dataset.manifest.content_checksum()
+    return dataset.checksum

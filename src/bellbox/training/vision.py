@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bellbox.data.images import Augmentation, ImageBatches, open_images
+from bellbox.data.images import Augmentation, ImageBatches, ImageDataset, open_images
 from bellbox.errors import BellboxError
 from bellbox.evaluation.accuracy import accuracy
 from bellbox.models.image import Normalise
@@ -26,6 +26,7 @@ class VisionTask(Task):
 
     Args:
         config: as the user gave it.
+        dataset: its data, where they are open already.
 
     Raises:
         BellboxError: images that cannot be opened, or a configuration that does not fit them.
@@ -33,8 +34,10 @@ class VisionTask(Task):
 
     unit = "images"
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.dataset = open_images(config.data.source, config.vision.image_size)
+    def __init__(self, config: TrainConfig, dataset: ImageDataset | None = None) -> None:
+        self.dataset = (
+            open_images(config.data.source, config.vision.image_size) if dataset is None else dataset
+        )
         self.config = config = resolve_vision(config, self.dataset)
         self.checksum = self.dataset.checksum
         section, there = config.vision, len(self.dataset.valid)

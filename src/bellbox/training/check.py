@@ -1,0 +1,38 @@
+"""Whether a run could begin and change its phases, found out in no time and memory: hours may pass before it does."""
+
+from __future__ import annotations
+
+from bellbox.errors import BellboxError
+from bellbox.opening import kind_of
+from bellbox.training.assemble import check_quantization, pick_device, skeleton
+from bellbox.training.config import TrainConfig
+from bellbox.training.mec import EntropyTerm
+from bellbox.training.optimizer import block_matrices
+from bellbox.training.phases import phases_of
+
+
+def check_trainable(config: TrainConfig) -> None:
+    """Refuse what cannot be trained. Of a teacher only its folder is looked at.
+
+    Args:
+        config: resolved, as `make_task` leaves it.
+
+    Raises:
+        BellboxError: naming the key and the way out.
+    """
+    pick_device(config.device)
+    for phase in phases_of(config):
+        check_quantization(config, phase.quantization)
+    model = skeleton(config)
+    if config.optimizer.kind == "muon" and not block_matrices(model):
+        raise BellboxError(
+            f"optimizer.kind is muon, which is for matrices inside the blocks, and {config.model.preset} has none; "
+            "use adamw"
+        )
+    if config.mec.weight:
+        EntropyTerm(model, config.mec).remove()
+    if config.distill.teacher is not None:
+        try:
+            kind_of(config.distill.teacher)
+        except BellboxError as error:
+            raise BellboxError(f"distill.teacher: {error}") from None

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bellbox.data.images import ImageDataset
+from bellbox.data.images.base import ArraySplit
+from bellbox.errors import BellboxError
+from bellbox.training import TrainConfig, Trainer
+from bellbox.training.assemble import resolve, resolve_vision
+from bellbox.training.check import check_trainable
+from bellbox.training.config_file import config_from_dict
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, None),
+        ({"phases": {"quantized": "optimal"}, "tokens": 10**10}, None),
+        ({"phases": {"quantized": 1e-6}}, "phase 2 (bbq, 2 bits) gets none of the 1000 steps"),
+        ({"phases": {"bits_before": [8]}, "quantization": {"method": "seq"}}, "seq has 2 to 128 levels"),
+        ({"mec": {"weight": 1.0, "layer": "nowhere"}}, "mec.layer: "),
+        ({"distill": {"teacher": "nowhere"}}, "distill.teacher: nowhere: no such folder"),
+        ({"distill": {"teacher": "."}}, "distill.teacher: .: no model here"),
+    ],
+)
+def test_what_cannot_be_trained_is_found_without_training(
+    keys: dict, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolve(config_from_dict({"device": "cpu", **keys}), 300)
+    if message is None:
+        check_trainable(config)
+        return
+    with pytest.raises(BellboxError, match=re.escape(message)) as caught:
+        check_trainable(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_muon_needs_matrices_inside_the_blocks() -> None:
+    split = ArraySplit("", np.zeros(1, np.int64), np.zeros((1, 32, 32, 3), np.uint8))
+    images = ImageDataset("", split, split, ("a", "b"), "")
+    for preset, ok in (("resnet-small", False), ("vit-small", True)):
+        keys = {"task": "vision", "model": {"preset": preset}, "optimizer": {"kind": "muon"}}
+        config = resolve_vision(config_from_dict(keys), images)
+        if ok:
+            check_trainable(config)
+        else:
+            with pytest.raises(
+                BellboxError, match=r"optimizer.kind is muon, .* resnet-small has none; use adamw"
+            ):
+                check_trainable(config)
+
+
+def test_a_trainer_checks_later_phases_first(tiny) -> None:
+    config: TrainConfig = tiny(steps=10)
+    config.phases.bits_before = [8]
+    config.quantization.method = "seq"
+    with pytest.raises(BellboxError, match="seq has 2 to 128 levels"):
+        Trainer(config, show=False)
