@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from bellbox.comparison import Result
+from bellbox.comparison.plan import Wanted
 from bellbox.data.prepare import prepare
 from bellbox.training import TrainConfig
 
@@ -83,5 +85,19 @@ def result() -> Callable[..., Result]:
             "date": "2026-01-02", "version": "1",
         }  # fmt: skip
         return Result(row=row, bits=bits, lr=lr, seed=seed, **{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def finished(result: Callable[..., Result]) -> Callable[..., Result]:
+    """A made-up line of a run of study `small` that a plan wants."""
+
+    def make(run: Wanted, loss: float | None, **changes: Any) -> Result:
+        config = run.config.to_dict()
+        config.pop("folder")
+        made = result(run.cell.row, run.cell.bits, run.lr, run.seed)
+        values = {"study": "small", "config": config, "data": run.data, "loss": loss, **changes}
+        return dataclasses.replace(made, **values)
 
     return make

@@ -71,6 +71,12 @@ def test_a_grid_runs_goes_on_after_a_failing_row_and_then_has_nothing_to_do(
         assert "BBQ" in (out / name).read_text()
     assert list((out / "pictures").glob("small-*.svg"))
 
+    # The grid is kept beside the results, so the tables can be drawn without it.
+    drawn = (out / "tables.md").read_text()
+    assert "No grid is kept" not in drawn
+    main(["compare", str(out), "--tables"])
+    assert (out / "tables.md").read_text() == drawn
+
     before = (out / "results.jsonl").read_bytes()
     outcome = run_grid(load_grid(file), out, show=False)
     assert (outcome.done, outcome.total, outcome.failed, outcome.killed) == (3, 3, 1, 0)

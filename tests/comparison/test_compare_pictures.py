@@ -41,6 +41,25 @@ def test_every_picture_that_the_results_can_fill_is_drawn(result) -> None:
         assert "QuEST" in words or picture.name == "gamma"
 
 
+def test_pictures_say_what_inputs_have_where_only_weights_are_quantized(result) -> None:
+    history = [
+        {"step": s, "tokens": s, "loss": 3.0, "weight_entropy": 1.9, "activation_entropy": None}
+        for s in (1, 2)
+    ]
+    lines = [result("W", bits, history=history) for bits in (2.0, 4.0)]
+    for line in lines:
+        line.config["quantization"] |= {"bits": int(line.bits), "weight_only": "float"}
+    (study,) = summarise(lines)
+    by_bits, entropy = (
+        next(picture for picture in comparison_pictures(study) if picture.name == name)
+        for name in ("perplexity-by-bits", "entropy-by-step")
+    )
+    assert "bits of weights" in words_of(by_bits)
+    assert "bits of weights and inputs" not in words_of(by_bits)
+    assert "inputs in float" in words_of(entropy)
+    assert "bits, inputs" not in words_of(entropy)
+
+
 def seen(result, row: str, bits: float | None, shares: list[float], weight: float = 0.0, **changes):
     made = result(row, bits, feature_spectrum=shares, **changes)
     made.config["mec"]["weight"] = weight

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -54,14 +53,7 @@ def test_identity_ignores_how_a_run_is_watched_and_heeds_what_it_computes() -> N
     assert identity({**config, "seed": 1}, "d") != key
 
 
-def finished(run, loss: float | None, result, **changes):
-    config = run.config.to_dict()
-    config.pop("folder")
-    made = result(run.cell.row, run.cell.bits, run.lr, run.seed)
-    return dataclasses.replace(made, study="small", config=config, data=run.data, loss=loss, **changes)
-
-
-def test_the_rates_come_first_then_the_other_seeds_at_the_best_one(grid, tmp_path: Path, result) -> None:
+def test_the_rates_come_first_then_the_other_seeds_at_the_best_one(grid, tmp_path: Path, finished) -> None:
     file = grid(rows={"a": {}, "b": {"lr": [0.1]}}, bits=[2], seeds=[0, 1, 2], lr=[0.01, 0.02])
     results = Results(tmp_path)
     plan = Plan(load_grid(file), results)
@@ -70,22 +62,22 @@ def test_the_rates_come_first_then_the_other_seeds_at_the_best_one(grid, tmp_pat
     while missing := plan.missing():
         run = missing[0]
         order.append((run.cell.row, run.lr, run.seed))
-        results.add(finished(run, losses[run.lr], result))
+        results.add(finished(run, losses[run.lr]))
     # Row b diverged at its only rate, so its other seeds are not tried.
     assert order == [("a", 0.01, 0), ("a", 0.02, 0), ("b", 0.1, 0), ("a", 0.02, 1), ("a", 0.02, 2)]
     assert [plan.is_hopeless(cell) for cell in plan.grid.cells] == [False, True]
 
 
 def test_a_run_known_from_another_study_is_found_and_a_failed_one_is_not(
-    grid, tmp_path: Path, result
+    grid, tmp_path: Path, finished
 ) -> None:
     results = Results(tmp_path)
     run = Plan(load_grid(grid(rows={"a": {}})), results).missing()[0]
     other = Plan(load_grid(grid("second", rows={"renamed": {}})), results)
-    results.add(finished(run, None, result, error="out of luck"))
+    results.add(finished(run, None, error="out of luck"))
     assert other.elsewhere(other.missing()[0]) is None
     assert results.drop_failed({run.key}) == 1
-    results.add(finished(run, 2.0, result))
+    results.add(finished(run, 2.0))
     found = other.elsewhere(other.missing()[0])
     assert found is not None
     assert found.row == "a"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bellbox.comparison import Results, load_grid, summarise, tables
+from bellbox.comparison.asked import kept
 from bellbox.data.images import ImageDataset
 from bellbox.data.images.base import ArraySplit
 from bellbox.training.assemble import resolve, resolve_vision
@@ -39,7 +40,7 @@ def test_every_grid_can_be_trained(file: Path, images: ImageDataset) -> None:
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
 def test_kept_tables_are_those_of_the_kept_results(folder: Path) -> None:
-    studies = summarise(Results(folder).all)
+    studies = summarise(Results(folder).all, kept(folder))
     assert (folder / "tables.md").read_text(encoding="utf-8") == tables.markdown(studies)
     assert (folder / "tables.csv").read_text(encoding="utf-8") == tables.comma_separated(studies)
 

@@ -68,6 +68,30 @@ def test_inputs_with_bits_of_their_own_are_named(result) -> None:
     ]
 
 
+def test_inputs_beside_weights_that_are_quantized_alone_are_named(result) -> None:
+    made = [result("both"), result("float"), result("int8")]
+    made[1].config["quantization"]["weight_only"] = "float"
+    made[2].config["quantization"]["weight_only"] = "int8"
+    (study,) = summarise(made)
+    assert [line[1] for line in tables.cells(study)] == ["2", "2, inputs float", "2, inputs int8"]
+    assert [summary.activation_bits for summary in study.summaries] == [2.0, None, 8.0]
+
+
+def test_a_rate_that_had_no_rival_is_marked(result) -> None:
+    made = [
+        result("one", lr=1e-3),
+        *(result("three", lr=lr, loss=abs(lr - 2e-3)) for lr in (1e-3, 2e-3, 4e-3)),
+    ]
+    (study,) = summarise(made)
+    assert [line[-2] for line in tables.cells(study)] == ["0.001‡", "0.002"]
+    assert any(note.startswith("‡ The only rate that was tried") for note in tables.notes(study))
+    (tuned,) = summarise(made[1:])
+    assert not any(note.startswith("‡") for note in tables.notes(tuned))
+    assert r"0.001$^\ddagger$" in tables.latex([study])
+    rows = csv.DictReader(io.StringIO(tables.comma_separated([study])))
+    assert [row["rates"] for row in rows] == ["1", "3"]
+
+
 def test_the_table_is_markdown_csv_and_latex(result) -> None:
     studies = summarise(lines(result))
     text = tables.markdown(studies)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from bellbox.cli.output import help_text, write_file
 from bellbox.comparison import Outcome, Results, load_grid, run_grid, summarise, tables
+from bellbox.comparison.asked import kept
 from bellbox.errors import BellboxError, require
 from bellbox.report import comparison_page, comparison_pictures
 
@@ -69,7 +70,7 @@ def _draw(folder: Path) -> None:
     results = Results(folder)
     if not results.all:
         raise BellboxError(f"{results.path}: holds no results yet")
-    studies = summarise(results.all)
+    studies = summarise(results.all, kept(folder))
     write_file(folder / "tables.md", tables.markdown(studies))
     write_file(folder / "tables.csv", tables.comma_separated(studies))
     write_file(folder / "tables.tex", tables.latex(studies))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bellbox.comparison import asked
 from bellbox.comparison.grid import Grid
 from bellbox.comparison.plan import Plan, Wanted
 from bellbox.comparison.process import Process
@@ -75,6 +76,7 @@ def run_grid(
         if retry:
             runner.forget_failures()
         runner.plan.check()
+        asked.keep(folder, runner.plan)
         signals = stack.enter_context(StopSignals())
         stack.enter_context(runner.progress)
         return runner.run(signals)

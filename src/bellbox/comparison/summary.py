@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bellbox.comparison.asked import Asked, definition_of, last_asked
 from bellbox.comparison.plan import best_lr
-from bellbox.comparison.results import Result, is_vision, per_step, settings
+from bellbox.comparison.results import Result, is_vision
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,9 @@ class Summary:
     row: str
     bits: float | None
     activation_bits: float | None
-    """As `bits`, unless the configuration gives inputs bits of their own."""
+    """Of the inputs' codes: as `bits`, unless the configuration says otherwise; None where they have none."""
+    weight_only: str | None
+    """`float` or `int8`: what inputs are, where only weights are quantized by the method."""
     lr: float | None
     """The best one, by the loss on the first seed; None where all failed."""
     tried: dict[float, float | None]
@@ -55,6 +57,11 @@ class Summary:
         """Whether the best rate is the lowest or highest of several tried: a better one may lie beyond."""
         return self.lr is not None and len(self.tried) > 1 and self.lr in (min(self.tried), max(self.tried))
 
+    @property
+    def untuned(self) -> bool:
+        """Whether there was one rate only to choose from."""
+        return self.lr is not None and len(self.tried) == 1
+
 
 @dataclass(frozen=True)
 class Study:
@@ -71,92 +78,98 @@ class Study:
     dates: tuple[str, ...]
     versions: tuple[str, ...]
     left_out: int
-    """Older runs of other data, budget or definition of their row, which do not compare."""
+    """Results of the study that are of no row as it is asked for now."""
+    missing: int | None
+    """Runs that the grid asks for and that are not there yet; None where no grid is kept."""
 
 
-def summarise(results: Iterable[Result]) -> list[Study]:
-    """One `Study` a study name, rows in the order in which they first appear."""
+def summarise(results: Iterable[Result], grids: Mapping[str, Sequence[Asked]] | None = None) -> list[Study]:
+    """One `Study` a study name.
+
+    Args:
+        results: of a folder.
+        grids: study -> what its grid asks for (`bellbox.comparison.asked.kept`), which its rows are then made of.
+            Of a study that is not in it the last results say (`last_asked`).
+    """
     studies: dict[str, list[Result]] = {}
     for result in results:
         studies.setdefault(result.study, []).append(result)
-    return [_study(name, found) for name, found in studies.items()]
+    return [_study(name, found, (grids or {}).get(name)) for name, found in studies.items()]
 
 
-def _study(name: str, everything: list[Result]) -> Study:
-    frame = _frame(everything[-1])
-    cells: dict[tuple[str, float | None], list[Result]] = {}
-    for result in everything:
-        if _frame(result) == frame:
-            cells.setdefault((result.row, result.bits), []).append(result)
-    current = {place: _last_definition(found) for place, found in cells.items()}
-    floors = [found for found in current.values() if _is_full_precision(found[0])]
-    floor = _best_runs(floors[0]) if floors else {}
-    kept = [result for found in current.values() for result in found]
+def _study(name: str, everything: list[Result], grid: Sequence[Asked] | None) -> Study:
+    asked = last_asked(everything) if grid is None else grid
+    rows = [_Row(one, one.runs(everything)) for one in asked]
+    missing = sum(row.missing() for row in rows)
+    rows = [row for row in rows if row.runs]
+    floor = next((row.best for row in rows if _is_full_precision(row.asked.config)), {})
+    used = [result for row in rows for result in row.runs.values()]
     return Study(
         name=name,
-        summaries=tuple(_summary(found, floor) for found in current.values()),
-        metric="accuracy" if is_vision(everything[-1].config) else "perplexity",
-        tokens=max((result.tokens for result in kept), default=0),
-        context=frame[1],
-        machines=tuple(dict.fromkeys(_machine(result) for result in kept)),
-        dates=tuple(sorted({result.date for result in kept})),
-        versions=tuple(dict.fromkeys(result.version for result in kept)),
-        left_out=len(everything) - len(kept),
+        summaries=tuple(_summary(row, floor) for row in rows),
+        metric="accuracy" if is_vision(asked[0].config) else "perplexity",
+        tokens=max((result.tokens for result in used), default=0),
+        context=asked[0].config["data"]["context"],
+        machines=tuple(dict.fromkeys(_machine(result) for result in used)),
+        dates=tuple(sorted({result.date for result in used})),
+        versions=tuple(dict.fromkeys(result.version for result in used)),
+        left_out=len(everything) - len(used),
+        missing=None if grid is None else missing,
     )
 
 
-def _frame(result: Result) -> tuple[str, int, int]:
-    """What runs must share to be compared: the data, the context, the budget."""
-    asked = settings(result.config)
-    return result.data, asked["data"]["context"], (asked["steps"] or 0) * per_step(asked)
+class _Row:
+    """The runs of a row at one bit width, and what follows from them as it does in a `Plan`."""
 
+    def __init__(self, asked: Asked, runs: dict[tuple[float, int], Result]) -> None:
+        self.asked, self.runs = asked, runs
+        self.sweep = {lr: runs[lr, asked.seeds[0]] for lr in asked.lrs if (lr, asked.seeds[0]) in runs}
+        self.lr = best_lr({lr: result.score for lr, result in self.sweep.items()})
+        at_best = {seed: result for (lr, seed), result in runs.items() if lr == self.lr}
+        self.best = {seed: at_best[seed] for seed in asked.seeds if seed in at_best}
 
-def _last_definition(found: list[Result]) -> list[Result]:
-    """The runs that differ from the last one in learning rate and seed only."""
-    definition = _definition(found[-1].config)
-    return [result for result in found if _definition(result.config) == definition]
-
-
-def _definition(config: dict[str, Any]) -> str:
-    rest = settings(config)
-    rest["seed"] = rest["data"]["seed"] = rest["optimizer"]["lr"] = None
-    return json.dumps(rest, sort_keys=True)
+    def missing(self) -> int:
+        """Runs that are still to come: none at other seeds where all rates failed."""
+        rates = len(self.asked.lrs) - len(self.sweep)
+        hopeless = rates == 0 and self.lr is None
+        return rates + (0 if hopeless else len(self.asked.seeds) - max(len(self.best), 1))
 
 
 def apart_from_mec(config: dict[str, Any]) -> str:
     """Equal for configurations that differ in learning rate, seed and entropy term only."""
-    return _definition({**config, "mec": {}})
+    return definition_of({**config, "mec": {}})
 
 
-def _is_full_precision(result: Result) -> bool:
-    section = result.config["quantization"]
+def _is_full_precision(config: dict[str, Any]) -> bool:
+    section = config["quantization"]
     return section["method"] == "none" and section.get("recipe") is None
 
 
-def _first_seed(found: list[Result]) -> dict[float, Result]:
-    return {result.lr: result for result in found if result.seed == found[0].seed}
+def _inputs(asked: Asked) -> tuple[float | None, str | None]:
+    """`Summary.activation_bits` and `Summary.weight_only`."""
+    section = asked.config["quantization"]
+    only, own = section.get("weight_only"), section.get("activation_bits")
+    if asked.bits is None:  # full precision, or a recipe
+        return None, None
+    if only is not None:
+        return (8.0 if only == "int8" else None), only
+    return asked.bits if own is None else float(own), None
 
 
-def _best_runs(found: list[Result]) -> dict[int, Result]:
-    """Seed -> run at the best learning rate."""
-    lr = best_lr({lr: result.score for lr, result in _first_seed(found).items()})
-    return {result.seed: result for result in found if result.lr == lr}
-
-
-def _summary(found: list[Result], floor: dict[int, Result]) -> Summary:
-    sweep = _first_seed(found)
-    runs = _best_runs(found)
-    sound = {seed: result.metric for seed, result in runs.items() if result.metric is not None}
+def _summary(row: _Row, floor: dict[int, Result]) -> Summary:
+    asked = row.asked
+    sound = {seed: result.metric for seed, result in row.best.items() if result.metric is not None}
     floors = {seed: r.metric for seed, r in floor.items() if r.metric is not None and seed in sound}
-    own = found[0].config["quantization"].get("activation_bits")
     ratio = sum(sound[seed] for seed in floors) / sum(floors.values()) if floors else None
-    good = [result for result in runs.values() if result.metric is not None]
+    good = [result for result in row.best.values() if result.metric is not None]
+    activation_bits, weight_only = _inputs(asked)
     return Summary(
-        row=found[0].row,
-        bits=found[0].bits,
-        activation_bits=found[0].bits if own is None or found[0].bits is None else float(own),
-        lr=best_lr({lr: result.score for lr, result in sweep.items()}),
-        tried={lr: sweep[lr].metric for lr in sorted(sweep)},
+        row=asked.row,
+        bits=asked.bits,
+        activation_bits=activation_bits,
+        weight_only=weight_only,
+        lr=row.lr,
+        tried={lr: row.sweep[lr].metric for lr in sorted(row.sweep)},
         values=dict(sorted(sound.items())),
         ratio=ratio,
         weight_entropy=_mean(result.weight_entropy for result in good),
@@ -169,11 +182,11 @@ def _summary(found: list[Result], floor: dict[int, Result]) -> Summary:
         not_packed=good[0].not_packed if good else None,
         errors=tuple(
             f"lr {result.lr:g}, seed {result.seed}: {result.error or 'the loss is not finite'}"
-            for result in found
+            for result in row.runs.values()
             if result.metric is None
         ),
         results=tuple(good),
-        full_precision=_is_full_precision(found[0]),
+        full_precision=_is_full_precision(asked.config),
     )
 
 

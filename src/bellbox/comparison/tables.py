@@ -34,7 +34,8 @@ def title_of(study: Study) -> str:
 
 
 def _lr(summary: Summary) -> str:
-    return _NONE if summary.lr is None else f"{summary.lr:g}" + ("*" if summary.at_edge else "")
+    mark = "*" if summary.at_edge else "‡" if summary.untuned else ""
+    return _NONE if summary.lr is None else f"{summary.lr:g}{mark}"
 
 
 def _size(summary: Summary) -> str:
@@ -44,9 +45,12 @@ def _size(summary: Summary) -> str:
 
 
 def _bits(summary: Summary) -> str:
-    if summary.bits is None or summary.activation_bits in (None, summary.bits):
-        return _NONE if summary.bits is None else bits_text(summary.bits)
-    return f"{bits_text(summary.bits)}, inputs {bits_text(summary.activation_bits)}"
+    if summary.bits is None:
+        return _NONE
+    inputs = summary.weight_only
+    if inputs is None and summary.activation_bits not in (None, summary.bits):
+        inputs = bits_text(summary.activation_bits)
+    return bits_text(summary.bits) + ("" if inputs is None else f", inputs {inputs}")
 
 
 def _columns(study: Study) -> tuple[tuple[str, Callable[[Summary], str]], ...]:
@@ -89,10 +93,15 @@ def notes(study: Study) -> list[str]:
         " first seed."
         " Entropy in bits per code, mean of the layers. Step: the quickest logged stretch of a run."
         f" Block bytes: the blocks' {layers}, packed (bf16 where not quantized).",
-        f"Measured {' and '.join(study.dates)} on {'; '.join(study.machines)}; Bellbox {'; '.join(study.versions)}.",
     ]
+    if study.dates:
+        found.append(
+            f"Measured {' and '.join(study.dates)} on {'; '.join(study.machines)}; Bellbox {'; '.join(study.versions)}."
+        )
     if any(summary.at_edge for summary in study.summaries):
         found.append("* The best rate is at the end of those tried: a better one may lie beyond.")
+    if any(summary.untuned for summary in study.summaries):
+        found.append("‡ The only rate that was tried in this study: not tuned here.")
     reasons = {s.row: s.not_packed for s in study.summaries if s.not_packed is not None}
     if reasons:
         why = "; ".join(f"{row}: {reason}" for row, reason in reasons.items())
@@ -100,10 +109,17 @@ def notes(study: Study) -> list[str]:
     found += [
         f"Failed: {_label(summary)}, {error}" for summary in study.summaries for error in summary.errors
     ]
+    if study.missing is None:
+        found.append(
+            "No grid is kept beside these results: each row is taken as it was defined last, with all its rates and"
+            " seeds."
+        )
+    elif study.missing:
+        found.append(f"Not finished: {study.missing} of the runs that the grid asks for are still to come.")
     if study.left_out:
         found.append(
-            f"{study.left_out} older runs with other data, another budget or another definition of their row"
-            " are left out."
+            f"{study.left_out} older results are left out: other data, another budget, or a row, definition, rate or"
+            " seed that is not asked for any more."
         )
     return found
 
@@ -151,7 +167,7 @@ def comma_separated(studies: list[Study]) -> str:
     writer.writerow(
         ["study", "method", "bits", *metrics, "deviation", "ratio", "weight_entropy",
          "lowest_weight_entropy", "activation_entropy", "step_seconds", "block_bytes", "packable", "lr",
-         "lr_at_edge", "seeds", "tokens", "failed"]
+         "lr_at_edge", "rates", "seeds", "tokens", "failed"]
     )  # fmt: skip
     for study in studies:
         for s in study.summaries:
@@ -159,7 +175,7 @@ def comma_separated(studies: list[Study]) -> str:
             writer.writerow(
                 [study.name, s.row, s.bits, *values, s.deviation, s.ratio, s.weight_entropy,
                  s.lowest_weight_entropy, s.activation_entropy, s.step_seconds, s.block_bytes,
-                 s.not_packed is None, s.lr, s.at_edge, len(s.values), study.tokens, len(s.errors)]
+                 s.not_packed is None, s.lr, s.at_edge, len(s.tried), len(s.values), study.tokens, len(s.errors)]
             )  # fmt: skip
     return buffer.getvalue()
 
@@ -187,6 +203,7 @@ def latex(studies: list[Study]) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "†": r"$^\dagger$",
+    "‡": r"$^\ddagger$",
 }  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def _by_bytes(study: Study) -> Picture | None:
 def _entropy_by_step(study: Study) -> Picture | None:
     known = [s for s in _low_bit(study) if s.bits is not None and s.results]
     known = [s for s in known if len(_points(s, "weight_entropy")) > 1]
-    widths = sorted({(s.bits or 0, s.activation_bits or 0) for s in known})
+    widths = sorted(set(map(_widths, known)))
     if not widths:
         return None
     looks = _looks(study)
@@ -190,13 +190,14 @@ def _entropy_by_step(study: Study) -> Picture | None:
             strict=True,
         ):
             for summary in known:
-                points = _points(summary, field) if (summary.bits, summary.activation_bits) == pair else []
+                points = _points(summary, field) if _widths(summary) == pair else []
                 style = {**looks[summary.row], "markersize": 3.5}
                 if points:
                     axes.plot(*zip(*points, strict=True), label=summary.row, **style)
-            axes.axhline(bits, color=RED, linestyle=(0, (4, 3)), linewidth=1.1)
-            axes.set_title(f"{bits_text(bits)} bits, {what}")
-            axes.set_ylim(top=bits + 0.02 * bits)
+            axes.set_title(f"{bits_text(bits)} bits, {what}" if bits else f"{what} in float")
+            if bits:
+                axes.axhline(bits, color=RED, linestyle=(0, (4, 3)), linewidth=1.1)
+                axes.set_ylim(top=bits + 0.02 * bits)
         token_axis(grid[1, column], "images" if study.metric == "accuracy" else "tokens")
     grid[0, 0].set_ylabel("bits per code")
     grid[1, 0].set_ylabel("bits per code")
@@ -210,6 +211,11 @@ def _entropy_by_step(study: Study) -> Picture | None:
         " seed. The dashed line is the most that a code can carry; a falling line is information lost.",
         to_svg(drawn, "Entropy by step"),
     )
+
+
+def _widths(summary: Summary) -> tuple[float, float]:
+    """Bits of the codes of weights and of inputs; 0 where there are none."""
+    return summary.bits or 0, summary.activation_bits or 0
 
 
 def _points(summary: Summary, field: str) -> list[tuple[float, float]]:
