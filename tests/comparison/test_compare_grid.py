@@ -122,6 +122,13 @@ def test_rows_of_unequal_budget_or_context_are_refused(grid, row: dict, message:
         load_grid(grid(rows={"a": {}, "b": row}))
 
 
+def test_rows_that_are_validated_on_other_images_are_refused(grid) -> None:
+    vision = {"task": "vision", "model": {"preset": "resnet-small"}}
+    rows = {"a": {}, "b": {"vision": {"valid_images": 5}}}
+    with pytest.raises(BellboxError, match=r"row 'b' has a vision.valid_images of 5, row 'a' of None"):
+        load_grid(grid(rows=rows, over=vision))
+
+
 def test_what_is_rounded_up_to_whole_steps_is_no_other_budget(grid) -> None:
     rows = {"a": {}, "b": {"batch": {"tokens": 128}}}
     found = load_grid(grid(rows=rows, over={"steps": None, "tokens": 200}))

@@ -16,7 +16,7 @@ A row holds any keys of a training configuration, laid over `base`; its own `lr`
 grid's. Rows that fix their levels themselves (full precision, `bits` or `levels` of the quantization, a whole
 `recipe`) ignore the grid's `bits`; where nobody says any, those of `base` count. A seed decides the initial weights and
 the order of the text, alike for every row. All rows must ask for the same budget and context: where batches differ, say
-`tokens`, not `steps`.
+`tokens`, not `steps`. The first row in full precision is the one that the others are compared with.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _refuse_unheard_bits(
 
 
 def _refuse_unequal(file: Path, cells: list[Cell]) -> None:
-    """Rows of another task, budget or context do not compare."""
+    """Rows of another task, budget, context or validation do not compare."""
     configs = [cell.config(cell.lrs[0], cell.seeds[0]).to_dict() for cell in cells]
     first = frame(configs[0])
     for cell, config in zip(cells, configs, strict=True):

@@ -96,16 +96,18 @@ def per_step(config: dict[str, Any]) -> int:
     return config["vision"]["batch"] if is_vision(config) else config["batch"]["tokens"]
 
 
-FRAME = ("task", "context", "budget")
+FRAME = ("task", "context", "budget", "vision.valid_images")
 
 
-def frame(config: dict[str, Any]) -> tuple[str, int, int]:
-    """What runs over the same data must share to be compared: task, tokens of context (0 of a vision task), and the
-    tokens or images that are asked for, before they are rounded up to whole steps."""
-    vision = is_vision(config)
+def frame(config: dict[str, Any]) -> tuple[str, int | None, int, int | None]:
+    """What runs over the same data must share to be compared: task, tokens of context, the tokens or images that are
+    asked for (before they are rounded up to whole steps), and what they are validated on. None where it is not the
+    task's."""
     steps = DEFAULT_STEPS if config["steps"] is None else config["steps"]
     budget = steps * per_step(config) if config["tokens"] is None else config["tokens"]
-    return "vision" if vision else "language", 0 if vision else config["data"]["context"], budget
+    if is_vision(config):
+        return "vision", None, budget, config["vision"]["valid_images"]
+    return "language", config["data"]["context"], budget, None
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
