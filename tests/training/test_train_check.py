@@ -50,7 +50,7 @@ def test_muon_needs_matrices_inside_the_blocks() -> None:
             check_trainable(config)
         else:
             with pytest.raises(
-                BellboxError, match=r"optimizer.kind is muon, .* resnet-small has none; use adamw"
+                BellboxError, match=r"optimizer.kind is muon, .* the model has none; use adamw"
             ):
                 check_trainable(config)
 

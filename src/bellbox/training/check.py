@@ -7,7 +7,7 @@ from bellbox.opening import kind_of
 from bellbox.training.assemble import check_quantization, pick_device, skeleton
 from bellbox.training.config import TrainConfig
 from bellbox.training.mec import EntropyTerm
-from bellbox.training.optimizer import block_matrices
+from bellbox.training.optimizer import block_matrices, require_matrices
 from bellbox.training.phases import phases_of
 
 
@@ -24,11 +24,8 @@ def check_trainable(config: TrainConfig) -> None:
     for phase in phases_of(config):
         check_quantization(config, phase.quantization)
     model = skeleton(config)
-    if config.optimizer.kind == "muon" and not block_matrices(model):
-        raise BellboxError(
-            f"optimizer.kind is muon, which is for matrices inside the blocks, and {config.model.preset} has none; "
-            "use adamw"
-        )
+    if config.optimizer.kind == "muon":
+        require_matrices(block_matrices(model))
     if config.mec.weight:
         EntropyTerm(model, config.mec).remove()
     if config.distill.teacher is not None:

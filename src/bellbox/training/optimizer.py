@@ -9,7 +9,7 @@ LSQ).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,11 +81,7 @@ class ModelOptimizer:
         self.parts: list[torch.optim.Optimizer] = []
         if section.kind == "muon":
             matrices, groups = _split(groups, block_matrices(model))
-            if not matrices:
-                raise BellboxError(
-                    "optimizer.kind is muon, which trains the matrices of linear layers, and the model has none "
-                    "but its head; use adamw"
-                )
+            require_matrices(matrices)
             # Scaled so that Muon takes AdamW's learning rate and decay (arXiv 2502.16982).
             self.parts.append(
                 torch.optim.Muon(
@@ -182,6 +178,19 @@ class ModelOptimizer:
                 owners[parameter].state[parameter][key] = copy
             elif self.cewt is not None:
                 self.cewt.norms[parameter] = copy
+
+
+def require_matrices(found: Sequence[object]) -> None:
+    """Refuse Muon where there is nothing for it.
+
+    Raises:
+        BellboxError: no matrix was found.
+    """
+    if not found:
+        raise BellboxError(
+            "optimizer.kind is muon, which trains the matrices of linear layers inside the blocks, and the model has "
+            "none; use adamw"
+        )
 
 
 def block_matrices(model: nn.Module) -> list[Tensor]:
