@@ -89,6 +89,8 @@ def generate(
         cache = model.new_cache(batch, prompt + max_new_tokens)  # pyright: ignore[reportCallIssue]
     except BellboxError as error:
         raise BellboxError(f"a prompt of {prompt} and {max_new_tokens} new tokens: {error}") from error
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise BellboxError(f"seed is {seed}; it must be a number of 64 bits")
     device = next((parameter.device for parameter in model.parameters()), input_ids.device)
     generator = torch.Generator(device)
     if seed is None:

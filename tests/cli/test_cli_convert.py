@@ -93,6 +93,8 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(
     assert "convert takes a run folder" in refused("convert", packed, "--out", out)
     assert "convert takes a run folder" in refused("convert", hf, "--out", out)
     assert "--no-check" in refused("convert", run, "--out", out, "--data", tmp_path / "missing")
+    unused = refused("convert", run, "--out", out, "--no-check", "--data", tmp_path)
+    assert "--data does not apply to --no-check" in unused
     assert not out.exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def test_new_tokens_fill_the_context_where_no_number_is_given(hf: Path) -> None:
     assert len(stream.new_ids) > 30
 
 
+def test_a_tokenizer_that_cuts_or_pads_does_neither_to_the_prompt(hf: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    shutil.copytree(hf, tmp_path / "hf")
+    path = str(tmp_path / "hf" / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=12)
+    tokenizer.save(path)
+    for prompt in ("He was", "He was not there when they came back to the house"):
+        expected = continue_text(open_model(hf), prompt, max_new_tokens=1).prompt_ids
+        assert continue_text(open_model(tmp_path / "hf"), prompt, max_new_tokens=1).prompt_ids == expected
+
+
 def test_what_cannot_be_generated_is_refused(
     packed: Path, tensor_run: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -82,6 +97,9 @@ def test_what_cannot_be_generated_is_refused(
         ("top_p is 2", [packed, "--prompt", "x", "--top-p", "2"]),
         ("it must be exactly one", [packed, "--prompt", "x", "--stop", "several words"]),
         ("only a run has checkpoints", [packed, "--prompt", "x", "--checkpoint", "best"]),
+        ("seed is 18446744073709551616", [packed, "--prompt", "x", "--seed", 2**64]),
+        ("is not text in UTF-8", [packed, "--prompt", "\udcff"]),
+        ("File name too long", ["x" * 300, "--prompt", "x"]),
     ):
         assert message in refused("generate", *arguments)
 

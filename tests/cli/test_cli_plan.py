@@ -10,12 +10,14 @@ def test_a_budget_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "3,000,000,000 tokens, 95,000,000 parameters of 2 bits: 126.3 tokens a byte" in output
     assert "then quantized:       24.9%" in output
-    assert "--phases.quantized 0.249" in output
+    assert "bellbox train --quantization.bits 2 --tokens 3000000000 --phases.quantized 0.249" in output
 
 
 def test_the_parameters_of_a_preset_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "--preset", "95M", "--tokens", "3e9"])
-    assert "71,442,560 parameters" in capsys.readouterr().out
+    main(["plan", "--preset", "95M", "--tokens", "3e9", "--bits", "1.585"])
+    output = capsys.readouterr().out
+    assert "71,442,560 parameters" in output
+    assert "bellbox train --model.preset 95M --quantization.levels 3 --tokens 3000000000 " in output
 
 
 @pytest.mark.parametrize(

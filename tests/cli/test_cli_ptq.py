@@ -62,6 +62,12 @@ def test_what_cannot_be_fitted_is_refused_in_one_line(refused, tmp_path, hf, tex
         "1",
     ]
     assert says in refused(*arguments, "--method", "billm", *flags)
+    assert "--power does not apply to --method billm" in refused(
+        *arguments, "--method", "billm", "--power", "1"
+    )
+    assert "--damping does not apply to --method rtn" in refused(
+        *arguments, "--method", "rtn", "--damping", "1"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -69,9 +69,14 @@ def test_lost_data_costs_only_the_unigram_line(run: Path, tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_reported_is_refused(
-    run: Path, packed: Path, hf: Path, tmp_path: Path, refused: Callable[..., str]
+    run: Path, tensor_run: Path, packed: Path, hf: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     for message, arguments in (
+        (
+            "was not packed from this checkpoint",
+            [tensor_run, "--packed", packed, "--out", tmp_path / "r.html"],
+        ),
+        ("was not packed", [run, "--checkpoint", "20", "--packed", packed, "--out", tmp_path / "r.html"]),
         ("report takes a run folder", [packed]),
         ("report takes a run folder", [hf]),
         ("no such BBQ layer", [run, "--layer", "lm_head", "--out", tmp_path / "r.html"]),

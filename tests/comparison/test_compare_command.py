@@ -144,6 +144,7 @@ def test_what_cannot_be_compared_is_refused_in_a_line(
         ([tmp_path, "--out", tmp_path / "o"], "is a folder; to draw its tables anew, add --tables"),
         ([tmp_path, "--tables"], "holds no results yet"),
         ([file, "--tables"], "--tables takes the folder"),
+        ([tmp_path, "--tables", "--retry"], "--retry does not apply to --tables"),
         ([tmp_path / "none.yaml", "--out", tmp_path / "o"], "cannot read"),
         ([file, "--out", tmp_path / "o", "--jobs", 0], "jobs is 0"),
     ):

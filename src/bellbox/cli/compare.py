@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from bellbox.cli.output import help_text, write_file
+from bellbox.cli.output import help_text, refuse_flags, write_file
 from bellbox.comparison import Outcome, Results, load_grid, run_grid, summarise, tables
 from bellbox.comparison.asked import kept
 from bellbox.errors import BellboxError, require
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
             raise BellboxError(
                 "--tables takes the folder of an earlier comparison and no --out: compare FOLDER --tables"
             )
+        refuse_flags(command, ("jobs", "keep_runs", "retry"), "--tables")
         _draw(command.grid)
         return
     if command.grid.is_dir():

@@ -18,7 +18,7 @@ from torch import nn
 
 from bellbox import io
 from bellbox.cli.eval import first_sequences
-from bellbox.cli.output import help_text
+from bellbox.cli.output import help_text, refuse_flags
 from bellbox.data.images.batches import chosen
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation.codes import Agreement, agreement
@@ -66,6 +66,8 @@ def main(argv: list[str]) -> None:
         SystemExit: 1 where the packed model is not the trained one.
     """
     command = tyro.cli(Convert, args=argv, prog="bellbox convert", description=help_text(__doc__))
+    if not command.check:
+        refuse_flags(command, ("data",), "--no-check")
     opened = open_model(command.run, command.checkpoint)
     if opened.run is None:
         raise BellboxError(f"{opened.path}: is a {opened.kind} model; convert takes a run folder")

@@ -104,6 +104,12 @@ def continue_text(
         )
     tokenizer = opened.load_tokenizer()
     backend: Any = require("tokenizers", "cli").Tokenizer.from_str(tokenizer.text)
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise BellboxError(f"the prompt {prompt!r} is not text in UTF-8") from None
     if max_new_tokens is None:
         longest: int = opened.model.config.max_position_embeddings  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
         prompt_tokens = len(backend.encode(prompt).ids)

@@ -63,3 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(141) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"bellbox: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None

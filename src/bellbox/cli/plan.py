@@ -6,6 +6,7 @@ bellbox plan --preset 300M --tokens 20e9 --bits 4
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,19 @@ def main(argv: list[str]) -> None:
             parameters = sum(parameter.numel() for parameter in build(preset(plan.preset)).parameters())
     tokens = round(plan.tokens)
     fraction = quantized_fraction(tokens, parameters, plan.bits)
+    shape = "" if plan.preset is None else f" --model.preset {plan.preset}"
     print(
         f"{tokens:,} tokens, {parameters:,} parameters of {plan.bits:.4g} bits: "
         f"{tokens_per_byte(tokens, parameters, plan.bits):.4g} tokens a byte\n"
         f"full precision first: {1 - fraction:.1%} ({round((1 - fraction) * tokens):,} tokens)\n"
         f"then quantized:       {fraction:.1%} ({round(fraction * tokens):,} tokens), give or take 9 points\n"
-        f"bellbox train --tokens {tokens} --phases.quantized {fraction:.3f}"
+        f"bellbox train{shape}{_levels_flag(plan.bits)} --tokens {tokens} --phases.quantized {fraction:.3f}"
     )
+
+
+def _levels_flag(bits: float) -> str:
+    """The flag of `bellbox train` for so many bits; none for what is no whole number of levels."""
+    levels = round(2**bits)
+    if bits == int(bits):
+        return f" --quantization.bits {int(bits)}" if 1 <= bits <= 8 else ""
+    return f" --quantization.levels {levels}" if abs(math.log2(levels) - bits) < 0.01 else ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bellbox.cli.output import help_text
+from bellbox.cli.output import help_text, refuse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.process import peak_memory
 from bellbox.ptq import Job, Settings, binarize_folder, load, stored_size
@@ -63,6 +63,10 @@ def main(argv: list[str]) -> None:
     for name, value in (("samples", command.samples), ("context", command.context), ("batch", command.batch)):
         if value < 1:
             raise BellboxError(f"--{name} is {value}, must be at least 1")
+    if command.method == "rtn":
+        refuse_flags(command, ("power", "exponent", "damping"), "--method rtn")
+    if command.method == "billm":
+        refuse_flags(command, ("power", "exponent"), "--method billm")
     settings = Settings(
         method=command.method,
         variant=command.variant,

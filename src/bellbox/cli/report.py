@@ -23,7 +23,7 @@ from bellbox.errors import BellboxError, require
 from bellbox.evaluation import unigram
 from bellbox.evaluation.codes import Agreement
 from bellbox.kernels.encode import normaliser, rotate_normalise, row_sigma
-from bellbox.nn import QuantizedLayer, quantized_layers
+from bellbox.nn import PackedLinear, QuantizedLayer, quantized_layers
 from bellbox.opening import OpenedModel, open_model
 from bellbox.quantizers.bbq import BBQ
 from bellbox.report import (
@@ -80,7 +80,9 @@ def main(argv: list[str]) -> None:
         )
     out = opened.path / "report.html" if command.out is None else command.out
     require_writable(out)
-    packed = None if command.packed is None else _open_packed(command.packed)
+    if opened.is_vision:
+        refuse_flags(command, ("prompt", "seed"), "a vision model")
+    packed = None if command.packed is None else _open_packed(command.packed, opened)
     sample = write_sample(packed or opened, command.prompt, command.seed)
     page = collect(opened, packed=packed, layer=command.layer, sample=sample)
     write_file(out, render(page))
@@ -95,10 +97,21 @@ def _write_binarized(folder: Path, out: Path | None) -> None:
     print(f"report written to {out} ({out.stat().st_size / 1024:,.0f} KiB)")
 
 
-def _open_packed(folder: Path) -> OpenedModel:
+def _open_packed(folder: Path, run: OpenedModel) -> OpenedModel:
     packed = open_model(folder)
     if packed.kind != "packed":
         raise BellboxError(f"{folder}: is no packed model; make one with bellbox convert")
+    trained = dict(quantized_layers(run.model))
+    modules = {
+        name: module for name, module in packed.model.named_modules() if isinstance(module, PackedLinear)
+    }
+    if trained.keys() != modules.keys() or not all(
+        torch.equal(trained[name].weight_codes().flatten(), module.weight_codes().flatten())
+        for name, module in modules.items()
+    ):
+        raise BellboxError(
+            f"{folder}: was not packed from this checkpoint of {run.path}; pack it with bellbox convert"
+        )
     return packed
 
 

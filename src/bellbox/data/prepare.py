@@ -143,7 +143,9 @@ def prepare(
     if tokenizer is None:
         reporter.start("tokenizer", train_sources)
         texts = (piece.text for split, piece in from_inputs() if split == "train")
-        tokenizer = Tokenizer.train(_at_most(texts, TOKENIZER_SAMPLE_CHARS), vocab_size or DEFAULT_VOCAB)
+        tokenizer = Tokenizer.train(
+            _at_most(texts, TOKENIZER_SAMPLE_CHARS), DEFAULT_VOCAB if vocab_size is None else vocab_size
+        )
 
     reporter.start("encode", everything)
     names = [source.name for source in everything]
