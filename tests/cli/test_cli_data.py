@@ -91,6 +91,7 @@ def test_a_users_error_is_one_line_and_exit_code_2(
         (["prepare", tmp_path / "none", "--out", out], "none: no such file or folder"),
         (["prepare", "--out", out], "no input; name files, folders or hf:NAME"),
         (["prepare", book, "--out", out, "--tokenizer", book, "--vocab-size", 300], "drop it"),
+        (["prepare", book, "--out", out, "--vocab-size", 0], "vocabulary of 0: needs at least 257"),
         (["info", out], "no such folder; make one with: bellbox data prepare"),
         (["info", tmp_path], "no manifest.json in it"),
     ]:

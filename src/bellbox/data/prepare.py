@@ -15,7 +15,7 @@ import numpy as np
 
 from bellbox.data import shards, sources
 from bellbox.data.sources import Piece, Source
-from bellbox.data.tokenizer import FILE_NAME, Tokenizer
+from bellbox.data.tokenizer import FILE_NAME, Tokenizer, check_vocab_size
 from bellbox.errors import BellboxError
 from bellbox.files import new_folder
 
@@ -103,6 +103,7 @@ def prepare(
         raise BellboxError(
             "a tokenizer and a vocabulary size were given; the size is the tokenizer's own: drop it"
         )
+    check_vocab_size(DEFAULT_VOCAB if vocab_size is None else vocab_size)
     if valid and valid_fraction is not None:
         raise BellboxError("validation files and a validation fraction were given; drop one of them")
     if shard_tokens < 1:

@@ -25,6 +25,16 @@ _SMALLEST = 256 + 1  # every byte and the end of text
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 
+def check_vocab_size(size: int) -> None:
+    """Refuse a vocabulary that has no room for every byte and the end of a text.
+
+    Raises:
+        BellboxError: such a size.
+    """
+    if size < _SMALLEST:
+        raise BellboxError(f"vocabulary of {size}: needs at least {_SMALLEST} (256 bytes and {END_OF_TEXT})")
+
+
 class Tokenizer:
     """Text to token ids and back.
 
@@ -67,10 +77,7 @@ class Tokenizer:
         Raises:
             BellboxError: for a size under 257, or no text.
         """
-        if vocab_size < _SMALLEST:
-            raise BellboxError(
-                f"vocabulary of {vocab_size}: needs at least {_SMALLEST} (256 bytes and {END_OF_TEXT})"
-            )
+        check_vocab_size(vocab_size)
         tokenizers = require("tokenizers", "cli")
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
