@@ -121,6 +121,19 @@ def test_tokens_without_definite_bytes_are_refused() -> None:
         token_bytes(json.dumps(spec))
 
 
+def test_a_special_token_need_not_be_spelled_in_the_alphabet_of_bytes() -> None:
+    spec = json.loads(TRAINED.text)
+    number = len(spec["model"]["vocab"])
+    spec["model"]["vocab"]["<東User東>"] = number
+    like = spec["added_tokens"][0]
+    spec["added_tokens"].append({**like, "id": number, "content": "<東User東>"})
+    spec["added_tokens"].append({**like, "id": number + 1, "content": "東", "special": False})
+    found = Tokenizer(json.dumps(spec))
+    assert found.token_bytes() == [*TRAINED.token_bytes(), b"", "東".encode()]
+    ids = found.encode("東 rings")
+    assert b"".join(found.token_bytes()[one] for one in ids) == "東 rings".encode()
+
+
 @needs_shared
 @pytest.mark.parametrize("name", ["models/stories260K_hf", "tokenizers/mistral_v1_tokenizer.model"])
 def test_a_sentencepiece_model_tokenizes_as_sentencepiece_does(name: str) -> None:

@@ -194,6 +194,9 @@ def token_bytes(text: str) -> list[bytes]:
         if isinstance(vocab, dict)
         else {number: entry[0] for number, entry in enumerate(vocab)}
     )
+    added = spec.get("added_tokens") or []
+    for token in added:  # their names are spelled out, in characters that no alphabet of bytes need have
+        names.pop(token["id"], None)
     parts = " ".join(_part_types(spec.get("pre_tokenizer")) + _part_types(spec.get("decoder")))
     if "ByteLevel" in parts:
         alphabet = _byte_alphabet()
@@ -204,7 +207,7 @@ def token_bytes(text: str) -> list[bytes]:
         raise BellboxError(
             "the tokenizer is neither byte-level nor of sentencepiece's kind: bytes of its tokens unknown"
         )
-    for token in spec.get("added_tokens") or []:
+    for token in added:
         table[token["id"]] = b"" if token["special"] else token["content"].encode()
     return [table.get(number, b"") for number in range(max(table) + 1)]
 
