@@ -173,7 +173,8 @@ def open_data_for(opened: OpenedModel, source: str | None) -> tuple[TokenDataset
         The dataset, and a line about what could not be checked (None where all was).
 
     Raises:
-        BellboxError: no such dataset, or it was made with another tokenizer than the model's.
+        BellboxError: no such dataset, it was made with another tokenizer than the model's, or a token occurs that
+            the model does not know.
     """
     from bellbox import data
 
@@ -182,21 +183,22 @@ def open_data_for(opened: OpenedModel, source: str | None) -> tuple[TokenDataset
     if source is None:
         source = "classics" if opened.run is None else opened.run.config.data.source
     dataset = data.open(source)
+    remark = None
     if opened.tokenizer is None:
-        vocabulary: int = opened.model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
-        if dataset.vocab_size > vocabulary:
-            raise BellboxError(
-                f"data '{source}' has tokens up to {dataset.vocab_size - 1}, {opened.path} knows "
-                f"{vocabulary}; name data that was prepared with the model's tokenizer"
-            )
-        return dataset, f"{opened.path} holds no tokenizer: it could not be compared with the data's"
-    own, other = opened.load_tokenizer().sha256, dataset.manifest.tokenizer_sha256
-    if own != other:
+        remark = f"{opened.path} holds no tokenizer: it could not be compared with the data's"
+    elif (own := opened.load_tokenizer().sha256) != (other := dataset.manifest.tokenizer_sha256):
         raise BellboxError(
             f"data '{source}' was made with another tokenizer (sha256 {other[:12]}) than {opened.path} (sha256 "
             f"{own[:12]}); prepare it again with --tokenizer {opened.tokenizer}"
         )
-    return dataset, None
+    vocabulary: int = opened.model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
+    # A tokenizer may have entries beyond the model's, as long as no text needs them.
+    if dataset.vocab_size > vocabulary and (largest := dataset.largest_id()) >= vocabulary:
+        raise BellboxError(
+            f"data '{source}' has tokens up to {largest}, {opened.path} knows {vocabulary}, from 0 to "
+            f"{vocabulary - 1}; name data that was prepared with the tokenizer that the model was trained with"
+        )
+    return dataset, remark
 
 
 def open_images_for(opened: OpenedModel, source: str | None, size: int | None = None) -> ImageDataset:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from bellbox.data.prepare import prepare
 from bellbox.errors import BellboxError
 from bellbox.opening import open_data_for, open_model
 
@@ -71,3 +74,22 @@ def test_a_model_without_tokenizer_is_checked_by_its_vocabulary(
         open_data_for(opened, "classics")
     with pytest.raises(BellboxError, match="no tokenizer lies with the model"):
         opened.load_tokenizer()
+
+
+def test_a_tokenizer_may_have_entries_that_the_model_lacks_until_one_occurs(
+    hf: Path, tokens: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    spec = json.loads((tokens / "tokenizer.json").read_text())
+    for number in (320, 321):
+        extra = {**spec["added_tokens"][0], "id": number, "content": f"word{number}", "special": False}
+        spec["added_tokens"].append(extra)
+    wider = shutil.copytree(hf, tmp_path / "wider")
+    (wider / "tokenizer.json").write_text(json.dumps(spec))
+    for name, text in (("without", "some text " * 50), ("with", "some text word321 " * 50)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        prepare([tmp_path / f"{name}.txt"], tmp_path / name, tokenizer=wider, valid_fraction=0.2)
+    dataset, remark = open_data_for(open_model(wider), str(tmp_path / "without"))
+    assert (dataset.vocab_size, dataset.largest_id() < 320, remark) == (322, True, None)
+    message = refused("eval", wider, "--data", tmp_path / "with")
+    assert "has tokens up to 321" in message
+    assert "knows 320, from 0 to 319" in message

@@ -281,6 +281,11 @@ class TokenDataset:
             raise BellboxError(f"{self.path}: no split '{name}'; there are: {', '.join(self.splits)}")
         return self.splits[name]
 
+    def largest_id(self) -> int:
+        """The largest token id that occurs, -1 where nothing does; reads all shards once."""
+        shards = (shard for split in self.splits.values() for shard in split._shards if len(shard))
+        return max((int(shard.max()) for shard in shards), default=-1)
+
     @property
     def train(self) -> TokenSplit:
         """The split `train`."""
