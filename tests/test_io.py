@@ -206,6 +206,31 @@ def test_a_single_layer_tied_layers_and_shared_memory(tmp_path):
     assert loaded.part.tolist() == [0, 1, 2, 3]
 
 
+class Tied(nn.Module):
+    """A packed layer whose weight is that of two tables, which come after it; used under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(32, 64, bias=False)
+        self.again = self.proj
+        self.emb, self.twin = nn.Embedding(64, 32), nn.Embedding(64, 32)
+        self.proj.weight = self.emb.weight = self.twin.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.proj(self.emb(ids)) + self.again(self.twin(ids))
+
+
+def test_a_packed_layer_may_be_the_first_of_tied_weights(tmp_path):
+    model = bb.prepare(Tied(), bb.Recipe.bbq(2))
+    model(IDS)
+    packed = bb.convert(model)
+    bb.save(packed, tmp_path / "tied")
+    loaded = bb.load(tmp_path / "tied", into=Tied())
+    assert loaded.emb.weight is loaded.twin.weight
+    assert loaded.again is loaded.proj
+    assert torch.equal(loaded(IDS), packed(IDS))
+
+
 def test_into_a_prepared_or_packed_module(original):
     expected = packed_llama()(IDS)
     config = LlamaConfig(13, 16, 24, 1, 2, 1, max_position_embeddings=8)
@@ -252,6 +277,18 @@ def test_a_module_that_does_not_fit_is_left_unchanged(original):
         bb.load(original, into=nowhere)
 
 
+class StateOfItsOwn(nn.Module):
+    def __init__(self, state: object) -> None:
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+    def set_extra_state(self, state: object) -> None:
+        self.state = state
+
+
 def test_what_cannot_be_saved(tmp_path):
     model = bb.prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), bb.Recipe.bbq(2))
     with pytest.raises(BellboxError, match="convert"):
@@ -262,6 +299,11 @@ def test_what_cannot_be_saved(tmp_path):
         bb.save(mixed, tmp_path / "m")
     with pytest.raises(BellboxError, match=r"nothing\.json"):
         bb.save(bb.convert(model), tmp_path / "m", tokenizer=tmp_path / "nothing.json")
+    for state in ({"calls": 3}, torch.ones(2)):
+        packed = bb.convert(model)
+        packed.add_module("own", StateOfItsOwn(state))
+        with pytest.raises(BellboxError, match="module 'own' has state of its own making"):
+            bb.save(packed, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -258,12 +258,13 @@ def _check_tensors(
     replaced: Mapping[str, PackedLinear | Compact],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    inside = tuple(f"{name}." if name else "" for name in replaced)
+    places = dict(model.named_modules(remove_duplicate=False))
+    gone = {id(places[name]) for name in replaced}
+    inside = tuple(f"{name}." if name else "" for name, module in places.items() if id(module) in gone)
     # What is not packed may be stored in another precision than the model has, but not as another kind of number.
     expected: dict[str, tuple[torch.Size, torch.dtype | None]] = {
         name: (value.shape, None if value.is_floating_point() else value.dtype)
-        for name, value in unique_tensors(model).items()
-        if not name.startswith(inside)
+        for name, value in unique_tensors(model, leave_out=inside).items()
     }
     seen: set[int] = set()
     for name, layer in replaced.items():

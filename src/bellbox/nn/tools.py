@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.entropy import code_counts
+from bellbox.errors import BellboxError
 from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer
 
 
@@ -74,8 +75,24 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
             yield name, module
 
 
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each tensor once; what is tied goes under the first of its names."""
+def unique_tensors(model: nn.Module, leave_out: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The state dict with each tensor once; what is tied goes under the first of its names.
+
+    Args:
+        model: any.
+        leave_out: beginnings of names that do not count, not even as the first of a tied tensor's.
+
+    Raises:
+        BellboxError: a module with a state that is no parameter or buffer.
+    """
     first: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if first.setdefault(id(value), name) == name}
+    found: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "_extra_state" or not isinstance(value, Tensor):
+            raise BellboxError(
+                f"module {module!r} has state of its own making ({leaf}), which cannot be stored; keep it in buffers"
+            )
+        if not name.startswith(leave_out) and first.setdefault(id(value), name) == name:
+            found[name] = value
+    return found
