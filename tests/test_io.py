@@ -635,6 +635,7 @@ def layer_of(config: dict[str, Any], name: str = "model.layers.0.self_attn.q_pro
         (lambda c: c["model"].update(hidden_size=32), "hidden|32|16"),
         (lambda c: c["model"].update(num_hidden_layers=0), "num_hidden_layers"),
         (lambda c: c["model"].update(architecture="mamba"), "mamba"),
+        (lambda c: c["model"].update(head_dim=8192, max_position_embeddings=2**20), "times head_dim 8192 is"),
         (lambda c: c["model"].update(surprise=1), "surprise"),
         (lambda c: c.update(model=None), "into="),
         (lambda c: c.update(surprise=1), "surprise"),

@@ -68,6 +68,7 @@ def test_overrides_replace_fields_and_derived_sizes_follow():
         ({"architecture": "llama", "hidden_size": None}, "hidden_size is None"),
         ({"architecture": "llama", "rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"architecture": "llama", "rope_theta": 0}, "rope_theta"),
+        ({"architecture": "llama", "head_dim": 256, "max_position_embeddings": 2**20}, "rotary positions"),
         ({"architecture": "gpt", "tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
         ({"architecture": "gpt", "rope_theta": 1.0}, "'rope_theta'"),
     ],

@@ -259,6 +259,7 @@ def change_config(folder: Path, **fields) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; .* from 1 to 1024"),
         ({"max_position_embeddings": 10**15}, "max_position_embeddings"),
+        ({"max_position_embeddings": 2**20, "head_dim": 8192}, "times head_dim 8192 is above 134217728"),
         ({"num_attention_heads": 3}, "num_attention_heads 3"),
         ({"vocab_size": 68}, r"lm_head.weight' has shape \[67, 32\], but config.json asks for \[68, 32\]"),
         ({"num_hidden_layers": 2}, r"no tensor 'model\.layers\.1\..*\(9 missing in all\)"),

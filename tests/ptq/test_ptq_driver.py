@@ -280,6 +280,7 @@ def test_an_earlier_model_is_replaced_and_anything_else_is_not(places, tmp_path)
         (lambda root: edit(root, version=2), "version 2"),
         (lambda root: edit(root, keep=True, model={}), "damaged, its checksum"),
         (lambda root: edit(root, model={"architecture": "llama", "hidden_size": -1}), "hidden_size is -1"),
+        (lambda root: edit(root, model={"head_dim": 2**24}), "largest table of rotary positions"),
         (lambda root: edit(root, quantization={"method": "magic"}), "field 'quantization.method'"),
         (lambda root: retype(root, "scales", torch.float32), r"q_proj\.scales' is torch.float32"),
         (lambda root: retype(root, "scales", None), r"scales' is missing"),

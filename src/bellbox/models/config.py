@@ -37,6 +37,8 @@ _MOST = {
     "num_hidden_layers": 1024, "max_position_embeddings": 2**20, "num_channels": 256, "image_size": 4096,
     "patch_size": 256, "width": 8192, "stages": 8, "blocks": 256, "stem_stride": 8,
 }  # fmt: skip
+# cos and sin of every position, half a head wide each, stand in memory and in no file: half a GiB at this product.
+_MOST_ROTARY = 2**27
 _POSITIVE_FLOATS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range")
 
 
@@ -78,7 +80,8 @@ class LlamaConfig(_Config):
     """The shape of a LLaMA: RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases.
 
     Raises:
-        BellboxError: a size that is no positive whole number, or heads that do not fit together.
+        BellboxError: a size that is no positive whole number, heads that do not fit together, or rotary tables
+            beyond 2^27 numbers.
     """
 
     architecture: ClassVar[str] = "llama"
@@ -117,6 +120,11 @@ class LlamaConfig(_Config):
             )
         if self.head_size % 2:
             raise BellboxError(f"head_dim is {self.head_size}; rotary positions need an even one")
+        if self.max_position_embeddings * self.head_size > _MOST_ROTARY:
+            raise BellboxError(
+                f"max_position_embeddings {self.max_position_embeddings} times head_dim {self.head_size} is above "
+                f"{_MOST_ROTARY}, the largest table of rotary positions; lower one of them"
+            )
         if self.num_attention_heads % self.key_value_heads:
             raise BellboxError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
