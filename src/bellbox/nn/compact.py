@@ -107,8 +107,13 @@ def empty_like(
     """The compact module for an embedding or a head, not yet filled; on the table's device where none is named.
 
     Raises:
-        BellboxError: rows that are too long for the sums of an int8 head.
+        BellboxError: rows that are too long for the sums of an int8 head, or that an embedding changes as it is read.
     """
+    if isinstance(table, nn.Embedding) and table.max_norm is not None:
+        raise BellboxError(
+            f"an embedding with max_norm {table.max_norm:g} cannot be {precision}: it shortens its rows as they are "
+            "read; leave the embeddings as they are"
+        )
     rows, columns = table.weight.shape
     with torch.device(device or table.weight.device):
         if isinstance(table, (nn.Embedding, CompactEmbedding)):
@@ -129,7 +134,8 @@ def compact(model: nn.Module, precision: Precision) -> nn.Module:
         The model.
 
     Raises:
-        BellboxError: an unknown precision, nothing to replace, or an int8 head with rows too long.
+        BellboxError: an unknown precision, nothing to replace, an embedding with `max_norm`, or an int8 head with
+            rows too long.
     """
     if precision not in ("fp32", "bf16", "int8"):
         raise BellboxError(f"embeddings can be fp32, bf16 or int8, not {precision!r}")
