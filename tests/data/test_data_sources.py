@@ -4,12 +4,14 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from bellbox.data import sources
+from bellbox.data.prepare import prepare
 from bellbox.data.sources import PIECE_CHARS, Piece, resolve
 from bellbox.errors import BellboxError
 
@@ -211,6 +213,19 @@ def test_inputs_that_cannot_be_resolved_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(BellboxError, match=message):
             resolve(given)
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    file = folder / os.fsdecode(b"b\xff.txt")
+    try:
+        file.write_text("text " * 100)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    for item in (file, folder):
+        with pytest.raises(BellboxError, match=r"b\\udcff\.txt': the name is not UTF-8; rename the file"):
+            prepare([item], tmp_path / "out", progress=lambda _: pytest.fail("began to work"))
 
 
 def test_a_dataset_is_streamed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

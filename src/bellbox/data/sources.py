@@ -78,7 +78,7 @@ def resolve(inputs: Sequence[str | Path]) -> list[Source]:
     Files and folders whose name begins with a dot are passed over inside a folder.
 
     Raises:
-        BellboxError: for a path that is missing, an empty folder, or a file named twice.
+        BellboxError: for a path that is missing or not UTF-8, an empty folder, or a file named twice.
     """
     sources: list[Source] = []
     for item in inputs:
@@ -101,6 +101,10 @@ def resolve(inputs: Sequence[str | Path]) -> list[Source]:
             raise BellboxError(f"{path}: no such file or folder")
     seen: set[str] = set()
     for source in sources:
+        try:
+            source.name.encode()
+        except UnicodeEncodeError:  # a dataset could not name it
+            raise BellboxError(f"{source.name!r}: the name is not UTF-8; rename the file or folder") from None
         key = identity(source)
         if key in seen:
             raise BellboxError(f"{source.name}: given twice; name it once")
