@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,10 @@ import pytest
 
 from bellbox.cli.eval import evaluate
 from bellbox.cli.main import main
+from bellbox.cli.report import collect
+from bellbox.data.prepare import prepare
 from bellbox.opening import open_model
+from bellbox.report import render
 from bellbox.training.metrics import read_records
 
 
@@ -70,6 +75,24 @@ def test_a_full_precision_model_has_no_entropy(hf: Path, tokens: Path, tmp_path:
     assert found["unigram"] is None  # a floor over the whole split would not compare with a part of it
     assert (found["tokens"], found["context"], found["stride"]) == (200, 48, 16)
     assert found["loss"] == pytest.approx(math.log(320), rel=0.05)
+
+
+def test_a_validation_split_without_bytes_to_score_has_no_bits_per_byte(
+    hf: Path, run: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.txt").write_text("the bell rings " * 50)
+    (tmp_path / "valid.txt").write_text("a")
+    tiny = tmp_path / "tiny"
+    prepare([tmp_path / "train.txt"], tiny, tokenizer=tokens, valid=[tmp_path / "valid.txt"])
+    main(["eval", str(hf), "--data", str(tiny)])
+    assert re.search(r"bits per byte +- +-", capsys.readouterr().out)
+    moved = shutil.copytree(run, tmp_path / "moved")
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(str(tokens), str(tiny)))
+    content = collect(open_model(moved))
+    assert content.unigram_loss is not None
+    assert content.unigram_bits_per_byte is None
+    assert "unigram model" in render(content)
 
 
 def test_what_cannot_be_evaluated_is_refused(

@@ -64,3 +64,14 @@ def test_counts_cover_the_split_over_its_parts(
 def test_a_split_that_is_not_there_is_named(dataset: TokenDataset) -> None:
     with pytest.raises(BellboxError, match="no split 'test'"):
         unigram(dataset, valid="test")
+
+
+def test_where_no_scored_token_stands_for_bytes_there_are_no_bits_per_byte(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("one two three " * 50)
+    (tmp_path / "valid.txt").write_text("a")
+    dataset = prepare(
+        [tmp_path / "train.txt"], tmp_path / "out", valid=[tmp_path / "valid.txt"], vocab_size=280
+    )
+    result = unigram(dataset)
+    assert (result.tokens, result.bits_per_byte) == (1, None)
+    assert math.isfinite(result.loss)

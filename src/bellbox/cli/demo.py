@@ -199,6 +199,7 @@ def judge(found: Evaluation, sizes: Sizes, checked: Agreement, history: list[flo
     """
     assert found.codes is not None
     assert found.floor is not None
+    assert found.floor.bits_per_byte is not None
     name, lowest = min(found.codes.weight.items(), key=lambda item: item[1])
     bits, floor = found.result.bits_per_byte or float("inf"), found.floor.bits_per_byte
     limit = MOST_OF_UNIGRAM * floor

@@ -24,7 +24,8 @@ class UnigramResult:
     loss: float
     """Nats per token."""
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None where no scored token stands for bytes."""
     tokens: int
     """Tokens scored: all but the first."""
 
@@ -60,4 +61,4 @@ def unigram(dataset: TokenDataset, train: str = "train", valid: str = "valid") -
     tokens = len(scored) - 1
     size = scored.bytes - int(dataset.byte_lengths()[first])
     loss = nats / tokens
-    return UnigramResult(loss, math.exp(loss), nats / math.log(2) / size, tokens)
+    return UnigramResult(loss, math.exp(loss), nats / math.log(2) / size if size else None, tokens)
