@@ -251,6 +251,28 @@ def test_a_record_is_read_from_a_run_folder(tmp_path: Path) -> None:
     assert found.name == tmp_path.name
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"kind": "eval", "step": 20, "tokens": 5}, "eval record of step 20: field 'loss'"),
+        ({**evaluation(20), "perplexity": "low"}, "field 'perplexity'"),
+        ({key: value for key, value in evaluation(20).items() if key != "perplexity"}, "field 'perplexity'"),
+        ({**evaluation(20), "weight_entropy": {"mean": 1.0}}, "field 'weight_entropy.layers'"),
+        ({**evaluation(20), "saturated": None}, "field 'saturated'"),
+        ({**evaluation(20), "accuracy": 0.5}, "eval record of step 1: field 'accuracy'"),
+        ({"kind": "train", "step": 20, "tokens": 5, "loss": 1.0}, "train record of step 20: field 'seconds'"),
+    ],
+)
+def test_a_record_without_what_a_page_shows_is_refused_by_step(tmp_path: Path, line: dict, says: str) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 3\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in (training(1), evaluation(1), line))
+    )
+    with pytest.raises(BellboxError, match=re.escape(says)) as caught:
+        read_record(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_entropy_and_normal_distribution_function() -> None:
     assert entropy(np.array([5, 5, 5, 5])) == pytest.approx(2)
     assert entropy(np.array([8, 0])) == 0

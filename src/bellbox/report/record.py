@@ -5,11 +5,58 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bellbox.errors import BellboxError
 from bellbox.files import read_json
 from bellbox.training.metrics import read_records
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _ByLayer(_Fields):
+    mean: float | None
+    layers: dict[str, float]
+
+
+class _Shares(_Fields):
+    mean: float | None
+    layers: dict[str, float | None]
+    """None where no code was counted."""
+
+
+class _Training(_Fields):
+    """What a page reads of a training record."""
+
+    tokens: int
+    loss: float | None
+    lr: float | None = None
+    grad_norm: float | None = None
+    seconds: float
+
+
+class _Validation(_Fields):
+    """Of an evaluation record, whatever the task."""
+
+    tokens: int
+    loss: float | None
+    bits_per_byte: float | None = None
+    weight_entropy: _ByLayer | None = None
+    activation_entropy: _ByLayer | None = None
+    saturated: dict[Literal["weight", "activation"], _Shares] = {}
+    feature_spectrum: list[float] | None = None
+
+
+class _OfText(_Validation):
+    perplexity: float | None
+
+
+class _OfImages(_Validation):
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -47,7 +94,7 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
     """Read a run folder's record.
 
     Raises:
-        BellboxError: no run there, damaged files, or nothing recorded yet.
+        BellboxError: no run there, damaged files, a record without the fields of its kind, or nothing recorded yet.
     """
     root = Path(folder)
     try:
@@ -58,10 +105,22 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
     if not records:
         raise BellboxError(f"{root / 'metrics.jsonl'}: nothing is recorded yet; train the run first")
     environment = root / "environment.json"
-    return RunRecord(
+    found = RunRecord(
         name=root.resolve().name,
         train=[record for record in records if record["kind"] == "train"],
         evals=[record for record in records if record["kind"] == "eval"],
         config=config,
         environment=read_json(environment) if environment.is_file() else {},
     )
+    fields = {"train": _Training, "eval": _OfImages if found.is_vision else _OfText}
+    for record in records:
+        try:
+            fields[record["kind"]].model_validate(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BellboxError(
+                f"{root / 'metrics.jsonl'}: {record['kind']} record of step {record['step']}: field {where!r}: "
+                f"{first['msg']}; remove the line"
+            ) from None
+    return found
