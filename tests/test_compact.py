@@ -98,6 +98,7 @@ def test_what_cannot_be_rounded_is_refused() -> None:
     wide = nn.ModuleDict({"embed": nn.Embedding(4, 9000), "head": nn.Linear(9000, 4)})
     with pytest.raises(BellboxError, match="use bf16"):
         compact(wide, "int8")
+    assert [type(module) for module in wide.children()] == [nn.Embedding, nn.Linear]  # nothing is half done
     for precision in ("bf16", "int8"):
         with pytest.raises(BellboxError, match=f"with max_norm 1 cannot be {precision}"):
             compact(nn.Sequential(nn.Embedding(4, 8, max_norm=1.0)), precision)

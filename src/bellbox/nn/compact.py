@@ -147,8 +147,8 @@ def compact(model: nn.Module, precision: Precision) -> nn.Module:
             f"the model has no fp32 embedding that could become {precision}; leave them as they are"
         )
     made: dict[int, Compact] = {}
-    for table in found.values():
-        small = empty_like(table, precision)
+    empty = [(table, empty_like(table, precision)) for table in found.values()]  # all, before any is replaced
+    for table, small in empty:
         twin = made.setdefault(id(table.weight), small)
         if twin is small:
             small.fill(table.weight)
