@@ -103,7 +103,8 @@ def prepare(
         raise BellboxError(
             "a tokenizer and a vocabulary size were given; the size is the tokenizer's own: drop it"
         )
-    check_vocab_size(DEFAULT_VOCAB if vocab_size is None else vocab_size)
+    size = DEFAULT_VOCAB if vocab_size is None else vocab_size
+    check_vocab_size(size)
     if valid and valid_fraction is not None:
         raise BellboxError("validation files and a validation fraction were given; drop one of them")
     if shard_tokens < 1:
@@ -144,9 +145,7 @@ def prepare(
     if tokenizer is None:
         reporter.start("tokenizer", train_sources)
         texts = (piece.text for split, piece in from_inputs() if split == "train")
-        tokenizer = Tokenizer.train(
-            _at_most(texts, TOKENIZER_SAMPLE_CHARS), DEFAULT_VOCAB if vocab_size is None else vocab_size
-        )
+        tokenizer = Tokenizer.train(_at_most(texts, TOKENIZER_SAMPLE_CHARS), size)
 
     reporter.start("encode", everything)
     names = [source.name for source in everything]

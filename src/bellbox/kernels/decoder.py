@@ -190,9 +190,8 @@ _library = torch.library.Library("bellbox", "FRAGMENT")
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 for _name, _function in (("rms_norm", _rms_norm), ("int8_linear", _int8_linear)):
-    _library.impl(
-        _name, _function, "CompositeExplicitAutograd"
-    )  # on any device: torch where the kernels are not
+    # On any device: torch where the kernels are not.
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("bellbox::rms_norm", lib=_library)

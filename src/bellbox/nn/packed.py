@@ -115,9 +115,8 @@ class PackedLinear(nn.Module):
         """A copy has its own key."""
         super().__setstate__(state)
         self._key = _register(self)
-        self.compiled = native.can_multiply(
-            self.weight_levels, self.coding.levels
-        )  # here, not where it was saved
+        # Here, not where it was saved.
+        self.compiled = native.can_multiply(self.weight_levels, self.coding.levels)
 
     @classmethod
     def from_quantized(cls, layer: QuantizedLayer, shared: SharedInput | None = None) -> PackedLinear:

@@ -357,7 +357,8 @@ class TrainConfig:
                     taught or getattr(self.distill, key) == default,
                     f"left at {default} without a teacher",
                 )
-                for key, default in (("weight", 0.5), ("temperature", 1.0))
+                for key, default in vars(DistillSection()).items()
+                if key != "teacher"
             ),
             ("mec.weight", 0 <= self.mec.weight < float("inf"), "at least 0"),
             ("mec.distortion", 0 < self.mec.distortion < float("inf"), "above 0"),

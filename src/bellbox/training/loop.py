@@ -129,9 +129,8 @@ class Trainer:
             self.entropy.remove()
         self.entropy = EntropyTerm(self.model, self.config.mec) if self.config.mec.weight else None
         self.optimizer = ModelOptimizer(self.model, self.config.optimizer)
-        if (
-            self.optimizer.cewt is not None
-        ):  # scales and codebooks were set from the weights before their projection
+        if self.optimizer.cewt is not None:
+            # Scales and codebooks were set from the weights before their projection.
             for _, layer in quantized_layers(self.model):
                 if layer.weight_quantizer is not None:
                     layer.weight_quantizer.initialize(layer.weight_rows())
