@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 import bellbox as bb
 from bellbox.models import build, preset
-from bellbox.training.config import CewtSection, OptimizerSection
-from bellbox.training.optimizer import ModelOptimizer
+from bellbox.runs.config import CewtSection, OptimizerSection
+from bellbox.training.optim.groups import ModelOptimizer
 from step_time import cpu_name
 
 TOKENS, CONTEXT, VOCABULARY = 2048, 512, 32000

@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 import torch
 
-from bellbox.kernels import native
-from bellbox.levels import Levels
+from bellbox.core.grid import Levels
+from bellbox.ops import native
 from step_time import cpu_name
 
 
@@ -47,12 +47,12 @@ def main() -> None:
     if module is None:
         parser.error(f"there are no compiled kernels to time: {native.describe()}")
     integers = torch.empty(128, -(-args.features // 64) * 64, dtype=torch.int8)
-    sums, marks = torch.empty(128, dtype=torch.int32), torch.empty(128)
+    sums, row_scales = torch.empty(128, dtype=torch.int32), torch.empty(128)
 
     def encode(x: torch.Tensor, coding: native.Coding) -> None:
         """As a layer does it: what a call makes anew in `native.encode` is there already."""
         rows, features = x.shape
-        outs = integers.data_ptr(), integers.shape[1], sums.data_ptr(), marks.data_ptr()
+        outs = integers.data_ptr(), integers.shape[1], sums.data_ptr(), row_scales.data_ptr()
         kind = int(x.dtype == torch.bfloat16)
         module.encode(x.data_ptr(), kind, rows, features, features, coding.handle, *outs, 1)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 import bellbox as bb
-from bellbox.entropy import code_counts, entropy_bits
+from bellbox.core.entropy import code_counts, entropy_bits
 from bellbox.errors import BellboxError
 from bellbox.quantizers import METHODS, build_quantizer
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.data.tokenizer import Tokenizer
+from bellbox.models.blocks import Runner, embed, filled_block, groups_of
 from bellbox.models.hf import HFFolder
-from bellbox.ptq.blocks import Runner, embed, filled_block, groups_of
+from bellbox.nn.binarized_linear import round_activations
 from bellbox.ptq.calibration import calibration_tokens
 from bellbox.ptq.feedback import binarize_matrix
 from bellbox.ptq.hessian import inverse_factor
-from bellbox.ptq.layer import round_activations
 from bellbox.ptq.ltdb import learn_scale
 
 WIDTHS = (16, 8, 6)

@@ -19,9 +19,9 @@ import torch
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.evaluation import perplexity
 from bellbox.models import load_hf
-from bellbox.process import peak_memory
 from bellbox.ptq import Job, Settings, binarize_folder, is_binarized, load, set_activation_bits, stored_size
 from bellbox.ptq.calibration import calibration_tokens
+from bellbox.utils.memory import peak_memory
 
 METHODS = "rtn,billm:released,billm:clean,dbellquant:released,dbellquant:clean"
 

@@ -21,7 +21,7 @@ JOB = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from bellbox.process import peak_memory
+from bellbox.utils.memory import peak_memory
 from bellbox.ptq import Job, Settings, binarize_folder
 binarize_folder(Job(*map(Path, sys.argv[1:4]), Settings(), *map(int, sys.argv[4:])), show=False)
 print(peak_memory())

@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from bellbox.benchmark.timing import take_turns
-from bellbox.generation import generate
-from bellbox.kernels import binarized, native
+from bellbox.core.binarize import BLOCK, Binarized
+from bellbox.inference.generation import generate
+from bellbox.ops import binarized, native
 from bellbox.ptq import BinarizedLinear, load, set_activation_bits
-from bellbox.ptq.binarize import BLOCK, Binarized
 
 SHAPES = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096))
 

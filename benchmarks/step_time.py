@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 import bellbox as bb
-from bellbox.hadamard import block_size, hadamard_matrix
-from bellbox.levels import Levels
+from bellbox.core.grid import Levels
+from bellbox.core.hadamard import block_size, hadamard_matrix
 from bellbox.models import build, preset
 from bellbox.nn import weights_quantized_once
 

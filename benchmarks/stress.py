@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import bellbox as bb
-from bellbox.kernels import native
+from bellbox.ops import native
 
 SIZES = [1, 16, 63, 64, 130, 257, 640, 1100]
 ROWS = [1, 2, 3, 5, 8, 17, 64, 70, 129, 300]

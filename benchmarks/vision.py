@@ -20,6 +20,7 @@ from torch import nn
 
 import bellbox as bb
 from bellbox.benchmark.timing import take_turns
+from bellbox.formats.packed import sizes
 from bellbox.models import build, vision_preset
 
 MODELS = {
@@ -62,8 +63,8 @@ def compare(name: str, plain: nn.Module, asked: argparse.Namespace) -> None:
     }
     with torch.no_grad():
         times = take_turns({way: lambda _turn, run=run: run() for way, run in ways.items()}, asked.seconds)
-    sizes = bb.io.sizes(packed)
-    print(f"{name}: {asked.bits} bits, batch {asked.batch}; low-bit layers 1/{sizes.ratio:.2f} of bf16")
+    counted = sizes(packed)
+    print(f"{name}: {asked.bits} bits, batch {asked.batch}; low-bit layers 1/{counted.ratio:.2f} of bf16")
     best = min(times["torch fp32"].median, times["torch bf16"].median)
     for way, time in times.items():
         print(

@@ -28,9 +28,9 @@ T* at(uintptr_t address) {
 }
 
 void encode(uintptr_t x, int x_type, int64_t rows, int64_t k, int64_t ldx, const Coding& coding, uintptr_t levels,
-            int64_t ldl, uintptr_t sums, uintptr_t marks, int threads) {
+            int64_t ldl, uintptr_t sums, uintptr_t row_scales, int threads) {
     EncodeArgs a = coding.of(at<void>(x), static_cast<Type>(x_type), rows, k, ldx);
-    a.levels = at<int8_t>(levels), a.ldl = ldl, a.sums = at<int32_t>(sums), a.marks = at<float>(marks);
+    a.levels = at<int8_t>(levels), a.ldl = ldl, a.sums = at<int32_t>(sums), a.row_scales = at<float>(row_scales);
     nb::gil_scoped_release release;
     run_encode(a, threads);
 }
@@ -176,9 +176,9 @@ NB_MODULE(_native, m) {
         .def_prop_ro("k", &PackedWeights::k)
         .def_prop_ro("nbytes", &PackedWeights::nbytes);
     nb::class_<Coding>(m, "Coding")
-        .def("__init__", [](Coding* self, int32_t block, std::vector<float> thresholds, int32_t normalise, double rsigma,
+        .def("__init__", [](Coding* self, int32_t block, std::vector<float> thresholds, int32_t normalise, double rstd,
                             bool rescale, int32_t multiplier, int32_t shift) {
-            new (self) Coding{block, std::move(thresholds), static_cast<Normalise>(normalise), rsigma, rescale, multiplier, shift};
+            new (self) Coding{block, std::move(thresholds), static_cast<Normalise>(normalise), rstd, rescale, multiplier, shift};
         });
     nb::class_<Siblings>(m, "Siblings")
         .def("__init__", [](Siblings* self, const Coding* coding, std::vector<const PackedWeights*> weights,

@@ -89,7 +89,7 @@ Coding random_coding(int64_t& k, int n) {
     for (int i = 0; i < n - 1; ++i) c.thresholds.push_back(pick(0, 30) == 0 ? 0 : normal(randomness));
     std::sort(c.thresholds.begin(), c.thresholds.end());
     c.normalise = one_of({Normalise::rms, Normalise::fixed, Normalise::absmax});
-    c.rsigma = one_of({1.0, 0.3, 7.0});
+    c.rstd = one_of({1.0, 0.3, 7.0});
     c.rescale = pick(0, 1) == 1;
     c.multiplier = static_cast<int32_t>(pick(1, 2));
     c.shift = static_cast<int32_t>(pick(0, n));
@@ -97,7 +97,7 @@ Coding random_coding(int64_t& k, int n) {
 }
 
 struct Encoded {
-    std::vector<char> levels, marks;
+    std::vector<char> levels, row_scales;
     std::vector<int32_t> sums;
 };
 
@@ -105,7 +105,7 @@ Encoded encode(const Kernels& kernels, EncodeArgs a) {
     Encoded e{std::vector<char>(static_cast<size_t>(a.rows * a.ldl), 99), std::vector<char>(static_cast<size_t>(4 * a.rows)),
               std::vector<int32_t>(static_cast<size_t>(a.rows))};
     a.levels = reinterpret_cast<int8_t*>(e.levels.data()), a.sums = e.sums.data();
-    a.marks = reinterpret_cast<float*>(e.marks.data());
+    a.row_scales = reinterpret_cast<float*>(e.row_scales.data());
     const int64_t middle = pick(0, a.rows);
     kernels.encode(a, 0, middle);
     kernels.encode(a, middle, a.rows);
@@ -142,10 +142,10 @@ void check_layer(const Kernels& kernels) {
     Encoded base = encode(portable_kernels, a);
     {
         const Encoded mine = encode(kernels, a);
-        expect(same(mine.marks, base.marks, Type::f32), "encode: marks");
+        expect(same(mine.row_scales, base.row_scales, Type::f32), "encode: row_scales");
         for (int64_t r = 0; r < rows; ++r) {
-            const float mark = reinterpret_cast<float*>(base.marks.data())[r];
-            if (mark != mark) continue;  // what a row that is not finite is coded as does not matter
+            const float row_scale = reinterpret_cast<float*>(base.row_scales.data())[r];
+            if (row_scale != row_scale) continue;  // what a row that is not finite is coded as does not matter
             const size_t at = static_cast<size_t>(r * a.ldl), row = static_cast<size_t>(r);
             expect(memcmp(&mine.levels[at], &base.levels[at], static_cast<size_t>(a.ldl)) == 0, "encode: levels");
             expect(mine.sums[row] == base.sums[row], "encode: sums");
@@ -160,7 +160,7 @@ void check_layer(const Kernels& kernels) {
         LinearArgs p{};
         p.weights = &matrices[static_cast<size_t>(i)].view();
         p.levels = reinterpret_cast<const int8_t*>(base.levels.data()), p.ldl = a.ldl, p.sums = base.sums.data();
-        p.marks = reinterpret_cast<const float*>(base.marks.data()), p.m = rows, p.act_scale = 0.37f;
+        p.row_scales = reinterpret_cast<const float*>(base.row_scales.data()), p.m = rows, p.act_scale = 0.37f;
         p.act_n = act_n, p.act_multiplier = coding.multiplier, p.act_shift = coding.shift;
         p.out_type = out, p.ldo = outputs;
         expected[i].resize(bytes);
@@ -251,8 +251,8 @@ void check_convolution() {
         const int64_t output = i % outputs, pixel = i / outputs % (w.rows * w.columns), sample = i / (outputs * w.rows * w.columns);
         const int32_t sum = plain_sum(w, reinterpret_cast<const int8_t*>(base.levels.data()) + sample * a.ldl, weights.view(),
                                       codes.data() + output * w.patch(), pixel / w.columns, pixel % w.columns);
-        const float mark = reinterpret_cast<const float*>(base.marks.data())[sample];
-        const float y = static_cast<float>(sum) * (weights.view().scale[output] * 0.37f) * mark;
+        const float row_scale = reinterpret_cast<const float*>(base.row_scales.data())[sample];
+        const float y = static_cast<float>(sum) * (weights.view().scale[output] * 0.37f) * row_scale;
         float z = weights.view().bias != nullptr ? y + weights.view().bias[output] : y;
         if (!add.empty()) z += add[static_cast<size_t>(i)];
         store(expected.data(), out, i, relu && z < 0 ? 0 : z);

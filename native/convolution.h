@@ -17,15 +17,15 @@ namespace bellbox {
 struct CodedImages {
     std::vector<int8_t> levels;
     std::vector<int32_t> sums, prefix;    // prefix: [batch, height, width + 1], sums of the pixels to the left
-    std::vector<float> marks;
+    std::vector<float> row_scales;
     int64_t stride = 0;                   // of a sample
 
     void code(EncodeArgs a, const Window& w, int threads) {
         stride = a.ldl = (a.k + 63) / 64 * 64;
         levels.resize(static_cast<size_t>(a.rows * stride) + 128);  // 64 to begin on a line, 64 to copy beyond the end
-        sums.resize(static_cast<size_t>(a.rows)), marks.resize(static_cast<size_t>(a.rows));
+        sums.resize(static_cast<size_t>(a.rows)), row_scales.resize(static_cast<size_t>(a.rows));
         prefix.resize(static_cast<size_t>(a.rows * w.height * (w.width + 1)));
-        a.levels = first(), a.sums = sums.data(), a.marks = marks.data();
+        a.levels = first(), a.sums = sums.data(), a.row_scales = row_scales.data();
         run_encode(a, threads);
         share(a.rows * w.height, a.rows * a.k < kEncodeGrain ? 1 : threads, [&](int64_t begin, int64_t end) {
             for (int64_t line = begin; line < end; ++line) {
@@ -145,7 +145,7 @@ struct RowConvolution {
         Weights view = job.weights.view();
         LinearArgs p{};
         p.weights = &view, p.levels = slab.rows.levels, p.ldl = slab.rows.ldl, p.m = end - begin;
-        p.sums = slab.rows.sums, p.marks = slab.rows.marks;
+        p.sums = slab.rows.sums, p.row_scales = slab.rows.row_scales;
         p.act_n = job.a.n, p.act_multiplier = job.a.multiplier, p.act_shift = job.a.shift, p.act_scale = job.act_scale;
         p.out = slab.results.data(), p.out_type = job.out_type, p.ldo = job.weights.n();
         const bool counts = !border.code_sums.empty();
@@ -158,7 +158,7 @@ struct RowConvolution {
             int8_t* to = slab.rows.levels + row * slab.rows.ldl;
             const int32_t* prefix = images.prefix.data() + sample * w.height * (w.width + 1);
             slab.rows.sums[row] = gather(w, images.sample(sample), prefix, pixel.y, pixel.x, counts ? -job.a.shift : 0, to);
-            slab.rows.marks[row] = images.marks[static_cast<size_t>(sample)];
+            slab.rows.row_scales[row] = images.row_scales[static_cast<size_t>(sample)];
             if (slab.rows.ldl > k) std::memset(to + k, 0, static_cast<size_t>(slab.rows.ldl - k));
         }
         kernels().linear(p, 0, p.m, 0, tiles_of(job.weights));

@@ -21,7 +21,7 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, const Rotation&
                              : a.normalise == Normalise::absmax ? row_absmax<T>(x, k)
                                                                 : rms(row_norm<T>(x, k), k);
         const RowScale scale = row_scale(sigma, a);
-        a.marks[i] = scale.mark;
+        a.row_scales[i] = scale.row_scale;
         const __m256 factor = _mm256_set1_ps(scale.r);
         __m256 squares = _mm256_setzero_ps();
         __m256i sums = _mm256_setzero_si256();
@@ -58,7 +58,7 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, const Rotation&
             _mm256_store_ps(flags, squares);
             bool fine = true;
             for (int l = 0; l < 8; ++l) fine = fine && flags[l] < 3e38f;
-            if (!fine) a.marks[i] = row_scale(rms(row_norm<T>(x, k), k), a).mark;
+            if (!fine) a.row_scales[i] = row_scale(rms(row_norm<T>(x, k), k), a).row_scale;
         }
         if (written < a.ldl) memset(levels + written, 0, static_cast<size_t>(a.ldl - written));
     }

@@ -69,19 +69,19 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch,
         int8_t* levels = a.levels + i * a.ldl;
         float squares = 0;
         if (fixed) {
-            a.marks[i] = 1;
+            a.row_scales[i] = 1;
             a.sums[i] = encode_row<T, true>(coder, signs, x, scratch, a.k, a.block, fixed_r, levels, squares);
-            // A sum of squares that fits fp32 is far below the ceiling; the mark of others, and NaN among their
+            // A sum of squares that fits fp32 is far below the ceiling; the row_scale of others, and NaN among their
             // values, are looked at with care.
             if (!(squares < 3e38f) || !(fixed_r < 3e38f)) {
-                a.marks[i] = row_scale(rms(row_norm<T>(x, a.k), a.k), a).mark;
+                a.row_scales[i] = row_scale(rms(row_norm<T>(x, a.k), a.k), a).row_scale;
                 a.sums[i] = encode_row_with_care<T>(a, x, scratch, fixed_r, levels);
             }
         } else {
             const double sigma =
                 a.normalise == Normalise::absmax ? row_absmax<T>(x, a.k) : rms(row_norm<T>(x, a.k), a.k);
             const RowScale scale = row_scale(sigma, a);
-            a.marks[i] = scale.mark;
+            a.row_scales[i] = scale.row_scale;
             if (scale.r == scale.r)  // below the ceiling no value is a NaN
                 a.sums[i] = encode_row<T, false>(coder, signs, x, scratch, a.k, a.block, scale.r, levels, squares);
             else

@@ -67,16 +67,16 @@ inline void with_types(Type in, Type out, const F& f) {
 constexpr double kSigmaFloor = 1e-8;
 constexpr double kSigmaCeiling = 1e30;  // above it the fp32 butterfly could overflow
 
-// What a row is multiplied with before it is coded, and its mark; with the roundings of
+// What a row is multiplied with before it is coded, and its row_scale; with the roundings of
 // src/bellbox/kernels/encode.py. Both are NaN for a row that is not finite or too large.
 struct RowScale {
-    float r, mark;
+    float r, row_scale;
 };
 
 inline double rms(double norm, int64_t k) { return norm / __builtin_sqrt(static_cast<double>(k > 0 ? k : 1)); }
 
 inline float fixed_scale(const EncodeArgs& a) {
-    return static_cast<float>(a.rsigma / __builtin_sqrt(static_cast<double>(a.block)));
+    return static_cast<float>(a.rstd / __builtin_sqrt(static_cast<double>(a.block)));
 }
 
 // sigma: the statistic of the row, or its RMS where sigma is fixed (only its size matters then).
@@ -134,7 +134,7 @@ inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
         const double sigma = a.normalise == Normalise::absmax ? row_absmax(a.x, a.x_type, i * a.ldx, a.k)
                                                               : rms(row_norm(a.x, a.x_type, i * a.ldx, a.k), a.k);
         const RowScale scale = row_scale(sigma, a);
-        a.marks[i] = scale.mark;
+        a.row_scales[i] = scale.row_scale;
         for (int64_t j = 0; j < a.k; ++j) row[j] = load(a.x, a.x_type, i * a.ldx + j);
         butterfly(row, a.k, a.block);
         int8_t* levels = a.levels + i * a.ldl;

@@ -11,7 +11,7 @@
 namespace bellbox {
 
 enum class Type : int32_t { f32 = 0, bf16 = 1 };
-enum class Normalise : int32_t { rms = 0, absmax = 1, fixed = 2 };  // sigma: of each row, or 1 / rsigma
+enum class Normalise : int32_t { rms = 0, absmax = 1, fixed = 2 };  // sigma: of each row, or 1 / rstd
 
 // Rows of floats to rows of integer levels.
 struct EncodeArgs {
@@ -22,14 +22,14 @@ struct EncodeArgs {
     const float* thresholds;   // n - 1 rising numbers
     int32_t n;                 // levels, 2..16
     Normalise normalise;       // sigma of a row: RMS or largest |x|, floor 1e-8; or one number for all
-    double rsigma;             // 1 / sigma where it is fixed
-    bool rescale;              // marks carry sigma
+    double rstd;             // 1 / sigma where it is fixed
+    bool rescale;              // row_scales carry sigma
     int32_t multiplier;        // integer level = multiplier * code - shift
     int32_t shift;
     int8_t* levels;            // [rows, ldl], ldl >= k a multiple of 64; columns k..ldl-1 are set to 0
     int64_t ldl;
     int32_t* sums;             // [rows]: sum of the integer levels of a row
-    float* marks;              // [rows]: 1.0, or sigma if `rescale`; NaN where the row has a NaN or infinity
+    float* row_scales;              // [rows]: 1.0, or sigma if `rescale`; NaN where the row has a NaN or infinity
 };
 
 // Rows of floats to rotated rows: out = butterfly(x) * factor.
@@ -59,14 +59,14 @@ struct Weights {
     const int32_t* code_sums;  // [n]: sum of the codes of a row; for 1 and 2 bits, else null
 };
 
-// out[m, n] = float(sum_k levels * weight) * (scale[n] * act_scale) * marks[m] + bias[n]
+// out[m, n] = float(sum_k levels * weight) * (scale[n] * act_scale) * row_scales[m] + bias[n]
 struct LinearArgs {
     const Weights* weights;
-    const int8_t* levels;      // from EncodeArgs, like all that follows up to marks
+    const int8_t* levels;      // from EncodeArgs, like all that follows up to row_scales
     int64_t ldl;
     int32_t act_n, act_multiplier, act_shift;
     const int32_t* sums;
-    const float* marks;
+    const float* row_scales;
     int64_t m;
     float act_scale;           // what one integer of the activation is worth
     void* out;                 // [m, ldo]
@@ -146,7 +146,7 @@ struct Int8LinearArgs {
 // then the others, both filled up with columns of zero inputs to whole steps of four.
 struct Binarized {
     const uint64_t* bits;      // [ceil(n/16)][total][2]: signs and second bits of a step; bit 4 r + c: row r, column c
-    const uint16_t* scales;    // [ceil(n/16)][blocks][7][16], fp16, finite, in the order of ptq/binarize.py
+    const uint16_t* scales;    // [ceil(n/16)][blocks][7][16], fp16, finite, in the order of core/binarize.py
     const int32_t* steps;      // [blocks][2]: steps of salient columns, and of others
     const int32_t* order;      // [4 * total]: which of k inputs a step's columns take; k for zero
     const float* bias;         // [n] or null
@@ -186,7 +186,7 @@ struct PixelArgs {
     const int32_t* less;
     int64_t less_stride;
     const int32_t* shifts;     // [rows * columns]: act_shift * inputs inside
-    LinearArgs product;        // weights, marks (of samples), what concerns the activation, out (of the first sample)
+    LinearArgs product;        // weights, row_scales (of samples), what concerns the activation, out (of the first sample)
     const float* add;          // to what is written, which is then fp32; null: nothing
     bool relu;                 // of that; fp32 too
 };

@@ -141,7 +141,7 @@ struct Coding {
     int32_t block;
     std::vector<float> thresholds;
     Normalise normalise;
-    double rsigma;
+    double rstd;
     bool rescale;
     int32_t multiplier, shift;
 
@@ -149,7 +149,7 @@ struct Coding {
         EncodeArgs a{};
         a.x = x, a.x_type = x_type, a.rows = rows, a.k = k, a.ldx = ldx;
         a.block = block, a.thresholds = thresholds.data(), a.n = static_cast<int32_t>(thresholds.size()) + 1;
-        a.normalise = normalise, a.rsigma = rsigma, a.rescale = rescale;
+        a.normalise = normalise, a.rstd = rstd, a.rescale = rescale;
         a.multiplier = multiplier, a.shift = shift;
         return a;
     }
@@ -172,13 +172,13 @@ inline void run_encode(const EncodeArgs& a, int threads) {
 struct Levels {
     std::vector<int8_t> storage;
     std::vector<int32_t> sums;
-    std::vector<float> marks;
+    std::vector<float> row_scales;
     void attach(EncodeArgs& a) {
         const size_t bytes = static_cast<size_t>(a.rows * a.ldl) + 64, rows = static_cast<size_t>(a.rows);
         if (storage.size() < bytes) storage.resize(bytes);
-        if (sums.size() < rows) sums.resize(rows), marks.resize(rows);
+        if (sums.size() < rows) sums.resize(rows), row_scales.resize(rows);
         a.levels = reinterpret_cast<int8_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 63) / 64 * 64);
-        a.sums = sums.data(), a.marks = marks.data();
+        a.sums = sums.data(), a.row_scales = row_scales.data();
     }
 };
 inline thread_local Levels levels_of_thread;
@@ -201,7 +201,7 @@ struct Job {
     LinearArgs product(const EncodeArgs& coded, int64_t row, size_t i) const {
         const Weights& w = weights[i]->view();
         LinearArgs p{};
-        p.weights = &w, p.levels = coded.levels, p.ldl = coded.ldl, p.sums = coded.sums, p.marks = coded.marks;
+        p.weights = &w, p.levels = coded.levels, p.ldl = coded.ldl, p.sums = coded.sums, p.row_scales = coded.row_scales;
         p.act_n = a.n, p.act_multiplier = a.multiplier, p.act_shift = a.shift;
         p.m = coded.rows, p.act_scale = act_scales[i], p.out_type = out_type, p.ldo = w.n;
         p.out = static_cast<char*>(outs[i]) + row * w.n * (out_type == Type::f32 ? 4 : 2);

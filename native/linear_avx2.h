@@ -122,7 +122,7 @@ struct Epilogue {
         const __m256i product = _mm256_mullo_epi32(load32(sums + 8 * h), _mm256_set1_epi32(w.multiplier));
         const __m256i exact = _mm256_sub_epi32(product, _mm256_set1_epi32(w.shift * a.sums[row]));
         const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(exact), scale[h]);
-        const __m256 y = _mm256_mul_ps(scaled, _mm256_set1_ps(a.marks[row]));
+        const __m256 y = _mm256_mul_ps(scaled, _mm256_set1_ps(a.row_scales[row]));
         return w.bias != nullptr ? _mm256_add_ps(y, bias[h]) : y;  // not always: -0 + 0 is another zero
     }
 

@@ -137,7 +137,7 @@ struct Epilogue {
     }
 
     BELLBOX_INLINE __m512 rounded(const LinearArgs& a, int64_t row, __m512i exact) const {
-        const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale), _mm512_set1_ps(a.marks[row]));
+        const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale), _mm512_set1_ps(a.row_scales[row]));
         return a.weights->bias != nullptr ? _mm512_add_ps(y, bias) : y;  // not always: -0 + 0 is another zero
     }
 

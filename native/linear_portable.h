@@ -14,7 +14,7 @@ namespace {  // each instruction set keeps its own copy: a shared inline functio
 inline float finish(int32_t acc, const LinearArgs& a, int64_t row, int64_t column) {
     const Weights& w = *a.weights;
     const int32_t exact = w.multiplier * acc - w.shift * a.sums[row];
-    const float y = static_cast<float>(exact) * (w.scale[column] * a.act_scale) * a.marks[row];
+    const float y = static_cast<float>(exact) * (w.scale[column] * a.act_scale) * a.row_scales[row];
     return w.bias != nullptr ? y + w.bias[column] : y;
 }
 

@@ -71,7 +71,7 @@ struct PixelConvolution {
         PixelMemory& memory = pixels_of_thread;
         memory.codes.attach(some);
         memory.planes.resize(static_cast<size_t>(step * p.sample_bytes) + 64);
-        p.codes = some.levels, p.planes = memory.planes.data(), p.product.marks = some.marks;
+        p.codes = some.levels, p.planes = memory.planes.data(), p.product.row_scales = some.row_scales;
         for (int64_t sample = 0; sample < a.rows; sample += step) {
             some.rows = std::min(step, a.rows - sample), p.pixels = some.rows * pixels;
             some.x = static_cast<const char*>(a.x) + sample * a.ldx * (a.x_type == Type::f32 ? 4 : 2);

@@ -149,7 +149,7 @@ struct Tile {
     const uint8_t* at[kLanes];       // where each piece of its first place of the window lies in the first plane
     int32_t border[kLanes];
     alignas(64) int32_t less[kLanes];  // the shifts, until the codes are summed up: what leaves each output's sum
-    float marks[kLanes];
+    float row_scales[kLanes];
     int64_t count;
 
     Tile(const PixelArgs& a, int64_t tile, int64_t unit) : count(product::smaller(kLanes, a.pixels - tile * kLanes)) {
@@ -159,7 +159,7 @@ struct Tile {
             end = product::smaller(count, i + each - pixel);  // of the part in this sample
             memcpy(border + i, a.border + pixel, static_cast<size_t>(end - i) * 4);
             memcpy(less + i, a.shifts + pixel, static_cast<size_t>(end - i) * 4);
-            for (int64_t j = i; j < end; ++j) marks[j] = a.product.marks[sample];
+            for (int64_t j = i; j < end; ++j) row_scales[j] = a.product.row_scales[sample];
             int64_t line = pixel / a.columns, column = pixel % a.columns;
             const uint8_t* planes = a.planes + sample * a.sample_bytes;
             for (int64_t j = i; j < end; j += unit) {
@@ -262,7 +262,7 @@ inline void multiply(const PixelArgs& a, const Tile& tile, const uint8_t* operan
                                             sums + half * lookup::kRows * kLanes);
     }
     LinearArgs p = a.product;
-    p.marks = tile.marks;
+    p.row_scales = tile.row_scales;
     p.out = static_cast<char*>(p.out) + first * p.ldo * (p.out_type == Type::f32 ? 4 : 2);
     const product::Epilogue epilogue(p, block);
     const __m512i multiplier = _mm512_set1_epi32(p.act_multiplier * p.weights->multiplier);

@@ -18,7 +18,7 @@ LEVELS = (2, 3, 4, 8, 16)  # 1 to 4 bits and ternary
 TOKENS = torch.randint(0, 61, (3, 24), generator=torch.Generator().manual_seed(5))
 
 
-def prepared(architecture: str, n: int, statistic: str) -> Llama | GPT:
+def prepared(architecture: str, n: int, granularity: str) -> Llama | GPT:
     model = build(CONFIGS[architecture], seed=n)
     with torch.no_grad():  # norms and biases that do something
         generator = torch.Generator().manual_seed(1)
@@ -26,7 +26,7 @@ def prepared(architecture: str, n: int, statistic: str) -> Llama | GPT:
             if p.dim() == 1:
                 p.add_(0.3 * torch.randn(p.shape, generator=generator))
     model.exact_attention = True
-    bb.prepare(model, bb.Recipe.bbq(levels=n, statistic=statistic))  # type: ignore[arg-type]
+    bb.prepare(model, bb.Recipe.bbq(levels=n, granularity=granularity))  # type: ignore[arg-type]
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         model(torch.randint(0, 61, (2, 16), generator=generator)).logsumexp(-1).sum().backward()
@@ -72,14 +72,14 @@ def assert_same_codes(ours: dict[str, Tensor], theirs: dict[str, Tensor], part: 
 
 every_model = pytest.mark.parametrize("architecture", list(CONFIGS))
 every_number = pytest.mark.parametrize("n", LEVELS)
-every_statistic = pytest.mark.parametrize("statistic", ["token", "ema"])
+every_granularity = pytest.mark.parametrize("granularity", ["token", "ema"])
 
 
 @every_model
 @every_number
-@every_statistic
-def test_one_function_trained_packed_saved_and_loaded(architecture, n, statistic, tmp_path):
-    model = prepared(architecture, n, statistic)
+@every_granularity
+def test_one_function_trained_packed_saved_and_loaded(architecture, n, granularity, tmp_path):
+    model = prepared(architecture, n, granularity)
     logits, codes = run(model, TOKENS)
     assert len(codes) == (14 if architecture == "llama" else 12)
     assert all(int(c.max()) == n - 1 and int(c.min()) == 0 for c in codes.values())
@@ -101,9 +101,9 @@ def test_one_function_trained_packed_saved_and_loaded(architecture, n, statistic
 
 
 @every_model
-@every_statistic
-def test_one_function_under_autocast(architecture, statistic):
-    model = prepared(architecture, 4, statistic)
+@every_granularity
+def test_one_function_under_autocast(architecture, granularity):
+    model = prepared(architecture, 4, granularity)
     with torch.autocast("cpu", torch.bfloat16):
         logits, codes = run(model, TOKENS)
         other_logits, other_codes = run(bb.convert(model), TOKENS)
@@ -113,9 +113,9 @@ def test_one_function_under_autocast(architecture, statistic):
 
 @every_model
 @every_number
-@every_statistic
-def test_causal_a_prefix_does_not_know_what_follows(architecture, n, statistic):
-    model = bb.convert(prepared(architecture, n, statistic))
+@every_granularity
+def test_causal_a_prefix_does_not_know_what_follows(architecture, n, granularity):
+    model = bb.convert(prepared(architecture, n, granularity))
     logits, codes = run(model, TOKENS)
     changed = TOKENS.clone()
     changed[:, 10:] = (changed[:, 10:] + 7) % 61
@@ -128,9 +128,9 @@ def test_causal_a_prefix_does_not_know_what_follows(architecture, n, statistic):
 
 @every_model
 @every_number
-@every_statistic
-def test_a_sequence_does_not_know_its_batch(architecture, n, statistic):
-    model = prepared(architecture, n, statistic)
+@every_granularity
+def test_a_sequence_does_not_know_its_batch(architecture, n, granularity):
+    model = prepared(architecture, n, granularity)
     _, codes = run(model, TOKENS)
     for i in range(len(TOKENS)):
         _, alone = run(model, TOKENS[i : i + 1])
@@ -139,9 +139,9 @@ def test_a_sequence_does_not_know_its_batch(architecture, n, statistic):
 
 @every_model
 @every_number
-@every_statistic
-def test_decoding_with_the_cache_is_the_full_forward(architecture, n, statistic):
-    model = bb.convert(prepared(architecture, n, statistic))
+@every_granularity
+def test_decoding_with_the_cache_is_the_full_forward(architecture, n, granularity):
+    model = bb.convert(prepared(architecture, n, granularity))
     tokens = TOKENS[:2, :14]
     logits, codes = run(model, tokens)
     cache = model.new_cache(2, 14)
@@ -156,9 +156,9 @@ def test_decoding_with_the_cache_is_the_full_forward(architecture, n, statistic)
 
 
 @every_model
-@every_statistic
-def test_saving_what_was_loaded_gives_the_same_bytes(architecture, statistic, tmp_path):
-    bb.save(bb.convert(prepared(architecture, 3, statistic)), tmp_path / "one")
+@every_granularity
+def test_saving_what_was_loaded_gives_the_same_bytes(architecture, granularity, tmp_path):
+    bb.save(bb.convert(prepared(architecture, 3, granularity)), tmp_path / "one")
     bb.save(bb.load(tmp_path / "one"), tmp_path / "two")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -172,7 +172,7 @@ def test_the_paper_statistic_looks_at_the_future_and_is_refused(architecture):
     loud[:, 12:] = 0
     _, changed = run(model, loud)
     assert any(not torch.equal(codes[name][:, :12], changed[name][:, :12]) for name in codes)
-    with pytest.raises(bb.BellboxError, match="statistic='token' or 'ema'"):
+    with pytest.raises(bb.BellboxError, match="granularity='token' or 'ema'"):
         bb.convert(model)
 
 
@@ -180,7 +180,7 @@ def test_the_paper_statistic_looks_at_the_future_and_is_refused(architecture):
 def test_the_state_dict_is_the_whole_state(architecture):
     model = prepared(architecture, 4, "ema")
     other = build(CONFIGS[architecture], seed=77)
-    bb.prepare(other, bb.Recipe.bbq(2, statistic="ema")).eval()
+    bb.prepare(other, bb.Recipe.bbq(2, granularity="ema")).eval()
     other.exact_attention = True
     other.load_state_dict(model.state_dict())
     assert torch.equal(run(other, TOKENS)[0], run(model, TOKENS)[0])

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import bellbox as bb
-from bellbox.io import sizes
-from bellbox.kernels import native
+from bellbox.formats.packed import sizes
+from bellbox.ops import native
 
 SIZE, LAYERS = 4096, 16
 
 # A child process, whose peak is its own: first a small model, for what Python and torch take anyway; from then on the
-# high-water mark counts anew.
+# high-water row_scale counts anew.
 LOADER = """
 import sys, torch, bellbox as bb
 from torch import nn
@@ -42,7 +42,7 @@ print(memory("VmHWM") - before)
 
 
 def packed(size: int, layers: int) -> nn.Module:
-    from bellbox.levels import Levels
+    from bellbox.core.grid import Levels
     from bellbox.nn import InputCoding, PackedLinear
 
     levels = Levels.gaussian(4)

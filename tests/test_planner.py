@@ -5,7 +5,7 @@ import math
 import pytest
 
 from bellbox.errors import BellboxError
-from bellbox.planner import quantized_fraction, tokens_per_byte
+from bellbox.runs.planner import quantized_fraction, tokens_per_byte
 
 
 def test_the_law_at_a_known_point() -> None:

@@ -8,7 +8,7 @@ import pytest
 from bellbox.errors import BellboxError
 from bellbox.recipe import QuantizerSpec, Recipe, Rule, recipe_from_dict
 
-ROW = QuantizerSpec(levels=16, statistic="row")
+ROW = QuantizerSpec(levels=16, granularity="row")
 
 
 def test_bits_and_levels_reach_both_sides():
@@ -23,7 +23,7 @@ def test_bits_and_levels_reach_both_sides():
         assert rule.weights == QuantizerSpec("bbq", n)
         assert rule.activations == QuantizerSpec("bbq", n)
     rule = Recipe.bbq(
-        2, weight_levels=3, activation_levels=16, statistic="ema", block=32, gamma_init=2.0
+        2, weight_levels=3, activation_levels=16, granularity="ema", block=32, gamma_init=2.0
     ).rule_for("x")
     assert rule is not None
     options = {"gamma_lr": 0.1, "gamma_init": 2.0}
@@ -58,7 +58,7 @@ def test_names_that_only_look_like_heads_are_quantized(name):
 
 
 def test_the_first_matching_rule_decides():
-    recipe = Recipe((Rule("*.0.*", ROW), Rule("*.q_proj"), Rule("*", QuantizerSpec(statistic="row"))))
+    recipe = Recipe((Rule("*.0.*", ROW), Rule("*.q_proj"), Rule("*", QuantizerSpec(granularity="row"))))
     assert recipe.rule_for("layers.0.q_proj") == Rule("*.0.*", ROW)
     assert recipe.rule_for("layers.1.q_proj") is None
     assert recipe.rule_for("layers.1.k_proj").weights.levels == 4  # type: ignore[union-attr]
@@ -100,7 +100,7 @@ def test_a_recipe_is_plain_data():
         ({"rules": [{"pattern": 3}]}, "pattern"),
         ({"rules": 5}, "rules"),
         ({"rules": [{"pattern": "*", "weights": {"method": "magic"}}]}, "method"),
-        ({"rules": [{"pattern": "*", "weights": {"statistic": "median"}}]}, "statistic"),
+        ({"rules": [{"pattern": "*", "weights": {"granularity": "median"}}]}, "granularity"),
         ({"rules": [{"pattern": "*", "weights": {"levels": 1}}]}, "levels"),
         ({"rules": [{"pattern": "*", "weights": {"levels": 257}}]}, "levels"),
         ({"rules": [{"pattern": "*", "weights": {"levels": "many"}}]}, "levels"),
@@ -129,7 +129,7 @@ def test_what_it_does_not_know_is_refused_by_name(data, names):
         {"levels": 300},
         {"block": 100},
         {"bits": 1.5},
-        {"statistic": "median"},
+        {"granularity": "median"},
     ],
 )
 def test_impossible_numbers_are_refused_at_once(options):
@@ -138,7 +138,7 @@ def test_impossible_numbers_are_refused_at_once(options):
 
 
 def test_a_choice_for_activations_that_are_not_quantized_is_refused() -> None:
-    for choice in ({"statistic": "ema"}, {"activation_levels": 16}):
+    for choice in ({"granularity": "ema"}, {"activation_levels": 16}):
         with pytest.raises(BellboxError, match="weight_only='float' leaves no activations"):
             Recipe.of("bbq", 2, weight_only="float", **choice)
 

@@ -9,18 +9,20 @@ model = bb.load("model-2bit")                      # the same function, on integ
 ```
 """
 
+from bellbox.convert import convert, prepare, summary
 from bellbox.errors import BellboxError
-from bellbox.folding import fold_batch_norms
-from bellbox.fusing import fuse_convolutions
-from bellbox.io import load, save
+from bellbox.formats.packed import load, save
+from bellbox.inference.folding import fold_batch_norms
+from bellbox.inference.fusing import fuse_convolutions
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
-from bellbox.surgery import convert, prepare, summary
+from bellbox.version import __version__
 
 __all__ = [
     "BellboxError",
     "QuantizerSpec",
     "Recipe",
     "Rule",
+    "__version__",
     "convert",
     "fold_batch_norms",
     "fuse_convolutions",
@@ -29,5 +31,3 @@ __all__ = [
     "save",
     "summary",
 ]
-
-__version__ = "0.1.0"

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
+from bellbox.core.grid import levels_from_bits
 from bellbox.errors import BellboxError
-from bellbox.hadamard import block_size
-from bellbox.levels import check_levels, check_zero_point, levels_from_bits
-
-Statistic = Literal["row", "tensor", "ema", "token", "learned"]
-"""How sigma is taken. Weights: `row`, `tensor`. Activations: `token` (each row), `ema`, `tensor`. Or `learned`."""
+from bellbox.quantizers import METHODS, check_method
+from bellbox.quantizers.spec import Granularity, QuantizerSpec, with_present_names
 
 HEADS = (
     *("lm_head", "embed_out", "output_projection", "classifier", "score", "head"),
@@ -37,7 +35,7 @@ LayerKind = Literal["linear", "conv"]
 GAMMA_LR = 0.1
 """Learning rate of BBQ's gamma in `Recipe.bbq`, in units of the others'."""
 
-SIBLINGS = (
+INPUT_GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("to_q", "to_k", "to_v"),
@@ -50,39 +48,6 @@ SIBLINGS = (
 def is_head(name: str) -> bool:
     """Whether the dotted name of a layer is one of an output layer."""
     return f".{name}".endswith(tuple(f".{head}" for head in HEADS))
-
-
-@dataclass(frozen=True)
-class QuantizerSpec:
-    """One quantizer, by name and numbers; what is None is the method's own choice for a weight or an activation."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-    method: str = "bbq"
-    """The quantization method, one of `bellbox.quantizers.METHODS`."""
-    levels: int = 4
-    """Number of levels n: 2**bits, or 3 for ternary."""
-    zero_point: float | None = None
-    """Shift of the integer grid, a multiple of 1/2."""
-    statistic: Statistic | None = None
-    """How sigma is taken: `row` for weights; `token`, `ema` or `tensor` for activations; `learned`."""
-    block: int | None = None
-    """Largest Hadamard block, a power of two; 1 for no rotation."""
-    options: dict[str, bool | float | str] = field(default_factory=dict[str, bool | float | str])
-    """Options of the method by name."""
-
-    def __post_init__(self) -> None:
-        from bellbox.quantizers import check_method  # a recipe knows the names only
-
-        check_method(self.method, self.options)
-        check_levels(self.levels)
-        if self.statistic is not None and self.statistic not in get_args(Statistic):
-            known = ", ".join(get_args(Statistic))
-            raise BellboxError(f"no statistic {self.statistic!r}; there are: {known}")
-        if self.zero_point is not None:
-            check_zero_point(self.zero_point)
-        if self.block is not None:
-            block_size(1 << 30, self.block)
 
 
 @dataclass(frozen=True)
@@ -130,8 +95,8 @@ class Recipe:
         weight_levels: int | None = None,
         activation_levels: int | None = None,
         zero_point: float | None = None,
-        statistic: Statistic | None = None,
-        weight_statistic: Statistic | None = None,
+        granularity: Granularity | None = None,
+        weight_granularity: Granularity | None = None,
         block: int | None = None,
         options: Mapping[str, bool | float | str] | None = None,
         weight_only: Literal["float", "int8"] | None = None,
@@ -139,6 +104,8 @@ class Recipe:
         share_inputs: bool = True,
         keep: tuple[str, ...] = (),
         rules: tuple[Rule, ...] = (),
+        statistic: Granularity | None = None,
+        weight_statistic: Granularity | None = None,
     ) -> Recipe:
         """A method on every linear layer and convolution but head and stem.
 
@@ -151,8 +118,8 @@ class Recipe:
             weight_levels: levels of the weights alone, where they differ.
             activation_levels: levels of the activations alone.
             zero_point: shift of the integer grid, of both.
-            statistic: of the activations.
-            weight_statistic: of the weights.
+            granularity: of the activations.
+            weight_granularity: of the weights.
             block: largest Hadamard block, of both.
             options: of the method.
             weight_only: quantize weights only, and leave activations in `float` or round them to 8 bits (`int8`).
@@ -161,32 +128,35 @@ class Recipe:
             share_inputs: see `Recipe.share_inputs`.
             keep: name patterns of further layers to leave in full precision.
             rules: rules that go before all others.
+            statistic: the former name of `granularity`.
+            weight_statistic: the former name of `weight_granularity`.
 
         Raises:
             BellboxError: both `bits` and `levels`, `weight_only` together with a choice for activations, an unknown
                 method, or a value out of range.
         """
+        granularity = granularity or statistic
+        weight_granularity = weight_granularity or weight_statistic
         if method == "none":
             return cls(rules, share_inputs)
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
         common = levels if bits is None else levels_from_bits(bits)
         if common is None:
-            from bellbox.quantizers import check_method
-
             common = check_method(method, {}).own_levels
+        number: int = common
 
-        def spec(n: int | None, statistic: Statistic | None) -> QuantizerSpec:
-            n = common if n is None else n
-            return QuantizerSpec(method, n, zero_point, statistic, block, dict(options or {}))
+        def spec(n: int | None, granularity: Granularity | None) -> QuantizerSpec:
+            n = number if n is None else n
+            return QuantizerSpec(method, n, zero_point, granularity, block, dict(options or {}))
 
-        weights = spec(weight_levels, weight_statistic)
-        if weight_only is not None and (statistic, activation_levels) != (None, None):
+        weights = spec(weight_levels, weight_granularity)
+        if weight_only is not None and (granularity, activation_levels) != (None, None):
             raise BellboxError(
-                f"weight_only={weight_only!r} leaves no activations for statistic and activation_levels to decide about"
+                f"weight_only={weight_only!r} leaves no activations for granularity and activation_levels"
             )
         if weight_only is None:
-            activations = spec(activation_levels, statistic)
+            activations = spec(activation_levels, granularity)
         else:
             activations = None if weight_only == "float" else _int8_beside(weights)
         if weights_rotated:
@@ -208,15 +178,15 @@ class Recipe:
     ) -> Recipe:
         """Bell Box Quantization as Bellbox does it, with what our studies found to be better (docs/studies.md).
 
-        Causal (the statistic `token`); weights are learned in the rotated domain, where their codes stay equally used
+        Causal (the granularity `token`); weights are learned in the rotated domain, where their codes stay equally used
         and no step has to rotate them; and gamma learns at a tenth of the learning rate. `bellbox train` adds the
-        hyperball step (`bellbox.training.cewt`), which a loop of your own may as well.
+        hyperball step (`bellbox.training.optim.cewt`), which a loop of your own may as well.
 
         Args:
             bits: of weights and activations, 1 to 8 (2 where nothing is said).
             gamma_init: initial scale in units of the RMS of the whole tensor; the paper's 1.694 where None.
             gamma_lr: what the learning rate is multiplied with for gamma, as an optimizer over
-                `bellbox.training.optimizer.parameter_groups` does; the paper's is 1.
+                `bellbox.training.optim.groups.parameter_groups` does; the paper's is 1.
             weights_rotated: see `Recipe.of`. Where None, yes if activations are quantized.
             choices: as in `Recipe.of`.
 
@@ -232,9 +202,9 @@ class Recipe:
 
     @classmethod
     def bbq_paper(cls, bits: int | None = None, **choices: Any) -> Recipe:
-        """Bell Box Quantization as in the paper (arXiv 2603.01599): the statistic `tensor`, which is not causal,
+        """Bell Box Quantization as in the paper (arXiv 2603.01599): the granularity `tensor`, which is not causal,
         weights rotated in every step, and gamma learned like everything else."""
-        choices["statistic"] = choices.get("statistic") or "tensor"
+        choices["granularity"] = choices.get("granularity") or choices.pop("statistic", None) or "tensor"
         return cls.of("bbq", bits, **choices)
 
     @classmethod
@@ -287,8 +257,6 @@ def _int8_beside(weights: QuantizerSpec) -> QuantizerSpec:
     Where weights are rotated, activations are too, and being bells then they are clipped (QuEST's rule); else the
     largest magnitude of a token is the last level.
     """
-    from bellbox.quantizers import METHODS
-
     block = METHODS[weights.method].own_block if weights.block is None else weights.block
     return QuantizerSpec("rtn", 255) if block == 1 else QuantizerSpec("quest", 255, None, None, block)
 
@@ -302,7 +270,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(Recipe).validate_python(dict(data))
+        return TypeAdapter(Recipe).validate_python(with_present_names(data))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -10,8 +10,8 @@ from bellbox.benchmark import Spread, bench_kernels, bench_model, measure_machin
 from bellbox.benchmark import machine as machine_module
 from bellbox.benchmark.kernels import in_rotation, random_layer
 from bellbox.cli.main import main
-from bellbox.kernels import native
 from bellbox.models import preset
+from bellbox.ops import native
 
 
 @pytest.fixture(autouse=True)

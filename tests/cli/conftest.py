@@ -14,28 +14,28 @@ import pytest
 import torch
 
 import bellbox.data
-from bellbox import io
+from bellbox.convert import convert
 from bellbox.data.bundled import VALID
 from bellbox.data.prepare import prepare
 from bellbox.data.tokenizer import Tokenizer
+from bellbox.formats import packed as io
 from bellbox.models import LlamaConfig, build, save_hf
-from bellbox.surgery import convert
+from bellbox.runs.config import BatchSection, DataSection, ModelSection, QuantizationSection
 from bellbox.training import TrainConfig, load_run, train
-from bellbox.training.config import BatchSection, DataSection, ModelSection, QuantizationSection
 
 CONTEXT = 32
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def make_run(folder: Path, tokens: Path, steps: int, statistic: str = "token") -> Path:
+def make_run(folder: Path, tokens: Path, steps: int, granularity: str = "token") -> Path:
     """One block of width 64, 2 bits, trained for a moment."""
     size = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
     config = TrainConfig(
         folder=str(folder),
         model=ModelSection("tiny", {**size, "max_position_embeddings": 2 * CONTEXT}),
         data=DataSection(source=str(tokens), context=CONTEXT),
-        quantization=QuantizationSection(statistic=statistic),  # type: ignore[arg-type]
+        quantization=QuantizationSection(granularity=granularity),  # type: ignore[arg-type]
         batch=BatchSection(tokens=8 * CONTEXT, micro_sequences=8),
         steps=steps,
         precision="fp32",
@@ -83,7 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
 @pytest.fixture(scope="session")
 def tensor_run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
     torch.set_num_threads(1)
-    return make_run(tmp_path_factory.mktemp("runs") / "tensor", tokens, steps=1, statistic="tensor")
+    return make_run(tmp_path_factory.mktemp("runs") / "tensor", tokens, steps=1, granularity="tensor")
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bellbox import io
 from bellbox.cli import convert as command
 from bellbox.cli.main import main
 from bellbox.evaluation.codes import agreement, low_bit_layers
-from bellbox.opening import open_model
+from bellbox.formats import packed as io
+from bellbox.formats.auto import open_model
 
 
 def test_it_packs_prints_sizes_and_compares_every_code(
@@ -89,7 +89,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(
     run: Path, tensor_run: Path, packed: Path, hf: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     out = tmp_path / "out"
-    assert "statistic='tensor'" in refused("convert", tensor_run, "--out", out)
+    assert "granularity='tensor'" in refused("convert", tensor_run, "--out", out)
     assert "convert takes a run folder" in refused("convert", packed, "--out", out)
     assert "convert takes a run folder" in refused("convert", hf, "--out", out)
     assert "--no-check" in refused("convert", run, "--out", out, "--data", tmp_path / "missing")

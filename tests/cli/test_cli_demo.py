@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bellbox import io
 from bellbox.cli import demo
 from bellbox.cli.demo import judge
 from bellbox.cli.eval import evaluate
 from bellbox.cli.main import main
 from bellbox.evaluation.codes import Agreement
-from bellbox.io import Sizes
-from bellbox.opening import open_model
+from bellbox.formats import packed as io
+from bellbox.formats.auto import open_model
+from bellbox.formats.packed import Sizes
 
 
 def test_a_short_demo_runs_end_to_end(tmp_path: Path, bellbox_process: Callable) -> None:

@@ -13,9 +13,9 @@ from bellbox.cli.eval import evaluate
 from bellbox.cli.main import main
 from bellbox.cli.report import collect
 from bellbox.data.prepare import prepare
-from bellbox.opening import open_model
+from bellbox.formats.auto import open_model
 from bellbox.report import render
-from bellbox.training.metrics import read_records
+from bellbox.runs.metrics import read_records
 
 
 def test_it_prints_protocol_numbers_and_entropy(run: Path, bellbox_process: Callable) -> None:

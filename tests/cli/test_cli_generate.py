@@ -9,7 +9,7 @@ import pytest
 
 from bellbox.cli.generate import continue_text
 from bellbox.cli.main import main
-from bellbox.opening import open_model
+from bellbox.formats.auto import open_model
 
 
 def test_text_goes_to_standard_output_and_speed_to_standard_error(
@@ -92,7 +92,7 @@ def test_what_cannot_be_generated_is_refused(
         ("shorten it", [packed, "--prompt", long]),
         ("new tokens", [packed, "--prompt", "x", "--max-new-tokens", "500"]),
         ("the prompt is empty", [packed, "--prompt", ""]),
-        ("statistic='tensor'", [tensor_run, "--prompt", "x"]),
+        ("granularity='tensor'", [tensor_run, "--prompt", "x"]),
         ("temperature is -1", [packed, "--prompt", "x", "--temperature", "-1"]),
         ("top_p is 2", [packed, "--prompt", "x", "--top-p", "2"]),
         ("it must be exactly one", [packed, "--prompt", "x", "--stop", "several words"]),

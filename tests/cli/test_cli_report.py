@@ -9,8 +9,8 @@ import pytest
 
 from bellbox.cli.main import main
 from bellbox.cli.report import collect
-from bellbox.levels import Levels
-from bellbox.opening import open_model
+from bellbox.core.grid import Levels
+from bellbox.formats.auto import open_model
 
 
 def test_it_writes_a_page_with_everything(

@@ -14,9 +14,9 @@ from bellbox.cli import train
 from bellbox.cli.main import main
 from bellbox.cli.train import parse
 from bellbox.errors import BellboxError
+from bellbox.runs.build import make_model
+from bellbox.runs.config import ModelSection, QuantizationSection
 from bellbox.training import TrainConfig, load_run
-from bellbox.training.assemble import make_model
-from bellbox.training.config import ModelSection, QuantizationSection
 
 TINY = [
     "--model.overrides", "num_hidden_layers=1", "hidden_size=32", "intermediate_size=64",
@@ -111,7 +111,7 @@ def test_help_lists_the_flags_with_their_docs(capsys: pytest.CaptureFixture[str]
 def test_it_trains_and_says_what_to_do_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bellbox.training import task
+    from bellbox.training.tasks import language as task
 
     # The whole validation split of the books would take most of the time here.
     whole = task.perplexity
@@ -132,7 +132,7 @@ def test_it_trains_and_says_what_to_do_next(
     ("quantization", "commands"),
     [
         ({"method": "none"}, ["eval", "report", "generate"]),
-        ({"statistic": "tensor"}, ["eval", "report"]),
+        ({"granularity": "tensor"}, ["eval", "report"]),
         ({"method": "nf"}, ["eval", "report", "generate"]),
         ({"weight_only": "float"}, ["eval", "report", "generate"]),
         ({}, ["eval", "report", "convert", "generate"]),

@@ -12,8 +12,8 @@ import pytest
 
 from bellbox.cli.main import main
 from bellbox.comparison import Results, load_grid, run_grid
+from bellbox.runs.metrics import read_records
 from bellbox.training import train
-from bellbox.training.metrics import read_records
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -109,7 +109,7 @@ def test_killed_with_its_run_it_goes_on_to_the_same_result(grid, start, tmp_path
 
 def _unlocked(folder: Path) -> bool:
     from bellbox.errors import BellboxError
-    from bellbox.training.files import lock
+    from bellbox.runs.folder import lock
 
     try:
         lock(folder).close()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bellbox.comparison import Results, load_grid, summarise, tables
-from bellbox.comparison.asked import kept
+from bellbox.comparison.selection import kept
 from bellbox.data.images import ImageDataset
 from bellbox.data.images.base import ArraySplit
-from bellbox.training.assemble import resolve, resolve_vision
+from bellbox.runs.build import resolve, resolve_vision
 from bellbox.training.check import check_trainable
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,7 @@
 """Checksums of what training, packing and running give, for `test_golden.py`.
 
     python tests/golden/record.py            compares, and prints what differs
-    python tests/golden/record.py --write    records what this machine gives (only where the numerics are meant to change)
+    python tests/golden/record.py --write    records what this machine gives: only where numerics may change
 
 Inputs and weights follow from integer arithmetic, so that codes, packed bytes and packed outputs are the same on every
 machine: those are pinned. What training gives depends on the order in which a processor sums, so it is kept by kind of
@@ -169,7 +169,7 @@ def kind_of_machine() -> str:
         if line.startswith("vendor_id"):
             vendor = line.split(":")[1].strip()
             break
-    from bellbox.kernels import native
+    from bellbox.ops import native
 
     kernels = native.describe().split(" (")[0]
     return f"{kernels}, torch {torch.__version__.split('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, {vendor}"

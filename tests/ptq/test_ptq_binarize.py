@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from bellbox.core.binarize import binarize, decode, round_to_two
 from bellbox.errors import BellboxError
-from bellbox.ptq.binarize import binarize, decode, round_to_two
 from bellbox.ptq.feedback import binarize_matrix, output_error
 from bellbox.ptq.hessian import InputStatistics, inverse_factor
 

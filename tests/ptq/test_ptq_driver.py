@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import bellbox
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError
-from bellbox.files import checksum
 from bellbox.models import GPTConfig, LlamaConfig, build, load_hf, save_hf
+from bellbox.nn.binarized_linear import round_activations
 from bellbox.ptq import (
     BinarizedLinear,
     Job,
@@ -28,7 +28,7 @@ from bellbox.ptq import (
     set_activation_bits,
     stored_size,
 )
-from bellbox.ptq.layer import round_activations
+from bellbox.utils.files import checksum
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then some words follow, many of them twice. " * 40
 SHAPE = {"max_position_embeddings": 48, "initializer_range": 0.2}
@@ -315,7 +315,7 @@ def edit(root: Path, keep: bool = False, **fields) -> None:
 
 def retype(root: Path, leaf: str, dtype: torch.dtype | None, fill: float | None = None) -> None:
     """Spoil one tensor, with checksums that fit."""
-    from bellbox.files import describe_file
+    from bellbox.utils.files import describe_file
 
     path = root / "block-0000.safetensors"
     tensors = load_file(path)

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from bellbox.kernels import binarized, native
+from bellbox.nn.binarized_linear import BinarizedLinear, round_activations
+from bellbox.ops import binarized, native
 from bellbox.ptq.feedback import binarize_matrix
 from bellbox.ptq.hessian import inverse_factor
-from bellbox.ptq.layer import BinarizedLinear, round_activations
 
 needs_avx512 = pytest.mark.skipif(
     "avx512" not in native.instruction_sets(), reason="the kernel is used with AVX-512 only"

@@ -116,7 +116,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_folded_scale_leaves_the_logits_as_they_were(name):
-    from bellbox.ptq.blocks import groups_of
+    from bellbox.models.blocks import groups_of
 
     model = build(CONFIGS[name], seed=0).eval()
     for parameter in model.parameters():  # norms and biases too

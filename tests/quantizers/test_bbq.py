@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bellbox.entropy import code_counts, entropy_bits
+from bellbox.core.entropy import code_counts, entropy_bits
+from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.kernels.encode import SIGMA_FLOOR
-from bellbox.levels import Levels
+from bellbox.ops.encode import SIGMA_FLOOR
 from bellbox.quantizers import set_debug
 from bellbox.quantizers.bbq import BBQ
 from bellbox.recipe import QuantizerSpec
@@ -33,7 +33,7 @@ def formula(
     x: Tensor,
     gamma: Tensor,
     n: int,
-    statistic: str,
+    granularity: str,
     block: int = BLOCK,
     inverse: Tensor | None = None,
     codes: Tensor | None = None,
@@ -48,7 +48,7 @@ def formula(
     if inverse is None:
         mean = (
             rotated.square().mean(-1, keepdim=True)
-            if statistic in ("row", "token")
+            if granularity in ("row", "token")
             else rotated.square().mean()
         )
         inverse = 1 / mean.sqrt().clamp(min=1e-8)
@@ -67,10 +67,10 @@ def formula(
 
 
 def quantizer(
-    statistic: str, n: int = 4, features: int = FEATURES, block: int = BLOCK, rows: int = ROWS
+    granularity: str, n: int = 4, features: int = FEATURES, block: int = BLOCK, rows: int = ROWS
 ) -> BBQ:
-    spec = QuantizerSpec(levels=n, statistic=statistic, block=block)  # type: ignore[arg-type]
-    return BBQ(features, spec, rows if statistic == "row" else None)
+    spec = QuantizerSpec(levels=n, granularity=granularity, block=block)  # type: ignore[arg-type]
+    return BBQ(features, spec, rows if granularity == "row" else None)
 
 
 def some_input(dtype: torch.dtype = torch.float32, seed: int = 0, rows: int = ROWS) -> Tensor:
@@ -87,7 +87,7 @@ def bell(q: BBQ, x: Tensor) -> Tensor:
     )
     mean = (
         rotated.square().mean(-1, keepdim=True)
-        if q.statistic in ("row", "token")
+        if q.granularity in ("row", "token")
         else rotated.square().mean()
     )
     return rotated / mean.sqrt()
@@ -104,10 +104,10 @@ def run(q: BBQ, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("granularity", STATISTICS)
 @pytest.mark.parametrize("n", COUNTS)
-def test_forward_and_gradients_are_those_of_the_formula(n, statistic, dtype):
-    q = quantizer(statistic, n).to(torch.float64 if dtype == torch.float64 else torch.float32)
+def test_forward_and_gradients_are_those_of_the_formula(n, granularity, dtype):
+    q = quantizer(granularity, n).to(torch.float64 if dtype == torch.float64 else torch.float32)
     q.initialize(some_input(seed=9))
     with torch.no_grad():
         q.gamma.mul_(torch.linspace(0.5, 2, q.gamma.numel(), dtype=q.gamma.dtype).reshape(q.gamma.shape))
@@ -126,7 +126,7 @@ def test_forward_and_gradients_are_those_of_the_formula(n, statistic, dtype):
 
     wide = x.double().requires_grad_()
     gamma = q.gamma.detach().double().requires_grad_()
-    expected = formula(wide, gamma, n, statistic, codes=codes)
+    expected = formula(wide, gamma, n, granularity, codes=codes)
     (expected * weights).sum().backward()
     bound = ROUNDING[dtype]
     assert gamma.grad is not None
@@ -136,10 +136,10 @@ def test_forward_and_gradients_are_those_of_the_formula(n, statistic, dtype):
     assert g_x.dtype == dtype
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("granularity", STATISTICS)
 @pytest.mark.parametrize("n", [2, 4, 16])
-def test_bf16_autocast_keeps_fp32_codes_and_gradients_within_bf16(n, statistic):
-    q = quantizer(statistic, n)
+def test_bf16_autocast_keeps_fp32_codes_and_gradients_within_bf16(n, granularity):
+    q = quantizer(granularity, n)
     x = some_input()
     q.initialize(x)
     weights = (
@@ -167,28 +167,28 @@ def test_a_bf16_tensor_is_computed_in_fp32():
     assert q(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_the_gradient_of_gamma_is_divided_by_the_root_of_the_number_of_elements(statistic):
-    q = quantizer(statistic)
+@pytest.mark.parametrize("granularity", STATISTICS)
+def test_the_gradient_of_gamma_is_divided_by_the_root_of_the_number_of_elements(granularity):
+    q = quantizer(granularity)
     x = some_input()
     q.initialize(x)
     weights = torch.ones(ROWS, FEATURES, dtype=torch.float64)
     out, _, g_gamma = run(q, x, weights)
     plain = out / q.gamma.detach()
-    plain = plain.sum(-1, keepdim=True) if statistic == "row" else plain.sum()
+    plain = plain.sum(-1, keepdim=True) if granularity == "row" else plain.sum()
     torch.testing.assert_close(g_gamma, plain / math.sqrt(ROWS * FEATURES), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("statistic", ["row", "token", "tensor"])
-def test_below_the_floor_sigma_is_a_constant(statistic):
-    q = quantizer(statistic).double()
+@pytest.mark.parametrize("granularity", ["row", "token", "tensor"])
+def test_below_the_floor_sigma_is_a_constant(granularity):
+    q = quantizer(granularity).double()
     q.initialize(some_input())
     x = some_input(torch.float64) * 1e-10
     weights = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     out, g_x, _ = run(q, x, weights)
     wide = x.clone().requires_grad_()
     expected = formula(
-        wide, q.gamma.detach(), 4, statistic, inverse=torch.tensor(1 / SIGMA_FLOOR, dtype=torch.float64)
+        wide, q.gamma.detach(), 4, granularity, inverse=torch.tensor(1 / SIGMA_FLOOR, dtype=torch.float64)
     )
     (expected * weights).sum().backward()
     torch.testing.assert_close(out, expected.detach(), rtol=1e-12, atol=1e-12)
@@ -238,19 +238,19 @@ def test_forward_encode_and_a_naive_loop_agree_on_every_code(n):
     x = some_input(rows=9)
     q = quantizer("token", n)
     out = q(x)
-    codes, mark = q.encode(x)
+    codes, row_scale = q.encode(x)
     assert codes.tolist() == naive_codes(x, q.levels, BLOCK)
     assert torch.equal(out, q.levels.decode(codes) * q.scale())
-    assert mark.eq(1).all()
+    assert row_scale.eq(1).all()
     row = quantizer("row", n, rows=9)
     row.initialize(x)
     assert torch.equal(row.codes(x), codes)
     assert torch.equal(row(x), row.levels.decode(codes) * row.scale())
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_values_on_a_threshold_go_up_in_forward_and_encode(statistic):
-    q = quantizer(statistic, 4, features=4, block=1, rows=2)
+@pytest.mark.parametrize("granularity", STATISTICS)
+def test_values_on_a_threshold_go_up_in_forward_and_encode(granularity):
+    q = quantizer(granularity, 4, features=4, block=1, rows=2)
     x = torch.tensor([[1.0, -1.0, 0.0, -0.0], [1.0, 1.0, -1.0, 0.0]])
     q.initialize(x)
     codes = q.codes(x)
@@ -259,10 +259,10 @@ def test_values_on_a_threshold_go_up_in_forward_and_encode(statistic):
     assert torch.equal(q(x), q.levels.decode(codes) * q.scale())
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("granularity", STATISTICS)
 @pytest.mark.parametrize("value", [0.0, 1e-45, -1e-40, 1e-30, 1e25])
-def test_constant_and_extreme_inputs_stay_finite(statistic, value):
-    q = quantizer(statistic)
+def test_constant_and_extreme_inputs_stay_finite(granularity, value):
+    q = quantizer(granularity)
     q.initialize(some_input())
     x = torch.full((ROWS, FEATURES), value)
     x[0, ::2] *= -1
@@ -273,9 +273,9 @@ def test_constant_and_extreme_inputs_stay_finite(statistic, value):
     assert q.eval()(x).isfinite().all()
 
 
-@pytest.mark.parametrize("statistic", ["token", "ema", "tensor"])
-def test_a_single_row_and_no_row(statistic):
-    q = quantizer(statistic)
+@pytest.mark.parametrize("granularity", ["token", "ema", "tensor"])
+def test_a_single_row_and_no_row(granularity):
+    q = quantizer(granularity)
     one = some_input(rows=1)
     out, g_x, _ = run(q, one, torch.ones(1, FEATURES, dtype=torch.float64))
     assert out.isfinite().all()
@@ -286,25 +286,25 @@ def test_a_single_row_and_no_row(statistic):
     assert torch.equal(q(one[0]), q(one)[0])
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("granularity", STATISTICS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_non_finite_value_makes_its_normalisation_group_nan(statistic, bad, training):
-    q = quantizer(statistic).train(training)
+def test_a_non_finite_value_makes_its_normalisation_group_nan(granularity, bad, training):
+    q = quantizer(granularity).train(training)
     q.initialize(some_input())
     x = some_input()
     x[2, :] = bad if bad == 3e38 else x[2, :]  # finite, but its rotation overflows
     x[2, 5] = bad
     out = q(x)
-    whole = statistic == "tensor" or (statistic == "ema" and training)
+    whole = granularity == "tensor" or (granularity == "ema" and training)
     assert out[2].isnan().all()
     others = torch.arange(ROWS) != 2
     assert out[others].isnan().all() if whole else out[others].isfinite().all()
-    _, mark = q.encode(x)
-    whole = statistic == "tensor"
-    assert mark[2].isnan().all()
-    assert mark[others].isnan().all() if whole else mark[others].eq(1).all()
-    if statistic == "ema":
+    _, row_scale = q.encode(x)
+    whole = granularity == "tensor"
+    assert row_scale[2].isnan().all()
+    assert row_scale[others].isnan().all() if whole else row_scale[others].eq(1).all()
+    if granularity == "ema":
         assert q.r_ema.isfinite()
 
 
@@ -350,12 +350,12 @@ def test_a_static_scale_sees_each_row_alone():
     assert torch.equal(q.codes(x)[1:2], q.codes(x[1:2]))
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_the_first_batch_sets_gamma_in_training_evaluation_and_encoding(statistic):
+@pytest.mark.parametrize("granularity", STATISTICS)
+def test_the_first_batch_sets_gamma_in_training_evaluation_and_encoding(granularity):
     x = some_input()
     expected = 1.694 * float(x.double().square().mean().sqrt())
     for use in (lambda q: q(x), lambda q: q.eval()(x), lambda q: q.encode(x)):
-        q = quantizer(statistic)
+        q = quantizer(granularity)
         assert not q.initialized
         with torch.no_grad():
             use(q)
@@ -375,9 +375,9 @@ def test_a_dead_or_broken_first_batch_is_not_the_first_batch():
     assert q.r_ema.isfinite()
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_initialisation_is_state(statistic):
-    q, fresh = quantizer(statistic), quantizer(statistic)
+@pytest.mark.parametrize("granularity", STATISTICS)
+def test_initialisation_is_state(granularity):
+    q, fresh = quantizer(granularity), quantizer(granularity)
     x = some_input()
     q(x)
     fresh.load_state_dict(q.state_dict())
@@ -386,7 +386,7 @@ def test_initialisation_is_state(statistic):
     assert torch.equal(fresh.gamma, q.gamma)
     clone = copy.deepcopy(q)
     assert torch.equal(clone.eval()(x), q.eval()(x))
-    blank = quantizer(statistic)
+    blank = quantizer(granularity)
     q.load_state_dict(blank.state_dict())
     assert not q.initialized
     q.train()(2 * x)
@@ -398,9 +398,9 @@ def test_a_leading_shape_is_kept():
     q = quantizer("token")
     x = some_input().view(2, 3, FEATURES)
     assert torch.equal(q(x), q(x.view(6, FEATURES)).view(x.shape))
-    codes, mark = q.encode(x)
+    codes, row_scale = q.encode(x)
     assert codes.shape == x.shape
-    assert mark.shape == (2, 3, 1)
+    assert row_scale.shape == (2, 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -412,9 +412,9 @@ def test_an_input_of_the_wrong_shape_or_dtype_is_refused(bad):
 
 
 def test_a_statistic_that_does_not_fit_its_role_is_refused():
-    for statistic, rows in (("row", None), ("token", 4), ("channel", None)):
-        with pytest.raises(BellboxError, match="statistic"):
-            BBQ(8, QuantizerSpec(statistic=statistic, block=8), rows)  # type: ignore[arg-type]
+    for granularity, rows in (("row", None), ("token", 4), ("channel", None)):
+        with pytest.raises(BellboxError, match="granularity"):
+            BBQ(8, QuantizerSpec(granularity=granularity, block=8), rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import bellbox as bb
-from bellbox.entropy import code_counts, entropy_bits
-from bellbox.hadamard import hadamard
-from bellbox.kernels import native
-from bellbox.levels import Levels
+from bellbox.core.entropy import code_counts, entropy_bits
+from bellbox.core.grid import Levels
+from bellbox.core.hadamard import hadamard
+from bellbox.ops import native
 from bellbox.quantizers import build_quantizer
 from bellbox.quantizers.bbq import BBQ, optimal_gamma
 from bellbox.recipe import QuantizerSpec, Recipe
@@ -21,9 +21,9 @@ ROWS, FEATURES, BLOCK = 5, 48, 16
 
 
 def bbq(
-    n: int = 4, statistic: str | None = None, rows: int | None = None, **options: bool | float | str
+    n: int = 4, granularity: str | None = None, rows: int | None = None, **options: bool | float | str
 ) -> BBQ:
-    spec = QuantizerSpec("bbq", n, None, statistic, BLOCK, options)  # type: ignore[arg-type]
+    spec = QuantizerSpec("bbq", n, None, granularity, BLOCK, options)  # type: ignore[arg-type]
     q = build_quantizer(spec, FEATURES, rows, "here")
     assert isinstance(q, BBQ)
     return q
@@ -40,16 +40,16 @@ def soft_level(v: Tensor, n: int, zero_point: float) -> Tensor:
     return box + (box.detach().floor().clamp(0, n - 1) - box).detach() - n / 2 - zero_point
 
 
-@pytest.mark.parametrize("statistic", ["token", "tensor"])
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
 @pytest.mark.parametrize("n", [2, 4, 16])
-def test_a_fixed_zeta_follows_sigma_and_its_gradient_does_too(n, statistic):
-    q = bbq(n, statistic, zeta=2.45).double()
+def test_a_fixed_zeta_follows_sigma_and_its_gradient_does_too(n, granularity):
+    q = bbq(n, granularity, zeta=2.45).double()
     assert not list(q.parameters())
     x, g = data().requires_grad_(), data(1)
     out = q(x)
     (ours,) = torch.autograd.grad(out, x, g)
     wide = data().requires_grad_()
-    mean = wide.square().mean(-1, keepdim=True) if statistic == "token" else wide.square().mean()
+    mean = wide.square().mean(-1, keepdim=True) if granularity == "token" else wide.square().mean()
     sigma = mean.sqrt()
     expected = 2.45 * sigma / (n / 2) * soft_level(hadamard(wide, BLOCK) / sigma, n, 0.0 if n == 16 else -0.5)
     (theirs,) = torch.autograd.grad(expected, wide, g)

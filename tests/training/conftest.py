@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 import torch
 
-from bellbox.training.config import TrainConfig
+from bellbox.runs.config import TrainConfig
 
 
 @pytest.fixture(scope="session", autouse=True)

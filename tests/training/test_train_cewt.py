@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from bellbox.entropy import code_counts
+from bellbox.convert import convert, prepare
+from bellbox.core.entropy import code_counts
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
 from bellbox.quantizers import build_quantizer
 from bellbox.recipe import QuantizerSpec, Recipe
-from bellbox.surgery import convert, prepare
+from bellbox.runs.config import CewtSection, OptimizerSection, PhasesSection, QuantizationSection
+from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
-from bellbox.training.cewt import CEWT, constrained_weights, normal_scores, project_
-from bellbox.training.config import CewtSection, OptimizerSection, PhasesSection, QuantizationSection
-from bellbox.training.metrics import WALL_CLOCK, read_records
+from bellbox.training.optim.cewt import CEWT, constrained_weights, normal_scores, project_
 
 Tiny = Callable[..., TrainConfig]
 
@@ -85,7 +85,7 @@ def test_weights_learned_unrotated_are_projected_in_the_domain_of_their_codes(
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Conv2d(32, 48, 3, bias=False))
     recipe = Recipe.of(
-        "bbq", 4, weight_statistic="tensor", weight_only=weight_only, options={"signs": signs}, keep=()
+        "bbq", 4, weight_granularity="tensor", weight_only=weight_only, options={"signs": signs}, keep=()
     )
     with torch.no_grad():
         for layer in network:
@@ -176,7 +176,7 @@ def section(kind: Any = "adamw", **choices: Any) -> OptimizerSection:
     return OptimizerSection(kind=kind, lr=1e-2, cewt=CewtSection(**{"every": 1, **choices}))
 
 
-TENSOR = QuantizationSection(weight_statistic="tensor")
+TENSOR = QuantizationSection(weight_granularity="tensor")
 
 
 def records(config: TrainConfig) -> list[dict[str, Any]]:

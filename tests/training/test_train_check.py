@@ -9,10 +9,10 @@ import pytest
 from bellbox.data.images import ImageDataset
 from bellbox.data.images.base import ArraySplit
 from bellbox.errors import BellboxError
+from bellbox.runs.build import resolve, resolve_vision
+from bellbox.runs.config_file import config_from_dict
 from bellbox.training import TrainConfig, Trainer
-from bellbox.training.assemble import resolve, resolve_vision
 from bellbox.training.check import check_trainable
-from bellbox.training.config_file import config_from_dict
 
 
 @pytest.mark.parametrize(

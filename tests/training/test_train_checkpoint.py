@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bellbox.errors import BellboxError
-from bellbox.training.checkpoint import FILES, Checkpoints, CheckpointWarning, State
+from bellbox.runs.checkpoint import FILES, Checkpoints, CheckpointWarning, State
 
 
 def save(checkpoints: Checkpoints, step: int, loss: float | None = None) -> Path:

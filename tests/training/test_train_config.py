@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from bellbox.errors import BellboxError
-from bellbox.training.assemble import make_recipe
-from bellbox.training.config import TrainConfig
-from bellbox.training.config_file import config_from_dict, differences, load_config, save_config
+from bellbox.runs.build import make_recipe
+from bellbox.runs.config import TrainConfig
+from bellbox.runs.config_file import config_from_dict, differences, load_config, save_config
 
 
 def test_the_defaults_are_the_papers_recipe() -> None:
@@ -23,7 +23,7 @@ def test_a_file_is_read_and_written_without_loss(tmp_path: Path) -> None:
     source = tmp_path / "a.yaml"
     source.write_text(
         "folder: runs/a\nmodel: {preset: small, overrides: {num_hidden_layers: 2, rope_theta: 5.0e+3}}\n"
-        "quantization: {bits: 3, statistic: ema}\noptimizer: {lr: 1e-3, betas: [0.8, 0.9]}\ntokens: 100000\n"
+        "quantization: {bits: 3, granularity: ema}\noptimizer: {lr: 1e-3, betas: [0.8, 0.9]}\ntokens: 100000\n"
     )
     config = load_config(source)
     # YAML 1.1 reads 1e-3 as text; it is meant as a number.

@@ -11,10 +11,10 @@ import torch
 
 from bellbox.errors import BellboxError
 from bellbox.models import build, preset, save_hf
+from bellbox.runs.config import DistillSection, QuantizationSection
+from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
-from bellbox.training.config import DistillSection, QuantizationSection
 from bellbox.training.distill import divergence
-from bellbox.training.metrics import WALL_CLOCK, read_records
 
 Tiny = Callable[..., TrainConfig]
 

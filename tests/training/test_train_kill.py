@@ -16,9 +16,9 @@ import pytest
 import tiny_run
 import torch
 
+from bellbox.runs.config import CewtSection, OptimizerSection, PhasesSection
+from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, load_run, save_config
-from bellbox.training.config import CewtSection, OptimizerSection, PhasesSection
-from bellbox.training.metrics import WALL_CLOCK, read_records
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 

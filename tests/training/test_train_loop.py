@@ -15,11 +15,11 @@ import torch
 from bellbox import data
 from bellbox.errors import BellboxError
 from bellbox.evaluation import perplexity
+from bellbox.runs.checkpoint import CheckpointWarning
+from bellbox.runs.config import BatchSection, QuantizationSection, VisionSection
+from bellbox.runs.folder import lock
+from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_config, load_run, train
-from bellbox.training.checkpoint import CheckpointWarning
-from bellbox.training.config import BatchSection, QuantizationSection, VisionSection
-from bellbox.training.files import lock
-from bellbox.training.metrics import WALL_CLOCK, read_records
 
 Tiny = Callable[..., TrainConfig]
 
@@ -123,9 +123,9 @@ def test_another_seed_gives_another_model(tiny: Tiny) -> None:
     assert records(left) != records(right)
 
 
-@pytest.mark.parametrize("statistic", ["token", "ema", "tensor"])
-def test_a_run_in_pieces_equals_a_run_in_one(tiny: Tiny, statistic: Any) -> None:
-    section = QuantizationSection(statistic=statistic)
+@pytest.mark.parametrize("granularity", ["token", "ema", "tensor"])
+def test_a_run_in_pieces_equals_a_run_in_one(tiny: Tiny, granularity: Any) -> None:
+    section = QuantizationSection(granularity=granularity)
     whole, pieces = (
         tiny("whole", steps=7, quantization=section),
         tiny("pieces", steps=7, quantization=section),
@@ -147,7 +147,7 @@ def test_a_run_in_pieces_equals_a_run_in_one(tiny: Tiny, statistic: Any) -> None
 
 
 def test_a_signal_during_validation_is_made_up_for(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bellbox.training import task
+    from bellbox.training.tasks import language as task
 
     whole, pieces = tiny("whole"), tiny("pieces")
     train(whole, show=False)

@@ -11,9 +11,9 @@ import torch
 
 from bellbox.errors import BellboxError
 from bellbox.objectives import FeatureCollector, FeatureHook, mec_loss, spectrum
+from bellbox.runs.config import MecSection, PhasesSection, QuantizationSection
+from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
-from bellbox.training.config import MecSection, PhasesSection, QuantizationSection
-from bellbox.training.metrics import WALL_CLOCK, read_records
 
 Tiny = Callable[..., TrainConfig]
 

@@ -8,7 +8,7 @@ import pytest
 TRIAL = """
 import resource
 import torch
-from bellbox.training.memory import keep_freed_memory
+from bellbox.utils.malloc import keep_freed_memory
 
 def cleared(count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bellbox.errors import BellboxError
-from bellbox.training.metrics import MetricsWriter, perplexity_of, read_records
+from bellbox.runs.metrics import MetricsWriter, perplexity_of, read_records
 
 
 def record(step: int, kind: str = "train", loss: float = 1.0) -> dict[str, object]:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from bellbox.convert import prepare
 from bellbox.errors import BellboxError
 from bellbox.models import build, preset
 from bellbox.nn import quantized_layers
 from bellbox.recipe import Recipe
-from bellbox.surgery import prepare
-from bellbox.training.config import OptimizerSection
-from bellbox.training.optimizer import ModelOptimizer, parameter_groups
+from bellbox.runs.config import OptimizerSection
+from bellbox.training.optim.groups import ModelOptimizer, parameter_groups
 
 
 def small(name: str = "tiny", **changes: object) -> nn.Module:

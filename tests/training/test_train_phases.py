@@ -12,12 +12,12 @@ import torch
 
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
+from bellbox.runs.build import resolve
+from bellbox.runs.config import PhasesSection, QuantizationSection
+from bellbox.runs.config_file import config_from_dict
+from bellbox.runs.metrics import WALL_CLOCK, read_records
+from bellbox.runs.phases import phase_after, phase_at, phases_of
 from bellbox.training import TrainConfig, Trainer, load_run, train
-from bellbox.training.assemble import resolve
-from bellbox.training.config import PhasesSection, QuantizationSection
-from bellbox.training.config_file import config_from_dict
-from bellbox.training.metrics import WALL_CLOCK, read_records
-from bellbox.training.phases import phase_after, phase_at, phases_of
 
 Tiny = Callable[..., TrainConfig]
 SCHEDULE = PhasesSection(quantized=0.75, bits_before=[4, 3], shares=[0.25, 0.25, 0.5])
@@ -114,7 +114,7 @@ def test_a_schedule_that_cannot_be_is_one_line(changes: dict[str, Any], message:
 def test_a_later_phase_that_its_method_cannot_have_is_refused_before_the_first_step(tiny: Tiny) -> None:
     config = tiny(steps=8, phases=PhasesSection(quantized=0.5))
     for section, message in (
-        (QuantizationSection(method="quest", statistic="ema"), "statistic 'ema' does not fit"),
+        (QuantizationSection(method="quest", granularity="ema"), "granularity 'ema' does not fit"),
         (QuantizationSection(method="ternary_mass"), "give levels=3"),
         (QuantizationSection(weight_only="float", weights_rotated=True), "needs both weight and input"),
     ):
@@ -198,9 +198,9 @@ def test_at_a_border_the_weights_and_their_moments_stay(tiny: Tiny) -> None:
     assert bool(layer.activation_quantizer.quantizer.get_buffer("initialized"))
 
 
-@pytest.mark.parametrize("statistic", ["token", "ema"])
-def test_a_run_in_pieces_equals_a_run_in_one_across_every_border(tiny: Tiny, statistic: Any) -> None:
-    settings = {"steps": 8, "phases": SCHEDULE, "quantization": QuantizationSection(statistic=statistic)}
+@pytest.mark.parametrize("granularity", ["token", "ema"])
+def test_a_run_in_pieces_equals_a_run_in_one_across_every_border(tiny: Tiny, granularity: Any) -> None:
+    settings = {"steps": 8, "phases": SCHEDULE, "quantization": QuantizationSection(granularity=granularity)}
     whole, pieces = tiny("whole", **settings), tiny("pieces", **settings)
     train(whole, show=False)
     Cut.stops = (1, 2, 3, 4, 5, 6, 7)  # the borders are at 2, 4 and 5

@@ -9,8 +9,8 @@ import torch
 
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError
+from bellbox.runs.open import is_run
 from bellbox.training import TrainConfig, load_run, train
-from bellbox.training.run import is_run
 
 Tiny = Callable[..., TrainConfig]
 

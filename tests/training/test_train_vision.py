@@ -22,9 +22,9 @@ from bellbox.errors import BellboxError
 from bellbox.evaluation.accuracy import accuracy
 from bellbox.models import ResNet, ViT
 from bellbox.nn import quantized_layers
+from bellbox.runs.config import DataSection, ModelSection, PhasesSection, VisionSection
+from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, save_config, train
-from bellbox.training.config import DataSection, ModelSection, PhasesSection, VisionSection
-from bellbox.training.metrics import WALL_CLOCK, read_records
 
 VisionRun = Callable[..., TrainConfig]
 

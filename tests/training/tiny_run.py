@@ -16,7 +16,7 @@ import numpy as np
 
 from bellbox.data.shards import Manifest, ShardWriter, dtype_for, write_manifest
 from bellbox.data.tokenizer import Tokenizer
-from bellbox.training.config import BatchSection, DataSection, ModelSection, TrainConfig
+from bellbox.runs.config import BatchSection, DataSection, ModelSection, TrainConfig
 
 CONTEXT = 16
 

@@ -1,6 +1,6 @@
 """One packed layer against torch's own, over shapes, rows and bits.
 
-Our side is the whole operation, from bf16 input to bf16 output: rotation, statistic, codes, product, scales. Weights
+Our side is the whole operation, from bf16 input to bf16 output: rotation, granularity, codes, product, scales. Weights
 are several copies in rotation, together larger than the last-level cache, unless they shall be hot.
 """
 
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from bellbox.benchmark.machine import Machine, Memory
 from bellbox.benchmark.timing import Spread, take_turns
-from bellbox.hadamard import block_size
-from bellbox.levels import Levels
+from bellbox.core.grid import Levels
+from bellbox.core.hadamard import block_size
 from bellbox.nn import InputCoding, PackedLinear
 from bellbox.nn.prepacked import prepack_all
 

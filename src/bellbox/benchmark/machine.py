@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bellbox.kernels import native
+from bellbox.ops import native
 
 _BYTES = 1 << 29
 """Read to measure the bandwidth: more than any cache holds."""

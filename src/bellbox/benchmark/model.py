@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from bellbox.benchmark.timing import Spread, take_turns
-from bellbox.decoding import steps_for
+from bellbox.convert import convert, prepare
+from bellbox.inference.decoding import steps_for
 from bellbox.models import ModelConfig, build
 from bellbox.nn.compact import Precision
 from bellbox.nn.prepacked import prepack_all
-from bellbox.process import peak_memory
 from bellbox.recipe import Recipe
-from bellbox.surgery import convert, prepare
+from bellbox.utils.memory import peak_memory
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from bellbox.cli.output import help_text, refuse_flags, write_file
 from bellbox.comparison import Outcome, Results, load_grid, run_grid, summarise, tables
-from bellbox.comparison.asked import kept
+from bellbox.comparison.selection import kept
 from bellbox.errors import BellboxError, require
 from bellbox.report import comparison_page, comparison_pictures
 

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import nn
 
-from bellbox import io
 from bellbox.cli.eval import first_sequences
 from bellbox.cli.output import help_text, refuse_flags
+from bellbox.convert import convert
 from bellbox.data.images.batches import chosen
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation.codes import Agreement, agreement
-from bellbox.io import Sizes
+from bellbox.formats import packed as io
+from bellbox.formats.auto import OpenedModel, open_data_for, open_images_for, open_model
+from bellbox.formats.packed import Sizes
 from bellbox.nn.compact import Precision, compact
-from bellbox.opening import OpenedModel, open_data_for, open_images_for, open_model
-from bellbox.surgery import convert
 
 require("tyro", "cli")
 

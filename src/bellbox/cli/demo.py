@@ -19,30 +19,31 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from bellbox import data, io
+from bellbox import data
 from bellbox.cli.convert import check_batches, describe, pack, show_sizes
 from bellbox.cli.eval import Evaluation, evaluate, show
 from bellbox.cli.generate import continue_text, speed_of
 from bellbox.cli.output import help_text, write_file
 from bellbox.cli.report import collect
+from bellbox.convert import summary
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation.codes import Agreement, agreement
-from bellbox.files import read_json
-from bellbox.io import Sizes
-from bellbox.opening import open_model
+from bellbox.formats import packed as io
+from bellbox.formats.auto import open_model
+from bellbox.formats.packed import Sizes
 from bellbox.report import Sample, render
-from bellbox.surgery import summary
-from bellbox.training import TrainConfig, Trainer
-from bellbox.training.assemble import make_model, resolve
-from bellbox.training.config import (
+from bellbox.runs.build import make_model, resolve
+from bellbox.runs.config import (
     BatchSection,
     DataSection,
     ModelSection,
     OptimizerSection,
     QuantizationSection,
 )
-from bellbox.training.files import lock
-from bellbox.training.memory import keep_freed_memory
+from bellbox.runs.folder import lock
+from bellbox.training import TrainConfig, Trainer
+from bellbox.utils.files import read_json
+from bellbox.utils.malloc import keep_freed_memory
 
 require("tyro", "cli")
 

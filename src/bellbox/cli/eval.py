@@ -22,7 +22,7 @@ from bellbox.cli.output import help_text, refuse_flags, require_writable, write_
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import PerplexityResult, UnigramResult, perplexity, unigram
 from bellbox.evaluation.codes import CodeUse, code_use
-from bellbox.opening import OpenedModel, open_data_for, open_model
+from bellbox.formats.auto import OpenedModel, open_data_for, open_model
 
 require("tyro", "cli")
 

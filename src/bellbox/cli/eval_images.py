@@ -11,7 +11,7 @@ import torch
 from bellbox.data.images.batches import chosen
 from bellbox.evaluation.accuracy import AccuracyResult, accuracy
 from bellbox.evaluation.codes import CodeUse, code_use
-from bellbox.opening import OpenedModel, open_images_for
+from bellbox.formats.auto import OpenedModel, open_images_for
 
 _COUNTED_IMAGES = 64
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
-from bellbox.generation import TextGeneration, generate_text
-from bellbox.opening import OpenedModel, open_model
-from bellbox.process import peak_memory
+from bellbox.formats.auto import OpenedModel, open_model
+from bellbox.inference.generation import TextGeneration, generate_text
+from bellbox.utils.memory import peak_memory
 
 require("tyro", "cli")
 

@@ -29,8 +29,8 @@ def _usage() -> str:
 
 
 def _version() -> str:
-    from bellbox import __version__
-    from bellbox.kernels import native
+    from bellbox.ops import native
+    from bellbox.version import __version__
 
     return f"bellbox {__version__}, kernels: {native.describe()}"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bellbox.errors import BellboxError
-from bellbox.training.files import write_text
+from bellbox.runs.folder import write_text
 
 
 def require_writable(path: Path) -> None:

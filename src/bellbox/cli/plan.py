@@ -14,7 +14,7 @@ import torch
 from bellbox.cli.output import help_text
 from bellbox.errors import BellboxError, require
 from bellbox.models import build, preset
-from bellbox.planner import quantized_fraction, tokens_per_byte
+from bellbox.runs.planner import quantized_fraction, tokens_per_byte
 
 require("tyro", "cli")
 

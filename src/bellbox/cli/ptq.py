@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 
 from bellbox.cli.output import help_text, refuse_flags
 from bellbox.errors import BellboxError, require
-from bellbox.process import peak_memory
 from bellbox.ptq import Job, Settings, binarize_folder, load, stored_size
+from bellbox.utils.memory import peak_memory
 
 require("tyro", "cli")
 

@@ -15,16 +15,17 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from bellbox import data, io, ptq
+from bellbox import data, ptq
 from bellbox.cli.convert import packed_sizes, size_rows
 from bellbox.cli.generate import continue_text, speed_of
 from bellbox.cli.output import help_text, refuse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import unigram
 from bellbox.evaluation.codes import Agreement
-from bellbox.kernels.encode import normaliser, rotate_normalise, row_sigma
+from bellbox.formats import packed as io
+from bellbox.formats.auto import OpenedModel, open_model
 from bellbox.nn import PackedLinear, QuantizedLayer, quantized_layers
-from bellbox.opening import OpenedModel, open_model
+from bellbox.ops.encode import normaliser, rotate_normalise, row_sigma
 from bellbox.quantizers.bbq import BBQ
 from bellbox.report import (
     LayerValues,
@@ -161,7 +162,7 @@ def collect(
 def write_sample(
     opened: OpenedModel, prompt: str, seed: int = 0, temperature: float = 0.8, top_k: int = 40
 ) -> Sample | None:
-    """A text by the model; None of a vision model, and where its statistic makes generating impossible.
+    """A text by the model; None of a vision model, and where its granularity makes generating impossible.
 
     Raises:
         BellboxError: a prompt that is empty or too long.
@@ -177,7 +178,7 @@ def write_sample(
 
 def _is_causal(model: nn.Module) -> bool:
     layers = (layer.activation_quantizer for _, layer in quantized_layers(model))
-    return all(layer is None or layer.quantizer.statistic != "tensor" for layer in layers)
+    return all(layer is None or layer.quantizer.granularity != "tensor" for layer in layers)
 
 
 def _unigram(source: str) -> Any:

@@ -20,14 +20,14 @@ from typing import Any, Literal
 from torch import nn
 
 from bellbox.cli.output import help_text
+from bellbox.convert import summary
 from bellbox.errors import BellboxError, require
 from bellbox.models import ResNet, ViT
 from bellbox.nn import quantized_layers
-from bellbox.surgery import summary
+from bellbox.runs.checkpoint import CheckpointWarning
 from bellbox.training import TrainConfig, Trainer, load_config
-from bellbox.training.checkpoint import CheckpointWarning
-from bellbox.training.memory import keep_freed_memory
-from bellbox.yaml_text import parse_yaml
+from bellbox.utils.malloc import keep_freed_memory
+from bellbox.utils.yaml import parse_yaml
 
 
 @dataclass
@@ -147,7 +147,7 @@ def _farewell(folder: Path, model: nn.Module) -> str:
     layers = [layer for _, layer in quantized_layers(model)]
     inputs = [layer.activation_quantizer.quantizer for layer in layers if layer.activation_quantizer]
     if all(
-        quantizer.statistic != "tensor" for quantizer in inputs
+        quantizer.granularity != "tensor" for quantizer in inputs
     ):  # else: to train with and measure, no more
         if layers and all(layer.runs_on_integers for layer in layers):
             commands.append(f"bellbox convert {folder} --out {folder}-packed")

@@ -30,10 +30,10 @@ from typing import Any
 
 from bellbox.comparison.results import FRAME, frame
 from bellbox.errors import BellboxError
-from bellbox.training.assemble import check_quantization
-from bellbox.training.config import QuantizationSection, TrainConfig
-from bellbox.training.config_file import config_from_dict
-from bellbox.yaml_text import read_yaml
+from bellbox.runs.build import check_quantization
+from bellbox.runs.config import QuantizationSection, TrainConfig
+from bellbox.runs.config_file import config_from_dict
+from bellbox.utils.yaml import read_yaml
 
 KEYS = ("about", "base", "lr", "seeds", "bits", "rows")
 ROW_KEYS = ("lr", "seeds", "bits")

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from bellbox import io
+from bellbox.convert import convert
+from bellbox.core.packing import row_bytes
 from bellbox.errors import BellboxError
+from bellbox.formats import packed as io
 from bellbox.nn import QuantizedLayer, quantized_layers
-from bellbox.packing import row_bytes
 from bellbox.recipe import Recipe
 from bellbox.report.style import kind_of
-from bellbox.surgery import convert
-from bellbox.training.metrics import read_records
+from bellbox.runs.metrics import read_records
 
 BINS = 32
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from bellbox.comparison.grid import Cell, Grid
 from bellbox.comparison.results import Result, Results, identity
 from bellbox.errors import BellboxError
+from bellbox.runs.config import TrainConfig
 from bellbox.training.check import check_trainable
-from bellbox.training.config import TrainConfig
-from bellbox.training.task import data_checksum, make_task, open_data
+from bellbox.training.tasks import data_checksum, make_task, open_data
 
 if TYPE_CHECKING:
     from bellbox.data.images import ImageDataset

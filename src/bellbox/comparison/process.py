@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from bellbox.comparison.child import MEASURED
 from bellbox.comparison.plan import Wanted
-from bellbox.files import read_json
+from bellbox.comparison.worker import MEASURED
 from bellbox.training import save_config
+from bellbox.utils.files import read_json
 
 ASKED, LOG = "asked.yaml", "log.txt"
 
@@ -33,7 +33,7 @@ class Process:
         self.first_step = self.step
         with (folder / LOG).open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bellbox.comparison.child", str(folder / ASKED)],
+                [sys.executable, "-m", "bellbox.comparison.worker", str(folder / ASKED)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

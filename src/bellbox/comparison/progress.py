@@ -9,13 +9,13 @@ from typing import Any
 from bellbox.comparison.plan import Plan, Wanted
 from bellbox.comparison.process import Process
 from bellbox.comparison.results import Result
-from bellbox.live import Live, clock
 from bellbox.training.progress import judged
+from bellbox.utils.progress import ProgressDisplay, clock
 
 _LINE_SECONDS = 60.0
 
 
-class GridProgress(Live):
+class GridProgress(ProgressDisplay):
     """Where the runner says what happens. To be entered around it.
 
     Args:

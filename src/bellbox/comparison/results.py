@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bellbox.errors import BellboxError
-from bellbox.training.config import DEFAULT_STEPS, TrainConfig
+from bellbox.quantizers.spec import with_present_names
+from bellbox.runs.config import DEFAULT_STEPS, TrainConfig
 
 FILE = "results.jsonl"
 # Where a run lives, how it is watched and saved: they do not decide its numbers.
@@ -66,7 +67,7 @@ class Result:
     gamma: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Kind of layer -> low, high, counts: histogram of the learned row scales over the blocks."""
     feature_spectrum: list[float] = field(default_factory=list)
-    """Of the last validation: see `bellbox.training.metrics`."""
+    """Of the last validation: see `bellbox.runs.metrics`."""
     seconds: float | None = None
     """Training and validation, wall clock."""
     machine: dict[str, Any] = field(default_factory=dict)
@@ -164,7 +165,7 @@ class Results:
         self._keys: list[str] = []
         for number, line in enumerate(self._whole_lines(), 1):
             try:
-                result = Result(**json.loads(line))
+                result = Result(**with_present_names(json.loads(line)))
             except (ValueError, TypeError):
                 raise BellboxError(f"{self.path}: line {number} is not a result; remove the line") from None
             self._remember(result)
@@ -186,7 +187,7 @@ class Results:
 
     def drop_failed(self, keys: set[str]) -> int:
         """Forget failed runs with these identities, so that they are tried again; returns how many."""
-        from bellbox.training.files import write_text
+        from bellbox.runs.folder import write_text
 
         pairs = zip(self.all, self._keys, strict=True)
         kept = [(result, key) for result, key in pairs if result.error is None or key not in keys]

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from bellbox.comparison import asked
 from bellbox.comparison.grid import Grid
 from bellbox.comparison.plan import Plan, Wanted
 from bellbox.comparison.process import Process
 from bellbox.comparison.progress import GridProgress
 from bellbox.comparison.results import Result, Results
+from bellbox.comparison.selection import keep
 from bellbox.errors import BellboxError
-from bellbox.training.assemble import pick_device
-from bellbox.training.environment import describe
-from bellbox.training.files import lock
+from bellbox.runs.build import pick_device
+from bellbox.runs.environment import describe
+from bellbox.runs.folder import lock
 from bellbox.training.stop import StopSignals
 
 RUNS = "runs"
@@ -76,7 +76,7 @@ def run_grid(
         if retry:
             runner.forget_failures()
         runner.plan.check()
-        asked.keep(folder, runner.plan)
+        keep(folder, runner.plan)
         signals = stack.enter_context(StopSignals())
         stack.enter_context(runner.progress)
         return runner.run(signals)

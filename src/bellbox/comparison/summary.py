@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bellbox.comparison.asked import Asked, definition_of, last_asked
 from bellbox.comparison.plan import best_lr
 from bellbox.comparison.results import Result, is_vision
+from bellbox.comparison.selection import Asked, definition_of, last_asked
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def summarise(results: Iterable[Result], grids: Mapping[str, Sequence[Asked]] | 
 
     Args:
         results: of a folder.
-        grids: study -> what its grid asks for (`bellbox.comparison.asked.kept`), which its rows are then made of.
+        grids: study -> what its grid asks for (`bellbox.comparison.selection.kept`), which its rows are then made of.
             Of a study that is not in it the last results say (`last_asked`).
     """
     studies: dict[str, list[Result]] = {}

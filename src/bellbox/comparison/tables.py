@@ -34,8 +34,8 @@ def title_of(study: Study) -> str:
 
 
 def _lr(summary: Summary) -> str:
-    mark = "*" if summary.at_edge else "‡" if summary.untuned else ""
-    return _NONE if summary.lr is None else f"{summary.lr:g}{mark}"
+    row_scale = "*" if summary.at_edge else "‡" if summary.untuned else ""
+    return _NONE if summary.lr is None else f"{summary.lr:g}{row_scale}"
 
 
 def _size(summary: Summary) -> str:

@@ -17,7 +17,7 @@ from bellbox.data import shards, sources
 from bellbox.data.sources import Piece, Source
 from bellbox.data.tokenizer import FILE_NAME, Tokenizer, check_vocab_size
 from bellbox.errors import BellboxError
-from bellbox.files import new_folder
+from bellbox.utils.files import new_folder
 
 DEFAULT_VOCAB = 8192
 DEFAULT_VALID_FRACTION = 0.01

@@ -215,7 +215,7 @@ def _zstd_chunks(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _decoded(path: Path, chunks: Iterable[bytes]) -> Iterator[str]:
-    """Strict UTF-8; an error names the byte. A byte order mark at the beginning is dropped."""
+    """Strict UTF-8; an error names the byte. A byte order row_scale at the beginning is dropped."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     read = 0
     first = True

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bellbox.entropy import code_counts, entropy_bits
+from bellbox.core.entropy import code_counts, entropy_bits
 from bellbox.errors import BellboxError
 from bellbox.nn import PackedLinear, QuantizedLayer
 

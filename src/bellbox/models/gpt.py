@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bellbox.kernels.decoder import attend, attends
 from bellbox.models.attention import causal_attention, compute_dtype, tanh_gelu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import GPTConfig
 from bellbox.models.llama import check_context
+from bellbox.ops.decoder import attend, attends
 
 
 class LayerNorm(nn.LayerNorm):

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bellbox import files
 from bellbox.errors import BellboxError
 from bellbox.models.config import GPTConfig, LlamaConfig, ModelConfig
+from bellbox.utils import files
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.kernels.decoder import attend, attends, rms_norm
 from bellbox.models.attention import causal_attention, compute_dtype, silu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import LlamaConfig
+from bellbox.ops.decoder import attend, attends, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
     The sum of squares is taken by `vector_norm`: on a CPU its forward and backward are the quickest of the
     ways that PyTorch offers (1.4 to 4 times `F.rms_norm`), and a row's result does not depend on how many
-    rows there are. Without gradients fp32 takes one call instead (`bellbox.kernels.decoder`).
+    rows there are. Without gradients fp32 takes one call instead (`bellbox.ops.decoder`).
     """
 
     def __init__(self, size: int, eps: float) -> None:

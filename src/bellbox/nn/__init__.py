@@ -4,27 +4,27 @@
 their input, in every forward. `PackedLinear` and `PackedConv2d` are for inference: they hold codes only. In evaluation
 both compute the same integers and the same epilogue, so converting changes no bit of the result.
 
-Layers that read the very same tensor (q, k, v; gate, up) can share one activation quantizer. `SharedInput`
+Layers that read the very same tensor (q, k, v; gate, up) can share one activation quantizer. `InputCache`
 remembers what it made of a tensor until every sibling has asked for it.
 """
 
-from bellbox.nn.conv import QuantizedConv2d
-from bellbox.nn.once import weights_quantized_once
-from bellbox.nn.packed import InputCoding, PackedLinear
+from bellbox.nn.held import weights_quantized_once
+from bellbox.nn.input_cache import InputCache, version_of
 from bellbox.nn.packed_conv import PackedConv2d
-from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer, QuantizedLinear
-from bellbox.nn.shared import SharedInput, version_of
+from bellbox.nn.packed_linear import InputCoding, PackedLinear
+from bellbox.nn.quantized_conv import QuantizedConv2d
+from bellbox.nn.quantized_linear import ActivationQuantizer, QuantizedLayer, QuantizedLinear
 from bellbox.nn.tools import quantized_layers, record_activation_codes, replace_layer, without_fused_paths
 
 __all__ = [
     "ActivationQuantizer",
+    "InputCache",
     "InputCoding",
     "PackedConv2d",
     "PackedLinear",
     "QuantizedConv2d",
     "QuantizedLayer",
     "QuantizedLinear",
-    "SharedInput",
     "quantized_layers",
     "record_activation_codes",
     "replace_layer",

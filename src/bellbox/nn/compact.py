@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox.errors import BellboxError
-from bellbox.kernels.decoder import INT8_COLUMNS, int8_linear
 from bellbox.nn.tools import replace_layer
+from bellbox.ops.decoder import INT8_COLUMNS, int8_linear
 from bellbox.recipe import is_head
 
 Precision = Literal["fp32", "bf16", "int8"]

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bellbox.core.grid import Grid
 from bellbox.errors import BellboxError
-from bellbox.kernels import convolution, native
-from bellbox.levels import Grid
-from bellbox.nn.conv import QuantizedConv2d, integer_convolution
-from bellbox.nn.packed import InputCoding, PackedLinear, output_dtype, packed_layer, with_signs
+from bellbox.nn.geometry import ConvGeometry, pixels_of
+from bellbox.nn.input_cache import InputCache
+from bellbox.nn.packed_linear import InputCoding, PackedLinear, output_dtype, packed_layer, with_signs
 from bellbox.nn.prepacked import Prepacked
-from bellbox.nn.quantized import QuantizedLayer, finish
-from bellbox.nn.shared import SharedInput
-from bellbox.nn.window import Window, pixels_of
+from bellbox.nn.quantized_conv import QuantizedConv2d, integer_convolution
+from bellbox.nn.quantized_linear import QuantizedLayer, epilogue
+from bellbox.ops import convolution, native
 
 _SIZES = 64
 """Sizes of images whose windows a layer remembers."""
@@ -51,7 +51,7 @@ class PackedConv2d(PackedLinear):
     Args:
         in_channels: of the input.
         out_channels: of the output.
-        window: the geometry.
+        geometry: the geometry.
         weight_levels: the integers that weight codes stand for.
         coding: how the input is coded.
         bias: whether there is a bias.
@@ -64,14 +64,14 @@ class PackedConv2d(PackedLinear):
         self,
         in_channels: int,
         out_channels: int,
-        window: Window,
+        geometry: ConvGeometry,
         weight_levels: Grid,
         coding: InputCoding,
         bias: bool,
-        shared: SharedInput | None = None,
+        shared: InputCache | None = None,
     ) -> None:
-        self.in_channels, self.window = in_channels, window
-        pixels = window.kernel[0] * window.kernel[1]
+        self.in_channels, self.geometry = in_channels, geometry
+        pixels = geometry.kernel[0] * geometry.kernel[1]
         super().__init__(pixels * self.features, out_channels, weight_levels, coding, bias, shared)
         self._filters: _Filters | None = None
         self._windows: dict[tuple[int, int], list[int]] = {}
@@ -84,24 +84,24 @@ class PackedConv2d(PackedLinear):
 
     @classmethod
     def like(
-        cls, layer: QuantizedLayer, weight_levels: Grid, coding: InputCoding, shared: SharedInput | None
+        cls, layer: QuantizedLayer, weight_levels: Grid, coding: InputCoding, shared: InputCache | None
     ) -> PackedLinear:
         """See `PackedLinear.like`."""
         assert isinstance(layer, QuantizedConv2d)
-        sizes = layer.in_channels, layer.out_channels, layer.window
+        sizes = layer.in_channels, layer.out_channels, layer.geometry
         return cls(*sizes, weight_levels, coding, layer.bias is not None, shared)
 
     @property
     def features(self) -> int:
         """Input channels of a group."""
-        return self.in_channels // self.window.groups
+        return self.in_channels // self.geometry.groups
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        window = self.window
+        geometry = self.geometry
         return (
-            f"{self.in_channels}, {self.out_features}, kernel_size={window.kernel}, stride={window.stride}, "
-            f"padding={window.padding}, dilation={window.dilation}, groups={window.groups}, "
+            f"{self.in_channels}, {self.out_features}, kernel_size={geometry.kernel}, stride={geometry.stride}, "
+            f"padding={geometry.padding}, dilation={geometry.dilation}, groups={geometry.groups}, "
             f"bias={self.bias is not None}, weight_levels={self.weight_levels.n}, "
             f"activation_levels={self.coding.levels.n}"
         )
@@ -115,7 +115,7 @@ class PackedConv2d(PackedLinear):
             relu: whether a ReLU comes last, likewise.
         """
         self._check(x)
-        if not (self.compiled and self.window.groups == 1 and native.takes(x)):
+        if not (self.compiled and self.geometry.groups == 1 and native.takes(x)):
             return _ended(self._run_conv_reference(x, self._rows(x)), add, relu)
         if native.direct(x):
             return self.run_native_conv(x, output_dtype(x), add, relu)
@@ -130,31 +130,35 @@ class PackedConv2d(PackedLinear):
         signs = self.act_signs
         image = x if signs is None else x * signs[:, None, None]
         height, width = x.shape[2:]
-        window = self._windows.get((height, width))
-        if window is None:
+        geometry = self._windows.get((height, width))
+        if geometry is None:
             if len(self._windows) >= _SIZES:
                 self._windows.clear()
-            window = self._windows[height, width] = list(self.window.numbers(height, width, self.in_channels))
+            geometry = self._windows[height, width] = list(
+                self.geometry.numbers(height, width, self.in_channels)
+            )
         filters = self._filters
         if filters is None or filters.ready is not ready:
             filters = self._filters = _Filters(self, ready)
         weights = ready.weights, filters.code_sums, filters.addresses(self)
-        if wanted != torch.float32 or (add is not None and not self._can_add(add, len(x), window)):
-            out = convolution.convolve(image, window, *weights, ready.act_scale, ready.coding, dtype)
+        if wanted != torch.float32 or (add is not None and not self._can_add(add, len(x), geometry)):
+            out = convolution.convolve(image, geometry, *weights, ready.act_scale, ready.coding, dtype)
             return _ended(out.to(wanted), add, relu)
         assert add is None or isinstance(add, Tensor)
-        return convolution.convolve(image, window, *weights, ready.act_scale, ready.coding, dtype, add, relu)
+        return convolution.convolve(
+            image, geometry, *weights, ready.act_scale, ready.coding, dtype, add, relu
+        )
 
     @torch.no_grad()
     def _run_conv_reference(self, x: Tensor, rows: Tensor) -> Tensor:
-        codes, marks = self.coding.encode(rows, self.act_rsigma, None)
+        codes, row_scales = self.coding.encode(rows, self.act_rstd, None)
         image = self.coding.levels.decode_int8(codes).view(len(x), *x.shape[2:], self.in_channels)
         weight_scale = self.weight_scale / self.weight_levels.multiplier
         act_scale = self.act_scale / self.coding.levels.multiplier
         product = integer_convolution(
-            image, self._weight_integers(), weight_scale, act_scale, marks, self.window
+            image, self._weight_integers(), weight_scale, act_scale, row_scales, self.geometry
         )
-        return finish(product, self.bias, x).permute(0, 3, 1, 2)
+        return epilogue(product, self.bias, x).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def input_codes(self, x: Tensor) -> Tensor:
@@ -162,16 +166,16 @@ class PackedConv2d(PackedLinear):
         self._check(x)
         rows, coding = self._rows(x), self.coding
         if not (self.compiled and native.takes(x)):
-            return coding.encode(rows, self.act_rsigma, None)[0]
+            return coding.encode(rows, self.act_rstd, None)[0]
         integers, _, _ = native.encode(rows.detach(), *self.coding_arguments())
         return ((integers - coding.levels.integers[0]) // coding.levels.multiplier).to(torch.uint8)
 
-    def _can_add(self, add: Tensor | float, batch: int, window: list[int]) -> bool:
+    def _can_add(self, add: Tensor | float, batch: int, geometry: list[int]) -> bool:
         if not isinstance(add, Tensor) or not native.direct(add) or add.dtype != torch.float32:
             return False
         # The compiled kernels return nothing that a gradient could pass through.
         learned = add.requires_grad and torch.is_grad_enabled()
-        return not learned and add.shape == (batch, self.out_features, window[3], window[4])
+        return not learned and add.shape == (batch, self.out_features, geometry[3], geometry[4])
 
     def _rows(self, x: Tensor) -> Tensor:
         """A row a sample, channels innermost, signs changed."""
@@ -207,7 +211,7 @@ def _packed_conv2d(x: Tensor, key: int, dtype: torch.dtype) -> Tensor:
 
 def _packed_conv2d_fake(x: Tensor, key: int, dtype: torch.dtype) -> Tensor:
     layer = _convolution(key)
-    size = len(x), layer.out_features, *layer.window.output_size(x.shape[2], x.shape[3])
+    size = len(x), layer.out_features, *layer.geometry.output_size(x.shape[2], x.shape[3])
     return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 

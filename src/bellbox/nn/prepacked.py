@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.packing import unpack_slabs
 from bellbox.errors import BellboxError
-from bellbox.kernels import native
-from bellbox.packing import unpack_slabs
+from bellbox.ops import native
 
 if TYPE_CHECKING:
-    from bellbox.nn.packed import PackedLinear
+    from bellbox.nn.packed_linear import PackedLinear
 
 _DTYPES = {"weight_packed": torch.uint8, "act_signs": torch.int8}
 """Of buffers; of all others fp32."""
@@ -73,7 +73,7 @@ def prepack_all(model: nn.Module) -> None:
     The canonical bytes are then needed only to save the model again: if they lie in a mapped file, the operating
     system is told that their pages may go.
     """
-    from bellbox.nn.packed import PackedLinear
+    from bellbox.nn.packed_linear import PackedLinear
 
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     layers = [layer for layer in layers if layer.weight_packed.is_cpu and layer.compiled]

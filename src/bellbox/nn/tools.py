@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bellbox.entropy import code_counts
+from bellbox.core.entropy import code_counts
 from bellbox.errors import BellboxError
-from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer
+from bellbox.nn.quantized_linear import ActivationQuantizer, QuantizedLayer
 
 
 def without_fused_paths(model: nn.Module) -> None:

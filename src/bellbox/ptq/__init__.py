@@ -13,10 +13,7 @@ model = load("one-bit")
 How it works, what it costs and what it gives: docs/ptq.md.
 """
 
-from bellbox.ptq.driver import Job, binarize_folder
-from bellbox.ptq.group import Settings
-from bellbox.ptq.layer import BinarizedLinear
-from bellbox.ptq.storage import (
+from bellbox.formats.binarized import (
     StoredSize,
     is_binarized,
     load,
@@ -25,6 +22,9 @@ from bellbox.ptq.storage import (
     stored_size,
     tokenizer_path,
 )
+from bellbox.nn.binarized_linear import BinarizedLinear
+from bellbox.ptq.driver import Job, binarize_folder
+from bellbox.ptq.group import Settings
 
 __all__ = [
     "BinarizedLinear",

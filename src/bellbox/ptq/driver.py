@@ -25,16 +25,7 @@ from torch import Tensor, nn
 
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError
-from bellbox.files import put_in_place, read_json, refuse_foreign, sha256_file, sync
-from bellbox.models.hf import HFFolder
-from bellbox.nn import replace_layer
-from bellbox.ptq.blocks import Runner, block_name, embed, filled_block, groups_of
-from bellbox.ptq.calibration import calibration_tokens
-from bellbox.ptq.group import Settings, binarize_group
-from bellbox.ptq.hessian import InputStatistics
-from bellbox.ptq.memory import working_memory
-from bellbox.ptq.progress import BlockProgress
-from bellbox.ptq.storage import (
+from bellbox.formats.binarized import (
     CONFIG,
     RECORD,
     REST,
@@ -44,7 +35,16 @@ from bellbox.ptq.storage import (
     narrowed,
     write_config,
 )
-from bellbox.training.files import lock
+from bellbox.models.blocks import Runner, block_name, embed, filled_block, groups_of
+from bellbox.models.hf import HFFolder
+from bellbox.nn import replace_layer
+from bellbox.ptq.calibration import calibration_tokens
+from bellbox.ptq.group import Settings, binarize_group
+from bellbox.ptq.hessian import InputStatistics
+from bellbox.ptq.memory import working_memory
+from bellbox.ptq.progress import BlockProgress
+from bellbox.runs.folder import lock
+from bellbox.utils.files import put_in_place, read_json, refuse_foreign, sha256_file, sync
 
 _HIDDEN, _SETTINGS = "hidden.safetensors", "settings.json"
 

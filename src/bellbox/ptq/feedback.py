@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bellbox.ptq.binarize import BLOCK, Binarized, Variant, binarize, decode, round_to_two
+from bellbox.core.binarize import BLOCK, Binarized, Variant, binarize, decode, round_to_two
 
 
 def binarize_matrix(

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.binarize import BLOCK, Variant
 from bellbox.errors import BellboxError
-from bellbox.ptq.binarize import BLOCK, Variant
 
 FLOOR = 1e-5
 """Least magnitude of a scale."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bellbox.live import Live, clock
+from bellbox.utils.progress import ProgressDisplay, clock
 
 
-class BlockProgress(Live):
+class BlockProgress(ProgressDisplay):
     """Where the driver says what happens. To be entered around it.
 
     Args:

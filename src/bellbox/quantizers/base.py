@@ -7,10 +7,11 @@ A quantizer turns a float tensor into codes and back. Two views of it must be th
 
 Every method whose levels are an integer grid is, on rows of its input:
 
-    v = butterfly(x) * r;  code = number of thresholds t with v >= t;  q = code - offset;  x_hat = scale * mark * q
+    v = butterfly(x) * r;  code = number of thresholds t with v >= t;  q = code - offset;  x_hat = scale * row_scale * q
 
-and methods differ in four things: what a row is divided by (`measure`, or a stored number: `rsigma`), whether the
-result is multiplied by it again (`rescale`: mark is then sigma, else 1), the thresholds (`levels`), and the backward.
+and methods differ in four things: what a row is divided by (`measure`, or a stored number: `rstd`), whether the
+result is multiplied by it again (`rescale`: row_scale is then sigma, else 1), the thresholds (`levels`), and the way
+back.
 A tie goes up. Both sides of a product live in the rotated domain (`block`) and are never rotated back.
 
 A new method is a small class: see `docs/methods.md`.
@@ -18,30 +19,29 @@ A new method is a small class: see `docs/methods.md`.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.grid import Levels
+from bellbox.core.hadamard import block_size
 from bellbox.errors import BellboxError
-from bellbox.hadamard import block_size
-from bellbox.kernels.encode import (
+from bellbox.ops.encode import (
     MEASURES,
     SIGMA_FLOOR,
     compute_dtype,
     encode,
-    mark,
     normaliser,
+    row_scale,
     static_normaliser,
 )
-from bellbox.kernels.rotate import rotate
-from bellbox.levels import Levels
-from bellbox.recipe import QuantizerSpec, Statistic
+from bellbox.ops.rotate import rotate
+from bellbox.quantizers.registry import METHODS, NoOptions, read_options
+from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
 _debug = os.environ.get("BELLBOX_DEBUG", "") not in ("", "0")
 
@@ -58,35 +58,6 @@ def set_debug(enabled: bool) -> None:
 def debug_enabled() -> bool:
     """Whether non-finite inputs raise."""
     return _debug
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """Of a method that has none. Each method names its own in such a class, with types and defaults."""
-
-
-@functools.cache
-def _reader(options: type) -> Any:
-    from pydantic import ConfigDict, TypeAdapter, with_config
-
-    return TypeAdapter(with_config(ConfigDict(extra="forbid"))(options))
-
-
-def read_options(method: str, kind: type, values: dict[str, Any]) -> Any:
-    """A method's options from plain data.
-
-    Raises:
-        BellboxError: an unknown option or a value of the wrong type, by name.
-    """
-    from pydantic import ValidationError
-
-    try:
-        return _reader(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        known = ", ".join(each.name for each in fields(kind)) or "none"
-        raise BellboxError(f"option {where!r} of {method}: {first['msg']} (options: {known})") from None
 
 
 class Normaliser(NamedTuple):
@@ -109,7 +80,7 @@ class Quantizer(nn.Module, ABC):
         rows: rows of a weight; None for an activation.
 
     Raises:
-        BellboxError: options or a statistic that the method does not have, or an activation of a weight-only method.
+        BellboxError: options or a granularity that the method does not have, or an activation of a weight-only method.
     """
 
     method: ClassVar[str]
@@ -118,20 +89,20 @@ class Quantizer(nn.Module, ABC):
     """A frozen dataclass: the method's own options."""
     own_block: ClassVar[int] = 1
     """Largest rotation block where a recipe names none."""
-    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("row",)
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row",)
     """Statistics that a weight may have, the default first."""
-    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("token",)
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ("token",)
     """Likewise for activations; empty where the method quantizes weights only."""
     on_grid: ClassVar[bool] = True
     """Whether its levels are evenly spaced, so that products run on integers."""
     measured: ClassVar[Literal["rms", "absmax"]] = "rms"
-    """What a row is divided by under the statistics `row` and `token`."""
+    """What a row is divided by under the granularities `row` and `token`."""
     decayed: tuple[str, ...] = ()
     """Names of own parameters that weight decay pulls on."""
 
     own_levels: ClassVar[int] = 4
     """Levels where a recipe names none."""
-    statistic: Statistic
+    granularity: Granularity
     normalise: Literal["rms", "absmax", "static", "tensor"]
     """Where 1/sigma comes from in evaluation; `tensor` exists for training only."""
     rescale: bool = False
@@ -145,13 +116,18 @@ class Quantizer(nn.Module, ABC):
     samples: bool = False
     """Whether a row is a whole sample `[pixels, features]`, as of a convolution's input; else a vector of features."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method" in cls.__dict__:
+            METHODS[cls.method] = cls
+
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__()
         self.features, self.rows = features, rows
         self.options = read_options(self.method, self.Options, spec.options)
-        self.statistic = self._choose_statistic(spec.statistic)
-        each = self.statistic in ("row", "token")
-        self.normalise = self.measured if each else "tensor" if self.statistic == "tensor" else "static"
+        self.granularity = self._choose_granularity(spec.granularity)
+        each = self.granularity in ("row", "token")
+        self.normalise = self.measured if each else "tensor" if self.granularity == "tensor" else "static"
         self.block = block_size(features, self.own_block if spec.block is None else spec.block)
         if self.measured == "absmax" and self.block != 1:
             raise BellboxError(
@@ -176,7 +152,7 @@ class Quantizer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         levels = f"n={self.levels.n}, zero_point={self.levels.zero_point}"
-        return f"{levels}, statistic={self.statistic}, block={self.block}"
+        return f"{levels}, granularity={self.granularity}, block={self.block}"
 
     @abstractmethod
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
@@ -197,14 +173,14 @@ class Quantizer(nn.Module, ABC):
     def initialize(self, x: Tensor) -> None:
         """Set what is learned from a first tensor. A weight's is called when its layer is prepared."""
 
-    def rsigma(self) -> Tensor:
-        """The stored 1/sigma of a static statistic, `[]` or `[rows, 1]`."""
+    def rstd(self) -> Tensor:
+        """The stored 1/sigma of a static granularity, `[]` or `[rows, 1]`."""
         raise NotImplementedError
 
     def measure(self, rows: Tensor) -> Tensor:
         """What rows are divided by, fp64 `[rows, 1]`, or `[1, 1]` for all together."""
         sigma = MEASURES[self.measured](rows)
-        if self.statistic not in ("tensor", "ema"):
+        if self.granularity not in ("tensor", "ema"):
             return sigma
         together = sigma.amax() if self.measured == "absmax" else sigma.square().mean().sqrt()
         return together.reshape(1, 1)
@@ -228,15 +204,15 @@ class Quantizer(nn.Module, ABC):
             x: `[..., features]`.
 
         Returns:
-            uint8 codes `[..., features]`, and fp32 marks `[..., 1]` (of samples `[samples, 1]`): 1.0, or sigma where
-            `rescale`; NaN for a row with a non-finite entry.
+            uint8 codes `[..., features]`, and fp32 row scales `[..., 1]` (of samples `[samples, 1]`): 1.0, or sigma
+            where `rescale`; NaN for a row with a non-finite entry.
         """
         rows = self._rows(x)
         self._see_first(rows)
         norm = self.normaliser(rows, training=False)
         codes = self.codes_of(rows, norm.r)
-        marks = mark(norm.r, len(rows), norm.sigma if self.rescale else None)
-        return codes.reshape(x.shape), marks.reshape(self._shape_of_marks(x))
+        row_scales = row_scale(norm.r, len(rows), norm.sigma if self.rescale else None)
+        return codes.reshape(x.shape), row_scales.reshape(self._shape_of_marks(x))
 
     def codes_of(self, rows: Tensor, r: Tensor) -> Tensor:
         """uint8 codes of `[rows, features]`, normalised by `r`."""
@@ -254,10 +230,10 @@ class Quantizer(nn.Module, ABC):
         """None where it can be packed into integers and run causally, else the reason and the way out."""
         if not self.on_grid:
             return f"{self.method} needs a float product: its levels are not evenly spaced"
-        if self.statistic == "tensor" and self.rows is None:
+        if self.granularity == "tensor" and self.rows is None:
             return (
-                "statistic='tensor' looks at future tokens and at the rest of the batch; "
-                "train with statistic='token' or 'ema'"
+                "granularity='tensor' looks at future tokens and at the rest of the batch; "
+                "train with granularity='token' or 'ema'"
             )
         if not self._ready:
             return "its scale is not set yet; run one batch through the model first"
@@ -270,7 +246,7 @@ class Quantizer(nn.Module, ABC):
         """What `[rows, features]` are multiplied with, NaN for groups that are not finite."""
         work = compute_dtype(rows)
         if self.normalise == "static":
-            r = static_normaliser(self.rsigma(), rows, self.block).to(work)
+            r = static_normaliser(self.rstd(), rows, self.block).to(work)
             return Normaliser(self._checked(r, rows), None, torch.zeros_like(r))
         return self.normaliser_of(self.measure(rows), rows)
 
@@ -280,9 +256,9 @@ class Quantizer(nn.Module, ABC):
         r = self._checked(normaliser(sigma, self.block).to(work), rows)
         return Normaliser(r, sigma.clamp(min=SIGMA_FLOOR), (sigma > SIGMA_FLOOR).to(work))
 
-    def _choose_statistic(self, asked: Statistic | None) -> Statistic:
+    def _choose_granularity(self, asked: Granularity | None) -> Granularity:
         weight = self.rows is not None
-        offered = self.weight_statistics if weight else self.activation_statistics
+        offered = self.weight_granularities if weight else self.activation_granularities
         if not offered:
             raise BellboxError(
                 f"{self.method} quantizes weights only: choose another method for activations, or weight_only"
@@ -290,7 +266,7 @@ class Quantizer(nn.Module, ABC):
         if asked is not None and asked not in offered:
             role = "weights" if weight else "activations"
             raise BellboxError(
-                f"statistic {asked!r} does not fit {role} of {self.method}: {' or '.join(offered)}"
+                f"granularity {asked!r} does not fit {role} of {self.method}: {' or '.join(offered)}"
             )
         return asked or offered[0]
 

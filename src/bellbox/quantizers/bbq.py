@@ -38,7 +38,7 @@ and independent of the batch by construction, and the same function in training 
 is trained, no division by sigma, random signs before the rotation, and BBQ-Vision's fixed zeta: x_hat = zeta sigma q /
 (n/2), where sigma is differentiated in both of its places, which adds `x mean(G x_hat) / sigma^2` to g_x.
 
-**Where this differs from the paper.** The statistic `token` is ours. Any number of levels n >= 2 is allowed (n = 3 is
+**Where this differs from the paper.** The granularity `token` is ours. Any number of levels n >= 2 is allowed (n = 3 is
 ternary). The weights' sigma may be taken over the whole tensor (`tensor`), with one gamma a row. sigma has a floor of
 1e-8 for activations too, so zeros stay finite. RMS is taken of the input, which equals that of its rotation. Weights
 get their gamma when the layer is prepared instead of at the first batch: the same number. A NaN or infinity makes its
@@ -55,13 +55,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bellbox.core.grid import Levels
+from bellbox.core.hadamard import DEFAULT_BLOCK
 from bellbox.errors import BellboxError
-from bellbox.hadamard import DEFAULT_BLOCK
-from bellbox.kernels.bbq import bbq_backward, bbq_forward
-from bellbox.kernels.encode import SIGMA_FLOOR, compute_dtype, normaliser
-from bellbox.levels import Levels
+from bellbox.ops.encode import SIGMA_FLOOR, compute_dtype, normaliser
+from bellbox.ops.fake_quantize import bbq_backward, bbq_forward
 from bellbox.quantizers.base import LearnedQuantizer, Normaliser
-from bellbox.recipe import QuantizerSpec, Statistic
+from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
 GAMMA_INIT = 1.694
 EMA_DECAY = 0.99
@@ -159,8 +159,8 @@ class BBQ(LearnedQuantizer):
     method = "bbq"
     Options = BBQOptions
     own_block: ClassVar[int] = DEFAULT_BLOCK
-    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("row", "tensor")
-    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("token", "ema", "tensor")
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ("token", "ema", "tensor")
 
     options: BBQOptions
     r_ema: Tensor
@@ -171,16 +171,16 @@ class BBQ(LearnedQuantizer):
         if not self.options.rms:
             self.normalise = "static"
         if self.rescale:
-            if not self.options.rms or self.statistic == "ema":
+            if not self.options.rms or self.granularity == "ema":
                 raise BellboxError(
-                    "zeta multiplies by each input's sigma: not with rms=false or statistic='ema'"
+                    "zeta multiplies by each input's sigma: not with rms=false or granularity='ema'"
                 )
             self.initialized.fill_(True)  # nothing is learned
             self._ready = True
         else:
             start = torch.ones(()) if rows is None else torch.ones(rows, 1)
             self.gamma = nn.Parameter(start, requires_grad=self.options.gamma == "learned")
-        if self.statistic == "ema":
+        if self.granularity == "ema":
             self.register_buffer("r_ema", torch.zeros(()))
         if self.options.signs:
             draw = torch.Generator().manual_seed(features)
@@ -201,12 +201,12 @@ class BBQ(LearnedQuantizer):
         init = self.options.gamma_init
         init = optimal_gamma(self.levels) if init == "optimal" else init
         self.gamma.copy_((init * rms).to(self.gamma.dtype).expand_as(self.gamma))
-        if self.statistic == "ema":
+        if self.granularity == "ema":
             self.r_ema.copy_(1 / rms)
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""
-        whole = norm.r.numel() == 1 and self.statistic in ("tensor", "ema")
+        whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
         follow = self.options.zeta is not None
         if self.options.zeta is None:
             gamma = self.gamma
@@ -222,14 +222,14 @@ class BBQ(LearnedQuantizer):
             return torch.tensor(self.options.zeta / (self.levels.n / 2), device=self.initialized.device)
         return self.gamma.detach().to(torch.float32) / (self.levels.n / 2)
 
-    def rsigma(self) -> Tensor:
+    def rstd(self) -> Tensor:
         """The running 1/sigma, or 1 without RMS."""
         return self.r_ema if self.options.rms else torch.ones((), device=self.initialized.device)
 
     @torch.no_grad()
     def normaliser(self, rows: Tensor, training: bool) -> Normaliser:
         """See `Quantizer.normaliser`; in training the running scale is updated and the batch's own is used."""
-        if self.statistic != "ema" or not self.options.rms:
+        if self.granularity != "ema" or not self.options.rms:
             return super().normaliser(rows, training)
         if training:
             sigma = self.measure(rows)
@@ -238,7 +238,7 @@ class BBQ(LearnedQuantizer):
         if not self._ready:
             raise BellboxError(
                 f"{self.name or 'an activation quantizer'} has no running scale yet: "
-                "statistic='ema' needs one batch through the model before its codes are asked for"
+                "granularity='ema' needs one batch through the model before its codes are asked for"
             )
         return super().normaliser(rows, training)
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bellbox.kernels.encode import encode, mark
-from bellbox.levels import Levels, strictly_rising
+from bellbox.core.grid import Levels, strictly_rising
+from bellbox.ops.encode import encode, row_scale
 from bellbox.quantizers.base import Normaliser, Quantizer
 
 
@@ -75,8 +75,8 @@ class Codebook(Quantizer):
         codes = encode(rows, norm.r, self.levels.thresholds, 1)
         shape = self._shape_of_marks(x)
         groups = len(rows) // max(1, math.prod(shape))
-        marks = mark(norm.r, len(rows)).reshape(*shape[:-1], groups).mean(-1)
-        return codes.reshape(x.shape), marks.reshape(shape)
+        row_scales = row_scale(norm.r, len(rows)).reshape(*shape[:-1], groups).mean(-1)
+        return codes.reshape(x.shape), row_scales.reshape(shape)
 
     def scale(self) -> Tensor:
         """The table has the scale of the data."""

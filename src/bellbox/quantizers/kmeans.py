@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.levels import Levels
 from bellbox.quantizers.base import LearnedQuantizer
 from bellbox.quantizers.codebook import Codebook, levels_between
-from bellbox.recipe import QuantizerSpec, Statistic
+from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
 GROUP = 64
 ITERATIONS = 200
@@ -48,7 +48,7 @@ class KMeans(Codebook, LearnedQuantizer):
     """K-means codebook of one weight; see `Quantizer` for the arguments."""
 
     method = "kmeans"
-    activation_statistics: ClassVar[tuple[Statistic, ...]] = ()
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ()
 
     centroids: Tensor
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bellbox.kernels.learned import learned_backward, learned_forward
+from bellbox.ops.learned_thresholds import learned_backward, learned_forward
 
 
 class _LearnedThresholds(torch.autograd.Function):

@@ -22,10 +22,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bellbox.levels import Levels
+from bellbox.core.grid import Levels
 from bellbox.quantizers.base import LearnedQuantizer, Normaliser
-from bellbox.quantizers.straight_through import Learned, Window, straight_through
-from bellbox.recipe import QuantizerSpec, Statistic
+from bellbox.quantizers.spec import Granularity, QuantizerSpec
+from bellbox.quantizers.straight_through import ClipRange, Learned, straight_through
 
 FLOOR = 1e-8
 
@@ -47,8 +47,8 @@ class LSQ(LearnedQuantizer):
 
     method = "lsq"
     Options = LSQOptions
-    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
-    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)
 
     options: LSQOptions
 
@@ -84,9 +84,11 @@ class LSQ(LearnedQuantizer):
         low, high = -self.levels.offset, self.levels.n - 1 - self.levels.offset
         learned = Learned(1 / math.sqrt(max(1, rows.numel()) * self.largest))
         a = self.a.abs() + FLOOR
-        return straight_through(rows, norm, a, self.levels, self.block, dtype, Window(low, high), a, learned)
+        return straight_through(
+            rows, norm, a, self.levels, self.block, dtype, ClipRange(low, high), a, learned
+        )
 
-    def rsigma(self) -> Tensor:
+    def rstd(self) -> Tensor:
         """1/a."""
         return 1 / (self.a.detach().abs() + FLOOR)
 

@@ -22,13 +22,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.grid import Levels, strictly_rising
 from bellbox.errors import BellboxError
-from bellbox.kernels.learned import learned_encode
-from bellbox.levels import Levels, strictly_rising
+from bellbox.ops.learned_thresholds import learned_encode
 from bellbox.quantizers.base import LearnedQuantizer, Normaliser
 from bellbox.quantizers.learned_thresholds import learned_thresholds
-from bellbox.quantizers.straight_through import Window, straight_through
-from bellbox.recipe import QuantizerSpec, Statistic
+from bellbox.quantizers.spec import Granularity, QuantizerSpec
+from bellbox.quantizers.straight_through import ClipRange, straight_through
 
 NARROWEST = 1e-3
 
@@ -46,8 +46,8 @@ class N2UQ(LearnedQuantizer):
 
     method = "n2uq"
     Options = N2UQOptions
-    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("row",)
-    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row",)
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)
 
     options: N2UQOptions
 
@@ -112,10 +112,10 @@ class N2UQ(LearnedQuantizer):
         assert norm.sigma is not None
         unit = norm.sigma * (2 / (self._levels.n - 1))
         gain = 1 / norm.sigma if self.options.released_gradient else None
-        window = Window(-1, 1)
-        return straight_through(rows, norm, unit, self._levels, self.block, dtype, window, gain=gain)
+        clip_range = ClipRange(-1, 1)
+        return straight_through(rows, norm, unit, self._levels, self.block, dtype, clip_range, gain=gain)
 
-    def rsigma(self) -> Tensor:
+    def rstd(self) -> Tensor:
         """s1."""
         return self.s1.detach()
 

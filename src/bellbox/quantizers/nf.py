@@ -14,8 +14,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.levels import Levels
 from bellbox.quantizers.codebook import Codebook, levels_between
 
 

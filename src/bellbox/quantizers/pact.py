@@ -23,12 +23,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.levels import Levels
 from bellbox.quantizers.base import LearnedQuantizer, Normaliser
 from bellbox.quantizers.quest import gaussian_clip
-from bellbox.quantizers.straight_through import Learned, Window, straight_through
-from bellbox.recipe import QuantizerSpec, Statistic
+from bellbox.quantizers.spec import Granularity, QuantizerSpec
+from bellbox.quantizers.straight_through import ClipRange, Learned, straight_through
 
 FLOOR = 1e-5
 
@@ -48,8 +48,8 @@ class PACT(LearnedQuantizer):
 
     method = "pact"
     Options = PACTOptions
-    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("row", "tensor")
-    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)
 
     options: PACTOptions
 
@@ -89,10 +89,10 @@ class PACT(LearnedQuantizer):
         learned = Learned(1.0, subtract=False, valued=False, beyond=1.0)
         unit = alpha / self.top
         return straight_through(
-            clipped, norm, unit, self.levels, self.block, dtype, Window(low, self.top), alpha, learned
+            clipped, norm, unit, self.levels, self.block, dtype, ClipRange(low, self.top), alpha, learned
         )
 
-    def rsigma(self) -> Tensor:
+    def rstd(self) -> Tensor:
         """One over the step of activations."""
         return self.top / self.alpha.detach().clamp(min=FLOOR)
 

@@ -19,10 +19,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bellbox.hadamard import DEFAULT_BLOCK
-from bellbox.levels import Levels
+from bellbox.core.grid import Levels
+from bellbox.core.hadamard import DEFAULT_BLOCK
 from bellbox.quantizers.base import Normaliser, Quantizer
-from bellbox.quantizers.straight_through import Window, straight_through
+from bellbox.quantizers.straight_through import ClipRange, straight_through
 
 CLIPS = {
     2: 0.7978845587,
@@ -101,11 +101,11 @@ class QuEST(Quantizer):
         assert norm.sigma is not None
         levels, unit = self.levels, norm.sigma * self.step
         if self.options.rule == "clip":
-            window = Window(-1.3 * self.clip, 1.3 * self.clip)
+            clip_range = ClipRange(-1.3 * self.clip, 1.3 * self.clip)
         else:
             low, high = (-levels.offset - 0.5) * self.step, (levels.n - levels.offset - 0.5) * self.step
-            window = Window(low, high)
-        return straight_through(rows, norm, unit, levels, self.block, dtype, window)
+            clip_range = ClipRange(low, high)
+        return straight_through(rows, norm, unit, levels, self.block, dtype, clip_range)
 
     def scale(self) -> Tensor:
         """The step in units of sigma."""

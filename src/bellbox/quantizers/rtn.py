@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bellbox.levels import Levels
+from bellbox.core.grid import Levels
 from bellbox.quantizers.base import Normaliser, Quantizer
 from bellbox.quantizers.straight_through import straight_through
 

@@ -18,11 +18,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.levels import Levels
 from bellbox.quantizers.base import LearnedQuantizer, Normaliser
-from bellbox.quantizers.straight_through import Learned, Window, straight_through
-from bellbox.recipe import QuantizerSpec, Statistic
+from bellbox.quantizers.spec import Granularity, QuantizerSpec
+from bellbox.quantizers.straight_through import ClipRange, Learned, straight_through
 
 FLOOR = 1e-5
 MAX_LEVELS = 128  # with more, the clip at .99 would leave the outermost level unused
@@ -32,8 +32,8 @@ class SEQ(LearnedQuantizer):
     """SEQ of one tensor; see `Quantizer` for the arguments."""
 
     method = "seq"
-    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
-    activation_statistics: ClassVar[tuple[Statistic, ...]] = ("learned",)
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)
+    activation_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)
 
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__(features, spec, rows)
@@ -61,14 +61,14 @@ class SEQ(LearnedQuantizer):
         n, a = self.levels.n, self.a.clamp(min=FLOOR)
         gain = 1 / math.sqrt(max(1, rows.numel()) * max(1.0, n / 2 - 1))
         if n == 2:
-            window, learned = Window(-1, 1), Learned(gain, subtract=False)
+            clip_range, learned = ClipRange(-1, 1), Learned(gain, subtract=False)
         else:
-            window = Window(-0.99, 0.99)
+            clip_range = ClipRange(-0.99, 0.99)
             learned = Learned(gain, beyond=1 / n if n % 2 else 0.0)
         unit = a * self.step
-        return straight_through(rows, norm, unit, self.levels, self.block, dtype, window, a, learned)
+        return straight_through(rows, norm, unit, self.levels, self.block, dtype, clip_range, a, learned)
 
-    def rsigma(self) -> Tensor:
+    def rstd(self) -> Tensor:
         """1/a."""
         return 1 / self.a.detach().clamp(min=FLOOR)
 

@@ -1,8 +1,8 @@
-"""Rounding whose gradient passes straight through inside a window, as most methods but BBQ have it.
+"""Rounding whose gradient passes straight through inside a clip_range, as most methods but BBQ have it.
 
 With v = butterfly(x) * r, the level q of its code and G = dL/dx_hat, where `x_hat = unit * q`:
 
-    g_x = H^T [ G inside the window, 0 outside ]
+    g_x = H^T [ G inside the clip_range, 0 outside ]
     g_a = g * sum( G * (q - v inside, q outside) )        (LSQ: a is a learned unit and r = 1/a)
 
 The forward is the fused kernel of BBQ, which serves any thresholds; the way back is the rotation kernel.
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bellbox.kernels.bbq import bbq_forward
-from bellbox.kernels.rotate import rotate
-from bellbox.kernels.window import window_backward
-from bellbox.levels import Levels
+from bellbox.core.grid import Levels
+from bellbox.ops.clip_backward import clip_backward
+from bellbox.ops.fake_quantize import bbq_forward
+from bellbox.ops.rotate import rotate
 from bellbox.quantizers.base import Normaliser
 
 
 @dataclass(frozen=True)
-class Window:
+class ClipRange:
     """Where the gradient passes, on the normalised value v; both ends belong to it."""
 
     low: float
@@ -39,11 +39,11 @@ class Learned:
     gain: float
     """What the sum is multiplied with."""
     subtract: bool = True
-    """Whether v is subtracted inside the window."""
+    """Whether v is subtracted inside the clip_range."""
     valued: bool = True
     """Whether the value of the code counts, inside and outside."""
     beyond: float = 0.0
-    """What G is multiplied with outside the window, above the magnitude of the outermost code's value."""
+    """What G is multiplied with outside the clip_range, above the magnitude of the outermost code's value."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -56,15 +56,15 @@ class _StraightThrough(torch.autograd.Function):
         unit: Tensor,  # [rows, 1] or [1, 1], compute dtype: what a level is worth
         levels: Levels,
         block: int,
-        window: Window | None,
+        clip_range: ClipRange | None,
         learned: Learned | None,
         gain: Tensor | None,  # [rows, 1]: what the gradient to x is multiplied with
         dtype: torch.dtype,
     ) -> Tensor:
         x_hat, v = bbq_forward(x, r, unit, levels.thresholds, levels.offset, block, dtype)
         # x_hat is kept by the matrix product anyway; v only decides who is inside.
-        ctx.save_for_backward(None if window is None else v, None if a is None else x_hat, a, gain)
-        ctx.block, ctx.window, ctx.learned, ctx.input_dtype = block, window, learned, x.dtype
+        ctx.save_for_backward(None if clip_range is None else v, None if a is None else x_hat, a, gain)
+        ctx.block, ctx.clip_range, ctx.learned, ctx.input_dtype = block, clip_range, learned, x.dtype
         return x_hat
 
     @staticmethod
@@ -72,9 +72,9 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         v, x_hat, a, gain = ctx.saved_tensors
         (grad,) = grads
-        inside, g_a, window = grad, None, ctx.window
-        if window is not None:
-            inside, sums = window_backward(grad.contiguous(), v, x_hat, window.low, window.high)
+        inside, g_a, clip_range = grad, None, ctx.clip_range
+        if clip_range is not None:
+            inside, sums = clip_backward(grad.contiguous(), v, x_hat, clip_range.low, clip_range.high)
             g_a = None if a is None else _gradient_of_scale(sums, a, ctx.learned)
         if gain is not None:
             inside = inside * gain
@@ -102,7 +102,7 @@ def straight_through(
     levels: Levels,
     block: int,
     dtype: torch.dtype,
-    window: Window | None = None,
+    clip_range: ClipRange | None = None,
     a: Tensor | None = None,
     learned: Learned | None = None,
     gain: Tensor | None = None,
@@ -116,8 +116,8 @@ def straight_through(
         levels: grid and thresholds.
         block: rotation block.
         dtype: of the result.
-        window: where the gradient passes; everywhere where None.
-        a: a learned scale that `unit` is a multiple of, above zero, `[rows, 1]` or `[]`; `window` is then needed.
+        clip_range: where the gradient passes; everywhere where None.
+        a: a learned scale that `unit` is a multiple of, above zero, `[rows, 1]` or `[]`; `clip_range` is then needed.
         learned: how `a` gets its gradient.
         gain: `[rows, 1]`, what the gradient to the rows is multiplied with.
 
@@ -126,5 +126,5 @@ def straight_through(
     """
     unit = unit.detach().to(norm.r.dtype).reshape(-1, 1)
     gain = None if gain is None else gain.to(norm.r.dtype)
-    rest = levels, block, window, learned, gain, dtype
+    rest = levels, block, clip_range, learned, gain, dtype
     return _StraightThrough.apply(rows, a, norm.r, unit, *rest)  # type: ignore[return-value]

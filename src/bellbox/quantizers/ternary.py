@@ -15,16 +15,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.levels import Levels
 from bellbox.quantizers.base import Normaliser, Quantizer
+from bellbox.quantizers.spec import Granularity
 from bellbox.quantizers.straight_through import straight_through
-from bellbox.recipe import Statistic
 
 
 class _Ternary(Quantizer):
     own_levels: ClassVar[int] = 3
-    weight_statistics: ClassVar[tuple[Statistic, ...]] = ("row", "tensor")
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")
     rescale = True
     worth: ClassVar[float]
     """Of the outer level, in units of what rows are divided by."""

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bellbox.errors import BellboxError
-from bellbox.files import read_json
-from bellbox.training.metrics import read_records
+from bellbox.runs.metrics import read_records
+from bellbox.utils.files import read_json
 
 
 class _Fields(BaseModel):
@@ -61,7 +61,7 @@ class _OfImages(_Validation):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The record of one run; the records' fields are those of `bellbox.training.metrics`."""
+    """The record of one run; the records' fields are those of `bellbox.runs.metrics`."""
 
     name: str
     """Name of the run folder."""

@@ -4,10 +4,10 @@
 works.
 """
 
-from bellbox.training.config import TrainConfig
-from bellbox.training.config_file import config_from_dict, load_config, save_config
+from bellbox.runs.config import TrainConfig
+from bellbox.runs.config_file import config_from_dict, load_config, save_config
+from bellbox.runs.open import LoadedRun, load_run
 from bellbox.training.loop import RunResult, Trainer, train
-from bellbox.training.run import LoadedRun, load_run
 
 __all__ = [
     "LoadedRun",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bellbox.errors import BellboxError
-from bellbox.opening import kind_of
-from bellbox.training.assemble import check_quantization, pick_device, skeleton
-from bellbox.training.config import TrainConfig
+from bellbox.formats.auto import kind_of
+from bellbox.runs.build import check_quantization, pick_device, skeleton
+from bellbox.runs.config import TrainConfig
+from bellbox.runs.phases import phases_of
 from bellbox.training.mec import EntropyTerm
-from bellbox.training.optimizer import block_matrices, require_matrices
-from bellbox.training.phases import phases_of
+from bellbox.training.optim.groups import block_matrices, require_matrices
 
 
 def check_trainable(config: TrainConfig) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox.errors import BellboxError
-from bellbox.opening import open_data_for, open_model
-from bellbox.training.config import TrainConfig
+from bellbox.formats.auto import open_data_for, open_model
+from bellbox.runs.config import TrainConfig
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

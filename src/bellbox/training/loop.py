@@ -25,37 +25,37 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers, weights_quantized_once
-from bellbox.surgery import prepare, rotated_weights, unprepare
-from bellbox.training import random_state
-from bellbox.training.assemble import (
+from bellbox.runs.average import Average
+from bellbox.runs.build import (
     load_model_tensors,
     make_model,
     make_recipe,
     model_tensors,
     pick_device,
 )
-from bellbox.training.average import Average
+from bellbox.runs.checkpoint import Checkpoint, Checkpoints, State
+from bellbox.runs.config import TrainConfig
+from bellbox.runs.config_file import differences, load_config, save_config
+from bellbox.runs.environment import describe
+from bellbox.runs.folder import lock, write_text
+from bellbox.runs.metrics import MetricsWriter
+from bellbox.runs.open import CONFIG_FILE, TOKENIZER_FILE
+from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
+from bellbox.training import random_state
 from bellbox.training.check import check_trainable
-from bellbox.training.checkpoint import Checkpoint, Checkpoints, State
-from bellbox.training.config import TrainConfig
-from bellbox.training.config_file import differences, load_config, save_config
 from bellbox.training.distill import Teacher, divergence
-from bellbox.training.environment import describe
-from bellbox.training.files import lock, write_text
 from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
 from bellbox.training.mec import EntropyTerm, SpectrumMeter
-from bellbox.training.metrics import MetricsWriter
 from bellbox.training.modes import debug_mode, determinism
-from bellbox.training.optimizer import ModelOptimizer
-from bellbox.training.phases import Phase, phase_after, phase_at, phases_of
+from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.progress import Progress
-from bellbox.training.run import CONFIG_FILE, TOKENIZER_FILE
 from bellbox.training.schedule import one_cycle
 from bellbox.training.stop import Stopped, StopSignals
-from bellbox.training.task import make_task
+from bellbox.training.tasks import make_task
 
 
 @dataclass(frozen=True)

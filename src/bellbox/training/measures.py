@@ -1,6 +1,6 @@
 """How well the codes are used: entropy, saturation and gamma of every quantized layer.
 
-Entropy is the reason to be of the method (see `bellbox.entropy`), so it is measured at every validation.
+Entropy is the reason to be of the method (see `bellbox.core.entropy`), so it is measured at every validation.
 Weights are encoded as `convert` would encode them. Activations are counted over a few fixed sequences of the
 validation
 split: the counts of the whole split would change the numbers in the fourth digit only and cost a bincount a
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bellbox.entropy import code_counts, entropy_bits, saturated_fraction
+from bellbox.core.entropy import code_counts, entropy_bits, saturated_fraction
 from bellbox.nn import quantized_layers, record_activation_codes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.objectives import FeatureCollector, FeatureHook, gather_rows, mec_loss, spectrum
 from bellbox.recipe import is_head
-from bellbox.training.config import MecSection
+from bellbox.runs.config import MecSection
 
 SPECTRUM_ROWS = 2048
 """Samples of the validation split whose features' spectrum is measured."""

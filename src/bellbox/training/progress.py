@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bellbox.live import Live, clock
+from bellbox.utils.progress import ProgressDisplay, clock
 
 
-class Progress(Live):
+class Progress(ProgressDisplay):
     """Where the loop says what happened. To be entered around the loop.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 from bellbox.data.images.base import ArraySplit, ImageDataset, ImageSplit, checked_dataset
 from bellbox.data.images.pictures import decode
 from bellbox.errors import BellboxError
-from bellbox.files import sha256_file
+from bellbox.utils.files import sha256_file
 
 _MOST_BYTES = 16 << 30
 NOTE = "images re-encoded as JPEG"

@@ -1,0 +1,352 @@
+"""Swapping layers: full precision -> fake-quantized (`prepare`) -> packed integers (`convert`)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.core.grid import Grid
+from bellbox.core.hadamard import block_size
+from bellbox.errors import BellboxError
+from bellbox.nn import (
+    ActivationQuantizer,
+    InputCache,
+    PackedConv2d,
+    PackedLinear,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    quantized_layers,
+    replace_layer,
+    without_fused_paths,
+)
+from bellbox.nn.compact import Precision, compact
+from bellbox.quantizers import METHODS, Quantizer, build_quantizer
+from bellbox.recipe import INPUT_GROUPS, LayerKind, QuantizerSpec, Recipe, Rule
+
+Model = TypeVar("Model", bound=nn.Module)
+Plain = nn.Linear | nn.Conv2d
+
+
+def prepare(model: Model, recipe: Recipe) -> Model:
+    """Replace linear layers and convolutions by fake-quantized ones, in place, as the recipe says.
+
+    Train the result as usual: weights stay full precision, each forward quantizes them and the inputs.
+
+    Args:
+        model: any module. Exact `nn.Linear` and `nn.Conv2d` layers are considered; everything else is left.
+        recipe: which layers, and how.
+
+    Returns:
+        The same model (a new layer where `model` is itself one such layer).
+
+    Raises:
+        BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, a layer
+            cannot have the quantizers of its rule, or `recipe` is no recipe.
+    """
+    layers = new_layers(model, recipe)
+    _warn_of_idle_rules(model, recipe)
+    for _, layer in layers:
+        if layer.weight_quantizer is not None:
+            if layer.weights_rotated:
+                layer.weight_quantizer.initialize(layer.rows_of(layer.rotated_weight()))
+            else:
+                layer.weight_quantizer.initialize(layer.weight_rows())
+    result: nn.Module = model
+    for plain, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
+        if layer.weights_rotated:
+            with torch.no_grad():
+                plain.weight.copy_(layer.rotated_weight())
+        result = replace_layer(result, plain, layer)
+    without_fused_paths(result)
+    return cast(Model, result)
+
+
+def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[Plain, QuantizedLayer]]:
+    """Each layer that `prepare` would replace, and what by; nothing is changed yet and no scale is set.
+
+    So it is also the quick way to learn whether a recipe fits a model, which may lie on the meta device.
+
+    Raises:
+        BellboxError: see `prepare`.
+    """
+    if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise BellboxError(f"the recipe is {recipe!r}: give a Recipe, such as bb.Recipe.bbq(bits=2)")
+    if any(isinstance(module, (QuantizedLayer, PackedLinear)) for module in model.modules()):
+        raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
+    decided = [
+        (name, layer, rule)
+        for name, layer in _plain_layers(model)
+        if (rule := recipe.rule_for(name, kind_of_layer(layer)))
+    ]
+    if recipe.rules and not decided:
+        raise BellboxError(_why_no_layer(model))
+    layers: list[tuple[Plain, QuantizedLayer]] = []
+    owners: dict[tuple[str, ...], ActivationQuantizer] = {}
+    groups = _input_groups(decided) if recipe.share_inputs else {}
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for name, plain, rule in decided:
+        if rule.weights_rotated and uses[id(plain.weight)] > 1:
+            rule = _rotated_in_forward(rule)  # whoever else reads the weight needs it as it is
+        group = groups.get(name, (name,))
+        shared = owners.get(group)
+        where = name or "the layer"
+        activation = shared or _activation_quantizer(where, plain, rule, readers=len(group))
+        if activation is not None:
+            owners[group] = activation
+        weight = None if rule.weights is None else _weight_quantizer(where, plain, rule.weights)
+        choices = weight, activation, shared is None, rule.weights_rotated
+        try:
+            layer = (
+                QuantizedLinear(plain, *choices)
+                if isinstance(plain, nn.Linear)
+                else QuantizedConv2d(plain, *choices)
+            )
+        except BellboxError as error:
+            raise BellboxError(f"{where}: {error}") from None
+        layers.append((plain, layer.train(plain.training)))
+    return layers
+
+
+def unprepare(model: Model) -> Model:
+    """The way back from `prepare`: plain layers that hold the trained weights, in place.
+
+    The quantizers and their scales are dropped; weights that were learned rotated are rotated back. Parameters stay
+    the same objects, for an optimizer that knows them.
+    A model without quantized layers is left as it is.
+
+    Returns:
+        The same model (a new layer where `model` is itself one quantized layer).
+    """
+    result: nn.Module = model
+    for _, layer in list(quantized_layers(model)):
+        plain = layer.unquantized()
+        if layer.weights_rotated:
+            with torch.no_grad():
+                layer.weight.copy_(layer.rotated_weight(back=True))
+        result = replace_layer(result, layer, plain)
+    return cast(Model, result)
+
+
+def convert(model: Model, embeddings: Precision = "fp32") -> Model:
+    """A packed copy of a prepared model: codes instead of weights, ready for `save` and for inference.
+
+    The trained model is left as it is. Nothing but the quantized layers' float weights is left out of the copy.
+
+    Args:
+        model: what `prepare` gave, trained.
+        embeddings: `bf16` or `int8` rounds embeddings and heads (`nn.compact`), which makes a small model much smaller
+            and quicker and is no longer exactly the trained function; `fp32` leaves them.
+
+    Raises:
+        BellboxError: nothing to convert, or a layer that cannot be packed (by name, with the way out).
+    """
+    layers = dict(quantized_layers(model))
+    if not layers:
+        if any(isinstance(module, PackedLinear) for module in model.modules()):
+            raise BellboxError("the model is packed already; save it, or use it as it is")
+        raise BellboxError("nothing to convert: the model has no quantized layers; call prepare first")
+    require_causal(model, "converting")
+    shared: dict[int, InputCache] = {}
+    memo: dict[int, object] = {}
+    for name, layer in layers.items():
+        activation = layer.activation_quantizer
+        if layer.weight_quantizer is not None and not layer.weight_quantizer.on_grid:
+            raise BellboxError(
+                f"{name or 'the layer'} cannot be packed: {layer.weight_quantizer.why_not_packed()}"
+            )
+        if activation is None or layer.weight_quantizer is None:
+            raise BellboxError(
+                f"{name or 'the layer'} cannot be packed: only its {'inputs' if activation else 'weights'} are "
+                "quantized, and integers need both; give its rule both (weight_only='int8' does)"
+            )
+        shared.setdefault(id(activation), InputCache(activation.shared.readers))
+        # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
+        kind = PackedConv2d if isinstance(layer, QuantizedConv2d) else PackedLinear
+        memo[id(layer)] = kind.from_quantized(layer, shared.get(id(activation)))
+    packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
+    compact(packed, embeddings)
+    return packed
+
+
+def require_causal(model: nn.Module, doing: str) -> None:
+    """Refuse a model whose activation granularity looks at other tokens.
+
+    Args:
+        model: any module.
+        doing: what is refused, for the message ("converting", "generating").
+
+    Raises:
+        BellboxError: a layer has granularity 'tensor'.
+    """
+    for name, layer in quantized_layers(model):
+        activation = layer.activation_quantizer
+        if activation is not None and activation.quantizer.granularity == "tensor":
+            raise BellboxError(
+                f"{doing} is refused: layer {name or type(layer).__name__} has granularity='tensor', which looks at "
+                "future tokens and at the rest of the batch; train with granularity='token' or 'ema'"
+            )
+
+
+def _why_no_layer(model: nn.Module) -> str:
+    # GPT-2 of transformers keeps its matrices, transposed, in a class of its own.
+    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        return (
+            "the recipe matches no layer: this model keeps its matrices in Conv1D; load a GPT-2 with "
+            "bellbox.models.load_hf(folder), which has linear layers"
+        )
+    return "the recipe matches no linear layer or convolution of the model; look at the patterns of its rules"
+
+
+def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:
+    """A pattern with a typing error would quantize what it was to keep: say so."""
+    usual = {rule.pattern for rule in Recipe.bbq().rules}
+    names: list[tuple[str, LayerKind]] = [
+        (name, kind_of_layer(layer)) for name, layer in _plain_layers(model)
+    ]
+    for rule in recipe.rules:
+        if rule.pattern not in usual and not any(rule.matches(*each) for each in names):
+            warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no layer", stacklevel=3)
+
+
+def _plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
+    """Exact `nn.Linear` and `nn.Conv2d` layers by name, but for those that nn.MultiheadAttention reads past."""
+    skip = {
+        id(inner)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for inner in module.modules()
+    }
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, nn.Conv2d) and id(module) not in skip:
+            yield name, cast(Plain, module)
+
+
+def kind_of_layer(layer: nn.Module) -> LayerKind:
+    """What rules call it."""
+    return "conv" if isinstance(layer, nn.Conv2d) else "linear"
+
+
+def _rotated_in_forward(rule: Rule) -> Rule:
+    """The rule that gives the same codes from a weight that is not stored rotated."""
+    weights, inputs = rule.weights, rule.activations
+    if weights is None or inputs is None:  # nothing that is rotated; the layer says what is wrong
+        return rule
+    signs = {key: value for key, value in inputs.options.items() if key == "signs"}
+    weights = dataclasses.replace(weights, block=inputs.block, options={**weights.options, **signs})
+    return dataclasses.replace(rule, weights=weights, weights_rotated=False)
+
+
+def _activation_quantizer(name: str, layer: Plain, rule: Rule, readers: int) -> ActivationQuantizer | None:
+    if rule.activations is None:
+        return None
+    conv = isinstance(layer, nn.Conv2d)
+    features = layer.in_channels // layer.groups if conv else layer.in_features
+    quantizer = build_quantizer(rule.activations, features, None, name=f"{name}.input")
+    quantizer.samples = conv
+    return ActivationQuantizer(quantizer, readers).to(layer.weight.device).train(layer.training)
+
+
+def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer:
+    where = f"{name}.weight"
+    if isinstance(layer, nn.Linear):
+        quantizer = build_quantizer(spec, layer.in_features, layer.out_features, name=where)
+        return quantizer.to(layer.weight.device)
+    depth, pixels = layer.in_channels // layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
+    # A row is a whole filter, its rotation goes over the channels of a pixel alone.
+    block = block_size(depth, METHODS[spec.method].own_block if spec.block is None else spec.block)
+    spec = dataclasses.replace(spec, block=block)
+    quantizer = build_quantizer(spec, pixels * depth, layer.out_channels, name=where)
+    if quantizer.signs is not None:  # those of the input, pixel by pixel
+        quantizer.signs = build_quantizer(spec, depth, None, name=where).signs.repeat(pixels)  # type: ignore[union-attr]
+    return quantizer.to(layer.weight.device)
+
+
+def rotated_weights(model: nn.Module) -> frozenset[Tensor]:
+    """The weights that live in the rotated domain (`Rule.weights_rotated`)."""
+    return frozenset(layer.weight for _, layer in quantized_layers(model) if layer.weights_rotated)
+
+
+def _input_groups(decided: list[tuple[str, Plain, Rule]]) -> dict[str, tuple[str, ...]]:
+    """Layer name -> names of all siblings (itself included) that share its activation quantizer."""
+    linear = [(name, layer, rule) for name, layer, rule in decided if isinstance(layer, nn.Linear)]
+    rules = {name: (layer.in_features, rule.activations) for name, layer, rule in linear}
+    groups: dict[str, tuple[str, ...]] = {}
+    for name in rules:
+        parent, _, leaf = name.rpartition(".")
+        for names in INPUT_GROUPS:
+            if leaf == names[0]:
+                full = tuple(f"{parent}.{other}" if parent else other for other in names)
+                alike = tuple(other for other in full if rules.get(other) == rules[name])
+                if len(alike) > 1 and rules[name][1] is not None:
+                    groups.update(dict.fromkeys(alike, alike))
+    return groups
+
+
+def _label(levels: Grid) -> str:
+    return f"{levels.bits:.4g}"
+
+
+def summary(model: nn.Module) -> str:
+    """A table of the quantized layers, and how many parameters are quantized and how many are not.
+
+    Equal layers of repeated blocks are listed once, with their number.
+    """
+    rows: dict[tuple[str, ...], list[str]] = {}
+    quantized = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            weight, activation = layer.weight_quantizer, layer.activation_quantizer
+            quantized += layer.weight.numel() if weight is not None else 0
+            shape = layer.row_count, layer.row_length
+            cells = (
+                _label(weight.levels) if weight else "float",
+                _label(activation.levels) if activation else "float",
+                activation.quantizer.granularity if activation else "-",
+                str((activation.quantizer if activation else weight).block),  # type: ignore[union-attr]
+                "shared" if activation is not None and activation.shared.readers > 1 else "own",
+            )
+        elif isinstance(layer, PackedLinear):
+            quantized += layer.in_features * layer.out_features
+            shape = layer.out_features, layer.in_features
+            coding = layer.coding
+            sharing = "shared" if layer.shared.readers > 1 else "own"
+            cells = (
+                _label(layer.weight_levels),
+                _label(coding.levels),
+                coding.normalise,
+                str(coding.block),
+                sharing,
+            )
+        else:
+            continue
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "(the model)"
+        key = (pattern, f"{shape[0]} x {shape[1]}", *cells)
+        rows.setdefault(key, []).append(name or "(the model)")
+    header = ("layer", "out x in", "weight bits", "input bits", "granularity", "block", "input", "count")
+    named = {key: key[0] if len(names) > 1 else names[0] for key, names in rows.items()}
+    table = [header, *((named[key], *key[1:], str(len(names))) for key, names in rows.items())]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    floats: dict[int, Tensor] = {id(p): p for p in model.parameters()}
+    for module in model.modules():  # what is a parameter before packing counts as one after it
+        if isinstance(module, PackedLinear) and module.bias is not None:
+            floats[id(module.bias)] = module.bias
+    inside = {id(layer.weight) for _, layer in quantized_layers(model) if layer.weight_quantizer is not None}
+    rest = sum(p.numel() for key, p in floats.items() if key not in inside)
+    left = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention)})
+    lines.append(
+        f"parameters: {quantized:,} quantized, {rest:,} not" + (f" (left whole: {left[0]})" if left else "")
+    )
+    return "\n".join(lines)

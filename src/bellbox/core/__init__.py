@@ -1,0 +1,1 @@
+"""Grids, rotations, packing and entropy: values, and pure functions on tensors."""

@@ -1,0 +1,323 @@
+"""A packed model as a folder: `config.json` says what it is, `model.safetensors` has the numbers.
+
+The format is written down in `docs/format.md`. Everything read is distrusted: sizes are bounded before
+they are believed, checksums are compared before tensors are read, and every tensor must have the name, shape
+and dtype that the configuration implies. A folder loads as the function that was saved, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.core.grid import Grid, Levels
+from bellbox.errors import BellboxError
+from bellbox.formats import schema as stored
+from bellbox.formats.schema import CONFIG, TENSORS
+from bellbox.nn import PackedConv2d, PackedLinear, QuantizedLayer, replace_layer, without_fused_paths
+from bellbox.nn.compact import Compact, Precision, compact
+from bellbox.nn.prepacked import prepack_all
+from bellbox.nn.tools import unique_tensors
+from bellbox.utils.files import (
+    checksum,
+    describe_file,
+    listed_file,
+    new_folder,
+    read_json,
+    read_tensors,
+    says_format,
+)
+
+FORMAT = "bellbox-packed"
+VERSIONS = (2, 3)
+"""What is read. Convolutions came with 3; a model without any is still written as 2."""
+TOKENIZER = "tokenizer.json"
+STORED_NAMES = {"act_rstd": "act_rsigma"}
+"""Buffers that versions 2 and 3 call otherwise."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save(
+    model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None
+) -> None:
+    """Write a packed model; whole or not at all, and safely over an earlier one.
+
+    Args:
+        model: what `convert` gave. Models of `bellbox.models` load by themselves later; any other module
+            loads with `load(folder, into=model)`.
+        folder: new, empty, or an earlier packed model, which is replaced.
+        tokenizer: a tokenizer.json to put beside it.
+
+    Raises:
+        BellboxError: the model is not packed, or the folder cannot be used.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    if not layers:
+        raise BellboxError("save takes a packed model: call bellbox.convert(model) first")
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise BellboxError("save takes a packed model; this one still has layers in training form")
+    if any(isinstance(layer, PackedConv2d) and layer.folded for layer in layers.values()):
+        raise BellboxError("save takes the model as trained: save it before fold_batch_norms")
+    target = Path(folder)
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise BellboxError(f"{tokenizer}: no such file; name a tokenizer.json, or none")
+    with new_folder(target, replaces=CONFIG) as writing:
+        if (target / CONFIG).is_file() and not is_packed(target):
+            raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
+        tensors = {
+            _renamed(name, STORED_NAMES): value.detach().contiguous().cpu()
+            for name, value in unique_tensors(model).items()
+        }
+        memory: set[int] = set()
+        for name, value in tensors.items():
+            start = value.untyped_storage().data_ptr()
+            if start in memory:  # a view of another one's memory, which safetensors refuses to write
+                tensors[name] = value.clone()
+            memory.add(start)
+        try:
+            save_file(tensors, writing / TENSORS)
+        except SafetensorError as error:
+            raise BellboxError(f"{target}: cannot be written ({error})") from None
+        config: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSIONS[any(isinstance(layer, PackedConv2d) for layer in layers.values())],
+            "model": _describe_model(model),
+            "quantization": {"layers": _describe_layers(layers), "embeddings": _describe_tables(model)},
+            "files": {TENSORS: describe_file(writing / TENSORS)},
+        }
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, writing / TOKENIZER)
+            config["files"][TOKENIZER] = describe_file(writing / TOKENIZER)
+        config["sha256"] = checksum(config)
+        (writing / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+@overload
+def load(
+    folder: str | os.PathLike[str], *, into: None = None, embeddings: Precision | None = None
+) -> nn.Module: ...
+@overload
+def load(folder: str | os.PathLike[str], *, into: Model, embeddings: Precision | None = None) -> Model: ...
+def load(
+    folder: str | os.PathLike[str], *, into: nn.Module | None = None, embeddings: Precision | None = None
+) -> nn.Module:
+    """Read a packed model, or one that `bellbox ptq` has binarized.
+
+    The file of a packed one is mapped, not copied; on a CPU each layer is packed for the machine at once, a slab at a
+    time, and its part of the file may leave memory again.
+
+    Args:
+        folder: what `save` or `bellbox ptq` wrote.
+        into: a module of the same shape (full precision, prepared or packed) whose layers are replaced, for
+            models that Bellbox does not know how to build. It is changed only after everything was checked.
+        embeddings: `bf16` or `int8` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is stored.
+
+    Returns:
+        The model in evaluation mode, without gradients; `into` itself where it is given.
+
+    Raises:
+        BellboxError: missing, truncated, altered, of another version, or not fitting the model; embeddings that
+            are no longer fp32.
+    """
+    from bellbox import ptq
+
+    root = Path(folder)
+    if ptq.is_binarized(root):
+        if into is not None:
+            raise BellboxError(f"{root}: a binarized model loads by itself; leave out into=")
+        binarized = ptq.load(root)
+        return binarized if embeddings is None else compact(binarized, embeddings)
+    config = read_config(root)
+    if into is None and config["model"] is None:
+        raise BellboxError(
+            f"{root}: Bellbox cannot build this model itself; use load(folder, into=your_model)"
+        )
+    if into is not None and any(t.is_meta for t in (*into.parameters(), *into.buffers())):
+        raise BellboxError("load(into=model): the model lies on the meta device; build it on a real one")
+    tensors = _read_tensors(root, config)
+    model = _build(root, config["model"]) if into is None else into
+    device = None if into is None else next((t.device for t in (*into.parameters(), *into.buffers())), None)
+    described = config["quantization"]
+    replaced = {
+        **stored.packed_layers(root, described["layers"]),
+        **stored.compact_tables(root, model, described["embeddings"]),
+    }
+    stored.check_fit(root, model, replaced, tensors)
+    for name, layer in replaced.items():
+        model = replace_layer(model, model.get_submodule(name), layer)
+    without_fused_paths(model)
+    stored.assign(model, tensors, device)
+    prepack_all(model)
+    if embeddings is not None:
+        compact(model, embeddings)
+    return model.requires_grad_(False).eval()
+
+
+def is_packed(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder says that it is a packed model (its content is not looked at)."""
+    return says_format(Path(folder) / CONFIG, FORMAT)
+
+
+def tokenizer_path(folder: str | os.PathLike[str]) -> Path | None:
+    """The tokenizer stored with a packed model, its checksum compared; None where there is none.
+
+    Raises:
+        BellboxError: it is missing or altered.
+    """
+    root = Path(folder)
+    files = read_config(root)["files"]
+    return None if files.get(TOKENIZER) is None else listed_file(root, files, TOKENIZER, CONFIG)
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """`config.json` with its format, version and checksum verified.
+
+    Raises:
+        BellboxError: otherwise.
+    """
+    if not root.is_dir():
+        raise BellboxError(f"{root}: no such folder")
+    path = root / CONFIG
+    config = read_json(path)
+    if config.get("format") != FORMAT:
+        raise BellboxError(f"{path}: not a packed Bellbox model")
+    if config.get("version") not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise BellboxError(f"{path}: format version {config.get('version')!r}; this Bellbox reads {known}")
+    if config.get("sha256") != checksum(config):
+        raise BellboxError(f"{path}: damaged, its checksum does not match; save the model again")
+    return stored.validated(path, config)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a packed model, and what the same parameters take in bf16."""
+
+    quantized_parameters: int
+    """Weights of the packed layers."""
+    packed_bytes: int
+    """Their codes, scales and activation constants."""
+    other_parameters: int
+    """Everything else: embeddings, head, norms, biases."""
+    other_bytes: int
+    """As stored."""
+
+    @property
+    def bf16_bytes(self) -> int:
+        """The packed layers' weights at two bytes each."""
+        return 2 * self.quantized_parameters
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the packed layers are than in bf16."""
+        return self.bf16_bytes / self.packed_bytes
+
+
+def sizes(model: nn.Module) -> Sizes:
+    """Count the bytes that `save` would write for a packed model (without the file headers)."""
+    tensors = unique_tensors(model)
+    packed_names = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in model.named_modules()
+        if isinstance(layer, PackedLinear)
+        for name in ("weight_packed", "weight_scale", "act_scale", "act_rstd", "act_signs")
+    }
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
+    inside = sum(t.numel() * t.element_size() for name, t in tensors.items() if name in packed_names)
+    rest = [t for name, t in tensors.items() if name not in packed_names]
+    scales = {id(m.scale) for m in model.modules() if isinstance(m, Compact)}  # bytes, but no parameters
+    other = sum(t.numel() for t in rest if id(t) not in scales)
+    return Sizes(quantized, inside, other, sum(t.numel() * t.element_size() for t in rest))
+
+
+# --- writing ---
+
+
+def _describe_model(model: nn.Module) -> dict[str, Any] | None:
+    from bellbox.models import GPT, Llama, ResNet, ViT
+
+    return model.config.to_dict() if isinstance(model, (Llama, GPT, ResNet, ViT)) else None
+
+
+def _describe_levels(levels: Levels) -> dict[str, Any]:
+    gaussian = Levels.gaussian(levels.n, levels.zero_point) == levels
+    thresholds = "gaussian" if gaussian else list(levels.thresholds)
+    return {**_describe_grid(levels), "thresholds": thresholds}
+
+
+def _describe_grid(grid: Grid) -> dict[str, Any]:
+    return {"levels": grid.n, "zero_point": grid.zero_point}
+
+
+def _describe_layers(layers: Mapping[str, PackedLinear]) -> dict[str, Any]:
+    owners: dict[int, str] = {}
+    return {
+        name: {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "bias": layer.bias is not None,
+            "hadamard_block": layer.coding.block,
+            "normalise": layer.coding.normalise,
+            "rescale": layer.coding.rescale,
+            "signs": layer.coding.signs,
+            "weight": _describe_grid(layer.weight_levels),
+            "activation": _describe_levels(layer.coding.levels),
+            "input": owners.setdefault(id(layer.shared), name),
+            **({"convolution": _describe_geometry(layer)} if isinstance(layer, PackedConv2d) else {}),
+        }
+        for name, layer in layers.items()
+    }
+
+
+def _describe_geometry(layer: PackedConv2d) -> dict[str, Any]:
+    geometry = layer.geometry
+    return {
+        "channels": layer.in_channels,
+        "groups": geometry.groups,
+        "kernel": list(geometry.kernel),
+        "stride": list(geometry.stride),
+        "padding": list(geometry.padding),
+        "dilation": list(geometry.dilation),
+    }
+
+
+def _describe_tables(model: nn.Module) -> dict[str, str]:
+    return {name: module.precision for name, module in model.named_modules() if isinstance(module, Compact)}
+
+
+# --- reading ---
+
+
+def _read_tensors(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    present = {stored: name for name, stored in STORED_NAMES.items()}
+    tensors = read_tensors(listed_file(root, config["files"], TENSORS, CONFIG))
+    return {_renamed(name, present): value for name, value in tensors.items()}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """A dotted name with its last part as `names` has it."""
+    parent, dot, leaf = name.rpartition(".")
+    return parent + dot + names.get(leaf, leaf)
+
+
+def _build(root: Path, description: dict[str, Any]) -> nn.Module:
+    from bellbox.models import any_config_from_dict, build
+
+    try:
+        config = any_config_from_dict(description)
+        with torch.device("meta"):
+            return build(config)
+    except BellboxError as error:
+        raise BellboxError(f"{root / CONFIG}: model: {error}") from None

@@ -1,0 +1,320 @@
+"""What a packed folder says against what a model is: everything is checked before anything is changed.
+
+`io` reads and writes the files; here a configuration becomes empty layers, the tensors are compared with them, and at
+the end put in their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.core.grid import Grid, Levels
+from bellbox.core.packing import unpack_slabs
+from bellbox.errors import BellboxError
+from bellbox.nn import (
+    InputCache,
+    InputCoding,
+    PackedConv2d,
+    PackedLinear,
+    QuantizedConv2d,
+    QuantizedLinear,
+)
+from bellbox.nn.compact import Compact, Precision, empty_like
+from bellbox.nn.geometry import ConvGeometry
+from bellbox.nn.tools import unique_tensors
+
+CONFIG, TENSORS = "config.json", "model.safetensors"
+
+
+def validated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with every key known and every value of its type.
+
+    Raises:
+        BellboxError: naming the first field that is not.
+    """
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+    class Strict(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+
+    class StoredGrid(Strict):
+        levels: int = Field(ge=2, le=256)
+        zero_point: float
+
+    class StoredLevels(StoredGrid):
+        thresholds: Literal["gaussian"] | list[float]
+
+    class StoredGeometry(Strict):
+        channels: int = Field(ge=1, le=1 << 24)
+        groups: int = Field(ge=1, le=1 << 24)
+        kernel: list[int] = Field(min_length=2, max_length=2)
+        stride: list[int] = Field(min_length=2, max_length=2)
+        padding: list[int] = Field(min_length=4, max_length=4)
+        dilation: list[int] = Field(min_length=2, max_length=2)
+
+    class StoredLayer(Strict):
+        in_features: int = Field(ge=1, le=1 << 24)
+        out_features: int = Field(ge=1, le=1 << 24)
+        bias: bool
+        hadamard_block: int = Field(ge=1, le=1 << 16)
+        normalise: Literal["rms", "absmax", "static"]
+        rescale: bool
+        signs: bool
+        weight: StoredGrid
+        activation: StoredLevels
+        input: str
+        convolution: StoredGeometry | None = None
+
+    class StoredQuantization(Strict):
+        layers: dict[str, StoredLayer] = Field(min_length=1)
+        embeddings: dict[str, Literal["bf16", "int8"]]
+
+    class StoredFile(Strict):
+        bytes: int = Field(ge=0)
+        sha256: str
+
+    class StoredConfig(Strict):
+        format: str
+        version: int
+        model: dict[str, Any] | None
+        quantization: StoredQuantization
+        files: dict[Literal["model.safetensors", "tokenizer.json"], StoredFile]
+        sha256: str
+
+    try:
+        read = StoredConfig.model_validate(config).model_dump()
+        for name, layer in read["quantization"]["layers"].items():
+            if read["version"] < 3 and layer["convolution"] is not None:
+                raise BellboxError(f"{path}: layer {name!r} is a convolution, which version 2 does not have")
+        return read
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BellboxError(f"{path}: field {where!r}: {first['msg']}") from None
+
+
+def _read_levels(stored: Mapping[str, Any]) -> Levels:
+    if stored["thresholds"] == "gaussian":
+        return Levels.gaussian(stored["levels"], stored["zero_point"])
+    return Levels(stored["levels"], stored["zero_point"], tuple(stored["thresholds"]))
+
+
+def packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, PackedLinear]:
+    """Empty layers, without memory, as the configuration describes them.
+
+    Raises:
+        BellboxError: a description that no layer can have.
+    """
+    readers: dict[str, int] = {}
+    for entry in stored.values():
+        readers[entry["input"]] = readers.get(entry["input"], 0) + 1
+    shared = {owner: InputCache(count) for owner, count in readers.items()}
+    layers = {}
+    for name, entry in stored.items():
+        try:
+            weight = Grid(entry["weight"]["levels"], entry["weight"]["zero_point"])
+            activation, block = _read_levels(entry["activation"]), entry["hadamard_block"]
+            geometry, rotated = entry["convolution"], entry["in_features"]
+            if geometry is not None:
+                rotated = _check_geometry(geometry, entry)
+            if block & (block - 1) or rotated % block:
+                raise BellboxError(f"Hadamard block {block}: must be a power of two that divides {rotated}")
+            if entry["normalise"] == "absmax" and block != 1:
+                raise BellboxError(f"normalise 'absmax' goes with hadamard_block 1, not {block}")
+            if entry["normalise"] == "static" and entry["rescale"]:
+                raise BellboxError("rescale needs a sigma that follows the input, not normalise 'static'")
+            if entry["input"] not in stored:
+                raise BellboxError(f"its input is that of layer {entry['input']!r}, which is not in the file")
+            if not (weight.fits_int8 and activation.fits_int8):
+                raise BellboxError("levels do not fit int8")
+        except BellboxError as error:
+            raise BellboxError(f"{root / CONFIG}: layer {name!r}: {error}") from None
+        coding = InputCoding(activation, block, entry["normalise"], entry["rescale"], entry["signs"])
+        rest = entry["out_features"], weight, coding, entry["bias"], shared[entry["input"]]
+        with torch.device("meta"):
+            layers[name] = _empty_layer(entry, *rest)
+    return layers
+
+
+def _check_geometry(geometry: Mapping[str, Any], entry: Mapping[str, Any]) -> int:
+    """Channels of a group, where the numbers of a convolution fit together."""
+    channels, groups = geometry["channels"], geometry["groups"]
+    depth = channels // groups
+    for name, least in (("kernel", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
+        if not all(least <= size <= 1 << 16 for size in geometry[name]):
+            raise BellboxError(f"{name} is {geometry[name]}: numbers from {least} to {1 << 16} are needed")
+    if channels % groups or entry["out_features"] % groups:
+        raise BellboxError(f"{groups} groups do not divide {channels} and {entry['out_features']} channels")
+    if entry["in_features"] != geometry["kernel"][0] * geometry["kernel"][1] * depth:
+        raise BellboxError(
+            f"in_features is {entry['in_features']}, which is not kernel {geometry['kernel']} times {depth} channels"
+        )
+    return depth
+
+
+def _empty_layer(
+    entry: Mapping[str, Any], outputs: int, weight: Grid, coding: InputCoding, bias: bool, shared: InputCache
+) -> PackedLinear:
+    stored = entry["convolution"]
+    if stored is None:
+        return PackedLinear(entry["in_features"], outputs, weight, coding, bias, shared)
+    sizes = (tuple(stored[name]) for name in ("kernel", "stride", "padding", "dilation"))
+    geometry = ConvGeometry(*sizes, stored["groups"])  # type: ignore[arg-type]
+    return PackedConv2d(stored["channels"], outputs, geometry, weight, coding, bias, shared)
+
+
+def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Precision]) -> dict[str, Compact]:
+    """Empty embeddings and heads, without memory, as the configuration describes them; tied ones share their tensors.
+
+    Raises:
+        BellboxError: one that the model has not.
+    """
+    places = dict(model.named_modules())
+    first: dict[int, Compact] = {}
+    tables: dict[str, Compact] = {}
+    for name, precision in stored.items():
+        place = places.get(name)
+        if not isinstance(place, (nn.Embedding, nn.Linear, Compact)):
+            kind = "nothing" if place is None else type(place).__name__
+            raise BellboxError(f"{root}: {name!r} is {kind} in the model, neither an embedding nor a head")
+        tables[name] = empty_like(place, precision, "meta")
+        tables[name].tie(first.setdefault(id(place.weight), tables[name]))
+    return tables
+
+
+def check_fit(
+    root: Path,
+    model: nn.Module,
+    replaced: Mapping[str, PackedLinear | Compact],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Names, shapes and dtypes against the model, and values that no packed layer can have; changes nothing.
+
+    Raises:
+        BellboxError: the first thing that does not fit.
+    """
+    packed = {name: layer for name, layer in replaced.items() if isinstance(layer, PackedLinear)}
+    _check_places(root, model, packed)
+    _check_tensors(root, model, replaced, tensors)
+    _check_inputs(root, packed, tensors)
+    for name, layer in replaced.items():
+        prefix = f"{name}." if name else ""
+        signs = tensors.get(prefix + "act_signs")
+        if signs is not None and not bool((signs.abs() == 1).all()):
+            raise BellboxError(f"{root / TENSORS}: tensor {prefix + 'act_signs'!r} holds more than 1 and -1")
+        for buffer in ("weight_scale", "act_scale", "act_rstd", "bias", "scale"):
+            value = tensors.get(prefix + buffer)
+            if value is not None and not bool(value.isfinite().all()):
+                raise BellboxError(f"{root / TENSORS}: tensor {prefix + buffer!r} holds NaN or infinity")
+        if isinstance(layer, PackedLinear):
+            _check_codes(root, prefix, layer, tensors)
+
+
+def _check_codes(root: Path, prefix: str, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> None:
+    levels = layer.weight_levels
+    if levels.n & (levels.n - 1) == 0:  # bytes cannot hold codes that do not exist
+        return
+    slabs = unpack_slabs(tensors[prefix + "weight_packed"], layer.in_features, levels.n)
+    if any(int(codes.max()) >= levels.n for codes in slabs):
+        raise BellboxError(f"{root / TENSORS}: {prefix + 'weight_packed'!r} has codes above {levels.n - 1}")
+
+
+def _check_places(root: Path, model: nn.Module, packed: Mapping[str, PackedLinear]) -> None:
+    places = dict(model.named_modules())
+    for name, layer in packed.items():
+        place = places.get(name)
+        conv = isinstance(layer, PackedConv2d)
+        fits = (
+            (nn.Conv2d, QuantizedConv2d, PackedConv2d) if conv else (nn.Linear, QuantizedLinear, PackedLinear)
+        )
+        if not isinstance(place, fits) or (not conv and isinstance(place, PackedConv2d)):
+            kind = "nothing" if place is None else type(place).__name__
+            wanted = "a convolution" if conv else "a linear layer"
+            raise BellboxError(f"{root}: layer {name!r} is {kind} in the model, not {wanted}")
+        here, there = _shape(place), _shape(layer)
+        if here != there:
+            raise BellboxError(f"{root}: layer {name!r} is {there} in the file and {here} in the model")
+
+
+def _shape(layer: nn.Module) -> tuple[Any, ...]:
+    """What must be equal of the layer in the file and that in the model: outputs, inputs, geometry."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.in_channels, ConvGeometry.of(layer)
+    if isinstance(layer, QuantizedConv2d):
+        return layer.out_channels, layer.in_channels, layer.geometry
+    if isinstance(layer, PackedConv2d):
+        return layer.out_features, layer.in_channels, layer.geometry
+    return layer.out_features, layer.in_features
+
+
+def _check_tensors(
+    root: Path,
+    model: nn.Module,
+    replaced: Mapping[str, PackedLinear | Compact],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    places = dict(model.named_modules(remove_duplicate=False))
+    gone = {id(places[name]) for name in replaced}
+    inside = tuple(f"{name}." if name else "" for name, module in places.items() if id(module) in gone)
+    # What is not packed may be stored in another precision than the model has, but not as another kind of number.
+    expected: dict[str, tuple[torch.Size, torch.dtype | None]] = {
+        name: (value.shape, None if value.is_floating_point() else value.dtype)
+        for name, value in unique_tensors(model, leave_out=inside).items()
+    }
+    seen: set[int] = set()
+    for name, layer in replaced.items():
+        for buffer, value in layer.named_buffers():
+            if id(value) not in seen:  # of tied tensors the file has the first
+                expected[f"{name}.{buffer}" if name else buffer] = (value.shape, value.dtype)
+            seen.add(id(value))
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise BellboxError(f"{root / TENSORS}: tensor {name!r} is missing")
+        fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        if tensor.shape != shape or not fits:
+            found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{dtype or 'float'} {tuple(shape)}"
+            raise BellboxError(f"{root / TENSORS}: tensor {name!r} is {found}, the model needs {wanted}")
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise BellboxError(f"{root / TENSORS}: tensor {unknown[0]!r} is not in the model")
+
+
+def _check_inputs(root: Path, packed: Mapping[str, PackedLinear], tensors: Mapping[str, Tensor]) -> None:
+    owners: dict[int, tuple[InputCoding, list[Tensor | None]]] = {}
+    for name, layer in packed.items():
+        prefix = f"{name}." if name else ""
+        mine = [tensors.get(prefix + buffer) for buffer in ("act_rstd", "act_signs")]
+        coding, numbers = owners.setdefault(id(layer.shared), (layer.coding, mine))
+        same = (
+            a is None or (b is not None and torch.equal(a, b)) for a, b in zip(numbers, mine, strict=True)
+        )
+        if coding != layer.coding or not all(same):
+            raise BellboxError(f"{root}: layer {name!r} shares an input that it codes differently")
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | None) -> None:
+    """Put the stored tensors in the model's places; ties stay ties."""
+    first: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        source = tensors[first.setdefault(id(value), name)]
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if leaf in module._parameters:
+            original = first[id(value)]
+            if original != name:
+                owner, _, owner_leaf = original.rpartition(".")
+                module._parameters[leaf] = model.get_submodule(owner)._parameters[owner_leaf]
+            else:
+                module._parameters[leaf] = nn.Parameter(
+                    source.to(device or source.device), requires_grad=False
+                )
+        else:
+            module._buffers[leaf] = source.to(device or source.device)
+    for module in model.modules():  # what is not stored (tables that a model computes) still has no memory
+        if any(b is not None and b.is_meta for b in module._buffers.values()):
+            module.to_empty(device=device or "cpu", recurse=False)

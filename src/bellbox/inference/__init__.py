@@ -1,0 +1,1 @@
+"""Running packed models: generation, the decode step, norms folded and convolutions fused."""

@@ -1,0 +1,337 @@
+"""Text from a model, token by token, as it is made.
+
+`generate` is a plain iterator over token ids: the prompt goes through the model once and fills the KV cache,
+then every token costs one row. `TextStream` turns ids into text without waiting for the end: a character may
+be spread over several tokens, and it comes out when its last byte is there. `generate_text` puts the two
+together with a tokenizer and a clock.
+
+A model whose activations' scale looks at the whole batch (`granularity="tensor"`) is no function of the prefix,
+so decoding it token by token would give another model than the trained one; it is refused before anything
+runs.
+
+```python
+stream = generate_text(model, tokenizer, "Once upon a time", max_new_tokens=100, seed=0)
+for piece in stream:
+    print(piece, end="", flush=True)
+print(f"{stream.decode_tokens_per_second:.0f} tokens/s")
+```
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.errors import BellboxError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_token: int | None = None,
+) -> Iterator[Tensor]:
+    """Continue every sequence of a batch, one token at a time.
+
+    The arguments are checked at the call; the model first runs when the first token is asked for, in
+    evaluation mode and without gradients, and gets its mode back after each token.
+
+    Args:
+        model: called as `model(input_ids, cache=..., last_only=True)`, with `new_cache(batch, max_length)`.
+        input_ids: `[B, T]` int64, the prompts, all of one length.
+        max_new_tokens: how many tokens at most.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the k likeliest (exactly k, also among ties); None means all.
+        top_p: sample among the fewest likeliest whose probabilities, after `top_k`, reach this sum; None
+            means all.
+        seed: makes the samples a function of it, by a random generator of their own; None draws a fresh one.
+        stop_token: a sequence that has produced it goes on producing it; the iterator ends when all have.
+
+    Yields:
+        the next token of each sequence, `[B]` int64 on the model's device; the stop token included.
+
+    Raises:
+        BellboxError: a value out of range, an empty prompt, more tokens than the context, a model that is not
+            causal; later, logits that are not finite.
+    """
+    from bellbox.convert import require_causal
+
+    require_causal(model, "generating")
+    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+        shape = list(input_ids.shape)
+        raise BellboxError(
+            f"the prompt is {input_ids.dtype} of shape {shape}; it must be int64 [batch, tokens]"
+        )
+    batch, prompt = input_ids.shape
+    if not batch or not prompt:
+        raise BellboxError("the prompt is empty; give at least one token")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        worst = int(input_ids.max()) if int(input_ids.max()) >= vocabulary else int(input_ids.min())
+        raise BellboxError(
+            f"the prompt holds token {worst}, but the model's vocabulary is 0..{vocabulary - 1}; "
+            "is this the tokenizer that it was trained with?"
+        )
+    try:
+        cache = model.new_cache(batch, prompt + max_new_tokens)  # pyright: ignore[reportCallIssue]
+    except BellboxError as error:
+        raise BellboxError(f"a prompt of {prompt} and {max_new_tokens} new tokens: {error}") from error
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise BellboxError(f"seed is {seed}; it must be a number of 64 bits")
+    device = next((parameter.device for parameter in model.parameters()), input_ids.device)
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return _tokens(
+        model, input_ids.to(device), cache, max_new_tokens, (temperature, top_k, top_p), generator, stop_token
+    )
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 1:
+        raise BellboxError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not 0 <= temperature < math.inf:
+        raise BellboxError(f"temperature is {temperature}; it must be finite and at least 0 (0 is greedy)")
+    if top_k is not None and top_k < 1:
+        raise BellboxError(f"top_k is {top_k}; it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise BellboxError(f"top_p is {top_p}; it must be above 0 and at most 1")
+
+
+# no_grad rather than inference_mode: a quantizer may keep what it computes here and use it in training. On a
+# generator function it holds while the function runs, not while the caller does.
+@torch.no_grad()
+def _tokens(
+    model: nn.Module,
+    input_ids: Tensor,
+    cache: object,
+    max_new_tokens: int,
+    sampling: tuple[float, int | None, float | None],
+    generator: torch.Generator,
+    stop_token: int | None,
+) -> Iterator[Tensor]:
+    from bellbox.inference.decoding import steps_for
+
+    stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    steps = steps_for(model, cache)
+    for count in range(max_new_tokens):
+        if steps is None or count == 0:
+            logits = _evaluate(model, input_ids, cache)[:, -1]
+        else:
+            logits = steps.step(input_ids)[:, -1]
+        if not torch.isfinite(logits).all():
+            raise BellboxError(f"the model's logits for new token {count + 1} are not finite; is it trained?")
+        token = sample(logits, *sampling, generator)
+        if stop_token is not None:
+            token = torch.where(stopped, stop_token, token)
+            stopped |= token == stop_token
+        yield token
+        if stop_token is not None and stopped.all():
+            return
+        input_ids = token[:, None]
+
+
+def _evaluate(model: nn.Module, input_ids: Tensor, cache: object) -> Tensor:
+    """The model's logits in evaluation mode; every module's mode is put back."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    if training:
+        model.eval()
+    try:
+        return model(input_ids, cache=cache, last_only=True)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token per row; the arguments are those of `generate`.
+
+    Args:
+        logits: `[B, V]`, finite.
+
+    Returns:
+        `[B]` int64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator)[:, 0]
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """What `sample` draws from: `[B, V]` float64, zero outside the chosen tokens; `temperature` above 0."""
+    # The largest logit becomes 0 first, so that no temperature, however small, overflows or gives 0/0.
+    scaled = logits.double()
+    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperature
+    if top_k is None and top_p is None:
+        return scaled.softmax(dim=-1)
+    order = scaled.argsort(dim=-1, descending=True, stable=True)
+    result = scaled.gather(-1, order)
+    if top_k is not None:
+        result[:, top_k:] = -math.inf
+    result = result.softmax(dim=-1)
+    if top_p is not None:
+        before = result.cumsum(dim=-1) - result
+        result = result.masked_fill(before >= top_p, 0.0)
+        result = result / result.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(result).scatter(-1, order, result)
+
+
+class TextStream:
+    """Token ids to text, piece by piece, such that the pieces joined are what decoding all at once would
+    give.
+
+    A token may end in the middle of a character; the text up to there is held back until the character is
+    complete. And a tokenizer may write a token differently at the start of a text (no space before the first
+    word); so each piece is the difference between two decodings that begin at the same earlier token.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+        prompt: the ids before the first one pushed; their text is not given out.
+        skip_special_tokens: leave out such as `<|endoftext|>`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        # A few tokens of context do: they only have to make the first word not the first of the text.
+        self._ids = list(prompt)[-8:]
+        self._start, self._given = 0, len(self._ids)
+
+    def push(self, token: int) -> str:
+        """The text that this token completes: often a word, sometimes nothing yet."""
+        self._ids.append(token)
+        before, now = self._decode(self._given), self._decode(len(self._ids))
+        if len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._start, self._given = self._given, len(self._ids)
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """What is still held back, with a replacement character for an unfinished one."""
+        rest = self._decode(len(self._ids))[len(self._decode(self._given)) :]
+        self._start = self._given = len(self._ids)
+        return rest
+
+    def _decode(self, end: int) -> str:
+        return self._tokenizer.decode(self._ids[self._start : end], skip_special_tokens=self._skip)
+
+
+class TextGeneration:
+    """An iterator over pieces of text that keeps what was made and how fast.
+
+    Attributes:
+        prompt_ids: the prompt's tokens.
+        new_ids: the tokens made so far, without the stop token.
+        text: the text given out so far.
+        prefill_seconds: from the first request to the first token: the prompt's pass through the model.
+        decode_seconds: the time of the tokens after the first, without the caller's own.
+    """
+
+    def __init__(
+        self, tokens: Iterator[Tensor], tokenizer: Tokenizer, prompt_ids: list[int], stop_token: int | None
+    ) -> None:
+        self._stop = stop_token
+        self._made = 0
+        self.prompt_ids = prompt_ids
+        self.new_ids: list[int] = []
+        self.text = ""
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self._pieces = self._run(tokens, TextStream(tokenizer, prompt_ids))
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _run(self, tokens: Iterator[Tensor], stream: TextStream) -> Iterator[str]:
+        while True:
+            start = time.perf_counter()
+            token = next(tokens, None)
+            number = None if token is None else int(token)  # waits for the device
+            elapsed = time.perf_counter() - start
+            if number is None:
+                break
+            if self._made:
+                self.decode_seconds += elapsed
+            else:
+                self.prefill_seconds = elapsed
+            self._made += 1
+            if number == self._stop:
+                break
+            self.new_ids.append(number)
+            if piece := stream.push(number):
+                self.text += piece
+                yield piece
+        if piece := stream.flush():
+            self.text += piece
+            yield piece
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens per second until the first new token; 0 before it."""
+        return len(self.prompt_ids) / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens per second after the first; 0 before there are any."""
+        return (self._made - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+def generate_text(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_token: int | None = None,
+) -> TextGeneration:
+    """Continue a text; iterate over the result for the pieces of the continuation as they are made.
+
+    Args:
+        model: as for `generate`, and so are the rest.
+        tokenizer: a `tokenizers.Tokenizer`, the one that the model was trained with.
+        prompt: at least one token's worth of text.
+
+    Raises:
+        BellboxError: as `generate`, at this call.
+    """
+    prompt_ids = list(tokenizer.encode(prompt).ids)
+    tokens = generate(
+        model,
+        torch.tensor([prompt_ids], dtype=torch.int64),
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        stop_token,
+    )
+    return TextGeneration(tokens, tokenizer, prompt_ids, stop_token)

@@ -1,0 +1,1 @@
+"""One training run: its configuration, its parts, its folder and its checkpoints."""

@@ -1,0 +1,456 @@
+"""A training run's configuration: what is written in the YAML file, what the flags are, what a run saves.
+
+One tree of dataclasses serves all three, so a key has one name everywhere: `optimizer.lr` in a message is
+`lr` under `optimizer:` in the file and `--optimizer.lr` on the command line. The defaults are the recipe of
+the BBQ paper (arXiv 2603.01599) where it does not depend on the size of the model; the batch and the budget
+are sized for the `tiny` preset. The paper's own: `batch.tokens: 262144`, `data.context: 512`, and 95M to 300M
+presets.
+
+```yaml
+folder: runs/small
+model: {preset: tiny}
+data: {source: classics, context: 256}
+quantization: {method: bbq, bits: 2}
+optimizer: {lr: 1.2e-3}
+steps: 1000
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from bellbox.core.grid import levels_from_bits
+from bellbox.errors import BellboxError
+
+_FORBID: dict[str, Any] = {"extra": "forbid"}
+DEFAULT_STEPS = 1000
+
+
+PAPER = "bbq_paper"
+"""Method name of `Recipe.bbq_paper`; all others are quantizers' own."""
+
+
+@dataclass
+class ModelSection:
+    """Which network."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    preset: str = "tiny"
+    """Name of a preset of `bellbox.models`: tiny, small, 95M, 125M, 200M, 300M, gpt-95M, ...; resnet-small, ..."""
+    overrides: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Fields of the preset to change, by name. Vocabulary, classes, channels and image size follow the data."""
+
+
+@dataclass
+class DataSection:
+    """Which text, or which images."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    source: str = "classics"
+    """A folder made by `bellbox data prepare`, or `classics`, the bundled public-domain books. Of a vision task: an
+    .npz file, a folder of IDX files, a folder with train/CLASS/*, `fashion-mnist`, or hf:NAME."""
+    context: int = 256
+    """Tokens in a sequence."""
+    seed: int = 0
+    """Seed of the order in which sequences or images come, and of what augmentation draws."""
+
+
+@dataclass
+class QuantizationSection:
+    """How many levels weights and activations get, and where. What is null is the method's own choice."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    method: str = "bbq"
+    """One of `bellbox.quantizers.METHODS` (bbq, quest, lsq, ...), `bbq_paper` for BBQ just as published (`bbq` is
+    `Recipe.bbq`), or `none` for full precision."""
+    bits: int | None = 2
+    """Bits of weights and activations: 1 to 8. Ignored where `levels` is given."""
+    levels: int | None = None
+    """Number of levels in place of bits; 3 is ternary."""
+    activation_bits: int | None = None
+    """Bits of activations, where they are not those of weights: bits 2 and activation_bits 4 is W2A4."""
+    zero_point: float | None = None
+    """Shift of the integer grid, a multiple of 1/2."""
+    granularity: Literal["token", "ema", "tensor", "learned"] | None = None
+    """How an activation's RMS is taken: per token (causal), running mean, or whole tensor (the paper's)."""
+    weight_granularity: Literal["row", "tensor", "learned"] | None = None
+    """Likewise for a weight."""
+    block: int | None = None
+    """Largest size of the Hadamard blocks along in_features; 1 for none."""
+    options: dict[str, bool | float | str] = field(default_factory=dict)
+    """Options of the method by name (docs/methods.md)."""
+    weight_only: Literal["float", "int8"] | None = None
+    """Quantize weights only; leave activations in `float`, or round them to 8 bits."""
+    weights_rotated: bool | None = None
+    """Whether weights are learned in the rotated domain; where null, with BBQ and with CEWT they are."""
+    share: bool = True
+    """Whether layers that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
+    recipe: dict[str, Any] | None = None
+    """A whole recipe with rules by layer name, in place of all the other keys of this section."""
+
+
+@dataclass
+class PhasesSection:
+    """Full precision first, then quantized, perhaps with fewer bits from time to time."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    quantized: float | Literal["optimal"] = 1.0
+    """Fraction of the steps trained quantized, after the rest in full precision; 1: from the first step.
+    `optimal`: by the law of arXiv 2509.22935, from tokens, parameters and bits (see `bellbox.runs.planner`)."""
+    bits_before: list[int] = field(default_factory=list)
+    """Bits of the quantized steps before those of `quantization`: [4, 3] with bits 2 trains 4, then 3, then 2."""
+    shares: list[float] = field(default_factory=list)
+    """Share of the quantized steps for each of these widths and the final one; equal where not given."""
+
+
+@dataclass
+class CewtSection:
+    """Constrained weights: of constant norm, made exactly Gaussian from time to time (`training.optim.cewt`)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    every: int | None = None
+    """Steps between projections; 0: no constraint at all, 1: after each. Where null, 16 with BBQ, else 0."""
+    hyperball: bool = True
+    """Whether an update is scaled to the weight's norm, in place of weight decay."""
+    lr: float = 0.02
+    """Peak learning rate of the hyperball, in units of the weight's norm; it follows `schedule`. `optimizer.lr` is
+    then for all other parameters."""
+
+
+@dataclass
+class OptimizerSection:
+    """The optimizer and the gradient clip."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon (torch.optim.Muon) for the matrices inside the blocks, and AdamW for all else."""
+    lr: float = 1.2e-3
+    """Peak learning rate. The paper: 1.2e-3 at 95M and 125M, 6e-4 at 200M, 3e-4 at 300M."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, of the weights of linear layers only."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+    momentum: float = 0.95
+    """Of Muon."""
+    cewt: CewtSection = field(default_factory=CewtSection)
+    """Constrained weights."""
+
+
+@dataclass
+class DistillSection:
+    """Learning from a teacher's distribution besides the text (bellbox.training.distill)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    teacher: str | None = None
+    """A run or Hugging Face folder with the same tokenizer, usually in full precision; null for no teacher."""
+    weight: float = 0.5
+    """Share of the teacher in the loss, in (0, 1]; the rest is the text's."""
+    temperature: float = 1.0
+    """Both distributions are softened by it."""
+
+
+@dataclass
+class MecSection:
+    """A term that makes a layer's features carry as much as they can: MEC-style, see bellbox.objectives.mec."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    weight: float = 0.0
+    """What the term, from -1 to 0, is multiplied by and added to the loss; 0 for none."""
+    layer: str | None = None
+    """The layer by name; the output layer where null."""
+    side: Literal["input", "output"] = "input"
+    """What of it: of the output layer, its input is the pooled representation."""
+    distortion: float = 64.0
+    """Squared error a dimension that the code may make."""
+    experts: int = 1
+    """Groups of channels that are coded by themselves, which takes less time."""
+    form: Literal["exact", "taylor"] = "exact"
+    """The determinant itself, or the first terms of a series."""
+    order: int = 4
+    """Terms of the series."""
+
+
+@dataclass
+class ScheduleSection:
+    """One cycle of the learning rate, both legs a half cosine."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    warmup: float = 0.1
+    """Fraction of the steps spent rising."""
+    start_factor: float = 0.01
+    """First learning rate, as a fraction of the peak."""
+    end_factor: float = 0.1
+    """Last learning rate, as a fraction of the peak."""
+
+
+@dataclass
+class BatchSection:
+    """How much text one optimizer step sees."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    tokens: int = 8192
+    """Tokens in one optimizer step. The paper: 262144."""
+    micro_sequences: int = 8
+    """Sequences in one forward pass; the number of passes in a step follows from it."""
+
+
+@dataclass
+class VisionSection:
+    """Images and what is done to them, for `task: vision`; the sections batch and distill, and data.context, are for
+    language only."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    image_size: int | None = None
+    """Height and width that images are scaled and cropped to, for sources that hold images of any size."""
+    train_images: int | None = None
+    """Train on so many of the images; all where null."""
+    valid_images: int | None = None
+    """Validate on so many; all where null."""
+    batch: int = 128
+    """Images in one optimizer step."""
+    micro_batch: int | None = None
+    """Images in one forward pass; as many as in a step where null."""
+    crop: int = 4
+    """Pixels by which training images are moved at random, each way; 0 for none."""
+    flip: bool = True
+    """Mirror training images at random."""
+    mixup: float = 0.0
+    """Both numbers of mixup's Beta distribution; 0 for none."""
+    cutmix: float = 0.0
+    """Likewise of cutmix. Where both are on, each batch gets one of them."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    ema: float = 0.0
+    """Decay of the averaged weights that are validated and loaded in place of the trained ones; 0 for none."""
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    folder: str = "runs/train"
+    """Where the run lives."""
+    task: Literal["language", "vision"] = "language"
+    """Predict the next token, or name what an image shows."""
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    quantization: QuantizationSection = field(default_factory=QuantizationSection)
+    phases: PhasesSection = field(default_factory=PhasesSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    distill: DistillSection = field(default_factory=DistillSection)
+    mec: MecSection = field(default_factory=MecSection)
+    batch: BatchSection = field(default_factory=BatchSection)
+    vision: VisionSection = field(default_factory=VisionSection)
+    steps: int | None = None
+    """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
+    tokens: int | None = None
+    """Budget in tokens (of a vision task, in images), rounded up to whole steps."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast dtype of the training forward. Master weights and evaluation are fp32 in both."""
+    compile: bool = False
+    """Pass the training forward through torch.compile."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
+    threads: int | None = None
+    """CPU threads; PyTorch's choice where not given."""
+    eval_every: int = 100
+    """Steps between validations. The last step is always validated."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints. The last step and every new best are always saved."""
+    log_every: int = 10
+    """Steps between training records."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+    debug: bool = False
+    """Check every layer's output in every forward; slow, but names the layer at once."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in one optimizer step."""
+        return self.batch.tokens // self.data.context
+
+    @property
+    def per_step(self) -> int:
+        """Tokens in one optimizer step; images of a vision task."""
+        return self.vision.batch if self.task == "vision" else self.batch.tokens
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes in one optimizer step."""
+        if self.task == "vision":
+            return self.vision.batch // (self.vision.micro_batch or self.vision.batch)
+        return self.sequences_per_step // self.batch.micro_sequences
+
+    @property
+    def averaging(self) -> float:
+        """Decay of the averaged weights, 0 for none: a vision task's."""
+        return self.vision.ema if self.task == "vision" else 0.0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.tokens is not None:
+            return -(-self.tokens // self.per_step)
+        return DEFAULT_STEPS if self.steps is None else self.steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts and lists, as YAML and JSON hold them."""
+        return _plain(dataclasses.asdict(self))
+
+    def check(self) -> TrainConfig:
+        """Refuse values that cannot be trained with; returns self.
+
+        Raises:
+            BellboxError: naming the key, its value and the limit.
+        """
+        if self.task == "vision":
+            _check_vision(self)
+        else:
+            _check_batch(self)
+        _check_method(self.quantization)
+        if self.steps is not None and self.tokens is not None:
+            raise BellboxError(
+                f"steps is {self.steps} and tokens is {self.tokens}: give one of them, the other as null"
+            )
+        for name, value, low in (
+            ("steps", self.total_steps, 1),
+            ("eval_every", self.eval_every, 1),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("log_every", self.log_every, 1),
+            ("threads", 1 if self.threads is None else self.threads, 1),
+        ):
+            if value < low:
+                raise BellboxError(f"{name} is {value}, must be at least {low}")
+        optimizer, schedule, phases = self.optimizer, self.schedule, self.phases
+        quantized, taught = phases.quantized, self.distill.teacher is not None
+        for name, ok, limit in (
+            (
+                "phases.quantized",
+                quantized == "optimal" or 0 < float(quantized) <= 1,
+                "in (0, 1], or optimal",
+            ),
+            ("phases.bits_before", all(1 <= bits <= 8 for bits in phases.bits_before), "bits from 1 to 8"),
+            ("phases.shares", all(0 < share < 1 for share in phases.shares), "numbers between 0 and 1"),
+            ("optimizer.lr", 0 < optimizer.lr < float("inf"), "above 0"),
+            ("optimizer.betas", all(0 <= b < 1 for b in optimizer.betas), "in [0, 1)"),
+            ("optimizer.eps", optimizer.eps > 0, "above 0"),
+            ("optimizer.weight_decay", optimizer.weight_decay >= 0, "at least 0"),
+            ("optimizer.clip", optimizer.clip >= 0, "at least 0"),
+            ("optimizer.momentum", 0 <= optimizer.momentum < 1, "in [0, 1)"),
+            ("optimizer.cewt.every", (optimizer.cewt.every or 0) >= 0, "at least 0"),
+            ("optimizer.cewt.lr", 0 < optimizer.cewt.lr < 1, "between 0 and 1"),
+            ("distill.weight", 0 < self.distill.weight <= 1, "in (0, 1]"),
+            *(
+                (
+                    f"distill.{key}",
+                    taught or getattr(self.distill, key) == default,
+                    f"left at {default} without a teacher",
+                )
+                for key, default in vars(DistillSection()).items()
+                if key != "teacher"
+            ),
+            ("mec.weight", 0 <= self.mec.weight < float("inf"), "at least 0"),
+            ("mec.distortion", 0 < self.mec.distortion < float("inf"), "above 0"),
+            ("mec.experts", self.mec.experts >= 1, "at least 1"),
+            ("mec.order", self.mec.order >= 1, "at least 1"),
+            (
+                "compile",
+                not (self.compile and self.mec.weight),
+                "false with mec: a compiled graph hides its layers",
+            ),
+            ("distill.temperature", 0 < self.distill.temperature < float("inf"), "above 0"),
+            ("schedule.warmup", 0 <= schedule.warmup < 1, "in [0, 1)"),
+            ("schedule.start_factor", 0 < schedule.start_factor <= 1, "in (0, 1]"),
+            ("schedule.end_factor", 0 <= schedule.end_factor <= 1, "in [0, 1]"),
+        ):
+            if not ok:
+                raise BellboxError(f"{name} is {_value(self, name)}, must be {limit}")
+        return self
+
+
+def _check_batch(config: TrainConfig) -> None:
+    context, tokens, micro = config.data.context, config.batch.tokens, config.batch.micro_sequences
+    for name, value in (
+        ("data.context", context),
+        ("batch.tokens", tokens),
+        ("batch.micro_sequences", micro),
+    ):
+        if value < 1:
+            raise BellboxError(f"{name} is {value}, must be at least 1")
+    if tokens % context:
+        near = max(round(tokens / context), 1) * context
+        raise BellboxError(
+            f"batch.tokens is {tokens}, not a whole number of sequences of data.context {context}; "
+            f"{near} would be"
+        )
+    if (tokens // context) % micro:
+        raise BellboxError(
+            f"batch.tokens {tokens} makes {tokens // context} sequences of {context}, which "
+            f"batch.micro_sequences {micro} does not divide; choose one that does"
+        )
+
+
+def _check_vision(config: TrainConfig) -> None:
+    section = config.vision
+    micro = section.batch if section.micro_batch is None else section.micro_batch
+    if config.distill.teacher is not None:
+        raise BellboxError("distill.teacher is for language; leave it out of a vision task")
+    for name, ok, limit in (
+        ("vision.batch", section.batch >= 2, "at least 2"),
+        ("vision.micro_batch", micro >= 1 and section.batch % micro == 0, "a divisor of vision.batch"),
+        (
+            "vision.image_size",
+            section.image_size is None or 1 <= section.image_size <= 4096,
+            "from 1 to 4096",
+        ),
+        ("vision.train_images", section.train_images is None or section.train_images >= 1, "at least 1"),
+        ("vision.valid_images", section.valid_images is None or section.valid_images >= 1, "at least 1"),
+        ("vision.crop", 0 <= section.crop <= 256, "from 0 to 256"),
+        ("vision.mixup", 0 <= section.mixup < float("inf"), "at least 0"),
+        ("vision.cutmix", 0 <= section.cutmix < float("inf"), "at least 0"),
+        ("vision.label_smoothing", 0 <= section.label_smoothing < 1, "in [0, 1)"),
+        ("vision.ema", 0 <= section.ema < 1, "in [0, 1)"),
+    ):
+        if not ok:
+            raise BellboxError(f"{name} is {_value(config, name)}, must be {limit}")
+
+
+def _check_method(section: QuantizationSection) -> None:
+    from bellbox.quantizers import check_method
+
+    if section.recipe is not None or section.method == "none":
+        return
+    if section.activation_bits is not None and section.weight_only is not None:
+        raise BellboxError(
+            f"quantization.activation_bits is {section.activation_bits}, but weight_only leaves activations no bits to "
+            "choose; leave one of them out"
+        )
+    try:
+        if section.activation_bits is not None:
+            levels_from_bits(section.activation_bits)
+        check_method("bbq" if section.method == PAPER else section.method, section.options)
+    except BellboxError as error:
+        raise BellboxError(f"quantization: {error}") from None
+
+
+def _value(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,119 @@
+"""Reading, writing and comparing run configurations, with messages that name the key.
+
+Everything is refused in one line that gives the file and the full dotted key: a training run that silently
+ignored `optimiser.lr` would be found out a day later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from bellbox.errors import BellboxError, require
+from bellbox.quantizers.spec import with_present_names
+from bellbox.runs.config import TrainConfig
+from bellbox.runs.folder import write_text
+from bellbox.utils.yaml import read_yaml
+
+
+def config_from_dict(data: object, where: str = "config") -> TrainConfig:
+    """Build and check a `TrainConfig` from nested mappings.
+
+    Args:
+        data: what a YAML or JSON file held.
+        where: the file's name, for messages.
+
+    Raises:
+        BellboxError: an unknown key, a wrong type or a value out of range, by its dotted name, in one line.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(data, dict):
+        raise BellboxError(f"{where}: holds {type(data).__name__}, must be a mapping of keys to values")
+    try:
+        config = TypeAdapter(TrainConfig).validate_python(with_present_names(data))
+    except ValidationError as error:
+        raise BellboxError(f"{where}: {_explain(error.errors()[0])}") from None
+    try:
+        return config.check()
+    except BellboxError as error:
+        raise BellboxError(f"{where}: {error}") from None
+
+
+def _explain(error: Any) -> str:
+    parts = [str(part) for part in error["loc"]]
+    # A union's branches (int, str, ...) follow the key in pydantic's location; the key is what the user
+    # knows.
+    section: Any = TrainConfig
+    known: list[str] = []
+    for part in parts:
+        known.append(part)
+        section = get_type_hints(section).get(part)
+        if not dataclasses.is_dataclass(section):
+            break
+    if get_origin(section) is dict:
+        known = parts[: len(known) + 1]
+    dotted = ".".join(known)
+    if error["type"] == "unexpected_keyword_argument":
+        owner: Any = TrainConfig
+        for part in parts[:-1]:
+            owner = get_type_hints(owner)[part]
+        names = [entry.name for entry in dataclasses.fields(owner)]
+        near = difflib.get_close_matches(parts[-1], names, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "there are: " + ", ".join(names)
+        return f"unknown key '{dotted}'; {hint}"
+    message = (
+        error["msg"].replace("Input should be", "must be").split(", unable")[0].split(" or an instance")[0]
+    )
+    return f"'{dotted}' is {error['input']!r}, {message}"
+
+
+def load_config(path: str | os.PathLike[str]) -> TrainConfig:
+    """Read a YAML file.
+
+    Raises:
+        BellboxError: no such file, not YAML, a key twice, or anything that `config_from_dict` refuses.
+    """
+    data = read_yaml(path)
+    return config_from_dict({} if data is None else data, str(path))
+
+
+def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
+    """Write a YAML file that `load_config` reads back equal. The keys keep the dataclasses' order."""
+    yaml = require("yaml", "cli")
+    write_text(Path(path), yaml.safe_dump(config.to_dict(), sort_keys=False, width=100))
+
+
+def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
+    """Keys that decide a run's numbers and differ: `["optimizer.lr is 0.001 there, 0.002 here"]`.
+
+    Where a run and its data live, how often it is measured and saved, and how it is watched do not decide its numbers
+    (that the data are the same is seen from their checksum).
+    """
+    free = {
+        "folder",
+        "data.source",
+        "threads",
+        "eval_every",
+        "checkpoint_every",
+        "log_every",
+        "tensorboard",
+        "debug",
+    }
+    found: list[str] = []
+
+    def compare(left: dict[str, Any], right: dict[str, Any], prefix: str) -> None:
+        for key, there in left.items():
+            here, name = right[key], prefix + key
+            if name in free or there == here:
+                continue
+            if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
+                compare(there, here, name + ".")
+            else:
+                found.append(f"{name} is {there} there, {here} here")
+
+    compare(saved.to_dict(), asked.to_dict(), "")
+    return found

@@ -1,0 +1,163 @@
+"""CEWT, constrained empirical weight distribution: weights that are exactly Gaussian after every step.
+
+A quantizer with equally likely codes assumes a bell. Weights start as one and drift away while they learn, and with
+them the entropy of their codes. CEWT (the BBQ authors' follow-up, 2026) does not let them: after each optimizer step
+a matrix is replaced by the one of the same rank order whose values are exactly the quantiles of a Gaussian,
+
+    w_i = s * Phi^-1((r_i + 1/2) / N)        r_i: rank of the i-th of N entries, 0 .. N-1
+
+with s such that the norm is the one that the matrix had at first. Codes cut at Gaussian quantiles of the whole matrix
+(`weight_granularity: tensor`) are then used exactly equally often; of each row, very nearly. No rotation of the weights
+is needed for it, so they can be learned directly in the rotated domain (`weights_rotated`); weights that are not are
+projected in that domain all the same, since it is there that they are coded, and rotated back.
+
+With it goes the *hyperball* step: since the norm is fixed, only the direction of an update counts. It is scaled to
+the norm of the matrix and multiplied with a learning rate of its own, in place of weight decay:
+
+    W <- project(W + lr * |W_0| * U / |U|)        U: what the wrapped optimizer would have added
+
+**How often.** Learned in the domain that they are coded in, weights stay nearly Gaussian by themselves: a projection
+now and then, and one at the end, keeps the codes as equally used as one after every step, and the perplexity is the
+same (docs/studies.md).
+
+**The cost** is one sort. The bits of fp32 numbers, with those of negative ones flipped, sort as integers, which PyTorch
+does by radix: 4 passes, some 10 ns an entry, ties by position. `benchmarks/cewt.py` measures it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.errors import BellboxError
+
+Turn = Callable[[bool], Tensor]
+"""A weight rotated into the domain that it is coded in; called with True, rotated back from there."""
+
+
+@functools.lru_cache(maxsize=16)
+def normal_scores(count: int, device: torch.device) -> Tensor:
+    """Phi^-1((r + 1/2) / count) for r = 0 .. count - 1, scaled to an RMS of 1; fp32 `[count]`."""
+    ranks = torch.arange(count, dtype=torch.float64, device=device)
+    scores = torch.special.ndtri((ranks + 0.5) / count)
+    scores = (scores - scores.flip(0)) / 2  # odd to the last bit
+    return (scores / scores.square().mean().sqrt()).float()
+
+
+@torch.no_grad()
+def project_(weight: Tensor, norm: float | Tensor) -> Tensor:
+    """Replace a matrix, in place, by the one of the same rank order whose values are exactly Gaussian.
+
+    Equal entries are ranked by position, so the result is a function of the values alone.
+
+    Args:
+        weight: fp32, contiguous, at least 2 entries, none of them NaN.
+        norm: Frobenius norm of the result.
+
+    Raises:
+        BellboxError: another dtype, or a view that is not contiguous.
+    """
+    if weight.dtype != torch.float32 or not weight.is_contiguous() or weight.numel() < 2:
+        raise BellboxError(
+            f"CEWT sorts contiguous fp32 matrices, not {weight.dtype} of shape {tuple(weight.shape)}; "
+            "keep master weights in fp32"
+        )
+    flat = weight.detach().view(-1)
+    bits = flat.view(torch.int32)
+    keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    order = torch.sort(keys, stable=True).indices
+    scores = normal_scores(flat.numel(), flat.device)
+    flat.scatter_(0, order, scores * (norm / flat.numel() ** 0.5))
+    return weight
+
+
+class CEWT:
+    """CEWT around one or several optimizers; `step` takes the place of theirs.
+
+    The wrapped optimizers must decouple weight decay from the update, as AdamW and Muon do: the weights are zero
+    while they step, so that what they leave there is the update alone, to the last bit, and decay pulls on nothing.
+
+    ```python
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    cewt = CEWT([optimizer], constrained_weights(model))
+    loss.backward()
+    cewt.step(lr=0.02, project=step % 16 == 0)
+    ```
+
+    Args:
+        optimizers: which train the weights, and perhaps other parameters, which they step as usual.
+        weights: fp32 matrices to constrain; as a mapping, with how those are rotated that are coded in another domain
+            than they are learned in. They are projected at once.
+        hyperball: whether updates are scaled to the norm; otherwise the optimizers' own are taken as they are.
+
+    A weight of zeros has neither a norm to keep nor a rank order: the optimizers step it as usual.
+
+    Raises:
+        BellboxError: see `project_`.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        weights: Iterable[Tensor] | Mapping[Tensor, Turn | None],
+        hyperball: bool = True,
+    ) -> None:
+        self.optimizers, self.hyperball = optimizers, hyperball
+        self._turns: dict[Tensor, Turn | None] = (
+            dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights)
+        )
+        self.norms: dict[Tensor, Tensor] = {}
+        """The norm that each weight keeps, 0-dimensional fp64."""
+        for weight in self._turns:
+            norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
+            if norm > 0:
+                self.norms[weight] = norm
+                self._project(weight)
+
+    @torch.no_grad()
+    def _project(self, weight: Tensor) -> None:
+        turn = self._turns[weight]
+        if turn is not None:
+            weight.copy_(turn(False))
+        project_(weight, self.norms[weight])
+        if turn is not None:
+            weight.copy_(turn(True))
+
+    @torch.no_grad()
+    def step(self, lr: float, project: bool = True) -> None:
+        """One step of all the parameters.
+
+        Args:
+            lr: of the hyperball: how far a weight moves, in units of its norm.
+            project: whether to sort; without it, only the norms are kept (and not even these without hyperball).
+        """
+        moving = [weight for weight in self.norms if weight.grad is not None]
+        before = {weight: weight.detach().clone() for weight in moving if self.hyperball}
+        for weight in before:
+            weight.zero_()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for weight in moving:
+            norm = self.norms[weight]
+            if self.hyperball:
+                length = torch.linalg.vector_norm(weight, dtype=torch.float64)
+                # An update of zero moves nothing.
+                weight.mul_(torch.where(length > 0, lr * norm / length, 0.0).float()).add_(before[weight])
+            if project:
+                self._project(weight)
+            elif self.hyperball:
+                weight.mul_((norm / torch.linalg.vector_norm(weight, dtype=torch.float64)).float())
+
+
+def constrained_weights(model: nn.Module) -> dict[Tensor, Turn | None]:
+    """The weights of all the layers of a prepared model that quantize their weight, each once, as `CEWT` takes them."""
+    from bellbox.nn import quantized_layers
+
+    return {
+        layer.weight: None if layer.weights_rotated else layer.rotated_weight
+        for _, layer in quantized_layers(model)
+        if layer.weight_quantizer is not None and layer.weight.requires_grad
+    }

@@ -1,0 +1,217 @@
+"""What trains a model: AdamW, or Muon for the matrices and AdamW for all else, perhaps with CEWT around them.
+
+Decay pulls only on the matrices of linear layers.
+
+Decaying a norm's gain, a bias, an embedding row or a quantizer's gamma pulls a *scale* towards zero: for
+gamma this shrinks the output grid of the layer itself, which the BBQ authors' baselines suffered from (see
+LSQ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.errors import BellboxError
+from bellbox.recipe import is_head
+from bellbox.runs.config import OptimizerSection
+from bellbox.training.optim.cewt import CEWT, constrained_weights
+
+_NORM = "cewt_norm"
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters: weights of linear layers and convolutions decay, everything else does not.
+
+    A weight that is tied to an embedding counts as the embedding's. A quantizer may name parameters of its own that
+    decay too (`decayed`), or learn at another rate (`learning_rates`): that is the group's `lr_scale`, for `set_lr`.
+    Each parameter appears once.
+
+    Args:
+        model: prepared or not.
+        weight_decay: the decay of the first group.
+    """
+    from bellbox.quantizers import Quantizer
+
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed = {
+        id(m.weight)
+        for m in model.modules()
+        if _multiplies(m) and isinstance(m.weight, Tensor) and id(m.weight) not in embeddings
+    }
+    rates: dict[int, float] = {}
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            own = module._parameters
+            decayed.update(id(own[name]) for name in module.decayed)
+            rates.update((id(own[name]), rate) for name, rate in module.learning_rates.items() if name in own)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups.setdefault((id(p) in decayed, rates.get(id(p), 1.0)), []).append(p)
+    return [
+        {"params": members, "weight_decay": weight_decay if decays else 0.0, "lr_scale": rate}
+        for (decays, rate), members in groups.items()
+    ]
+
+
+def _multiplies(module: nn.Module) -> bool:
+    from bellbox.nn import QuantizedLayer
+
+    return isinstance(module, nn.Linear | nn.Conv2d | QuantizedLayer)
+
+
+class ModelOptimizer:
+    """The optimizers of one model, as one.
+
+    Args:
+        model: prepared or not.
+        section: which optimizer, with which numbers. With CEWT, the weights of the quantized layers are projected now.
+
+    Raises:
+        BellboxError: Muon, for a model without matrices that it could train.
+    """
+
+    def __init__(self, model: nn.Module, section: OptimizerSection) -> None:
+        self.section = section
+        groups = parameter_groups(model, section.weight_decay)
+        self.parts: list[torch.optim.Optimizer] = []
+        if section.kind == "muon":
+            matrices, groups = _split(groups, block_matrices(model))
+            require_matrices(matrices)
+            # Scaled so that Muon takes AdamW's learning rate and decay (arXiv 2502.16982).
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices, lr=section.lr, momentum=section.momentum, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        # Fused: the update in one pass over the memory.
+        self.parts.append(
+            torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
+        )
+        cewt = section.cewt
+        self.cewt = CEWT(self.parts, constrained_weights(model), cewt.hyperball) if cewt.every else None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all parts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self, lr: float, project: bool = True) -> None:
+        """Update all parameters.
+
+        Args:
+            lr: learning rate of this step; each group's is this times its own `lr_scale`. CEWT's is `cewt.lr` in the
+                same proportion.
+            project: whether CEWT sorts in this step.
+        """
+        for group in self.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        if self.cewt is not None:
+            self.cewt.step(self.section.cewt.lr * lr / self.section.lr, project)
+            return
+        for part in self.parts:
+            part.step()
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What is remembered of a parameter, and saved: moments, and under `cewt_norm` the norm that CEWT keeps."""
+        state = {key: value for part in self.parts for key, value in part.state.get(parameter, {}).items()}
+        if self.cewt is not None and parameter in self.cewt.norms:
+            state[_NORM] = self.cewt.norms[parameter]
+        return state
+
+    def carry_over(self, before: ModelOptimizer, rotated: frozenset[Tensor]) -> None:
+        """Take the moments of an optimizer of the same model; parameters that it did not train start without.
+
+        Args:
+            before: whose moments.
+            rotated: parameters that now live in another domain; their moments are of no use.
+        """
+        for part in self.parts:
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                state = before.state_of(parameter)
+                state.pop(_NORM, None)
+                if state and parameter not in rotated:
+                    part.state[parameter] = state
+
+    def tensors(self, names: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+        """The state as flat names: `blocks.0.attention.q.weight/exp_avg`.
+
+        Args:
+            names: `model.named_parameters()`.
+        """
+        return {
+            f"{name}/{key}": value
+            for name, parameter in names
+            for key, value in self.state_of(parameter).items()
+        }
+
+    def restore(self, names: Iterable[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`. They are copied, so that their memory is aligned as at first.
+
+        Raises:
+            KeyError: a tensor names no parameter that is trained.
+            ValueError: a moment has another shape than its parameter.
+        """
+        parameters = dict(names)
+        owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for part in self.parts:
+            part.state.clear()
+        for flat, value in tensors.items():
+            name, _, key = flat.rpartition("/")
+            parameter = parameters[name]
+            if value.numel() != 1 and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{flat} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+                )
+            # AdamW's `step` is a scalar on the parameter's device where the update is fused.
+            copy = torch.empty_like(value, device=parameter.device).copy_(value)
+            if key != _NORM:
+                owners[parameter].state[parameter][key] = copy
+            elif self.cewt is not None:
+                self.cewt.norms[parameter] = copy
+
+
+def require_matrices(found: Sequence[object]) -> None:
+    """Refuse Muon where there is nothing for it.
+
+    Raises:
+        BellboxError: no matrix was found.
+    """
+    if not found:
+        raise BellboxError(
+            "optimizer.kind is muon, which trains the matrices of linear layers inside the blocks, and the model has "
+            "none; use adamw"
+        )
+
+
+def block_matrices(model: nn.Module) -> list[Tensor]:
+    """Weights of the linear layers that are no output head: what Muon is for."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found: dict[int, Tensor] = {}
+    for name, module in model.named_modules():
+        weight = module.weight if _multiplies(module) and not is_head(name) else None
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            found[id(weight)] = weight
+    return [weight for key, weight in found.items() if key not in embeddings]
+
+
+def _split(
+    groups: list[dict[str, Any]], matrices: Iterable[Tensor]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The groups with these parameters only, and with the others only; empty ones left out."""
+    chosen = {id(parameter) for parameter in matrices}
+
+    def part(inside: bool) -> list[dict[str, Any]]:
+        kept = [{**g, "params": [p for p in g["params"] if (id(p) in chosen) == inside]} for g in groups]
+        return [group for group in kept if group["params"]]
+
+    return part(True), part(False)

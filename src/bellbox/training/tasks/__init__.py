@@ -1,0 +1,53 @@
+"""What the loop trains for: `LanguageTask` predicts the next token, `VisionTask` names what an image shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from bellbox import data
+from bellbox.data.shards import TokenDataset
+from bellbox.runs.config import TrainConfig
+from bellbox.training.tasks.base import Task
+from bellbox.training.tasks.language import LanguageTask
+
+if TYPE_CHECKING:
+    from bellbox.data.images import ImageDataset
+
+__all__ = ["LanguageTask", "Task", "data_checksum", "make_task", "open_data"]
+
+
+def make_task(config: TrainConfig, dataset: TokenDataset | ImageDataset | None = None) -> Task:
+    """The task of a configuration; its `config` is the resolved one.
+
+    Args:
+        config: as the user gave it.
+        dataset: its data, where they are open already.
+
+    Raises:
+        BellboxError: data that cannot be opened, or a configuration that does not fit it.
+    """
+    if config.task == "vision":
+        from bellbox.training.tasks.vision import VisionTask
+
+        return VisionTask(config, cast("ImageDataset | None", dataset))
+    return LanguageTask(config, cast("TokenDataset | None", dataset))
+
+
+def open_data(config: TrainConfig) -> TokenDataset | ImageDataset:
+    """The data of a configuration.
+
+    Raises:
+        BellboxError: data that cannot be opened.
+    """
+    if config.task == "vision":
+        from bellbox.data.images import open_images
+
+        return open_images(config.data.source, config.vision.image_size)
+    return data.open(config.data.source)
+
+
+def data_checksum(dataset: TokenDataset | ImageDataset) -> str:
+    """Says of two sets of data whether they are equal, wherever they lie."""
+    if isinstance(dataset, TokenDataset):
+        return dataset.manifest.content_checksum()
+    return dataset.checksum

@@ -1,0 +1,75 @@
+"""Predicting the next token: the task of language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bellbox import data
+from bellbox.data.shards import TokenDataset
+from bellbox.evaluation import perplexity
+from bellbox.runs.build import resolve
+from bellbox.runs.config import TrainConfig
+from bellbox.runs.metrics import perplexity_of
+from bellbox.training.tasks.base import Task
+
+# Sequences of the validation split whose activation codes are counted.
+_COUNTED_SEQUENCES = 8
+
+
+class LanguageTask(Task):
+    """The next token of every token.
+
+    Args:
+        config: as the user gave it.
+        dataset: its data, where they are open already.
+
+    Raises:
+        BellboxError: data that cannot be opened, or a configuration that does not fit it.
+    """
+
+    unit = "tokens"
+
+    def __init__(self, config: TrainConfig, dataset: TokenDataset | None = None) -> None:
+        self.dataset = data.open(config.data.source) if dataset is None else dataset
+        self.config = config = resolve(config, self.dataset.vocab_size)
+        self.checksum = self.dataset.manifest.checksum()
+        self.tokenizer = (self.dataset.path / "tokenizer.json").read_text(encoding="utf-8")
+        self.batches = data.Batches(
+            self.dataset.train,
+            context=config.data.context,
+            sequences_per_step=config.sequences_per_step,
+            seed=config.data.seed,
+        )
+
+    def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """See `Task`; int64 `[sequences, context]` each."""
+        size = self.config.batch.micro_sequences
+        inputs, targets = self.batches.at(step)
+        return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See `Task`."""
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        """See `Task`."""
+        result = perplexity(model, self.dataset.valid, context=self.config.data.context)
+        return {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+        }
+
+    def counted_inputs(self) -> Tensor | None:
+        """See `Task`."""
+        context, split = self.config.data.context, self.dataset.valid
+        rows = min(_COUNTED_SEQUENCES, len(split) // context)
+        return torch.from_numpy(split.read(0, rows * context).reshape(rows, context)) if rows else None
+
+    def fields(self, loss: float) -> dict[str, Any]:
+        """Perplexity."""
+        return {"perplexity": perplexity_of(loss)}

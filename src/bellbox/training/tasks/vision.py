@@ -1,0 +1,87 @@
+"""Naming what an image shows: the task of vision networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bellbox.data.images import Augmentation, ImageBatches, ImageDataset, open_images
+from bellbox.errors import BellboxError
+from bellbox.evaluation.accuracy import accuracy
+from bellbox.models.image import Normalise
+from bellbox.runs.build import resolve_vision
+from bellbox.runs.config import TrainConfig
+from bellbox.training.tasks.base import Task
+
+# Images of the validation split whose activation codes are counted.
+_COUNTED_IMAGES = 64
+
+
+class VisionTask(Task):
+    """One class an image.
+
+    Args:
+        config: as the user gave it.
+        dataset: its data, where they are open already.
+
+    Raises:
+        BellboxError: images that cannot be opened, or a configuration that does not fit them.
+    """
+
+    unit = "images"
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset | None = None) -> None:
+        self.dataset = (
+            open_images(config.data.source, config.vision.image_size) if dataset is None else dataset
+        )
+        self.config = config = resolve_vision(config, self.dataset)
+        self.checksum = self.dataset.checksum
+        section, there = config.vision, len(self.dataset.valid)
+        if section.valid_images is not None and section.valid_images > there:
+            raise BellboxError(
+                f"vision.valid_images is {section.valid_images}, data.source '{config.data.source}' has {there} "
+                "validation images; leave it out for all"
+            )
+        self.batches = ImageBatches(
+            self.dataset.train,
+            batch=section.batch,
+            seed=config.data.seed,
+            augmentation=Augmentation(section.crop, section.flip, section.mixup, section.cutmix),
+            classes=len(self.dataset.classes),
+            images=section.train_images,
+        )
+
+    def start(self, model: nn.Module) -> None:
+        """The channels' mean and deviation."""
+        for module in model.modules():
+            if isinstance(module, Normalise):
+                module.set(*self.dataset.statistics())
+
+    def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """See `Task`; images `[batch, channels, height, width]` in [0, 1], classes or their shares."""
+        images, targets = self.batches.at(step)
+        size = self.config.vision.micro_batch or len(images)
+        return list(zip(images.split(size), targets.split(size), strict=True))
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See `Task`."""
+        if targets.is_floating_point() and logits.shape[1] > targets.shape[1]:
+            targets = F.pad(targets, (0, logits.shape[1] - targets.shape[1]))
+        smoothing = self.config.vision.label_smoothing
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        """See `Task`."""
+        result = accuracy(model, self.dataset.valid, images=self.config.vision.valid_images)
+        return {"loss": result.loss, "accuracy": result.accuracy}
+
+    def counted_inputs(self) -> Tensor | None:
+        """See `Task`."""
+        split = self.dataset.valid
+        count = min(_COUNTED_IMAGES, len(split))
+        places = np.linspace(0, len(split) - 1, count).astype(np.int64)
+        return torch.div(split.read(places), 255)

@@ -1,0 +1,1 @@
+"""What every part may need: whole files, YAML, progress, memory."""

@@ -1,0 +1,197 @@
+"""The worked examples of docs/format.md, read from the page itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bellbox as bb
+from bellbox.core.grid import Grid, Levels
+from bellbox.core.hadamard import butterfly
+from bellbox.core.packing import pack, unpack
+from bellbox.formats.packed import FORMAT, VERSIONS
+from bellbox.nn import InputCoding, PackedConv2d, PackedLinear
+from bellbox.nn.geometry import ConvGeometry
+from bellbox.ops.encode import normaliser, row_sigma
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+def table(header: str) -> list[list[str]]:
+    """Cells of the rows below a header line."""
+    lines = PAGE[PAGE.index(header) :].splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    assert rows
+    return rows
+
+
+def numbers(text: str) -> list[float]:
+    return [float(word) for word in text.replace(",", " ").split()]
+
+
+def fill(layer: PackedLinear, words: re.Match[str]) -> None:
+    """Give a layer the bytes and scales that the page names."""
+    layer.weight_packed.copy_(torch.tensor([list(bytes.fromhex(words[1]))]))
+    layer.weight_scale.fill_(float(words[2]))
+    layer.act_scale.fill_(float(words[3]))
+
+
+def example_layer() -> nn.Module:
+    levels = Levels.gaussian(4)
+    layer = PackedLinear(8, 1, levels, InputCoding(levels, 4), True)
+    words = re.search(
+        r"bytes `([0-9a-f ]+)` .*`weight_scale` ([\d.]+), `act_scale` ([\d.]+), `bias` ([\d.]+):", PAGE
+    )
+    assert words
+    fill(layer, words)
+    layer.bias.fill_(float(words[4]))  # type: ignore[union-attr]
+    return nn.ModuleDict({"fc": layer})
+
+
+def test_bytes_of_rows():
+    rows = table("| n | codes of a row |")
+    assert [int(row[0]) for row in rows] == [2, 4, 8, 16, 3]
+    for n, codes, stored in rows:
+        tensor = torch.tensor([[int(code) for code in codes.split()]], dtype=torch.uint8)
+        assert bytes(pack(tensor, int(n))[0].tolist()) == bytes.fromhex(stored)
+
+
+def test_thresholds():
+    for n, zero_point, upper in table("| n | zero_point |"):
+        levels = Levels.gaussian(int(n))
+        assert levels.zero_point == float(zero_point)
+        assert [t for t in levels.thresholds if t >= 0] == numbers(upper)
+
+
+def test_configuration(tmp_path):
+    bb.save(example_layer(), tmp_path / "m")
+    text = re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    assert text
+    shown, written = json.loads(text[1]), json.loads((tmp_path / "m" / "config.json").read_text())
+    shown["sha256"] = written["sha256"]
+    assert set(shown["files"]["model.safetensors"]) == {"bytes", "sha256"}
+    shown["files"] = written["files"]
+    assert shown == written
+    assert (FORMAT, VERSIONS) == ("bellbox-packed", (2, 3))
+
+
+def test_the_worked_function():
+    steps = {row[0]: numbers(row[1]) for row in table("| step | numbers |")}
+    layer = example_layer().fc
+    assert isinstance(layer, PackedLinear)
+    x = torch.tensor([steps["input"]])
+    assert butterfly(x, 4).tolist() == [steps["rotated"]]
+    sigma, r = steps["sigma, r"]
+    assert float(row_sigma(x)) == pytest.approx(sigma, rel=1e-13)
+    assert float(normaliser(row_sigma(x), 4).float()) == r
+    codes, _ = layer.coding.encode(x, None, None)
+    assert codes.tolist() == [steps["codes"]]
+    assert layer.coding.levels.decode_int8(codes).tolist() == [steps["integers"]]
+    weights = layer.weight_levels.decode_int8(unpack(layer.weight_packed, 8, 4))
+    assert weights.tolist() == [steps["weight integers"]]
+    assert (
+        sum(a * b for a, b in zip(steps["integers"], steps["weight integers"], strict=True))
+        == steps["sum"][0]
+    )
+    assert layer(x).tolist() == [steps["output"]]
+
+
+def test_every_stored_field_is_explained(tmp_path):
+    bb.save(example_layer(), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    layer = config["quantization"]["layers"]["fc"]
+    for name in (
+        *config,
+        *layer,
+        *layer["weight"],
+        *layer["activation"],
+        *PackedLinear(
+            8, 1, Grid(4, -0.5), InputCoding(Levels.gaussian(4), 1, "static", signs=True), True
+        )._buffers,
+    ):
+        assert re.search(rf"[`.]{name}[`.]", PAGE), name
+
+
+def example_convolution() -> PackedConv2d:
+    levels = Levels.gaussian(4)
+    window = ConvGeometry((1, 2), padding=(1, 0, 0, 0))
+    layer = PackedConv2d(2, 1, window, Grid(4, -0.5), InputCoding(levels, 2), False)
+    words = re.search(
+        r"bytes `([0-9a-f ]+)` .*`weight_scale` ([\d.]+), `act_scale` ([\d.]+), on a sample", PAGE
+    )
+    assert words
+    fill(layer, words)
+    return layer
+
+
+def test_the_entry_of_a_convolution(tmp_path):
+    bb.save(nn.ModuleDict({"conv": example_convolution()}), tmp_path / "m")
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert written["version"] == 3
+    shown = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])
+    assert shown == written["quantization"]["layers"]["conv"]
+    for name in shown["convolution"]:
+        assert re.search(rf"`{name}`", PAGE), name
+
+
+def test_the_worked_convolution():
+    steps = {row[0]: numbers(row[1]) for row in table("| step | numbers |\n|---|---|\n| sample |")}
+    layer, x = example_convolution(), torch.tensor([steps["sample"]])
+    assert butterfly(x, 2).tolist() == [steps["sample rotated"]]
+    sigma, r = steps["sample's sigma, r"]
+    assert float(row_sigma(x)) == sigma
+    assert float(normaliser(row_sigma(x), 2).float()) == r
+    codes, _ = layer.coding.encode(x, None, None)
+    assert codes.tolist() == [steps["sample's codes"]]
+    integers = layer.coding.levels.decode_int8(codes)[0].tolist()
+    assert integers == steps["sample's integers"]
+    weights = layer.weight_levels.decode_int8(layer.weight_codes())[0].tolist()
+    assert weights == steps["filter's integers"]
+    alone = sum(a * b for a, b in zip(integers[:2], weights[2:], strict=True))
+    both = sum(a * b for a, b in zip(integers, weights, strict=True))
+    assert [alone, both] == steps["sums"]
+    out = layer(x.view(1, 1, 2, 2).permute(0, 3, 1, 2))
+    assert out.flatten().tolist() == steps["outputs"]
+
+
+def canonical(value: object) -> str:
+    """The checksum's text, by the page's own words, without Python's json."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{canonical(k)}:{canonical(value[k])}" for k in sorted(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(canonical, value)) + "]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, str):
+        short = dict(zip('"\\\b\t\n\f\r', '"\\btnfr', strict=True))
+        units = value.encode("utf-16-be")
+        pairs = [int.from_bytes(units[i : i + 2]) for i in range(0, len(units), 2)]
+        plain = [
+            f"\\{short[c]}" if (c := chr(u)) in short else c if 32 <= u < 127 else f"\\u{u:04x}"
+            for u in pairs
+        ]
+        return '"' + "".join(plain) + '"'
+    return repr(value)
+
+
+def test_the_checksum_of_the_configuration_can_be_computed_from_the_page(tmp_path):
+    import hashlib
+
+    levels = Levels(3, -0.5, (-1e-5, 0.1))
+    layer = PackedLinear(8, 1, levels, InputCoding(levels, 4), False)
+    bb.save(nn.ModuleDict({'größe_\U0001d54f "\\ \t\n\x7f\x01/': layer}), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    stated = config.pop("sha256")
+    assert hashlib.sha256(canonical(config).encode("ascii")).hexdigest() == stated
+    assert {"1e-05": 1e-5, "0.0": 0.0, "1e+16": 1e16}.items() == {
+        repr(v): v for v in (1e-5, 0.0, 1e16)
+    }.items()

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bellbox.nn.binarized_linear import round_activations
+from bellbox.ops import native
+from bellbox.ops.binarized import MAX_ROWS, Planes, reference, serves
+
+SETS = native.instruction_sets()
+needs_kernels = pytest.mark.skipif(not SETS, reason="the compiled kernels were not built")
+
+
+def matrix(rows: int, columns: int, block: int, share: float, bias: bool = True, seed: int = 0):
+    """Planes, salient columns, scales of any magnitude (denormals of fp16 too), bias."""
+    g = torch.Generator().manual_seed(seed)
+    signs, bits = torch.rand(2, rows, columns, generator=g) < 0.5
+    salient = torch.rand(columns, generator=g) < share
+    scales = torch.randn(rows, -(-columns // block), 7, generator=g)
+    scales = (scales * 10 ** (6 * torch.rand(scales.shape, generator=g) - 6)).half()
+    return signs, bits, salient, scales, block, torch.randn(rows, generator=g) if bias else None
+
+
+def rounded(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / (2 ** (bits - 1) - 1)
+    return (x / scale).round().to(torch.int8), scale
+
+
+def assert_the_bits_of_the_reference(x, bits, *stored) -> None:
+    wanted = reference(*rounded(x, bits), *stored)
+    for isa in SETS:
+        with native.use(isa):
+            assert torch.equal(Planes(*stored).multiply(x, bits), wanted), isa
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 9),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 300),
+    block=st.sampled_from([8, 64, 128, 200]),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    bits=st.integers(2, 8),
+    bias=st.booleans(),
+    seed=st.integers(0, 1 << 20),
+)
+@needs_kernels
+def test_every_instruction_set_has_the_bits_of_the_reference(
+    tokens, rows, columns, block, share, bits, bias, seed
+):
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+    assert_the_bits_of_the_reference(x, bits, *matrix(rows, columns, block, share, bias, seed))
+
+
+@needs_kernels
+def test_the_largest_sums_and_ties_of_rounding():
+    stored = matrix(17, 256, 128, 0.2)
+    x = torch.full((3, 256), 127.0)
+    x[1, ::2] = -127
+    x[2] = torch.arange(256) - 127.5  # halves: to even
+    x[2, 255] = 127
+    assert_the_bits_of_the_reference(x, 8, *stored)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", SETS)
+def test_zeros_give_the_bias_and_what_is_not_finite_gives_nan(isa):
+    stored = matrix(20, 100, 64, 0.1)
+    x = torch.randn(5, 100)
+    x[0] = 0
+    x[1, 3], x[2, 99], x[3, 50] = float("nan"), float("inf"), float("-inf")
+    with native.use(isa):
+        y = Planes(*stored).multiply(x, 8)
+    assert torch.equal(y[0], stored[-1])
+    assert bool(y[1:4].isnan().all())
+    assert bool(y[4].isfinite().all())
+
+
+def test_the_reference_is_the_decoded_product():
+    from bellbox.core.binarize import Binarized, decode
+
+    signs, bits, salient, scales, block, bias = matrix(30, 200, 64, 0.1)
+    parts = [
+        decode(
+            Binarized(*(plane[..., here] for plane in (signs, bits, salient)), scales[:, number]),
+            torch.float64,
+        )
+        for number, here in enumerate(slice(at, at + block) for at in range(0, 200, block))
+    ]
+    x = torch.randn(4, 200)
+    wanted = round_activations(x.double(), 8) @ torch.cat(parts, 1).T + bias
+    found = reference(*rounded(x, 8), signs, bits, salient, scales, block, bias)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@needs_kernels
+def test_what_it_serves():
+    with native.use(SETS[-1]):
+        assert serves(torch.ones(1, 8), 8) == (native.isa() in ("avx512", "amx"))
+    if "avx512" not in SETS:
+        return
+    with native.use("avx512"):
+        x = torch.ones(MAX_ROWS, 8)
+        assert serves(x, 8)
+        assert serves(x, 6)
+        assert not serves(x, 16)
+        assert not serves(torch.ones(MAX_ROWS + 1, 8), 8)
+        assert not serves(x.bfloat16(), 8)
+        assert not serves(torch.ones(0, 8), 8)
+        assert not serves(x.requires_grad_(), 8)
+        with torch.no_grad():
+            assert serves(x, 8)

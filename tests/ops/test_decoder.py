@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bellbox as bb
+from bellbox.errors import BellboxError
+from bellbox.models import build, preset
+from bellbox.ops import decoder, native
+
+SETS = native.instruction_sets()
+needs_kernels = pytest.mark.skipif(not SETS, reason="the compiled kernels were not built")
+
+
+@pytest.fixture(params=SETS or ["none"])
+def isa(request):
+    if not SETS:
+        pytest.skip("the compiled kernels were not built")
+    with native.use(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize(("rows", "features"), [(1, 1), (1, 15), (3, 640), (40, 333)])
+def test_norm_has_the_bits_of_the_reference_on_every_path(isa, rows, features):
+    x = torch.randn(rows, features) * torch.logspace(-3, 3, rows)[:, None]
+    weight = torch.randn(features)
+    mean = x.double().square().mean(-1, keepdim=True)
+    expected = x * (1 / (mean + 1e-5).sqrt()).float() * weight
+    assert torch.equal(decoder.rms_norm(x, weight, 1e-5), expected)
+
+
+def test_norm_of_what_is_not_finite_or_zero(isa):
+    x = torch.tensor([[0.0, 0.0], [1.0, float("nan")], [1.0, float("inf")], [1e-30, 0.0], [3e38, 3e38]])
+    y = decoder.rms_norm(x, torch.ones(2), 1e-5)
+    assert y[0].tolist() == [0.0, 0.0]
+    assert bool(y[1].isnan().all())
+    assert y[4].tolist() == pytest.approx([1.0, 1.0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    half=st.integers(1, 40),
+    start=st.integers(0, 70),
+    rotary=st.booleans(),
+)
+@needs_kernels
+def test_attention_of_one_token_is_that_of_float64(batch, kv_heads, groups, half, start, rotary):
+    heads, size, room = kv_heads * groups, 2 * half, start + 3
+    query, key = torch.randn(batch, 1, heads * size), torch.randn(batch, 1, kv_heads * size)
+    value = torch.randn(batch, 1, kv_heads * size)
+    keys, values = torch.randn(2, batch, kv_heads, room, size)
+    before = keys.clone()
+    angle = torch.rand(room, half) * 6
+    tables = (angle.cos(), angle.sin()) if rotary else None
+
+    def turn(x):
+        x = x.view(batch, -1, size)
+        if not rotary:
+            return x
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = angle[start].cos(), angle[start].sin()
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    results = []
+    for isa in SETS:
+        with native.use(isa):
+            results.append(decoder.attend(query, key, value, tables, keys, values, start))
+    assert all(torch.equal(each, results[0]) for each in results)
+    assert torch.equal(keys[:, :, start], turn(key))
+    assert torch.equal(values[:, :, start], value.view(batch, kv_heads, size))
+    assert torch.equal(keys[:, :, :start], before[:, :, :start])
+    assert torch.equal(keys[:, :, start + 1 :], before[:, :, start + 1 :])
+    seen = keys[:, :, : start + 1].double().repeat_interleave(groups, dim=1)
+    weights = (seen @ turn(query).double()[..., None] * size**-0.5).softmax(dim=2)
+    mixed = (weights * values[:, :, : start + 1].double().repeat_interleave(groups, dim=1)).sum(2)
+    assert torch.allclose(results[0].double(), mixed.view(batch, 1, -1), rtol=1e-5, atol=2e-6)
+
+
+def test_int8_product_is_exact_and_equal_on_every_path(isa):
+    for rows, columns, outputs in ((1, 640, 100), (7, 333, 33), (4, decoder.INT8_COLUMNS, 5), (1, 1, 1)):
+        x = torch.randn(rows, columns) * 10
+        weight = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8)
+        scale = torch.rand(outputs) + 0.01
+        found = decoder.int8_linear(x, weight, scale)
+        assert torch.equal(found, decoder._int8_reference(x, weight, scale))
+        wide = weight.double() * scale[:, None].double()
+        exact = x.double() @ wide.t()
+        # Inputs are rounded to 2047ths of the largest of their row: half a step each at worst, then fp32.
+        half_step = x.abs().amax(-1, keepdim=True).double() / 2047 / 2
+        bound = half_step * wide.abs().sum(-1) * (1 + 1e-6) + 1e-6 * exact.abs()
+        assert bool(((found - exact).abs() <= bound).all())
+
+
+def test_int8_product_at_the_largest_sum_and_with_rows_that_are_not_finite(isa):
+    weight = torch.full((2, decoder.INT8_COLUMNS), -127, dtype=torch.int8)
+    x = torch.full((5, decoder.INT8_COLUMNS), 3.0)
+    x[1] = 0.0
+    x[2, 7], x[3, 7] = float("nan"), -float("inf")
+    x[4] = 1e-38
+    y = decoder.int8_linear(x, weight, torch.ones(2))
+    assert y[0].tolist() == pytest.approx([-127.0 * 3 * decoder.INT8_COLUMNS] * 2)
+    assert y[1].tolist() == [0.0, 0.0]
+    assert bool(y[2:4].isnan().all())
+    assert y[4].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+def test_a_decode_step_gives_the_logits_of_the_full_forward(name):
+    model = build(preset(name, vocab_size=64, num_hidden_layers=2), seed=0).eval()
+    ids = torch.randint(0, 64, (2, 20))
+    with torch.no_grad():
+        whole = model(ids)
+        cache = model.new_cache(2, 20)
+        steps = [model(ids[:, :9], cache=cache)]
+        steps += [model(ids[:, i : i + 1], cache=cache) for i in range(9, 20)]
+    assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+def test_a_packed_model_compiles_without_graph_breaks_to_the_same_bits(name):
+    config = preset(name, vocab_size=64, num_hidden_layers=2, hidden_size=64, intermediate_size=128)
+    model = bb.prepare(build(config, seed=0), bb.Recipe.bbq(2))
+    ids = torch.randint(0, 64, (2, 12))
+    with torch.no_grad():
+        model.eval()(ids)
+        packed = bb.convert(model)
+        compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(ids), packed(ids))
+
+
+def test_inputs_of_another_width_are_one_line():
+    weight, scale = torch.zeros(5, 8, dtype=torch.int8), torch.ones(5)
+    for width in (4, 16):
+        x = torch.ones(2, width)
+        with pytest.raises(BellboxError, match=r"an int8 layer of 8 inputs got shape \(2, "):
+            decoder.int8_linear(x, weight, scale)
+        with pytest.raises(BellboxError, match=r"a norm of 8 inputs got shape \(2, "):
+            decoder.rms_norm(x, torch.ones(8), 1e-5)
+
+
+def test_nothing_in_nothing_out():
+    assert decoder.rms_norm(torch.ones(3, 0), torch.ones(0), 1e-5).shape == (3, 0)
+    empty = decoder.int8_linear(torch.ones(0, 8), torch.zeros(5, 8, dtype=torch.int8), torch.ones(5))
+    assert empty.shape == (0, 5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_modes_traces_and_transforms_see_operations():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    norm, weight = torch.rand(8), torch.randint(-127, 128, (5, 8), dtype=torch.int8)
+    scale = torch.rand(5)
+    for call in (lambda x: decoder.rms_norm(x, norm, 1e-5), lambda x: decoder.int8_linear(x, weight, scale)):
+        expected = call(x)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert call(mode.from_tensor(x)).shape == expected.shape
+        assert torch.equal(torch.jit.trace(call, x, check_trace=False)(2 * x), call(2 * x))
+        assert torch.equal(torch.vmap(call)(torch.stack((x, -x))), torch.stack((expected, call(-x))))
+        with torch.device("meta"):
+            assert torch.equal(call(x), expected)

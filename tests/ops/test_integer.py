@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bellbox.ops.integer import float_matmul, integer_matmul, scaled_product
+
+SHAPES = [(1, 1, 1), (3, 5, 7), (17, 129, 33), (0, 4, 2), (2, 4, 0), (64, 640, 16), (1, 2048, 3)]
+
+
+def int8(*shape: int) -> torch.Tensor:
+    return torch.randint(
+        -128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(sum(shape))
+    )
+
+
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_sums_are_exact(m, k, n):
+    a, b = int8(m, k), int8(n, k)
+    assert torch.equal(integer_matmul(a, b).to(torch.int64), a.to(torch.int64) @ b.to(torch.int64).t())
+
+
+@pytest.mark.parametrize("k", [1, 1023, 1024, 1040, 5000])
+@pytest.mark.parametrize("value", [-128, 1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_float_path_of_other_devices_is_exact_too(k, value, autocast):
+    a, b = torch.full((20, k), value, dtype=torch.int8), torch.full((3, k), value, dtype=torch.int8)
+    a[0, 0], b[0, 0] = -127, 127
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        product = float_matmul(a, b)
+    assert product.dtype == (torch.float32 if max(abs(value), 127) ** 2 * k < 2**24 else torch.float64)
+    assert torch.equal(product.to(torch.int64), a.to(torch.int64) @ b.to(torch.int64).t())
+
+
+def test_the_epilogue_is_three_fp32_roundings():
+    a, b = int8(5, 640), int8(4, 640)
+    weight_scale, act_scale = torch.rand(4), torch.rand(())
+    row_scale = torch.ones(5, 1)
+    row_scale[3] = math.nan
+    result = scaled_product(a, b, weight_scale, act_scale, row_scale)
+    assert result.dtype == torch.float32
+    sums = (a.double() @ b.double().t()).float()
+    for i in range(5):
+        for j in range(4):
+            scale = torch.tensor(float(weight_scale[j]) * float(act_scale), dtype=torch.float64).float()
+            expected = torch.tensor(float(sums[i, j]) * float(scale), dtype=torch.float64).float()
+            assert math.isnan(result[i, j]) if i == 3 else result[i, j] == expected
+
+
+def test_autocast_does_not_touch_it():
+    a, b = int8(5, 640), int8(4, 640)
+    plain = scaled_product(a, b, torch.rand(4), torch.tensor(0.3), torch.ones(5, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        again = scaled_product(a, b, torch.rand(4), torch.tensor(0.3), torch.ones(5, 1))
+    assert plain.dtype == again.dtype == torch.float32
