@@ -16,7 +16,7 @@ help:
 setup: $(VENV)/.ready
 
 # torch goes first and by exact version: packages that come after find it there and bring no other one.
-$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*.* native/*/*.* native/*/*/*.*)
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("Bellbox needs Python 3.11 or newer, this is %d.%d; set PYTHON=..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0

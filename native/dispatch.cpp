@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "self_check.h"
 
 namespace bellbox {
@@ -38,7 +38,7 @@ bool amx_agrees() {
     return agrees;
 }
 bool has_amx() {
-#ifdef BELLBOX_AMX_TRAPPED  // native/check_amx.h
+#ifdef BELLBOX_AMX_TRAPPED  // native/tests/check_amx.h
     return has_avx512() && amx_agrees();
 #else
     return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && amx_permitted() &&

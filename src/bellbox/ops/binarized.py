@@ -43,7 +43,7 @@ def serves(x: Tensor, bits: int) -> bool:
 
 
 class Planes:
-    """A binarized matrix in the layout of the kernel (native/kernels.h).
+    """A binarized matrix in the layout of the kernel (native/kernels/kernels.h).
 
     Args:
         signs: bool `[out, in]`.

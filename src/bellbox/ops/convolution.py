@@ -78,7 +78,7 @@ def convolves_pixels(weight: Grid, activation: Grid) -> bool:
 
 
 def pixel_addresses(codes: Tensor) -> Tensor:
-    """Filters as rows of the kernel's table of products (`native/kernels.h`, PixelArgs).
+    """Filters as rows of the kernel's table of products (`native/kernels/kernels.h`, PixelArgs).
 
     Args:
         codes: uint8 `[filters, places of the geometry, channels]`, below 4.

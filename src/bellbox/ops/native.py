@@ -63,11 +63,13 @@ def _source() -> str | None:
     """The digest of the sources beside this package, as CMakeLists.txt takes it; None where there are none."""
     folder = Path(__file__).parents[3] / "native"
     files = sorted(
-        each
-        for each in folder.glob("*")
-        if each.suffix in (".h", ".cpp") and not each.name.startswith("check")
+        each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.suffix in (".h", ".cpp")
     )
-    digests = "".join(hashlib.sha256(each.read_bytes()).hexdigest() for each in files)
+    digests = "".join(
+        hashlib.sha256((folder / each).read_bytes()).hexdigest()
+        for each in files
+        if not each.startswith("tests/")
+    )
     return hashlib.sha256(digests.encode()).hexdigest() if files else None
 
 
