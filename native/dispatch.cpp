@@ -141,4 +141,44 @@ void pack(const uint8_t* codes, int64_t ldc, int32_t bits, int64_t n, int64_t k,
         }
 }
 
+void unpack(const uint8_t* data, int32_t bits, int64_t n, int64_t k, uint8_t* codes) {
+    const int64_t blocks = (k + 63) / 64;
+    const auto field = [&](const uint8_t* vectors, int width, int64_t row, int64_t column) {
+        const int64_t group = column / 4, count = 2 * width, f = group / count;
+        return static_cast<uint8_t>((vectors[64 * (group % count) + 4 * row + column % 4] >> (f * width)) & ((1 << width) - 1));
+    };
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < k; ++j) {
+            const uint8_t* block = data + (i / 16 * blocks + j / 64) * 128 * bits;
+            codes[i * k + j] = bits != 3 ? field(block, bits, i % 16, j % 64)
+                                         : static_cast<uint8_t>(field(block, 2, i % 16, j % 64) |
+                                                                field(block + 256, 1, i % 16, j % 64) << 2);
+        }
+}
+
+#if defined(BELLBOX_X86) && defined(__linux__)
+__attribute__((target_clones("avx2", "default")))
+#endif
+uint64_t fingerprint(const void* data, size_t bytes) {
+    // 64 lanes, each a one-to-one function of its last word: a change of one word always shows.
+    constexpr size_t kLanes = 64;
+    uint32_t lanes[kLanes];
+    for (size_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<uint32_t>(0x9e3779b9u * (l + 1));
+    const uint8_t* p = static_cast<const uint8_t*>(data);
+    size_t i = 0;
+    for (; i + 4 * kLanes <= bytes; i += 4 * kLanes) {
+        uint32_t words[kLanes];
+        std::memcpy(words, p + i, sizeof(words));
+        for (size_t l = 0; l < kLanes; ++l) lanes[l] = (lanes[l] ^ words[l]) * 0x85ebca6bu;
+    }
+    uint64_t all = 0xcbf29ce484222325ull ^ bytes;
+    const auto mix = [&all](uint64_t value) {
+        all = (all ^ value) * 0x9e3779b97f4a7c15ull;
+        all ^= all >> 29;
+    };
+    for (; i < bytes; ++i) mix(p[i]);
+    for (size_t l = 0; l < kLanes; ++l) mix(lanes[l]);
+    return all;
+}
+
 }  // namespace bellbox

@@ -24,6 +24,7 @@ struct EncodeArgs {
     Normalise normalise;       // sigma of a row: RMS or largest |x|, floor 1e-8; or one number for all
     double rstd;             // 1 / sigma where it is fixed
     bool rescale;              // row_scales carry sigma
+    const float* r;            // what each row is multiplied with, [rows]; null: it follows from the four above
     int32_t multiplier;        // integer level = multiplier * code - shift
     int32_t shift;
     int8_t* levels;            // [rows, ldl], ldl >= k a multiple of 64; columns k..ldl-1 are set to 0
@@ -235,5 +236,9 @@ const char* available();       // names, best first, separated by commas
 // Codes [n, k] (uint8, row stride ldc) into the layout above. `out` has packed_size(bits, n, k) bytes.
 size_t packed_size(int32_t bits, int64_t n, int64_t k);
 void pack(const uint8_t* codes, int64_t ldc, int32_t bits, int64_t n, int64_t k, uint8_t* out);
+void unpack(const uint8_t* data, int32_t bits, int64_t n, int64_t k, uint8_t* codes);  // the inverse: codes [n, k]
+
+// A number that is another one, all but surely, where a byte is: for what is derived from memory that anybody may write.
+uint64_t fingerprint(const void* data, size_t bytes);
 
 }  // namespace bellbox

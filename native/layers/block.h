@@ -23,7 +23,7 @@ inline void run_attend(const AttendArgs& a, int threads) {
 // The packed layers of a block; what is between them (norms, the activation of the MLP) stays with the caller.
 class Block {
   public:
-    Block(Siblings qkv, Siblings output, Siblings wide, Siblings down, int64_t head_dim)
+    Block(Group qkv, Group output, Group wide, Group down, int64_t head_dim)
         : qkv_(std::move(qkv)), output_(std::move(output)), wide_(std::move(wide)), down_(std::move(down)),
           head_dim_(head_dim) {}
 
@@ -59,7 +59,7 @@ class Block {
     }
 
   private:
-    static void run(const Siblings& layers, const float* x, int64_t rows, const std::vector<void*>& outs, int threads) {
+    static void run(const Group& layers, const float* x, int64_t rows, const std::vector<void*>& outs, int threads) {
         layers.run(x, Type::f32, rows, outs, Type::f32, threads);
     }
     float* scratch(int64_t count) {
@@ -67,7 +67,7 @@ class Block {
         return scratch_.data();
     }
 
-    Siblings qkv_, output_, wide_, down_;
+    Group qkv_, output_, wide_, down_;
     int64_t head_dim_;
     std::vector<float> scratch_;
 };
@@ -75,7 +75,7 @@ class Block {
 // A block of a LLaMA: with its norms it takes two calls.
 class LlamaBlock : public Block {
   public:
-    LlamaBlock(Siblings qkv, Siblings output, Siblings gate_up, Siblings down, int64_t head_dim, const float* first_norm,
+    LlamaBlock(Group qkv, Group output, Group gate_up, Group down, int64_t head_dim, const float* first_norm,
                const float* second_norm, double eps)
         : Block(std::move(qkv), std::move(output), std::move(gate_up), std::move(down), head_dim),
           first_norm_(first_norm), second_norm_(second_norm), eps_(eps) {}

@@ -180,7 +180,7 @@ struct RowConvolution {
         CodedImages& images = images_of_thread;
         images.code(job.a, job.w, threads);
         const int64_t k = (job.w.patch() + 63) / 64 * 64;
-        for (const Border& border : by_border() ? borders_of(job.w, job.code_sums, job.weights.n()) : whole(job.w)) {
+        for (const Border& border : by_border() ? borders_of(job.w, job.weights.place_sums(), job.weights.n()) : whole(job.w)) {
             const int64_t count = job.a.rows * static_cast<int64_t>(border.pixels.size());
             const int64_t room = std::max<int64_t>(96, (int64_t{1} << 18) / k / 8 * 8);  // second-level cache
             const int64_t useful = std::max<int64_t>(1, job.products(count) / kLinearGrain);

@@ -4,14 +4,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <numeric>
 #include <vector>
@@ -54,92 +49,55 @@ void share(int64_t count, int threads, const F& f) {
     }
 }
 
-#ifdef __linux__
-// A piece of memory on huge pages. Reading it at a stretch is twice as fast: no page walks, and the hardware's own fetching
-// does not stop at every 4 KB.
-inline std::shared_ptr<uint8_t> huge_pages(size_t bytes) {
-    constexpr size_t kHugePage = size_t{1} << 21;
-    void* p = std::aligned_alloc(kHugePage, (bytes + 63) / 64 * 64);
-    if (p == nullptr) throw std::bad_alloc();
-    madvise(p, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish: refused, the memory serves as it is
-    return {static_cast<uint8_t*>(p), Free()};
-}
-#endif
-
-// Memory for weights. What does not fill a huge page shares one with others; it is given back when the last of them goes.
-inline std::shared_ptr<uint8_t> weight_memory(size_t bytes) {
-#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)  // there, what is read beyond a matrix shall be seen
-    constexpr size_t kPiece = size_t{1} << 21;
-    if (bytes >= kPiece) return huge_pages(bytes);
-    static std::mutex one_at_a_time;
-    static std::shared_ptr<uint8_t> piece;
-    static size_t used = kPiece;
-    const std::lock_guard<std::mutex> guard(one_at_a_time);
-    if (used + bytes > kPiece) piece = huge_pages(kPiece), used = 0;
-    std::shared_ptr<uint8_t> part(piece, piece.get() + used);
-    used += (bytes + 63) / 64 * 64;
-    return part;
-#else
-    return {aligned<uint8_t>(bytes).release(), Free()};
-#endif
-}
-
-// Memory for the weights of many matrices, one after another, so that siblings are one stream. It lives as long as one of
-// its parts.
-class Arena {
-  public:
-    explicit Arena(size_t bytes) : memory_(weight_memory(bytes)), left_(bytes) {}
-    std::shared_ptr<uint8_t> take(size_t bytes) {
-        if (bytes > left_) throw std::bad_alloc();
-        std::shared_ptr<uint8_t> part(memory_, memory_.get() + used_);
-        used_ += bytes, left_ -= bytes;
-        return part;
-    }
-
-  private:
-    std::shared_ptr<uint8_t> memory_;
-    size_t used_ = 0, left_;
-};
-
-// A weight matrix in the machine's layout, with its scales.
+// A weight matrix as its tensor holds it (src/bellbox/ops/weight_layout.py): tiles, and for 1 and 2 bits the sums of the codes
+// of each row, of the whole row first and, of a filter with several places, place by place. Nothing is copied: whoever
+// makes it keeps the memory.
 class PackedWeights {
   public:
-    PackedWeights(int32_t bits, int64_t n, int64_t k, int32_t multiplier, int32_t shift, const float* scale,
-                  const float* bias, Arena& arena)
-        : data_(arena.take(packed_size(bits, n, k))), scale_(scale, scale + n) {
-        if (bias != nullptr) bias_.assign(bias, bias + n);
-        if (bits <= 2) code_sums_.resize(static_cast<size_t>(n));
-        view_ = Weights{data_.get(),   bits,
-                        n,             k,
-                        multiplier,    shift,
-                        scale_.data(), bias != nullptr ? bias_.data() : nullptr,
-                        bits <= 2 ? code_sums_.data() : nullptr};
+    // Bytes of such a tensor.
+    static size_t bytes(int32_t bits, int64_t n, int64_t k, int64_t places) {
+        const int64_t sums = bits > 2 ? 0 : places > 1 ? 1 + places : 1;
+        return packed_size(bits, n, k) + static_cast<size_t>(4 * n * sums);
     }
-    // Codes of some rows, the first a multiple of 16: a whole matrix of bytes need never exist at once.
-    void fill(const uint8_t* codes, int64_t ldc, int64_t first, int64_t rows) {
-        pack(codes, ldc, view_.bits, rows, view_.k, data_.get() + packed_size(view_.bits, first, view_.k));
-        for (int64_t i = 0; view_.bits <= 2 && i < rows; ++i)
-            code_sums_[static_cast<size_t>(first + i)] =
-                std::accumulate(codes + i * ldc, codes + i * ldc + view_.k, int32_t{0});
+    // Fills one from codes [n, k], the columns place by place.
+    static void fill(const uint8_t* codes, int32_t bits, int64_t n, int64_t k, int64_t places, uint8_t* out) {
+        pack(codes, k, bits, n, k, out);
+        if (bits > 2) return;
+        int32_t* sums = reinterpret_cast<int32_t*>(out + packed_size(bits, n, k));
+        const int64_t depth = k / places;
+        for (int64_t row = 0; row < n; ++row) {
+            int32_t all = 0;
+            for (int64_t place = 0; place < places; ++place) {
+                const uint8_t* first = codes + row * k + place * depth;
+                const int32_t sum = std::accumulate(first, first + depth, int32_t{0});
+                if (places > 1) sums[(1 + place) * n + row] = sum;
+                all += sum;
+            }
+            sums[row] = all;
+        }
+    }
+
+    PackedWeights(const uint8_t* data, int32_t bits, int64_t n, int64_t k, int64_t places, int32_t multiplier, int32_t shift,
+                  const float* scale, const float* bias) {
+        const int32_t* sums = bits > 2 ? nullptr : reinterpret_cast<const int32_t*>(data + packed_size(bits, n, k));
+        view_ = Weights{data, bits, n, k, multiplier, shift, scale, bias, sums};
+        place_sums_ = sums != nullptr && places > 1 ? sums + n : sums;
     }
     const Weights& view() const { return view_; }
     int64_t n() const { return view_.n; }
     int64_t k() const { return view_.k; }
-    size_t nbytes() const {
-        return packed_size(view_.bits, view_.n, view_.k) + (scale_.size() + bias_.size() + code_sums_.size()) * 4;
-    }
+    const int32_t* place_sums() const { return place_sums_; }  // [places][n], or null above 2 bits
 
   private:
-    std::shared_ptr<uint8_t> data_;
-    std::vector<float> scale_, bias_;
-    std::vector<int32_t> code_sums_;
     Weights view_{};
+    const int32_t* place_sums_;
 };
 
 // How rows are coded: everything of EncodeArgs but the rows.
 struct Coding {
     int32_t block;
-    std::vector<float> thresholds;
+    const float* thresholds;   // n - 1 rising numbers
+    int32_t n;
     Normalise normalise;
     double rstd;
     bool rescale;
@@ -148,7 +106,7 @@ struct Coding {
     EncodeArgs of(const void* x, Type x_type, int64_t rows, int64_t k, int64_t ldx) const {
         EncodeArgs a{};
         a.x = x, a.x_type = x_type, a.rows = rows, a.k = k, a.ldx = ldx;
-        a.block = block, a.thresholds = thresholds.data(), a.n = static_cast<int32_t>(thresholds.size()) + 1;
+        a.block = block, a.thresholds = thresholds, a.n = n;
         a.normalise = normalise, a.rstd = rstd, a.rescale = rescale;
         a.multiplier = multiplier, a.shift = shift;
         return a;
@@ -193,6 +151,7 @@ struct Job {
 
     EncodeArgs rows(int64_t begin, int64_t end) const {
         EncodeArgs some = a;
+        if (some.r != nullptr) some.r += begin;
         some.x = static_cast<const char*>(a.x) + begin * a.ldx * (a.x_type == Type::f32 ? 4 : 2);
         some.rows = end - begin;
         return some;
@@ -257,17 +216,22 @@ inline void linear(Job& job, int threads) {
         linear_by_outputs(job, team, threads);
 }
 
-// Layers that read the same input: all of a call that stays the same from call to call.
-struct Siblings {
-    const Coding* coding;
+// x [rows, k] coded, and multiplied with each matrix into outs [rows, n of each]; all contiguous.
+inline void run_linear(const Coding& coding, const std::vector<const PackedWeights*>& weights, const std::vector<float>& act_scales,
+                       const void* x, Type x_type, int64_t rows, const std::vector<void*>& outs, Type out_type, int threads) {
+    const int64_t k = weights[0]->k();
+    Job job{coding.of(x, x_type, rows, k, k), weights, act_scales, outs, out_type};
+    linear(job, threads);
+}
+
+// Layers that read the same input, as they are at the moment of a call.
+struct Group {
+    Coding coding;
     std::vector<const PackedWeights*> weights;
     std::vector<float> act_scales;
 
-    // x [rows, k] and outs [rows, n of each], contiguous.
     void run(const void* x, Type x_type, int64_t rows, const std::vector<void*>& outs, Type out_type, int threads) const {
-        const int64_t k = weights[0]->k();
-        Job job{coding->of(x, x_type, rows, k, k), weights, act_scales, outs, out_type};
-        linear(job, threads);
+        run_linear(coding, weights, act_scales, x, x_type, rows, outs, out_type, threads);
     }
 };
 

@@ -10,7 +10,6 @@ struct ConvolutionJob {
     EncodeArgs a;                         // how samples are coded
     const Window& w;
     const PackedWeights& weights;
-    const int32_t* code_sums;             // [kernel height * kernel width, n]: of the weights at each place
     const uint16_t* addresses;            // of the weights, see PixelArgs; null where they were not made
     float act_scale;
     char* out;                            // [batch, rows, columns, n]
@@ -21,6 +20,19 @@ struct ConvolutionJob {
     size_t row_bytes() const { return static_cast<size_t>(weights.n()) * (out_type == Type::f32 ? 4 : 2); }
     int64_t products(int64_t pixels) const { return pixels * weights.n() * w.patch(); }
 };
+
+// Filters [outputs, places, channels] of codes below 4 as rows of the kernel's table of products: PixelArgs.addresses.
+inline std::vector<uint16_t> pixel_addresses(const Window& w, int64_t outputs, const std::vector<uint8_t>& codes) {
+    const int64_t triples = (w.channels + 2) / 3, lookups = (w.patch() / w.channels * triples + 7) / 8 * 8;
+    std::vector<uint16_t> addresses(static_cast<size_t>((outputs + 15) / 16 * 16 * lookups));
+    for (int64_t i = 0; i < outputs * w.patch(); ++i) {
+        const int64_t output = i / w.patch(), place = i % w.patch() / w.channels, channel = i % w.channels;
+        const int64_t at = (output / 8 * lookups + place * triples + channel % triples) * 8 + output % 8;
+        addresses[static_cast<size_t>(at)] =
+            static_cast<uint16_t>(addresses[static_cast<size_t>(at)] | codes[static_cast<size_t>(i)] << (6 + 2 * (channel / triples)));
+    }
+    return addresses;
+}
 
 // Memory for the samples under way.
 struct PixelMemory {
@@ -51,7 +63,7 @@ struct PixelConvolution {
         for (int64_t border = 0; border < borders.count(); ++border) {
             int32_t* sums = less.get() + border * stride;
             std::fill(sums, sums + stride, 0);
-            borders.add_inside(border, job.code_sums, n, sums);
+            borders.add_inside(border, job.weights.place_sums(), n, sums);
             for (int64_t i = 0; i < n; ++i) sums[i] *= a.shift * job.weights.view().multiplier;
             inside.push_back(static_cast<int32_t>(a.shift * borders.places_inside(border) * job.w.channels));
         }

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <random>
 #include <stdexcept>
@@ -81,13 +82,19 @@ void expect(bool condition, const std::string& what) {
     if (!condition) throw std::runtime_error(what + " differs from the reference");
 }
 
-Coding random_coding(int64_t& k, int n) {
-    Coding c{};
+// A coding and the memory of its thresholds.
+struct OwnCoding : Coding {
+    std::shared_ptr<std::vector<float>> values = std::make_shared<std::vector<float>>();
+};
+
+OwnCoding random_coding(int64_t& k, int n) {
+    OwnCoding c{};
     c.block = 1 << pick(0, 8);
     k = std::max<int64_t>(1, k / c.block) * c.block;
     std::normal_distribution<float> normal;
-    for (int i = 0; i < n - 1; ++i) c.thresholds.push_back(pick(0, 30) == 0 ? 0 : normal(randomness));
-    std::sort(c.thresholds.begin(), c.thresholds.end());
+    for (int i = 0; i < n - 1; ++i) c.values->push_back(pick(0, 30) == 0 ? 0 : normal(randomness));
+    std::sort(c.values->begin(), c.values->end());
+    c.thresholds = c.values->data(), c.n = n;
     c.normalise = one_of({Normalise::rms, Normalise::fixed, Normalise::absmax});
     c.rstd = one_of({1.0, 0.3, 7.0});
     c.rescale = pick(0, 1) == 1;
@@ -112,21 +119,28 @@ Encoded encode(const Kernels& kernels, EncodeArgs a) {
     return e;
 }
 
-PackedWeights random_weights(int64_t outputs, int64_t k, int weight_n, std::vector<uint8_t>& codes) {
+// A matrix in memory of exactly the size that it may touch.
+struct OwnWeights : PackedWeights {
+    std::shared_ptr<Aligned<uint8_t>> data;
+    std::shared_ptr<std::vector<float>> scale, bias;
+};
+
+OwnWeights random_weights(int64_t outputs, int64_t k, int weight_n, std::vector<uint8_t>& codes, int64_t places = 1) {
     const int bits = weight_n <= 2 ? 1 : weight_n <= 4 ? 2 : weight_n <= 8 ? 3 : 4;
     codes.resize(static_cast<size_t>(outputs * k));
     for (uint8_t& code : codes) code = static_cast<uint8_t>(pick(0, weight_n - 1));
-    std::vector<float> scale(static_cast<size_t>(outputs)), bias(static_cast<size_t>(outputs));
-    std::normal_distribution<float> normal;
-    for (float& s : scale) s = normal(randomness);
-    for (float& b : bias) b = normal(randomness);
-    Arena arena(packed_size(bits, outputs, k));
-    PackedWeights weights(bits, outputs, k, static_cast<int32_t>(pick(1, 2)), static_cast<int32_t>(pick(0, 9)),
-                          scale.data(), pick(0, 1) == 0 ? bias.data() : nullptr, arena);
-    const int64_t first = std::min<int64_t>(outputs, 16 * pick(0, 9));  // in two slabs
-    weights.fill(codes.data(), k, 0, first);
-    weights.fill(codes.data() + first * k, k, first, outputs - first);
-    return weights;
+    const auto random_numbers = [&] {
+        auto all = std::make_shared<std::vector<float>>(static_cast<size_t>(outputs));
+        std::normal_distribution<float> normal;
+        for (float& each : *all) each = normal(randomness);
+        return all;
+    };
+    const auto scale = random_numbers(), bias = random_numbers();
+    const auto data = std::make_shared<Aligned<uint8_t>>(aligned<uint8_t>(PackedWeights::bytes(bits, outputs, k, places)));
+    PackedWeights::fill(codes.data(), bits, outputs, k, places, data->get());
+    return {PackedWeights(data->get(), bits, outputs, k, places, static_cast<int32_t>(pick(1, 2)), static_cast<int32_t>(pick(0, 9)),
+                          scale->data(), pick(0, 1) == 0 ? bias->data() : nullptr),
+            data, scale, bias};
 }
 
 // Codes, then the product, by row and column ranges and as a whole layer on two threads.
@@ -134,9 +148,9 @@ void check_layer(const Kernels& kernels) {
     int64_t k = pick(1, 700);
     const int64_t rows = one_of<int64_t>({1, 2, 3, 5, 8, 17, 64, 65, 130, 300}), outputs = pick(1, 150);
     const int act_n = one_of({2, 2, 3, 4, 8, 16}), weight_n = one_of({2, 2, 3, 4, 7, 8, 16});
-    const Coding coding = random_coding(k, act_n);
+    const OwnCoding coding = random_coding(k, act_n);
     const Type in = one_of({Type::f32, Type::bf16}), out = one_of({Type::f32, Type::bf16});
-    const std::vector<char> x = numbers(rows * k, in, coding.thresholds, true);
+    const std::vector<char> x = numbers(rows * k, in, *coding.values, true);
     EncodeArgs a = coding.of(x.data(), in, rows, k, k);
     a.ldl = (k + 63) / 64 * 64 + 64 * pick(0, 1);
     Encoded base = encode(portable_kernels, a);
@@ -151,7 +165,7 @@ void check_layer(const Kernels& kernels) {
             expect(mine.sums[row] == base.sums[row], "encode: sums");
         }
     }
-    std::vector<PackedWeights> matrices;
+    std::vector<OwnWeights> matrices;
     std::vector<uint8_t> codes;
     for (int i = 0; i < 2; ++i) matrices.push_back(random_weights(outputs, k, weight_n, codes));
     const size_t bytes = static_cast<size_t>(rows * outputs) * size_of(out);
@@ -174,7 +188,7 @@ void check_layer(const Kernels& kernels) {
         expect(same(direct, expected[i], out), "linear, " + std::to_string(matrices[0].view().bits) + " bits,");
     }
     std::vector<char> outs[2] = {std::vector<char>(bytes), std::vector<char>(bytes)};
-    const Siblings layers{&coding, {&matrices[0], &matrices[1]}, {0.37f, 0.37f}};
+    const Group layers{coding, {&matrices[0], &matrices[1]}, {0.37f, 0.37f}};
     layers.run(x.data(), in, rows, {outs[0].data(), outs[1].data()}, out, static_cast<int>(pick(1, 3)));
     for (int i = 0; i < 2; ++i) expect(same(outs[i], expected[i], out), "a layer on threads");
 }
@@ -212,19 +226,6 @@ int32_t plain_sum(const Window& w, const int8_t* sample, const Weights& weights,
     return sum;
 }
 
-// As PixelArgs says.
-std::vector<uint16_t> pixel_addresses(const Window& w, int64_t outputs, const std::vector<uint8_t>& codes) {
-    const int64_t triples = (w.channels + 2) / 3, lookups = (w.patch() / w.channels * triples + 7) / 8 * 8;
-    std::vector<uint16_t> addresses(static_cast<size_t>((outputs + 15) / 16 * 16 * lookups));
-    for (int64_t i = 0; i < outputs * w.patch(); ++i) {
-        const int64_t output = i / w.patch(), place = i % w.patch() / w.channels, channel = i % w.channels;
-        const int64_t at = (output / 8 * lookups + place * triples + channel % triples) * 8 + output % 8;
-        addresses[static_cast<size_t>(at)] =
-            static_cast<uint16_t>(addresses[static_cast<size_t>(at)] | codes[static_cast<size_t>(i)] << (6 + 2 * (channel / triples)));
-    }
-    return addresses;
-}
-
 // One call of a convolution, in memory that no larger case before has left behind.
 void check_convolution() {
     const int64_t outputs = one_of<int64_t>({pick(1, 4), pick(1, 40), pick(64, 127), pick(128, 150)}), batch = pick(1, 3);
@@ -232,15 +233,12 @@ void check_convolution() {
     const int64_t k = w.height * w.width * w.channels, places = w.kernel_height * w.kernel_width;
     const int act_n = one_of({2, 2, 3, 4, 8, 16}), weight_n = one_of({2, 2, 3, 4, 7, 8, 16});
     int64_t features = w.channels;
-    Coding coding = random_coding(features, act_n);
+    OwnCoding coding = random_coding(features, act_n);
     while (w.channels % coding.block != 0) coding.block /= 2;
     const Type in = one_of({Type::f32, Type::bf16}), out = one_of({Type::f32, Type::bf16});
-    const std::vector<char> x = numbers(batch * k, in, coding.thresholds, pick(0, 9) == 0);
+    const std::vector<char> x = numbers(batch * k, in, *coding.values, pick(0, 9) == 0);
     std::vector<uint8_t> codes;
-    const PackedWeights weights = random_weights(outputs, w.patch(), weight_n, codes);
-    std::vector<int32_t> code_sums(static_cast<size_t>(places * outputs));
-    for (int64_t i = 0; i < outputs * w.patch(); ++i)
-        code_sums[static_cast<size_t>(i % w.patch() / w.channels * outputs + i / w.patch())] += codes[static_cast<size_t>(i)];
+    const OwnWeights weights = random_weights(outputs, w.patch(), weight_n, codes, places);
     EncodeArgs a = coding.of(x.data(), in, batch, k, k);
     a.ldl = (k + 63) / 64 * 64;
     const Encoded base = encode(portable_kernels, a);
@@ -262,7 +260,7 @@ void check_convolution() {
     std::vector<char> mine(expected.size());
     const std::vector<uint16_t> addresses = pixel_addresses(w, outputs, codes);
     pixels_of_thread = PixelMemory{};
-    convolve({coding.of(x.data(), in, batch, k, k), w, weights, code_sums.data(), addresses.data(), 0.37f, mine.data(), out,
+    convolve({coding.of(x.data(), in, batch, k, k), w, weights, addresses.data(), 0.37f, mine.data(), out,
               add.empty() ? nullptr : add.data(), relu},
              static_cast<int>(pick(1, 3)));
     expect(same(mine, expected, out), "convolution, " + std::to_string(weights.view().bits) + " bits,");
@@ -284,18 +282,18 @@ void check_rotation(const Kernels& kernels) {
 void check_training(const Kernels& kernels) {
     int64_t k = pick(1, 700);
     const int n = static_cast<int>(pick(2, 16));
-    const Coding coding = random_coding(k, n);
+    const OwnCoding coding = random_coding(k, n);
     const int64_t rows = pick(1, 5);
     const Type in = one_of({Type::f32, Type::bf16}), out = one_of({Type::f32, Type::bf16});
-    const std::vector<char> x = numbers(rows * k, in, coding.thresholds, false);
-    const std::vector<char> grad = numbers(rows * k, out, coding.thresholds, false);
+    const std::vector<char> x = numbers(rows * k, in, *coding.values, false);
+    const std::vector<char> grad = numbers(rows * k, out, *coding.values, false);
     const std::vector<float> r(static_cast<size_t>(rows), 0.1f), gamma = {0.8f}, free(static_cast<size_t>(rows), 1.0f);
     const size_t bytes = static_cast<size_t>(rows * k) * size_of(out);
     std::vector<char> x_hat[2], v[2], grad_x[2], dots[2];
     for (int i = 0; i < 2; ++i) {
         const Kernels& used = i == 0 ? portable_kernels : kernels;
         x_hat[i].resize(bytes), v[i].resize(bytes), grad_x[i].resize(bytes), dots[i].resize(static_cast<size_t>(4 * rows));
-        used.forward(ForwardArgs{x.data(), in, rows, k, coding.block, coding.thresholds.data(), n, 1.5f, r.data(), 1,
+        used.forward(ForwardArgs{x.data(), in, rows, k, coding.block, coding.thresholds, n, 1.5f, r.data(), 1,
                                  gamma.data(), 0, x_hat[i].data(), v[i].data(), out},
                      0, rows);
         BackwardArgs b{};

@@ -16,7 +16,7 @@ from bellbox.convert import unprepare
 from bellbox.core import hadamard as hadamard_module
 from bellbox.errors import BellboxError
 from bellbox.nn import QuantizedConv2d, quantized_layers
-from bellbox.nn.geometry import ConvGeometry
+from bellbox.core.geometry import ConvGeometry
 from bellbox.ops.encode import SIGMA_FLOOR
 from bellbox.quantizers import METHODS
 from bellbox.recipe import Recipe

@@ -17,10 +17,10 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, const Rotation&
     for (int64_t i = begin; i < end; ++i) {
         const void* x = element<T>(a.x, i * a.ldx);
         int8_t* levels = a.levels + i * a.ldl;
-        const double sigma = FIXED                               ? 0
+        const double sigma = FIXED || a.r != nullptr              ? 0
                              : a.normalise == Normalise::absmax ? row_absmax<T>(x, k)
                                                                 : rms(row_norm<T>(x, k), k);
-        const RowScale scale = row_scale(sigma, a);
+        const RowScale scale = row_scale(sigma, a, i);
         a.row_scales[i] = scale.row_scale;
         const __m256 factor = _mm256_set1_ps(scale.r);
         __m256 squares = _mm256_setzero_ps();
@@ -58,7 +58,7 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, const Rotation&
             _mm256_store_ps(flags, squares);
             bool fine = true;
             for (int l = 0; l < 8; ++l) fine = fine && flags[l] < 3e38f;
-            if (!fine) a.row_scales[i] = row_scale(rms(row_norm<T>(x, k), k), a).row_scale;
+            if (!fine) a.row_scales[i] = row_scale(rms(row_norm<T>(x, k), k), a, i).row_scale;
         }
         if (written < a.ldl) memset(levels + written, 0, static_cast<size_t>(a.ldl - written));
     }
@@ -71,7 +71,7 @@ inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
     const Scratch scratch(whole ? a.k : rows::kChunk);
     const rows::Rotation rotation{a.k, a.block, whole, scratch.data};
     rows::with_coder(a.thresholds, a.n, a.multiplier, a.shift, [&](const auto& coder) {
-        const bool fixed = a.normalise == Normalise::fixed;
+        const bool fixed = a.normalise == Normalise::fixed && a.r == nullptr;
         if (a.x_type == Type::f32 && fixed)
             rows::encode_rows<Type::f32, true>(a, coder, rotation, begin, end);
         else if (a.x_type == Type::f32)

@@ -61,7 +61,7 @@ template <Type T, typename Coder>
 inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch, int64_t begin, int64_t end) {
     const Coder coder = shared;  // a copy of its own: stores of bytes could change one that others see
     const Signs signs;
-    const bool fixed = a.normalise == Normalise::fixed;
+    const bool fixed = a.normalise == Normalise::fixed && a.r == nullptr;
     const float fixed_r = fixed_scale(a);
     const int64_t written = (a.k + 63) / 64 * 64;
     for (int64_t i = begin; i < end; ++i) {
@@ -74,13 +74,14 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch,
             // A sum of squares that fits fp32 is far below the ceiling; the row_scale of others, and NaN among their
             // values, are looked at with care.
             if (!(squares < 3e38f) || !(fixed_r < 3e38f)) {
-                a.row_scales[i] = row_scale(rms(row_norm<T>(x, a.k), a.k), a).row_scale;
+                a.row_scales[i] = row_scale(rms(row_norm<T>(x, a.k), a.k), a, i).row_scale;
                 a.sums[i] = encode_row_with_care<T>(a, x, scratch, fixed_r, levels);
             }
         } else {
-            const double sigma =
-                a.normalise == Normalise::absmax ? row_absmax<T>(x, a.k) : rms(row_norm<T>(x, a.k), a.k);
-            const RowScale scale = row_scale(sigma, a);
+            const double sigma = a.r != nullptr                       ? 0
+                                 : a.normalise == Normalise::absmax ? row_absmax<T>(x, a.k)
+                                                                    : rms(row_norm<T>(x, a.k), a.k);
+            const RowScale scale = row_scale(sigma, a, i);
             a.row_scales[i] = scale.row_scale;
             if (scale.r == scale.r)  // below the ceiling no value is a NaN
                 a.sums[i] = encode_row<T, false>(coder, signs, x, scratch, a.k, a.block, scale.r, levels, squares);

@@ -80,7 +80,8 @@ inline float fixed_scale(const EncodeArgs& a) {
 }
 
 // sigma: the statistic of the row, or its RMS where sigma is fixed (only its size matters then).
-inline RowScale row_scale(double sigma, const EncodeArgs& a) {
+inline RowScale row_scale(double sigma, const EncodeArgs& a, int64_t row) {
+    if (a.r != nullptr) return {a.r[row], a.r[row] - a.r[row] + 1};
     if (!(sigma <= kSigmaCeiling)) return {__builtin_nanf(""), __builtin_nanf("")};
     if (a.normalise == Normalise::fixed) return {fixed_scale(a), 1};
     const double floored = sigma > kSigmaFloor ? sigma : kSigmaFloor;
@@ -131,9 +132,10 @@ inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
     const Scratch scratch(a.k);
     float* row = scratch.data;
     for (int64_t i = begin; i < end; ++i) {
-        const double sigma = a.normalise == Normalise::absmax ? row_absmax(a.x, a.x_type, i * a.ldx, a.k)
-                                                              : rms(row_norm(a.x, a.x_type, i * a.ldx, a.k), a.k);
-        const RowScale scale = row_scale(sigma, a);
+        const double sigma = a.r != nullptr                       ? 0
+                             : a.normalise == Normalise::absmax ? row_absmax(a.x, a.x_type, i * a.ldx, a.k)
+                                                                : rms(row_norm(a.x, a.x_type, i * a.ldx, a.k), a.k);
+        const RowScale scale = row_scale(sigma, a, i);
         a.row_scales[i] = scale.row_scale;
         for (int64_t j = 0; j < a.k; ++j) row[j] = load(a.x, a.x_type, i * a.ldx + j);
         butterfly(row, a.k, a.block);

@@ -25,7 +25,7 @@ from bellbox.nn import (
     QuantizedLinear,
 )
 from bellbox.nn.compact import Compact, Precision, empty_like
-from bellbox.nn.geometry import ConvGeometry
+from bellbox.core.geometry import ConvGeometry
 from bellbox.nn.tools import unique_tensors
 
 CONFIG, TENSORS = "config.json", "model.safetensors"

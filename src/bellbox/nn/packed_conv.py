@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bellbox.core.grid import Grid
 from bellbox.errors import BellboxError
-from bellbox.nn.geometry import ConvGeometry, pixels_of
+from bellbox.core.geometry import ConvGeometry, pixels_of
 from bellbox.nn.input_cache import InputCache
 from bellbox.nn.packed_linear import InputCoding, PackedLinear, output_dtype, packed_layer, with_signs
 from bellbox.nn.prepacked import Prepacked

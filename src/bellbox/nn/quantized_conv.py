@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.nn.geometry import ConvGeometry, pixels_of
+from bellbox.core.geometry import ConvGeometry, pixels_of
 from bellbox.nn.quantized_linear import ActivationQuantizer, QuantizedLayer, epilogue, integer_scale, rotated
-from bellbox.ops.integer import float_matmul, scaled_product
+from bellbox.ops.packed_conv2d import integer_convolution
 from bellbox.quantizers.base import Quantizer, rotate_vectors
 
 
@@ -113,38 +113,3 @@ class QuantizedConv2d(QuantizedLayer):
         image = levels.view(len(x), *x.shape[2:], self.in_channels)
         product = integer_convolution(image, weight, weight_scale, act_scale, row_scale, self.geometry)
         return epilogue(product, self.bias, x).permute(0, 3, 1, 2)
-
-
-def integer_convolution(
-    image: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    act_scale: Tensor,
-    row_scale: Tensor,
-    geometry: ConvGeometry,
-) -> Tensor:
-    """`float32(sum of products) * (weight_scale * act_scale) * row_scale`, the reference of packed convolutions.
-
-    Args:
-        image: int8 `[batch, height, width, channels]`, integer levels.
-        weight: int8 `[out, kernel height * kernel width * channels / groups]`.
-        weight_scale: fp32 `[out]`, what one integer of a row is worth.
-        act_scale: fp32 `[]`.
-        row_scale: fp32 `[batch, 1]`.
-        geometry: the geometry.
-
-    Returns:
-        fp32 `[batch, out height, out width, out]`.
-    """
-    height, width = geometry.output_size(*image.shape[1:3])
-    out = torch.empty(len(image), height, width, len(weight), device=image.device)
-    by_group = weight.view(geometry.groups, -1, weight.shape[1])
-    for part, patches in geometry.some_patches(image):
-        row_scales = row_scale[part].repeat_interleave(height * width, 0)
-        if geometry.groups == 1:
-            product = scaled_product(patches[0], weight, weight_scale, act_scale, row_scales)
-        else:
-            sums = float_matmul(patches, by_group).transpose(0, 1).flatten(1)
-            product = sums.to(torch.float32) * (weight_scale * act_scale) * row_scales
-        out[part] = product.view(-1, height, width, len(weight))
-    return out
