@@ -193,9 +193,9 @@ def test_at_a_border_the_weights_and_their_moments_stay(tiny: Tiny) -> None:
     expected = 1.694 * before[f"{name}.weight"].double().square().mean().sqrt()
     assert torch.allclose(gamma, expected.float().expand_as(gamma))
     assert layer.activation_quantizer is not None
-    assert not bool(layer.activation_quantizer.quantizer.get_buffer("initialized"))
+    assert not layer.activation_quantizer.quantizer.is_set
     trainer._train_step()
-    assert bool(layer.activation_quantizer.quantizer.get_buffer("initialized"))
+    assert layer.activation_quantizer.quantizer.is_set
 
 
 @pytest.mark.parametrize("granularity", ["token", "ema"])

@@ -224,7 +224,7 @@ def _activation_gamma(layers: dict[str, QuantizedLayer]) -> dict[str, float]:
         seen.setdefault(id(layer.activation_quantizer), name)
     quantizers = {name: layers[name].activation_quantizer for name in seen.values()}
     return {
-        name: float(quantizer.gamma.detach())
+        name: quantizer.gamma.item()
         for name, quantizer in quantizers.items()
         if quantizer is not None and quantizer.gamma is not None
     }

@@ -60,7 +60,7 @@ from bellbox.core.hadamard import DEFAULT_BLOCK
 from bellbox.errors import BellboxError
 from bellbox.ops.encode import SIGMA_FLOOR, compute_dtype, normaliser
 from bellbox.ops.fake_quantize import bbq_backward, bbq_forward
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
 GAMMA_INIT = 1.694
@@ -153,7 +153,7 @@ class BBQ(LearnedQuantizer):
     """Bell Box Quantization of one tensor; see `Quantizer` for the arguments.
 
     Statistics: `row` or `tensor` for a weight (gamma is `[rows, 1]` in both); `token`, `ema` or `tensor` for an
-    activation, whose gamma is `[]`.
+    activation, whose gamma is `[1]`.
     """
 
     method = "bbq"
@@ -175,13 +175,11 @@ class BBQ(LearnedQuantizer):
                 raise BellboxError(
                     "zeta multiplies by each input's sigma: not with rms=false or granularity='ema'"
                 )
-            self.initialized.fill_(True)  # nothing is learned
-            self._ready = True
-        else:
-            start = torch.ones(()) if rows is None else torch.ones(rows, 1)
+        else:  # else nothing is learned
+            start = unset(1) if rows is None else unset(rows, 1)
             self.gamma = nn.Parameter(start, requires_grad=self.options.gamma == "learned")
         if self.granularity == "ema":
-            self.register_buffer("r_ema", torch.zeros(()))
+            self.register_buffer("r_ema", unset(1))
         if self.options.signs:
             draw = torch.Generator().manual_seed(features)
             self.register_buffer(
@@ -209,7 +207,7 @@ class BBQ(LearnedQuantizer):
         whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
         follow = self.options.zeta is not None
         if self.options.zeta is None:
-            gamma = self.gamma
+            gamma = self.learned("gamma")
         else:
             assert norm.sigma is not None
             gamma = (self.options.zeta * norm.sigma * (norm.r - norm.r + 1)).to(compute_dtype(rows))
@@ -219,12 +217,12 @@ class BBQ(LearnedQuantizer):
     def scale(self) -> Tensor:
         """gamma / (n/2), fp32."""
         if self.options.zeta is not None:
-            return torch.tensor(self.options.zeta / (self.levels.n / 2), device=self.initialized.device)
-        return self.gamma.detach().to(torch.float32) / (self.levels.n / 2)
+            return torch.tensor(self.options.zeta / (self.levels.n / 2))
+        return self.learned("gamma").detach().to(torch.float32) / (self.levels.n / 2)
 
     def rstd(self) -> Tensor:
         """The running 1/sigma, or 1 without RMS."""
-        return self.r_ema if self.options.rms else torch.ones((), device=self.initialized.device)
+        return self.learned("r_ema") if self.options.rms else torch.ones((), device=self.gamma.device)
 
     @torch.no_grad()
     def normaliser(self, rows: Tensor, training: bool) -> Normaliser:
@@ -235,7 +233,7 @@ class BBQ(LearnedQuantizer):
             sigma = self.measure(rows)
             self._update_ema(normaliser(sigma, 1))
             return self.normaliser_of(sigma, rows)
-        if not self._ready:
+        if not torch.compiler.is_compiling() and not self.is_set:
             raise BellboxError(
                 f"{self.name or 'an activation quantizer'} has no running scale yet: "
                 "granularity='ema' needs one batch through the model before its codes are asked for"
@@ -243,6 +241,6 @@ class BBQ(LearnedQuantizer):
         return super().normaliser(rows, training)
 
     def _update_ema(self, inverse: Tensor) -> None:
-        new = inverse.reshape(()).to(self.r_ema.dtype)
+        new = inverse.reshape(1).to(self.r_ema.dtype)
         # A non-finite batch must not spoil the running value for ever.
         self.r_ema.copy_(torch.where(new.isfinite(), torch.lerp(new, self.r_ema, EMA_DECAY), self.r_ema))

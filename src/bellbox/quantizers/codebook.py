@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bellbox.core.grid import Levels, strictly_rising
-from bellbox.ops.encode import encode, row_scale
+from bellbox.ops.encode import row_scale
 from bellbox.quantizers.base import Normaliser, Quantizer
 
 
@@ -61,7 +61,7 @@ class Codebook(Quantizer):
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""
         assert norm.sigma is not None
-        codes = encode(rows.detach(), norm.r, self.levels.thresholds, 1)
+        codes = self.codes_of(rows.detach(), norm.r)
         scale = (norm.sigma * (norm.r - norm.r + 1)).to(norm.r.dtype)
         table = self.table().to(norm.r.dtype)
         return _Lookup.apply(rows, codes, table, scale, dtype)  # type: ignore[return-value]
@@ -70,9 +70,9 @@ class Codebook(Quantizer):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Quantizer.encode`; a row is NaN where one of its groups is, and its scales are in `table` units."""
         rows = self._rows(x)
-        self._see_first(rows)
+        self.see_first(rows)
         norm = self.normaliser(rows, training=False)
-        codes = encode(rows, norm.r, self.levels.thresholds, 1)
+        codes = self.codes_of(rows, norm.r)
         shape = self._shape_of_marks(x)
         groups = len(rows) // max(1, math.prod(shape))
         row_scales = row_scale(norm.r, len(rows)).reshape(*shape[:-1], groups).mean(-1)

@@ -11,14 +11,16 @@ a start at equal shares. So ranks that hold the same weight find the same centro
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.quantizers.base import LearnedQuantizer
+from bellbox.ops.learned_thresholds import learned_encode
+from bellbox.quantizers.base import LearnedQuantizer, unset
+from bellbox.ops.learned_thresholds import learned_encode
 from bellbox.quantizers.codebook import Codebook, levels_between
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
@@ -54,7 +56,8 @@ class KMeans(Codebook, LearnedQuantizer):
 
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__(features, spec, rows)
-        self.register_buffer("centroids", torch.linspace(-1, 1, spec.levels))
+        self.register_buffer("centroids", unset(spec.levels))
+        self._known_centroids: list[float] = []
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
         """Thresholds halfway between centroids; of evenly spaced ones until they are fitted."""
@@ -72,12 +75,22 @@ class KMeans(Codebook, LearnedQuantizer):
         """Fit the centroids."""
         groups = x.reshape(-1, self.group)
         self.centroids.copy_(lloyd_max(groups / self.measure(groups).clamp(min=1e-8), self.levels.n))
-        self._levels = levels_between(self.centroids.tolist())
+
+    @property
+    def levels(self) -> Levels:
+        """With the thresholds between the centroids of now. (A compiled graph cannot know them: see `codes_of`.)"""
+        if not torch.compiler.is_compiling() and not self.centroids.is_meta and self.is_set:
+            # By value: a buffer may be changed past its version counter, as through `.data`.
+            known = self.centroids.tolist()
+            if known != self._known_centroids:
+                self._levels, self._known_centroids = levels_between(known), known
+        return self._levels
+
+    def codes_of(self, rows: Tensor, r: Tensor) -> Tensor:
+        """See `Quantizer.codes_of`; the thresholds are a tensor, which a compiled graph follows."""
+        centroids = self.centroids.double()
+        return learned_encode(rows, r, (centroids[:-1] + centroids[1:]) / 2)
 
     def table(self) -> Tensor:
         """See `Codebook.table`."""
         return self.centroids
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._levels = levels_between(self.centroids.tolist())

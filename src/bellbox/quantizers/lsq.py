@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.core.grid import Levels
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 from bellbox.quantizers.straight_through import ClipRange, Learned, straight_through
 
@@ -54,7 +54,7 @@ class LSQ(LearnedQuantizer):
 
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__(features, spec, rows)
-        self.a = nn.Parameter(torch.ones(()))
+        self.a = nn.Parameter(unset(1))
         self.decayed = ("a",) if self.options.decay_scale else ()
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
@@ -83,15 +83,18 @@ class LSQ(LearnedQuantizer):
         """See `Quantizer.fake_quantize`."""
         low, high = -self.levels.offset, self.levels.n - 1 - self.levels.offset
         learned = Learned(1 / math.sqrt(max(1, rows.numel()) * self.largest))
-        a = self.a.abs() + FLOOR
+        a = self._step()
         return straight_through(
             rows, norm, a, self.levels, self.block, dtype, ClipRange(low, high), a, learned
         )
 
     def rstd(self) -> Tensor:
         """1/a."""
-        return 1 / (self.a.detach().abs() + FLOOR)
+        return 1 / self._step().detach()
 
     def scale(self) -> Tensor:
         """a, fp32."""
-        return (self.a.detach().abs() + FLOOR).to(torch.float32)
+        return self._step().detach().to(torch.float32)
+
+    def _step(self) -> Tensor:
+        return self.learned("a").abs() + FLOOR

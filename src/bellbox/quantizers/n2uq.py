@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bellbox.core.grid import Levels, strictly_rising
 from bellbox.errors import BellboxError
 from bellbox.ops.learned_thresholds import learned_encode
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
 from bellbox.quantizers.learned_thresholds import learned_thresholds
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 from bellbox.quantizers.straight_through import ClipRange, straight_through
@@ -57,9 +57,9 @@ class N2UQ(LearnedQuantizer):
         if rows is None:
             if self.block != 1:
                 raise BellboxError("n2uq learns thresholds for its input as it is: block=1")
-            self.beta, self.s1, self.s2 = (nn.Parameter(torch.ones(())) for _ in range(3))
-            self.a = nn.Parameter(torch.ones(spec.levels - 1))
-        self._known: list[float] = []
+            self.beta, self.s1, self.s2 = (nn.Parameter(unset(1)) for _ in range(3))
+            self.a = nn.Parameter(unset(spec.levels - 1))
+        self._known_thresholds: list[float] = []
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
         """Symmetric levels; of activations the thresholds are replaced by the learned ones."""
@@ -84,12 +84,12 @@ class N2UQ(LearnedQuantizer):
     @property
     def levels(self) -> Levels:
         """With the thresholds as they are learned by now. (A compiled graph cannot know them: see `codes_of`.)"""
-        if self.rows is None and self._ready and not torch.compiler.is_compiling():
+        if self.rows is None and not torch.compiler.is_compiling() and not self.a.is_meta and self.is_set:
             # By value: a parameter may be changed past its version counter, as through `.data`.
             known = self._thresholds().tolist()
-            if known != self._known:
+            if known != self._known_thresholds:
                 self._levels = Levels(self._levels.n, -0.5, strictly_rising(known))
-                self._known = known
+                self._known_thresholds = known
         return self._levels
 
     def codes_of(self, rows: Tensor, r: Tensor) -> Tensor:
@@ -100,14 +100,17 @@ class N2UQ(LearnedQuantizer):
 
     @torch.no_grad()
     def _thresholds(self) -> Tensor:
-        a = self.a.clamp(min=NARROWEST)
-        return self.beta + a.cumsum(0) - a / 2
+        a = self._widths()
+        return self.learned("beta") + a.cumsum(0) - a / 2
+
+    def _widths(self) -> Tensor:
+        return self.learned("a").reshape(-1).clamp(min=NARROWEST)
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""
         if self.rows is None:
-            a = self.a.clamp(min=NARROWEST)
-            numbers = self.beta, a, self.s1, self.s2, self._thresholds()
+            beta, s1, s2 = (self.learned(name) for name in ("beta", "s1", "s2"))
+            numbers = beta, self._widths(), s1, s2, self._thresholds()
             return learned_thresholds(rows, *numbers, norm.r, dtype)
         assert norm.sigma is not None
         unit = norm.sigma * (2 / (self._levels.n - 1))
@@ -117,9 +120,11 @@ class N2UQ(LearnedQuantizer):
 
     def rstd(self) -> Tensor:
         """s1."""
-        return self.s1.detach()
+        return self.learned("s1").detach()
 
     def scale(self) -> Tensor:
         """s2 D of activations; the step of weights in units of s."""
         step = 2 / (self._levels.n - 1)
-        return torch.tensor(step) if self.rows is not None else self.s2.detach().to(torch.float32) * step
+        if self.rows is not None:
+            return torch.tensor(step)
+        return self.learned("s2").detach().to(torch.float32) * step

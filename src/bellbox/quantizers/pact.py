@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
 from bellbox.quantizers.quest import gaussian_clip
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 from bellbox.quantizers.straight_through import ClipRange, Learned, straight_through
@@ -57,7 +57,7 @@ class PACT(LearnedQuantizer):
         super().__init__(features, spec, rows)
         self.rescale = rows is not None
         if rows is None:
-            self.alpha = nn.Parameter(torch.ones(()))
+            self.alpha = nn.Parameter(unset(1))
             self.decayed = ("alpha",) if self.options.decay_alpha else ()
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
@@ -83,7 +83,7 @@ class PACT(LearnedQuantizer):
         if self.rows is not None:
             assert norm.sigma is not None
             return straight_through(rows, norm, norm.sigma * self.step, self.levels, self.block, dtype)
-        alpha = self.alpha.clamp(min=FLOOR)
+        alpha = self._end()
         low = -self.top if self.options.signed else 0.0
         clipped = rows if self.options.signed else rows.relu()  # below zero nothing passes, to alpha neither
         learned = Learned(1.0, subtract=False, valued=False, beyond=1.0)
@@ -94,10 +94,13 @@ class PACT(LearnedQuantizer):
 
     def rstd(self) -> Tensor:
         """One over the step of activations."""
-        return self.top / self.alpha.detach().clamp(min=FLOOR)
+        return self.top / self._end().detach()
 
     def scale(self) -> Tensor:
         """The step, fp32; of weights in units of the RMS."""
         if self.rows is not None:
             return torch.tensor(self.step)
-        return self.alpha.detach().clamp(min=FLOOR).to(torch.float32) / self.top
+        return self._end().detach().to(torch.float32) / self.top
+
+    def _end(self) -> Tensor:
+        return self.learned("alpha").clamp(min=FLOOR)

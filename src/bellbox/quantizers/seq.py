@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser
+from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 from bellbox.quantizers.straight_through import ClipRange, Learned, straight_through
 
@@ -37,7 +37,7 @@ class SEQ(LearnedQuantizer):
 
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__(features, spec, rows)
-        self.a = nn.Parameter(torch.ones(()) if rows is None else torch.ones(rows, 1))
+        self.a = nn.Parameter(unset(1) if rows is None else unset(rows, 1))
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
         """Symmetric levels, from -a to a."""
@@ -58,7 +58,7 @@ class SEQ(LearnedQuantizer):
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""
-        n, a = self.levels.n, self.a.clamp(min=FLOOR)
+        n, a = self.levels.n, self._range()
         gain = 1 / math.sqrt(max(1, rows.numel()) * max(1.0, n / 2 - 1))
         if n == 2:
             clip_range, learned = ClipRange(-1, 1), Learned(gain, subtract=False)
@@ -70,8 +70,11 @@ class SEQ(LearnedQuantizer):
 
     def rstd(self) -> Tensor:
         """1/a."""
-        return 1 / self.a.detach().clamp(min=FLOOR)
+        return 1 / self._range().detach()
 
     def scale(self) -> Tensor:
         """The step, fp32."""
-        return self.a.detach().clamp(min=FLOOR).to(torch.float32) * self.step
+        return self._range().detach().to(torch.float32) * self.step
+
+    def _range(self) -> Tensor:
+        return self.learned("a").clamp(min=FLOOR)

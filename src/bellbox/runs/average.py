@@ -42,10 +42,8 @@ class Average:
             return
         if self._averaged is None:
             self._averaged = self._make()
+        _set_what_was_unset(self._averaged.module, self._trained)
         self._averaged.update_parameters(self._trained)
-        for module in self._averaged.modules():
-            if isinstance(module, LearnedQuantizer):
-                module.buffers_changed()
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint; empty without an average."""
@@ -67,6 +65,16 @@ class Average:
     def _make(self) -> AveragedModel:
         with torch.no_grad():
             return AveragedModel(self._trained, multi_avg_fn=get_ema_multi_avg_fn(self._decay))
+
+
+@torch.no_grad()
+def _set_what_was_unset(averaged: nn.Module, trained: nn.Module) -> None:
+    """An average with NaN is NaN for ever: scales that are set late (an expert's) begin with their first value."""
+    for ours, theirs in zip(averaged.modules(), trained.modules(), strict=True):
+        if isinstance(ours, LearnedQuantizer) and isinstance(theirs, LearnedQuantizer) and not ours.is_set:
+            given = theirs.own_scales()
+            for name, scale in ours.own_scales().items():
+                scale.copy_(given[name])
 
 
 def averaged_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from bellbox.core.grid import levels_from_bits
 from bellbox.errors import BellboxError
 from bellbox.models import ViTConfig, build, preset, vision_preset
 from bellbox.nn.tools import unique_tensors
+from bellbox.quantizers.base import LearnedQuantizer
 from bellbox.recipe import Recipe, recipe_from_dict
 from bellbox.runs.config import PAPER, CewtSection, QuantizationSection, TrainConfig
 from bellbox.runs.planner import quantized_fraction
@@ -212,7 +213,11 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     Raises:
         BellboxError: a tensor is missing, unknown, or has another shape.
     """
+    tensors = dict(tensors)
     names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LearnedQuantizer):
+            module.adopt(tensors, f"{name}." if name else "")
     state = model.state_dict(keep_vars=True)
     full = {name: tensors.get(names.setdefault(id(value), name)) for name, value in state.items()}
     for name, value in state.items():

@@ -45,7 +45,7 @@ def quantization_measures(model: nn.Module, forward: Callable[[], object]) -> di
         if activation is not None and id(activation) not in seen:
             seen.add(id(activation))
             if activation.gamma is not None:
-                gamma["activation"][name] = float(activation.gamma.detach())
+                gamma["activation"][name] = activation.gamma.item()
     with torch.no_grad(), record_activation_codes(model) as counted:
         forward()
     activations = dict(counted)

@@ -168,6 +168,8 @@ class ModelOptimizer:
         for flat, value in tensors.items():
             name, _, key = flat.rpartition("/")
             parameter = parameters[name]
+            if value.dim() == 0 and parameter.shape == (1,) and key != "step":
+                value = value.reshape(1)  # earlier versions kept scales as 0-d tensors
             if value.numel() != 1 and value.shape != parameter.shape:
                 raise ValueError(
                     f"{flat} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"

@@ -1,0 +1,50 @@
+"""Scales from the first batch of a model that is compiled before it: an operation that changes none of its arguments.
+
+An operation that wrote into a scale would let the compiler give the scale's gradient the same memory. This one
+returns the scales instead, and the graph copies them: new ones, or those that are set already.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+
+from bellbox.quantizers.registry import METHODS
+from bellbox.quantizers.spec import QuantizerSpec
+
+
+@torch.library.custom_op("bellbox::first_scale", mutates_args=())
+def first_scale(
+    x: Tensor, scales: list[Tensor], spec: str, features: int, rows: int, name: str, training: bool
+) -> list[Tensor]:
+    """The scales of a quantizer after a tensor has come.
+
+    Args:
+        x: `[n, features]`.
+        scales: the quantizer's numbers; those that are not set are NaN.
+        spec: of the quantizer, as JSON; its method is in the registry.
+        features: length of its rows.
+        rows: of a weight, 0 for an activation.
+        name: for messages.
+        training: whether the quantizer trains.
+
+    Returns:
+        New tensors like `scales`.
+    """
+    quantizer = METHODS[json.loads(spec)["method"]](features, QuantizerSpec(**json.loads(spec)), rows or None)
+    quantizer.to(x.device).train(training)
+    quantizer.name = name
+    own = list(quantizer.own_scales().values())
+    for mine, given in zip(own, scales, strict=True):
+        mine.data = given.detach().clone()
+    quantizer.see_first(x)
+    return [mine.detach() for mine in own]
+
+
+@first_scale.register_fake
+def _(
+    x: Tensor, scales: list[Tensor], spec: str, features: int, rows: int, name: str, training: bool
+) -> list[Tensor]:
+    return [torch.empty_like(scale) for scale in scales]
