@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from typing import TypeVar, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,19 @@ from bellbox.core.hadamard import block_size
 from bellbox.errors import BellboxError
 from bellbox.nn import (
     ActivationQuantizer,
-    InputCache,
     PackedConv2d,
+    PackedGroup,
+    PackedLayer,
     PackedLinear,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
     quantized_layers,
-    replace_layer,
     without_fused_paths,
 )
+from bellbox.nn.adopted import become
 from bellbox.nn.compact import Precision, compact
+from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.quantizers import METHODS, Quantizer, build_quantizer
 from bellbox.recipe import INPUT_GROUPS, LayerKind, QuantizerSpec, Recipe, Rule
 
@@ -51,22 +53,17 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, a layer
             cannot have the quantizers of its rule, or `recipe` is no recipe.
     """
+    model = cast(Model, unwrapped(model))
     layers = new_layers(model, recipe)
     _warn_of_idle_rules(model, recipe)
-    for _, layer in layers:
-        if layer.weight_quantizer is not None:
-            if layer.weights_rotated:
-                layer.weight_quantizer.initialize(layer.rows_of(layer.rotated_weight()))
-            else:
-                layer.weight_quantizer.initialize(layer.weight_rows())
-    result: nn.Module = model
     for plain, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
-        if layer.weights_rotated:
-            with torch.no_grad():
-                plain.weight.copy_(layer.rotated_weight())
-        result = replace_layer(result, plain, layer)
-    without_fused_paths(result)
-    return cast(Model, result)
+        become(plain, layer)
+        changed = cast(QuantizedLayer, plain)
+        changed.rotate_stored_weight()
+        if changed.weight_quantizer is not None:
+            changed.weight_quantizer.initialize(changed.weight_rows().detach())
+    without_fused_paths(model)
+    return model
 
 
 def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[Plain, QuantizedLayer]]:
@@ -79,7 +76,7 @@ def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[Plain, QuantizedL
     """
     if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BellboxError(f"the recipe is {recipe!r}: give a Recipe, such as bb.Recipe.bbq(bits=2)")
-    if any(isinstance(module, (QuantizedLayer, PackedLinear)) for module in model.modules()):
+    if any(isinstance(module, (QuantizedLayer, PackedLayer)) for module in model.modules()):
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
     decided = [
         (name, layer, rule)
@@ -125,14 +122,10 @@ def unprepare(model: Model) -> Model:
     Returns:
         The same model (a new layer where `model` is itself one quantized layer).
     """
-    result: nn.Module = model
     for _, layer in list(quantized_layers(model)):
-        plain = layer.unquantized()
-        if layer.weights_rotated:
-            with torch.no_grad():
-                layer.weight.copy_(layer.rotated_weight(back=True))
-        result = replace_layer(result, layer, plain)
-    return cast(Model, result)
+        layer.rotate_stored_weight_back()
+        become(layer, layer.unquantized())
+    return model
 
 
 def convert(model: Model, embeddings: Precision = "fp32") -> Model:
@@ -148,14 +141,16 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     Raises:
         BellboxError: nothing to convert, or a layer that cannot be packed (by name, with the way out).
     """
+    model = cast(Model, unwrapped(model))
     layers = dict(quantized_layers(model))
     if not layers:
-        if any(isinstance(module, PackedLinear) for module in model.modules()):
+        if any(isinstance(module, PackedLayer) for module in model.modules()):
             raise BellboxError("the model is packed already; save it, or use it as it is")
         raise BellboxError("nothing to convert: the model has no quantized layers; call prepare first")
     require_causal(model, "converting")
-    shared: dict[int, InputCache] = {}
-    memo: dict[int, object] = {}
+    groups: dict[int, PackedGroup] = {}
+    memo: dict[int, Any] = {}
+    _give_scales_to_idle(layers)
     for name, layer in layers.items():
         activation = layer.activation_quantizer
         if layer.weight_quantizer is not None and not layer.weight_quantizer.on_grid:
@@ -167,13 +162,50 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
                 f"{name or 'the layer'} cannot be packed: only its {'inputs' if activation else 'weights'} are "
                 "quantized, and integers need both; give its rule both (weight_only='int8' does)"
             )
-        shared.setdefault(id(activation), InputCache(activation.shared.readers))
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
         kind = PackedConv2d if isinstance(layer, QuantizedConv2d) else PackedLinear
-        memo[id(layer)] = kind.from_quantized(layer, shared.get(id(activation)))
+        group = groups.setdefault(id(activation), PackedGroup())
+        memo[id(layer)] = kind.from_quantized(layer, None if kind is PackedConv2d else group)
+    for layer in layers.values():  # only now: an attribute may lead to any other layer
+        cast(PackedLayer, memo[id(layer)]).take_over(layer, memo)
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
     compact(packed, embeddings)
+    gather_in_huge_pages(packed)
     return packed
+
+
+def _give_scales_to_idle(layers: Mapping[str, QuantizedLayer]) -> None:
+    """Scales for inputs that no data reached, while others were reached: an expert that was never chosen."""
+    inputs = {name: layer.activation_quantizer for name, layer in layers.items()}
+    unset = {name: each.quantizer for name, each in inputs.items() if each is not None and not each.quantizer.is_set}
+    if not unset or len(unset) == sum(each is not None for each in inputs.values()):
+        return
+    for quantizer in unset.values():
+        draw = torch.randn(64, quantizer.features, generator=torch.Generator().manual_seed(0))
+        quantizer.initialize(draw.to(next(quantizer.parameters(), draw).device))
+    some = ", ".join(list(unset)[:3]) + (", ..." if len(unset) > 3 else "")
+    warnings.warn(
+        f"no data ever reached {len(unset)} of {len(inputs)} layers ({some}): the scales of their inputs are those of "
+        "numbers of size 1",
+        stacklevel=3,
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself within what `torch.compile`, DDP, DataParallel or an average of weights put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        if not isinstance(inner, nn.Module):
+            inner = model._modules.get("module") if len(model._modules) == 1 and _is_wrapper(model) else None
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    """Whether a module with the one child `module` only calls it: no parameters or buffers of its own but counters."""
+    own = [t for t in (*model._parameters.values(), *model._buffers.values()) if t is not None]
+    return all(t.numel() == 1 and not t.is_floating_point() for t in own)
 
 
 def require_causal(model: nn.Module, doing: str) -> None:
@@ -271,7 +303,7 @@ def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer
 
 def rotated_weights(model: nn.Module) -> frozenset[Tensor]:
     """The weights that live in the rotated domain (`Rule.weights_rotated`)."""
-    return frozenset(layer.weight for _, layer in quantized_layers(model) if layer.weights_rotated)
+    return frozenset(layer.stored_weight for _, layer in quantized_layers(model) if layer.weights_rotated)
 
 
 def _input_groups(decided: list[tuple[str, Plain, Rule]]) -> dict[str, tuple[str, ...]]:
@@ -304,7 +336,7 @@ def summary(model: nn.Module) -> str:
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLayer):
             weight, activation = layer.weight_quantizer, layer.activation_quantizer
-            quantized += layer.weight.numel() if weight is not None else 0
+            quantized += layer.stored_weight.numel() if weight is not None else 0
             shape = layer.row_count, layer.row_length
             cells = (
                 _label(weight.levels) if weight else "float",
@@ -313,11 +345,11 @@ def summary(model: nn.Module) -> str:
                 str((activation.quantizer if activation else weight).block),  # type: ignore[union-attr]
                 "shared" if activation is not None and activation.shared.readers > 1 else "own",
             )
-        elif isinstance(layer, PackedLinear):
-            quantized += layer.in_features * layer.out_features
-            shape = layer.out_features, layer.in_features
+        elif isinstance(layer, PackedLayer):
+            quantized += layer.row_length * layer.row_count
+            shape = layer.row_count, layer.row_length
             coding = layer.coding
-            sharing = "shared" if layer.shared.readers > 1 else "own"
+            sharing = "shared" if len(layer.group.layers) > 1 else "own"
             cells = (
                 _label(layer.weight_levels),
                 _label(coding.levels),

@@ -19,7 +19,8 @@ from bellbox.benchmark.timing import Spread, take_turns
 from bellbox.core.grid import Levels
 from bellbox.core.hadamard import block_size
 from bellbox.nn import InputCoding, PackedLinear
-from bellbox.nn.prepacked import prepack_all
+from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.ops.weight_layout import prepack
 
 SHAPES = ((640, 640), (2048, 2048), (4096, 4096), (11008, 4096))
 """Outputs and inputs."""
@@ -55,10 +56,11 @@ def random_layer(outputs: int, inputs: int, bits: int) -> PackedLinear:
     """A packed layer of random codes, as 2**bits levels with a rotation give it; packed for the machine."""
     levels = Levels.gaussian(2**bits)
     layer = PackedLinear(inputs, outputs, levels.grid, InputCoding(levels, block_size(inputs)), bias=False)
-    layer.weight_packed.random_(0, 256)
+    codes = torch.randint(0, levels.n, (outputs, inputs), dtype=torch.uint8)
+    layer.packed = prepack(codes, levels.n)
     layer.weight_scale.fill_(inputs**-0.5)
     layer.act_scale.fill_(1.0)
-    prepack_all(layer)
+    gather_in_huge_pages(layer)
     return layer
 
 

@@ -15,7 +15,6 @@ from bellbox.convert import convert, prepare
 from bellbox.inference.decoding import steps_for
 from bellbox.models import ModelConfig, build
 from bellbox.nn.compact import Precision
-from bellbox.nn.prepacked import prepack_all
 from bellbox.recipe import Recipe
 from bellbox.utils.memory import peak_memory
 
@@ -57,7 +56,6 @@ def random_model(config: ModelConfig, bits: int, embeddings: Precision = "fp32")
     with torch.no_grad():
         model(torch.randint(0, config.vocab_size, (1, 16)))
     packed = convert(model, embeddings)
-    prepack_all(packed)
     return packed
 
 

@@ -19,16 +19,13 @@ from torch import Tensor
 from bellbox.errors import BellboxError
 
 _METADATA = frozenset(
-    ("shape dtype device ndim requires_grad is_leaf layout is_cpu is_cuda is_meta is_sparse is_quantized is_mps is_xpu nbytes "
-     "itemsize names _is_param retains_grad output_nr is_mkldnn is_vulkan is_nested is_xla is_ipu is_mtia is_maia").split()
+    ["shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_mps", "is_xpu", "nbytes", "itemsize", "names", "_is_param", "retains_grad", "output_nr", "is_mkldnn", "is_vulkan", "is_nested", "is_xla", "is_ipu", "is_mtia", "is_maia"]
 )  # fmt: skip
 _METHODS = frozenset(
-    "size dim numel nelement ndimension is_floating_point is_complex element_size is_contiguous stride storage_offset "
-    "__len__ is_inference is_signed is_conj is_neg get_device has_names __hash__ type_as_metadata".split()
+    ["size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size", "is_contiguous", "stride", "storage_offset", "__len__", "is_inference", "is_signed", "is_conj", "is_neg", "get_device", "has_names", "__hash__", "type_as_metadata"]
 )
 _AUGMENTED = frozenset(
-    "__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ __ilshift__ "
-    "__irshift__".split()
+    ["__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"]
 )
 
 
@@ -136,6 +133,15 @@ class LazyWeight(Tensor):
             target._source.write(func(*_plain(args), **_plain(kwargs)))
             return target
         return func(*_plain(args), **_plain(kwargs))
+
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """What comes past `__torch_function__`, from C++ or a tool that switched it off: the decoded weight again."""
+        del types
+        return func(*_plain(args), **_plain(dict(kwargs or {})))
 
 
 def _attribute(weight: LazyWeight, attribute: str, kind: str, args: tuple[Any, ...], func: Callable[..., Any]) -> Any:

@@ -202,8 +202,6 @@ class QuantizedLayer(nn.Module, ABC):
             return
         elif not isinstance(value, Tensor):
             raise BellboxError("the weight of a low-bit layer can only be set to a tensor")
-        elif any(value is each for each in self.__dict__.get("_tied_with", ())):
-            raise BellboxError("a weight that is stored rotated cannot be tied by assignment: it would be a copy")
         else:
             plain = value.decoded() if isinstance(value, LazyWeight) else value.detach()
             with torch.no_grad():
@@ -401,7 +399,8 @@ class QuantizedLayer(nn.Module, ABC):
         """
         inputs = self.activation_quantizer
         assert inputs is not None
-        inputs.quantizer.prepare_for(self.vectors_of(x))  # the first batch sets its scale
+        if not inputs.quantizer.is_set:  # the first batch sets its scale
+            inputs.quantizer.see_first(inputs.quantizer.rows_of(self.vectors_of(x)))
         if not is_unwatched(x):
             return self._bind(self._buffers_for(x, self.packed_buffers()))
         kept = self._call
@@ -424,7 +423,7 @@ class QuantizedLayer(nn.Module, ABC):
         quantizer = inputs.quantizer
         if quantizer.normalise != "tensor":
             return buffers
-        sigma = quantizer.measure(quantizer.rows(self.vectors_of(x)))
+        sigma = quantizer.measure(quantizer.rows_of(self.vectors_of(x)))
         inverse = torch.where(sigma <= SIGMA_CEILING, 1 / sigma.clamp(min=SIGMA_FLOOR), float("nan"))
         scale = buffers["act_scale"]
         if quantizer.rescale:  # the output follows sigma: one number for the whole tensor

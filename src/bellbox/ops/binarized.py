@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from bellbox.core import packing
 from bellbox.ops import native
+from bellbox.ops.dispatch import is_direct
 
 MAX_ROWS = 32
 """More rows are faster with decoded weights (docs/ptq.md)."""
@@ -31,7 +32,8 @@ def serves(x: Tensor, bits: int) -> bool:
         bits: that its values are rounded to.
     """
     return (
-        native.direct(x)
+        is_direct(x)
+        and x.is_cpu
         and x.dtype == torch.float32
         and bits <= MAX_BITS
         and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
@@ -85,19 +87,16 @@ class Planes:
         x = x.contiguous()
         out = x.new_empty((*x.shape[:-1], self.rows))
         module.binarized(
-            self.planes.data_ptr(),
-            self.scales.data_ptr(),
-            self.steps.data_ptr(),
-            self.order.data_ptr(),
-            0 if self.bias is None else self.bias.data_ptr(),
+            self.planes,
+            self.scales,
+            self.steps,
+            self.order,
+            self.bias,
             self.rows,
             self.columns,
-            self.blocks,
-            len(self.order) // 4,
-            x.data_ptr(),
-            x.numel() // self.columns,
+            x.detach(),
             2 ** (bits - 1) - 1,
-            out.data_ptr(),
+            out,
             torch.get_num_threads(),
         )
         return out

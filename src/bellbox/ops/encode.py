@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bellbox.core.hadamard import butterfly, butterfly_between
-from bellbox.ops import native
 
 SIGMA_FLOOR = 1e-8
 # Above it the fp32 additions of a rotation could overflow (sums reach sigma sqrt(features block)), and inf - inf

@@ -20,7 +20,6 @@ from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
 from bellbox.ops.learned_thresholds import learned_encode
 from bellbox.quantizers.base import LearnedQuantizer, unset
-from bellbox.ops.learned_thresholds import learned_encode
 from bellbox.quantizers.codebook import Codebook, levels_between
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 

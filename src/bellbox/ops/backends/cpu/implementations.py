@@ -209,6 +209,40 @@ def _bind_conv(
     return call
 
 
+def _groups(numbers: Mapping[str, Any]) -> list[Any] | None:
+    module = native.compiled()
+    assert module is not None
+    groups: list[Any] = []
+    for layers in numbers["layers"]:
+        plans = [plan_of(buffers, each) for buffers, each in layers]
+        if any(plan is None for plan in plans) or any(buffers["act_signs"] is not None for buffers, _ in layers):
+            return None
+        groups.append(module.GroupPlan(plans))
+    return groups
+
+
+def _bind_llama_block(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]) -> Any:
+    module, groups = native.compiled(), _groups(numbers)
+    assert module is not None
+    if groups is None:
+        return None
+    norms = tensors["first_norm"], tensors["second_norm"]
+    try:
+        return module.LlamaBlock(*groups, numbers["head_dim"], *norms, numbers["eps"])
+    except ValueError:
+        return None
+
+
+def _bind_gpt_block(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]) -> Any:
+    del tensors
+    module, groups = native.compiled(), _groups(numbers)
+    assert module is not None
+    try:
+        return None if groups is None else module.Block(*groups, numbers["head_dim"])
+    except ValueError:
+        return None
+
+
 def _why_not_layout(arguments: Mapping[str, Any]) -> str | None:
     return f"more than {TILED_LEVELS} levels" if arguments["levels"] > TILED_LEVELS else None
 
@@ -245,4 +279,6 @@ BOUND: dict[str, Callable[..., Any]] = {
     "packed_linear": _bind_linear,
     "packed_linear_group": _bind_group,
     "packed_conv2d": _bind_conv,
+    "llama_block": _bind_llama_block,
+    "gpt_block": _bind_gpt_block,
 }
