@@ -53,7 +53,7 @@ def test_any_module_is_prepared_in_place():
     weight = model.blocks[0]["fc"][0].weight
     assert bb.prepare(model, Recipe.bbq(2)) is model
     assert names(model) == [f"blocks.{i}.fc.{j}" for i in (0, 1) for j in (0, 2)]
-    assert model.blocks[0]["fc"][0].weight is weight
+    assert model.blocks[0]["fc"][0].stored_weight is weight
     assert type(model.lm_head) is nn.Linear
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
     losses = []

@@ -373,9 +373,9 @@ def summary(model: nn.Module) -> str:
     lines.insert(1, "  ".join("-" * width for width in widths))
     floats: dict[int, Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():  # what is a parameter before packing counts as one after it
-        if isinstance(module, PackedLinear) and module.bias is not None:
+        if isinstance(module, PackedLayer) and module.bias is not None:
             floats[id(module.bias)] = module.bias
-    inside = {id(layer.weight) for _, layer in quantized_layers(model) if layer.weight_quantizer is not None}
+    inside = {id(layer.stored_weight) for _, layer in quantized_layers(model) if layer.weight_quantizer is not None}
     rest = sum(p.numel() for key, p in floats.items() if key not in inside)
     left = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention)})
     lines.append(

@@ -253,7 +253,7 @@ def test_an_empty_batch_gives_an_empty_one(kernel_size: int) -> None:
         (
             {},
             torch.zeros(1, 16, 2, 8),
-            "an image of 2 x 8 is smaller than the convolution's geometry of 3 x 3",
+            "an image of 2 x 8 is smaller than the convolution's window of 3 x 3",
         ),
     ],
 )

@@ -399,7 +399,7 @@ class QuantizedLayer(nn.Module, ABC):
         """
         inputs = self.activation_quantizer
         assert inputs is not None
-        if not inputs.quantizer.is_set:  # the first batch sets its scale
+        if not is_unwatched(x) or not inputs.quantizer.is_set:  # the first batch sets its scale
             inputs.quantizer.see_first(inputs.quantizer.rows_of(self.vectors_of(x)))
         if not is_unwatched(x):
             return self._bind(self._buffers_for(x, self.packed_buffers()))

@@ -134,13 +134,15 @@ def _required() -> ModuleType:
 
 @functools.lru_cache(maxsize=256)
 def _table(thresholds: tuple[float, ...]) -> Tensor:
-    return torch.tensor(thresholds, dtype=torch.float32)
+    return torch.tensor(thresholds, dtype=torch.float32, device="cpu")
 
 
 def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Tensor:
     """`bellbox::encode` on fp32 or bf16 rows; see `bellbox.ops.encode`."""
     rows, features = x.shape
-    codes = torch.empty(rows, features, dtype=torch.uint8)
+    codes = x.new_empty(rows, features, dtype=torch.uint8)
+    if not codes.numel():
+        return codes
     _required().encode(
         x.contiguous(), r.contiguous(), _table(tuple(thresholds)), rows, features, block, codes, torch.get_num_threads()
     )
@@ -149,7 +151,7 @@ def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Ten
 
 def rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
     """`bellbox::rotate` on fp32 or bf16 rows; see `bellbox.ops.rotate`."""
-    out = torch.empty(x.shape, dtype=dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
     if x.numel():
         _required().rotate(x.contiguous(), x.shape[-1], block, factor, out, torch.get_num_threads())
     return out
@@ -167,8 +169,10 @@ def bbq_forward(
     """`bellbox::bbq_forward` on fp32 or bf16 rows; see `bellbox.ops.fake_quantize`."""
     rows, features = x.shape
     x, r, scale = x.contiguous(), r.contiguous(), scale.contiguous()
-    x_hat, v = torch.empty(rows, features, dtype=dtype), torch.empty(rows, features, dtype=dtype)
+    x_hat, v = x.new_empty(rows, features, dtype=dtype), x.new_empty(rows, features, dtype=dtype)
     table = _table(tuple(thresholds))
+    if not x_hat.numel():
+        return x_hat, v
     _required().forward(
         x, rows, features, block, table, offset, r, scale, x_hat, v, torch.get_num_threads()
     )
@@ -181,7 +185,9 @@ def bbq_backward(
     """`bellbox::bbq_backward` for a statistic of rows; see `bellbox.ops.fake_quantize`."""
     rows, features = grad.shape
     grad, r, gamma, free = grad.contiguous(), r.contiguous(), gamma.contiguous(), free.contiguous()
-    grad_x, dots = torch.empty_like(grad), grad.new_empty(rows, 1, dtype=torch.float32)
+    grad_x, dots = torch.empty_like(grad), grad.new_zeros(rows, 1, dtype=torch.float32)
+    if not grad.numel():
+        return grad_x, dots
     _required().backward(
         grad,
         v.contiguous(),

@@ -17,7 +17,15 @@ from bellbox.core.grid import Grid
 from bellbox.errors import BellboxError
 from bellbox.ops.dispatch import Operation, bind, is_direct
 from bellbox.ops.integer import float_matmul, scaled_product
-from bellbox.ops.packed_linear import SCHEMA, TENSORS, check, encode_input, with_signs
+from bellbox.ops.packed_linear import (
+    SCHEMA,
+    TENSORS,
+    check,
+    encode_input,
+    input_gradient,
+    with_gradient,
+    with_signs,
+)
 from bellbox.ops.weight_layout import unpack
 
 
@@ -152,5 +160,39 @@ class BoundConv:
                 self._plan = bind("packed_conv2d", self._buffers, fixed)
                 if self._plan is None:
                     break
+        if x.requires_grad and torch.is_grad_enabled():  # what follows the convolution has a gradient of its own
+            out = with_gradient(lambda given: self._run(given, dtype, None, False), self._gradient, x)
+            out = out if add is None else out + add
+            return out.relu() if relu else out
+        return self._run(x, dtype, add, relu)
+
+    def _run(self, x: Tensor, dtype: torch.dtype, add: Tensor | None, relu: bool) -> Tensor:
         rest = self._channels, self._geometry, add, relu, dtype
         return operation(x, *self.tensors(), *self._numbers, *rest)
+
+    def _gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        weight, weight_scale, _, act_scale, thresholds, rstd, signs = self.tensors()
+        columns, n, zero_point, _, block, normalise, rescale = self._numbers
+        assert weight is not None
+        assert weight_scale is not None
+        assert act_scale is not None
+        assert thresholds is not None
+        shape, depth = _geometry(list(self._geometry)), self._channels // self._geometry[-1]
+        levels = Grid(n, zero_point).decode(unpack(weight, weight_scale.numel(), columns, n))
+        filters = (levels * weight_scale.reshape(-1, 1)).view(len(levels), *shape.kernel, depth).permute(0, 3, 1, 2)
+        rows = with_signs(pixels_of(x.detach().to(torch.float32), depth, ""), signs)
+
+        def into_levels(follows: Tensor) -> Tensor:
+            with torch.enable_grad():
+                image = torch.zeros(x.shape, requires_grad=True, device=x.device)
+                out = shape.convolve(image, filters, None)
+                scaled = grad.to(torch.float32) * follows.reshape(-1, 1, 1, 1)
+                (found,) = torch.autograd.grad(out, image, scaled)
+            return pixels_of(found, depth, "").flatten(1)
+
+        with torch.no_grad():
+            found = input_gradient(
+                rows.flatten(1), into_levels, act_scale, thresholds, rstd, None, block, normalise, rescale
+            ).view(len(x), -1, depth)
+            found = with_signs(found, signs).view(len(x), *x.shape[2:], self._channels).permute(0, 3, 1, 2)
+        return found.to(x.dtype)

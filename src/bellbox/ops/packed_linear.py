@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bellbox.core.grid import Grid
+from bellbox.core.hadamard import butterfly
 from bellbox.errors import BellboxError
 from bellbox.ops.dispatch import Operation, bind, is_direct
 from bellbox.ops.encode import (
@@ -141,6 +142,79 @@ def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor
 operation = Operation(f"packed_linear({SCHEMA}, ScalarType dtype) -> Tensor", _reference, _fake)
 
 
+class _WithGradient(torch.autograd.Function):
+    """A packed operation with the gradient of its input, for what is trained in front of it (adapters, prompts).
+
+    Straight-through: the staircase of the codes counts as the line through its steps, flat beyond the outermost ones, and
+    sigma as a constant. The weights are codes and have no gradient.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        del back
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del output
+        _, ctx.back, x = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None, ctx.back(ctx.saved_tensors[0], grads[0])
+
+
+def with_gradient(
+    run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """`run(x)` whose gradient to `x` is `back(x, gradient of the result)`; `run` itself has none."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return run(x)
+    return _WithGradient.apply(run, back, x)  # type: ignore[return-value]
+
+
+def input_gradient(
+    rows: Tensor,
+    into_levels: Callable[[Tensor], Tensor],
+    act_scale: Tensor,
+    thresholds: Tensor,
+    act_rstd: Tensor | None,
+    signs: Tensor | None,
+    block: int,
+    normalise: str,
+    rescale: bool,
+) -> Tensor:
+    """Straight-through gradient of rows that are coded, see `_WithGradient`.
+
+    Args:
+        rows: `[rows, features]`, fp32, signs changed already.
+        into_levels: the gradient of the loss with respect to the coded input, `[rows, features]` in the rotated domain,
+            given sigma of each row, `[rows, 1]`, or ones.
+        act_scale: what a level is worth, like all that follows as in the operation.
+    """
+    if normalise == "static":
+        assert act_rstd is not None
+        sigma, r = None, static_normaliser(act_rstd.reshape(()), rows, block)
+    else:
+        sigma = MEASURES[normalise](rows)
+        r = normaliser(sigma, block)
+    r = r.to(rows.dtype).expand(len(rows), 1)
+    v = butterfly(rows, block) * r
+    widths = thresholds.diff()
+    ends = (widths[:1], widths[-1:]) if len(widths) else (torch.ones_like(thresholds),) * 2
+    edges = torch.cat((thresholds[:1] - ends[0], thresholds, thresholds[-1:] + ends[1]))
+    cell = torch.bucketize(v, edges, right=True) - 1
+    inside = (cell >= 0) & (cell < len(edges) - 1)
+    slope = torch.where(inside, (act_scale.reshape(()) / edges.diff())[cell.clamp(0, len(edges) - 2)], 0.0)
+    follows = torch.ones_like(r) if sigma is None or not rescale else sigma.to(rows.dtype)
+    g = into_levels(follows) * slope * r
+    g = butterfly(g, block)
+    return g if signs is None else g * signs
+
+
 class Bound:
     """A packed layer's call with all but the input fixed.
 
@@ -170,7 +244,26 @@ class Bound:
             out = None if self._plan is None else self._plan(x, dtype)
             if out is not None:
                 return out
-        return operation(x, *self.tensors(), *self._numbers, dtype)
+        return with_gradient(
+            lambda given: operation(given, *self.tensors(), *self._numbers, dtype), self._gradient, x
+        )
+
+    @torch.no_grad()
+    def _gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        weight, weight_scale, _, act_scale, thresholds, rstd, signs = self.tensors()
+        columns, n, zero_point, _, block, normalise, rescale = self._numbers
+        assert weight is not None
+        assert weight_scale is not None
+        assert act_scale is not None
+        assert thresholds is not None
+        levels = Grid(n, zero_point).decode(unpack(weight, weight_scale.numel(), columns, n))
+        matrix = levels * weight_scale.reshape(-1, 1)
+        rows = with_signs(x.reshape(-1, columns).to(torch.float32), signs)
+        flat = grad.reshape(-1, grad.shape[-1]).to(torch.float32)
+        found = input_gradient(
+            rows, lambda follows: (flat * follows) @ matrix, act_scale, thresholds, rstd, signs, block, normalise, rescale
+        )
+        return found.reshape(x.shape).to(x.dtype)
 
     @property
     def numbers(self) -> tuple[Any, ...]:

@@ -172,7 +172,7 @@ def run_conv(
             f"an image of {height} x {width} is smaller than the convolution's window of "
             f"{dilation_h * (kernel_h - 1) + 1} x {dilation_w * (kernel_w - 1) + 1}"
         )
-    out = torch.empty((batch, rows, columns, outputs), dtype=wanted)
+    out = x.new_empty((batch, rows, columns, outputs), dtype=wanted)
     image = x.permute(0, 2, 3, 1).contiguous()
     fused = wanted == dtype == torch.float32 and (
         add is None or (add.dtype == torch.float32 and add.shape == (batch, outputs, rows, columns))
@@ -253,7 +253,7 @@ def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
     if codes.dim() != 2 or codes.dtype != torch.uint8:
         raise BellboxError(f"codes are {codes.dtype} {tuple(codes.shape)}: uint8 [rows, columns] is needed")
     rows, columns = codes.shape
-    out = torch.empty(packed_size(rows, columns, levels, places), dtype=torch.uint8)
+    out = codes.new_empty(packed_size(rows, columns, levels, places))
     try:
         module.prepack(codes.contiguous(), rows, columns, code_width(levels), places, out)
     except ValueError as error:
@@ -264,7 +264,7 @@ def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
 def _unpack(weight: Tensor, rows: int, columns: int, levels: int) -> Tensor:
     module = native.compiled()
     assert module is not None
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    codes = weight.new_empty(rows, columns)
     module.unpack(weight.contiguous(), rows, columns, code_width(levels), codes)
     return codes
 
