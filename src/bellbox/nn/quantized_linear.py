@@ -14,6 +14,7 @@ from bellbox.core.grid import Levels
 from bellbox.core.hadamard import hadamard
 from bellbox.errors import BellboxError
 from bellbox.nn.input_cache import InputCache, version_of
+from bellbox.ops.encode import result_dtype
 from bellbox.ops.integer import scaled_product
 from bellbox.quantizers.base import Quantizer
 
@@ -334,5 +335,4 @@ def epilogue(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """`[..., out]` with the bias added in fp32, in the dtype that the caller of a layer with input `x` expects."""
     if bias is not None:
         product = product + bias.to(torch.float32)
-    device = x.device.type
-    return product.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+    return product.to(result_dtype(x))
