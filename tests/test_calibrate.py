@@ -115,7 +115,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(process, args=(port, str(folder)), nprocs=2, start_method="spawn")
+    spawn: Any = torch.multiprocessing.spawn  # pyright: ignore[reportPrivateImportUsage]
+    spawn(process, args=(port, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -23,7 +23,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _constant_when_traced(function: Function) -> Function:
-    return cast(Any, torch.compiler).assume_constant_result(function)
+    # What torch.compiler.assume_constant_result does, without importing the compiler.
+    cast(Any, function)._dynamo_marked_constant = True
+    return function
 
 
 def unset(*shape: int) -> Tensor:
