@@ -9,6 +9,7 @@ model = bb.load("model-2bit")                      # the same function, on integ
 ```
 """
 
+from bellbox.calibrate import calibrate
 from bellbox.convert import convert, prepare, summary
 from bellbox.errors import BellboxError
 from bellbox.formats.packed import load, save
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "__version__",
+    "calibrate",
     "convert",
     "fold_batch_norms",
     "fuse_convolutions",

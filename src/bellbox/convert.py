@@ -54,7 +54,7 @@ def prepare(model: Model, recipe: Recipe) -> Model:
             cannot have the quantizers of its rule, or `recipe` is no recipe.
     """
     model = cast(Model, unwrapped(model))
-    layers = new_layers(model, recipe)
+    layers = new_layers(model, recipe, deferred=True)
     _warn_of_idle_rules(model, recipe)
     for plain, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
         become(plain, layer)
@@ -66,10 +66,17 @@ def prepare(model: Model, recipe: Recipe) -> Model:
     return model
 
 
-def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[Plain, QuantizedLayer]]:
+def new_layers(
+    model: nn.Module, recipe: Recipe, deferred: bool = False
+) -> list[tuple[Plain, QuantizedLayer]]:
     """Each layer that `prepare` would replace, and what by; nothing is changed yet and no scale is set.
 
     So it is also the quick way to learn whether a recipe fits a model, which may lie on the meta device.
+
+    Args:
+        model: not prepared.
+        recipe: which layers, and how.
+        deferred: weights on the meta device come later: they are rotated in each forward, which gives the same codes.
 
     Raises:
         BellboxError: see `prepare`.
@@ -90,7 +97,9 @@ def new_layers(model: nn.Module, recipe: Recipe) -> list[tuple[Plain, QuantizedL
     groups = _input_groups(decided) if recipe.share_inputs else {}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for name, plain, rule in decided:
-        if rule.weights_rotated and uses[id(plain.weight)] > 1:
+        # Weights that are still to come cannot be rotated now.
+        later = deferred and plain.weight.is_meta
+        if rule.weights_rotated and (later or uses[id(plain.weight)] > 1):
             rule = _rotated_in_forward(rule)  # whoever else reads the weight needs it as it is
         group = groups.get(name, (name,))
         shared = owners.get(group)

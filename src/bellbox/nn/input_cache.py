@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bellbox.ops.dispatch import is_direct, is_unwatched
+from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import Bound, bind_group
 
 
@@ -65,9 +66,7 @@ class InputCache:
         """
         if not self.remembers(x):
             return compute(x)
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (purpose, x.requires_grad, torch.is_grad_enabled(), autocast)
+        key = (purpose, x.requires_grad, torch.is_grad_enabled(), result_dtype(x))
         versions = [version_of(tensor) for tensor in (x, *state)]
         memory = self._memory  # read once: another thread may replace it
         if memory is not None and memory[0]() is x and memory[1:3] == (key, versions):

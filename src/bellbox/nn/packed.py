@@ -17,8 +17,9 @@ from bellbox.errors import BellboxError
 from bellbox.nn.adopted import class_for
 from bellbox.nn.input_cache import PackedGroup, keeping_dtype
 from bellbox.nn.lazy_weight import LazyWeight, WeightSource
-from bellbox.nn.quantized import QuantizedLayer, output_dtype
+from bellbox.nn.quantized import QuantizedLayer
 from bellbox.ops.dispatch import Choice
+from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import encode_input
 from bellbox.ops.weight_layout import packed_size, prepack_slabs, unpack
 
@@ -256,7 +257,7 @@ class PackedLayer(nn.Module, ABC):
     # --- running ---
 
     def _dtype_for(self, x: Tensor) -> torch.dtype:
-        return output_dtype(x)
+        return result_dtype(x)
 
     @torch.no_grad()
     def _input_codes_of(self, rows: Tensor) -> Tensor:

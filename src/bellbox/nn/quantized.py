@@ -496,9 +496,3 @@ def _require_same_rotation(weight: Quantizer, activation: Quantizer) -> None:
         raise BellboxError(
             "weight and activation must both have random signs before the rotation, or neither"
         )
-
-
-def output_dtype(x: Tensor) -> torch.dtype:
-    """What the caller of a layer expects for an input."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bellbox.core.geometry import ConvGeometry, pixels_of
 from bellbox.errors import BellboxError
-from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer, output_dtype, turned_vectors
+from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer, turned_vectors
+from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_conv2d import BoundConv, geometry_numbers
 from bellbox.quantizers.base import Quantizer, rotate_vectors
 
@@ -108,4 +109,4 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         self.vectors_of(x)  # refuses other shapes
         self.activation_quantizer.observe(self.vectors_of(x), self)
         with torch.no_grad():
-            return self.packed_call(x)(x, output_dtype(x))
+            return self.packed_call(x)(x, result_dtype(x))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bellbox.nn.quantized import QuantizedLayer, output_dtype, turned_vectors
+from bellbox.nn.quantized import QuantizedLayer, turned_vectors
+from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import Bound
 
 
@@ -48,4 +49,4 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         assert self.activation_quantizer is not None
         self.activation_quantizer.observe(x, self)
         with torch.no_grad():
-            return self.packed_call(x)(x, output_dtype(x))
+            return self.packed_call(x)(x, result_dtype(x))

@@ -39,6 +39,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The autocast dtype where that is active (never on a device without values), else that of `x`."""
+    device = x.device.type
+    active = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if active else x.dtype
+
+
 def row_sigma(rows: Tensor) -> Tensor:
     """RMS of each row, fp64 `[rows, 1]`, of `[rows, features]`; NaN or infinite where an entry is."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)

@@ -19,11 +19,7 @@ A new method is a small class: see `docs/methods.md`.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -40,11 +36,11 @@ from bellbox.ops.encode import (
     compute_dtype,
     encode,
     normaliser,
+    result_dtype,
     row_scale,
     static_normaliser,
 )
 from bellbox.ops.rotate import rotate
-from bellbox.quantizers.first_scale import first_scale
 from bellbox.quantizers.registry import METHODS, NoOptions, read_options
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
@@ -140,6 +136,7 @@ class Quantizer(nn.Module, ABC):
             )
         self._levels = self.make_levels(spec.levels, spec.zero_point)
         self.register_buffer("signs", None)
+        self._signs_of_meta: Tensor | None = None
         self.learning_rates = {}
 
     @property
@@ -156,6 +153,17 @@ class Quantizer(nn.Module, ABC):
     def scales_a_row(self) -> int:
         """Scales that a row of a weight needs beside its codes."""
         return 1
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Signs follow from the specification: they outlive the meta device, where memory has no content."""
+        before = self.signs
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
+        if before is not None and self.signs is not None:
+            if self.signs.is_meta and not before.is_meta:
+                self._signs_of_meta = before.to("cpu")
+            elif before.is_meta and not self.signs.is_meta and self._signs_of_meta is not None:
+                self.signs.copy_(self._signs_of_meta)
+        return self
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -197,8 +205,7 @@ class Quantizer(nn.Module, ABC):
         """Fake-quantize: `[..., features]` to the same shape, rotated domain, autocast dtype where active."""
         rows = self.rows_of(x)
         self.see_first(rows)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = result_dtype(x)
         norm = self.normaliser(rows, training=self.training)
         return self.fake_quantize(rows, norm, dtype).reshape(x.shape)
 
@@ -310,179 +317,4 @@ def rotate_vectors(x: Tensor, block: int) -> Tensor:
     """The orthonormal rotation of `[..., features]`, in the autocast dtype where active."""
     if block == 1:
         return x
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return rotate(x, block**-0.5, block, dtype)
-
-
-def unset(*shape: int) -> Tensor:
-    """A scale that is not set: NaN."""
-    return torch.full(shape, math.nan)
-
-
-class LearnedQuantizer(Quantizer):
-    """A quantizer with numbers of its own that a first tensor sets: its parameters and floating-point buffers.
-
-    A number that is not set yet is NaN, so that whether it is set is told by the state, however that arrived. Scales
-    of a whole tensor are `[1]` (FSDP2 shards no 0-d parameter); where they are used they are viewed as `[]`, which
-    does not decide the dtype of a product.
-    """
-
-    def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
-        super().__init__(features, spec, rows)
-        self._known: tuple[int, ...] | None = None
-        self._stands_in = False
-
-    def own_scales(self) -> dict[str, Tensor]:
-        """What a first tensor sets, by name."""
-        own = {**self._parameters, **self._buffers}
-        return {name: t for name, t in own.items() if t is not None and t.is_floating_point()}
-
-    @property
-    def is_set(self) -> bool:
-        """Whether no number of its own is NaN.
-
-        Reading costs under a microsecond a number on a CPU. On other devices it would wait for the device, so there a
-        set scale is taken for set until the state is loaded anew or moves.
-        """
-        scales = [plain_tensor(t) for t in self.own_scales().values()]
-        scales = [t for t in scales if not t.is_meta]
-        places = tuple(t.data_ptr() for t in scales) if any(t.device.type != "cpu" for t in scales) else None
-        if places is not None and places == self._known:
-            return True
-        found = not any(_holds_nan(t) for t in scales)
-        self._known = places if found else None
-        return found
-
-    def learned(self, name: str) -> Tensor:
-        """A number of its own as it is computed with: `[]` for a whole tensor's.
-
-        One for a number that is not set since all that came yet was zero: what it is multiplied with is then known.
-        """
-        value = getattr(self, name)
-        value = value.reshape(()) if value.shape == (1,) else value
-        return torch.where(value.isnan(), 1.0, value) if self._stands_in else value
-
-    @torch.no_grad()
-    def unset(self) -> None:
-        """Forget what was set; the next tensor sets it."""
-        self._known = None
-        for scale in self.own_scales().values():
-            scale.fill_(math.nan)
-
-    @abstractmethod
-    def set_from(self, x: Tensor) -> None:
-        """Set the numbers from a first tensor, fp64 `[rows, features]`, finite and not all zero for an activation."""
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set the numbers from a first tensor, `[..., features]`; an activation does so itself on the first batch.
-
-        Of a tensor on the meta device nothing can be told: they stay unset.
-        """
-        if x.is_meta:
-            return
-        wide = x.detach().to(torch.float64).reshape(-1, self.features)
-        if self.rows is None and not 0 < float(wide.square().mean()) < math.inf:
-            return  # a dead or broken first batch says nothing about the scale: wait for the next
-        self.set_from(wide)
-
-    def see_first(self, rows: Tensor) -> None:
-        """See `Quantizer.see_first`. With a scale that is still not set, ones are computed with: see `learned`."""
-        if torch.compiler.is_compiling():
-            self._see_first_in_graph(rows)
-            return
-        found = self.is_set
-        if not found and rows.numel():
-            self.initialize(rows)
-            found = self.is_set
-            if found and self.rows is None and not self.training:
-                warnings.warn(
-                    f"{self.name or 'a quantizer'}: its scale was not set and is taken from this batch of evaluation; "
-                    "bb.calibrate(model, batches) sets it from data of your choice",
-                    stacklevel=2,
-                )
-        self._stands_in = not found
-
-    def _see_first_in_graph(self, rows: Tensor) -> None:
-        """For a compiler: a graph of a quantizer that was not set when it was traced looks in each of its runs.
-
-        It serves one batch: `_stands_in` is then another, which a compiler guards on, so the next call is traced
-        anew, with scales that are set. An exported program takes scales as they are.
-        """
-        if torch.compiler.is_exporting() or is_set_when_traced(self):
-            return
-        self._stands_in = True
-        scales = list(self.own_scales().values())
-        spec = spec_as_json(self)
-        found = first_scale(rows, scales, spec, self.features, self.rows or 0, self.name, self.training)
-        with torch.no_grad():
-            for scale, value in zip(scales, found, strict=True):
-                scale.copy_(value)
-
-    def adopt(self, state: dict[str, Any], prefix: str) -> None:
-        """Bring the state of an earlier version into the present form, in place.
-
-        Scales of a whole tensor were 0-d, and a buffer `initialized` said whether they were set.
-
-        Args:
-            state: tensors by name, in which this quantizer's begin with `prefix`.
-            prefix: with its last dot.
-        """
-        initialized = state.pop(prefix + "initialized", None)
-        for name, own in self.own_scales().items():
-            given = state.get(prefix + name)
-            if not isinstance(given, Tensor):
-                continue
-            if given.dim() == 0:
-                given = given.reshape(own.shape) if own.numel() == 1 else given
-            if initialized is not None and not bool(initialized):
-                given = torch.full_like(given, math.nan)
-            state[prefix + name] = given
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self.adopt(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
-        self._known = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        deferred = [name for name, scale in self.own_scales().items() if scale.is_meta]
-        super()._apply(fn, recurse)
-        self._known = None
-        with torch.no_grad():
-            for name in deferred:
-                scale = self.own_scales()[name]
-                if not scale.is_meta:  # memory without a content
-                    scale.fill_(math.nan)
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy looks for itself."""
-        super().__setstate__(state)
-        self._known = None
-
-
-@torch.compiler.assume_constant_result
-def is_set_when_traced(quantizer: LearnedQuantizer) -> bool:
-    """`is_set`, as a constant of a compiled graph."""
-    return quantizer.is_set
-
-
-@torch.compiler.assume_constant_result
-def spec_as_json(quantizer: Quantizer) -> str:
-    """The specification, as an argument of an operation."""
-    return json.dumps(dataclasses.asdict(quantizer.spec))
-
-
-def plain_tensor(tensor: Tensor) -> Tensor:
-    """The memory behind a parameter: of one that `torch.func` has wrapped, or of this rank's part of a sharded one."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    local = getattr(tensor, "_local_tensor", None)
-    return tensor if local is None else local
-
-
-def _holds_nan(tensor: Tensor) -> bool:
-    if tensor.numel() == 1:
-        return math.isnan(tensor.item())
-    return bool(tensor.isnan().any())
+    return rotate(x, block**-0.5, block, result_dtype(x))

@@ -60,7 +60,9 @@ from bellbox.core.hadamard import DEFAULT_BLOCK
 from bellbox.errors import BellboxError
 from bellbox.ops.encode import SIGMA_FLOOR, compute_dtype, normaliser
 from bellbox.ops.fake_quantize import bbq_backward, bbq_forward
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
+from bellbox.quantizers.base import Normaliser
+from bellbox.quantizers.learned import LearnedQuantizer, unset
+from bellbox.quantizers.moments import Moments
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
 GAMMA_INIT = 1.694
@@ -182,20 +184,19 @@ class BBQ(LearnedQuantizer):
             self.register_buffer("r_ema", unset(1))
         if self.options.signs:
             draw = torch.Generator().manual_seed(features)
-            self.register_buffer(
-                "signs", 1 - 2 * torch.randint(2, (features,), generator=draw, dtype=torch.int8)
-            )
+            drawn = torch.randint(2, (features,), generator=draw, dtype=torch.int8, device="cpu")
+            self.register_buffer("signs", 1 - 2 * drawn)
         self.learning_rates = {"gamma": self.options.gamma_lr}
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
         """Gaussian quantiles between any number of levels."""
         return Levels.gaussian(n, zero_point)
 
-    def set_from(self, x: Tensor) -> None:
-        """gamma is `gamma_init` times the RMS of all of `x`."""
+    def set_from_moments(self, moments: Moments) -> None:
+        """gamma is `gamma_init` times the RMS of the whole tensor."""
         if self.options.zeta is not None:
             return
-        rms = x.square().mean().sqrt().clamp(min=SIGMA_FLOOR)  # a weight that starts at zero can still learn
+        rms = moments.rms.clamp(min=SIGMA_FLOOR)  # a weight that starts at zero can still learn
         init = self.options.gamma_init
         init = optimal_gamma(self.levels) if init == "optimal" else init
         self.gamma.copy_((init * rms).to(self.gamma.dtype).expand_as(self.gamma))
@@ -233,7 +234,7 @@ class BBQ(LearnedQuantizer):
             sigma = self.measure(rows)
             self._update_ema(normaliser(sigma, 1))
             return self.normaliser_of(sigma, rows)
-        if not torch.compiler.is_compiling() and not self.is_set:
+        if not torch.compiler.is_compiling() and not rows.is_meta and not self.is_set:
             raise BellboxError(
                 f"{self.name or 'an activation quantizer'} has no running scale yet: "
                 "granularity='ema' needs one batch through the model before its codes are asked for"

@@ -19,8 +19,8 @@ from torch import Tensor
 from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
 from bellbox.ops.learned_thresholds import learned_encode
-from bellbox.quantizers.base import LearnedQuantizer, unset
 from bellbox.quantizers.codebook import Codebook, levels_between
+from bellbox.quantizers.learned import LearnedQuantizer, unset
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
 GROUP = 64
@@ -78,7 +78,7 @@ class KMeans(Codebook, LearnedQuantizer):
     @property
     def levels(self) -> Levels:
         """With the thresholds between the centroids of now. (A compiled graph cannot know them: see `codes_of`.)"""
-        if not torch.compiler.is_compiling() and not self.centroids.is_meta and self.is_set:
+        if not torch.compiler.is_compiling() and self.is_set:
             # By value: a buffer may be changed past its version counter, as through `.data`.
             known = self.centroids.tolist()
             if known != self._known_centroids:

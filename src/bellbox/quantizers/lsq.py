@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.core.grid import Levels
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
+from bellbox.quantizers.base import Normaliser
+from bellbox.quantizers.learned import LearnedQuantizer, unset
+from bellbox.quantizers.moments import Moments
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 from bellbox.quantizers.straight_through import ClipRange, Learned, straight_through
 
@@ -75,9 +77,9 @@ class LSQ(LearnedQuantizer):
         """Qp, at least 1: the largest level of the classic form."""
         return max(1.0, self.levels.n - 1 if self.unsigned else self.levels.n / 2 - 1)
 
-    def set_from(self, x: Tensor) -> None:
+    def set_from_moments(self, moments: Moments) -> None:
         """See the module."""
-        self.a.copy_((2 * x.abs().mean() / math.sqrt(self.largest)).clamp(min=FLOOR))
+        self.a.copy_((2 * moments.mean_abs / math.sqrt(self.largest)).clamp(min=FLOOR))
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from bellbox.core.grid import Levels, strictly_rising
 from bellbox.errors import BellboxError
 from bellbox.ops.learned_thresholds import learned_encode
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
+from bellbox.quantizers.base import Normaliser
+from bellbox.quantizers.learned import LearnedQuantizer, unset
 from bellbox.quantizers.learned_thresholds import learned_thresholds
+from bellbox.quantizers.moments import Moments
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 from bellbox.quantizers.straight_through import ClipRange, straight_through
 
@@ -67,10 +69,10 @@ class N2UQ(LearnedQuantizer):
             raise BellboxError("n2uq has levels that are symmetric about zero: zero_point -0.5")
         return Levels.uniform(n, -0.5, 2 / (n - 1))
 
-    def set_from(self, x: Tensor) -> None:
+    def set_from_moments(self, moments: Moments) -> None:
         """See the module."""
         if self.rows is None:
-            rms = x.square().mean().sqrt()
+            rms = moments.rms
             self.beta.copy_(-2 * rms)
             self.a.copy_(4 * rms / len(self.a))
             self.s1.fill_(1.0)
@@ -84,7 +86,7 @@ class N2UQ(LearnedQuantizer):
     @property
     def levels(self) -> Levels:
         """With the thresholds as they are learned by now. (A compiled graph cannot know them: see `codes_of`.)"""
-        if self.rows is None and not torch.compiler.is_compiling() and not self.a.is_meta and self.is_set:
+        if self.rows is None and not torch.compiler.is_compiling() and self.is_set:
             # By value: a parameter may be changed past its version counter, as through `.data`.
             known = self._thresholds().tolist()
             if known != self._known_thresholds:

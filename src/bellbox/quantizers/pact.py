@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
+from bellbox.quantizers.base import Normaliser
+from bellbox.quantizers.learned import LearnedQuantizer, unset
+from bellbox.quantizers.moments import Moments
 from bellbox.quantizers.quest import gaussian_clip
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 from bellbox.quantizers.straight_through import ClipRange, Learned, straight_through
@@ -72,11 +74,11 @@ class PACT(LearnedQuantizer):
         self.step = 1.0 if self.rows is None else self.clip / self.top
         return Levels.uniform(n, -0.5 if symmetric else -n / 2, self.step)
 
-    def set_from(self, x: Tensor) -> None:
+    def set_from_moments(self, moments: Moments) -> None:
         """See the module."""
         if self.rows is None:
-            seen = x if self.options.signed else x.clamp(min=0)
-            self.alpha.copy_((self.clip * seen.square().mean().sqrt()).clamp(min=FLOOR))
+            rms = moments.rms if self.options.signed else moments.positive_rms
+            self.alpha.copy_((self.clip * rms).clamp(min=FLOOR))
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
-from bellbox.quantizers.base import LearnedQuantizer, Normaliser, unset
+from bellbox.quantizers.base import Normaliser
+from bellbox.quantizers.learned import LearnedQuantizer, unset
+from bellbox.quantizers.moments import Moments
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 from bellbox.quantizers.straight_through import ClipRange, Learned, straight_through
 
@@ -51,10 +53,17 @@ class SEQ(LearnedQuantizer):
         return 2.0 if self.levels.n == 2 else 2 / self.levels.n
 
     def set_from(self, x: Tensor) -> None:
+        """See the module: of a weight, row by row."""
+        if self.rows is None:
+            super().set_from(x)
+            return
+        size = x.abs()
+        start = size.mean(-1, keepdim=True) if self.levels.n == 2 else size.amax(-1, keepdim=True)
+        self.a.copy_(start.clamp(min=FLOOR))
+
+    def set_from_moments(self, moments: Moments) -> None:
         """See the module."""
-        per_row = x.abs() if self.rows is not None else x.abs().reshape(1, -1)
-        start = per_row.mean(-1, keepdim=True) if self.levels.n == 2 else per_row.amax(-1, keepdim=True)
-        self.a.copy_(start.reshape(self.a.shape).clamp(min=FLOOR))
+        self.a.copy_((moments.mean_abs if self.levels.n == 2 else moments.absmax).clamp(min=FLOOR))
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""

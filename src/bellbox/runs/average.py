@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bellbox.nn.tools import unique_tensors
-from bellbox.quantizers.base import LearnedQuantizer
+from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.runs.build import load_model_tensors
 
 PREFIX = "average:"

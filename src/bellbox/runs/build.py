@@ -15,7 +15,7 @@ from bellbox.errors import BellboxError
 from bellbox.models import ViTConfig, build, preset, vision_preset
 from bellbox.nn.quantized import ROTATED, QuantizedLayer
 from bellbox.nn.tools import unique_tensors
-from bellbox.quantizers.base import LearnedQuantizer
+from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.recipe import Recipe, recipe_from_dict
 from bellbox.runs.config import PAPER, CewtSection, QuantizationSection, TrainConfig
 from bellbox.runs.planner import quantized_fraction
