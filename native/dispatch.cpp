@@ -98,8 +98,11 @@ void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t
 // A copy is made at run time: here, where every processor has the instructions for it.
 const Kernels amx_kernels = [] {
     Kernels kernels = avx512_kernels;
-    kernels.name = "amx", kernels.linear = amx_linear, kernels.integer_peak = amx_integer_peak, kernels.counts = nullptr;
-    kernels.make_planes = nullptr, kernels.convolve = nullptr;
+    kernels.name = "amx";
+    kernels.linear = amx_linear;
+    kernels.integer_peak = amx_integer_peak;
+    kernels.counts = nullptr;
+    kernels.make_planes = nullptr, kernels.convolve = nullptr, kernels.joined = 0;
     return kernels;
 }();
 #endif

@@ -1,4 +1,4 @@
-// A packed convolution whose output pixels lie side by side in vectors (kernels/avx512/pixels.h): the way of a batch through it.
+// A packed convolution whose output pixels lie side by side in vectors (kernels/pixels.h): the way of a batch through it.
 #pragma once
 
 #include "layers/layer.h"
@@ -37,7 +37,7 @@ struct PixelConvolution {
     static constexpr int64_t kFewPixels = 32;        // that leave the vectors half empty
 
     bool serves() const {
-        return job.addresses != nullptr && kernels().convolve != nullptr && job.weights.view().bits == 2 && job.a.n <= 4 &&
+        return job.addresses != nullptr && kernels().joined != 0 && job.weights.view().bits == 2 && job.a.n <= 4 &&
                job.w.patch() <= kMostInputs && job.a.rows * job.w.rows * job.w.columns >= kFewPixels;
     }
 
@@ -96,9 +96,9 @@ struct PixelConvolution {
         const int64_t columns = (w.columns - 1) * w.stride_x + (w.kernel_width - 1) * w.dilation_x + 1;
         p.plane_width = std::max(w.left + w.width, columns);
         p.plane = p.plane_width * std::max(w.top + w.height, lines);
-        p.triples = (w.channels + 2) / 3, p.sum_planes = (p.triples + 27) / 28;
-        p.sample_bytes = (p.triples + p.sum_planes) * p.plane;
-        p.places = w.kernel_height * w.kernel_width, p.lookups = (p.places * p.triples + 7) / 8 * 8;
+        p.tuples = (w.channels + kernels().joined - 1) / kernels().joined, p.sum_planes = (p.tuples + 27) / 28;
+        p.sample_bytes = (p.tuples + p.sum_planes) * p.plane;
+        p.places = w.kernel_height * w.kernel_width, p.lookups = (p.places * p.tuples + 7) / 8 * 8;
         return p;
     }
     std::vector<int64_t> offsets_in(const PixelArgs& p) const {

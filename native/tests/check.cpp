@@ -214,13 +214,15 @@ int32_t plain_sum(const Window& w, const int8_t* sample, const Weights& weights,
 
 // As PixelArgs says.
 std::vector<uint16_t> pixel_addresses(const Window& w, int64_t outputs, const std::vector<uint8_t>& codes) {
-    const int64_t triples = (w.channels + 2) / 3, lookups = (w.patch() / w.channels * triples + 7) / 8 * 8;
+    const int64_t joined = kernels().joined;
+    if (joined == 0) return {};
+    const int64_t tuples = (w.channels + joined - 1) / joined, lookups = (w.patch() / w.channels * tuples + 7) / 8 * 8;
     std::vector<uint16_t> addresses(static_cast<size_t>((outputs + 15) / 16 * 16 * lookups));
     for (int64_t i = 0; i < outputs * w.patch(); ++i) {
         const int64_t output = i / w.patch(), place = i % w.patch() / w.channels, channel = i % w.channels;
-        const int64_t at = (output / 8 * lookups + place * triples + channel % triples) * 8 + output % 8;
+        const int64_t at = (output / 8 * lookups + place * tuples + channel % tuples) * 8 + output % 8;
         addresses[static_cast<size_t>(at)] =
-            static_cast<uint16_t>(addresses[static_cast<size_t>(at)] | codes[static_cast<size_t>(i)] << (6 + 2 * (channel / triples)));
+            static_cast<uint16_t>(addresses[static_cast<size_t>(at)] | codes[static_cast<size_t>(i)] << (2 * joined + 2 * (channel / tuples)));
     }
     return addresses;
 }

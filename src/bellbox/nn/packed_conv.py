@@ -34,13 +34,14 @@ class _Filters:
         self.ready = ready
         self.code_sums = _codes_by_place(layer).sum(-1, dtype=torch.int32).t().contiguous()
         """int32 `[kernel height * kernel width, out_channels]`."""
-        self._addresses: Tensor | None = None
+        self._addresses: dict[int, Tensor] = {}
 
     def addresses(self, layer: PackedConv2d) -> Tensor | None:
         """`convolution.pixel_addresses`, where the instruction set in use has a use for them."""
-        if self._addresses is None and convolution.convolves_pixels(layer.weight_levels, layer.coding.levels):
-            self._addresses = convolution.pixel_addresses(_codes_by_place(layer))
-        return self._addresses
+        joined = convolution.convolves_pixels(layer.weight_levels, layer.coding.levels)
+        if joined and joined not in self._addresses:
+            self._addresses[joined] = convolution.pixel_addresses(_codes_by_place(layer), joined)
+        return self._addresses.get(joined)
 
 
 class PackedConv2d(PackedLinear):

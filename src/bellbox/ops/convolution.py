@@ -71,27 +71,31 @@ def convolve(
     return out
 
 
-def convolves_pixels(weight: Grid, activation: Grid) -> bool:
-    """Whether `convolve` is faster with `pixel_addresses` on the instruction set in use, for such levels."""
+def convolves_pixels(weight: Grid, activation: Grid) -> int:
+    """How many codes `pixel_addresses` join, where `convolve` is faster with them for such levels; else 0.
+
+    That is a matter of the instruction set in use: three with AVX-512, two with AVX2.
+    """
     module = native.compiled()
-    return module is not None and 2 < weight.n <= 4 and activation.n <= 4 and module.convolves_pixels()
+    serves = module is not None and 2 < weight.n <= 4 and activation.n <= 4
+    return module.convolves_pixels() if module is not None and serves else 0
 
 
-def pixel_addresses(codes: Tensor) -> Tensor:
+def pixel_addresses(codes: Tensor, joined: int) -> Tensor:
     """Filters as rows of the kernel's table of products (`native/kernels/kernels.h`, PixelArgs).
 
     Args:
         codes: uint8 `[filters, places of the geometry, channels]`, below 4.
+        joined: codes of as many channels make a number (`convolves_pixels`).
 
     Returns:
-        int16 `[ceil(filters / 16) * 2, lookups, 8]`: for 8 filters each, 64 times the numbers that codes of three
-        channels make; `lookups` is places times `ceil(channels / 3)`, up to a multiple of 8.
+        int16 `[ceil(filters / 16) * 2, lookups, 8]`: for 8 filters each, `4 ** joined` times the numbers that the codes
+        of `joined` channels make; `lookups` is places times `ceil(channels / joined)`, up to a multiple of 8.
     """
     filters, places, channels = codes.shape
-    triples = -(-channels // 3)
-    digits = F.pad(codes.to(torch.int16), (0, 3 * triples - channels)).view(filters, places, 3, triples)
-    numbers = (digits * codes.new_tensor([64, 256, 1024], dtype=torch.int16)[:, None]).sum(
-        2, dtype=torch.int16
-    )
-    numbers = F.pad(numbers.flatten(1), (0, -places * triples % 8, 0, -filters % 16))
+    tuples = -(-channels // joined)
+    digits = F.pad(codes.to(torch.int16), (0, joined * tuples - channels))
+    worth = codes.new_tensor([4 ** (joined + digit) for digit in range(joined)], dtype=torch.int16)
+    numbers = (digits.view(filters, places, joined, tuples) * worth[:, None]).sum(2, dtype=torch.int16)
+    numbers = F.pad(numbers.flatten(1), (0, -places * tuples % 8, 0, -filters % 16))
     return numbers.view(-1, 8, numbers.shape[1]).transpose(1, 2).contiguous()
