@@ -144,47 +144,55 @@ inline void sum_codes(const PixelArgs& a, const uint8_t* parts, Tile& tile) {
 
 // ---- product ----
 
-// Lookups of kRows outputs, added up in 16 bits: words [outputs][halves][2], of pixels 0..7 and 16..23 of a half, and of
-// the others. addresses: [lookups][8].
-inline void look_up(const uint8_t* operands, const uint16_t* addresses, int64_t lookups, __m256i (*words)[2][2]) {
-    const uint8_t* table = &kTable.row[0][0];
-    // Of the bytes at even and odd places: odd, and even + 256 odd modulo 2^16, which costs an operation less.
+// Sums of lookups of kRows outputs in 16 bits. Of the bytes at even and odd places: odd, and even + 256 odd modulo 2^16,
+// which costs an operation less than even.
+struct Words {
     __m256i both[kRows][2], odd[kRows][2];
-    for (int r = 0; r < kRows; ++r) both[r][0] = both[r][1] = odd[r][0] = odd[r][1] = _mm256_setzero_si256();
-    while (lookups > 0) {
-        __m256i bytes[kRows][2];
+};
+
+// Adds a run of lookups, an even number up to kRun. A function of its own, else the compiler keeps what is longer under way in
+// registers, and the sums of bytes in memory. addresses: [lookups][8].
+__attribute__((noinline)) void add_run(const uint8_t* operands, const uint16_t* addresses, int64_t lookups, Words& words) {
+    const uint8_t* table = &kTable.row[0][0];
+    __m256i bytes[kRows][2];
+    BELLBOX_UNROLL
+    for (int r = 0; r < kRows; ++r) bytes[r][0] = bytes[r][1] = _mm256_setzero_si256();
+    const uint8_t* const end = operands + kLanes * lookups;
+    for (; operands < end; operands += 2 * kLanes, addresses += 16) {
         BELLBOX_UNROLL
-        for (int r = 0; r < kRows; ++r) bytes[r][0] = bytes[r][1] = _mm256_setzero_si256();
-        const uint8_t* const end = operands + kLanes * at_most(kRun, lookups);
-        lookups -= kRun;
-        for (; operands < end; operands += 2 * kLanes, addresses += 16) {
+        for (int i = 0; i < 2; ++i) {
+            const __m256i first = load32(operands + kLanes * i), second = load32(operands + kLanes * i + 32);
             BELLBOX_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                const __m256i first = load32(operands + kLanes * i), second = load32(operands + kLanes * i + 32);
-                BELLBOX_UNROLL
-                for (int r = 0; r < kRows; ++r) {
-                    const __m256i row = twice(table + addresses[8 * i + r]);
-                    bytes[r][0] = _mm256_add_epi8(bytes[r][0], _mm256_shuffle_epi8(row, first));
-                    bytes[r][1] = _mm256_add_epi8(bytes[r][1], _mm256_shuffle_epi8(row, second));
-                    // One after the other: the compiler would look several up first, and spill them.
-                    __asm__("" : "+x"(bytes[r][0]), "+x"(bytes[r][1]));
-                }
-            }
-        }
-        BELLBOX_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            BELLBOX_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                both[r][half] = _mm256_add_epi16(both[r][half], bytes[r][half]);
-                odd[r][half] = _mm256_add_epi16(odd[r][half], _mm256_srli_epi16(bytes[r][half], 8));
+            for (int r = 0; r < kRows; ++r) {
+                const __m256i row = twice(table + addresses[8 * i + r]);
+                bytes[r][0] = _mm256_add_epi8(bytes[r][0], _mm256_shuffle_epi8(row, first));
+                bytes[r][1] = _mm256_add_epi8(bytes[r][1], _mm256_shuffle_epi8(row, second));
+                // One after the other: the compiler would look several up first, and spill them.
+                __asm__("" : "+x"(bytes[r][0]), "+x"(bytes[r][1]));
             }
         }
     }
+    BELLBOX_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+        BELLBOX_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            words.both[r][half] = _mm256_add_epi16(words.both[r][half], bytes[r][half]);
+            words.odd[r][half] = _mm256_add_epi16(words.odd[r][half], _mm256_srli_epi16(bytes[r][half], 8));
+        }
+    }
+}
+
+// Lookups of kRows outputs: words [outputs][halves][2], of pixels 0..7 and 16..23 of a half, and of the others.
+inline void look_up(const uint8_t* operands, const uint16_t* addresses, int64_t lookups, __m256i (*words)[2][2]) {
+    Words sums;
+    memset(&sums, 0, sizeof(sums));
+    for (int64_t done = 0; done < lookups; done += kRun)
+        add_run(operands + kLanes * done, addresses + 8 * done, at_most(kRun, lookups - done), sums);
     for (int r = 0; r < kRows; ++r)
         for (int half = 0; half < 2; ++half) {
-            const __m256i even = _mm256_sub_epi16(both[r][half], _mm256_slli_epi16(odd[r][half], 8));
-            words[r][half][0] = _mm256_unpacklo_epi16(even, odd[r][half]);
-            words[r][half][1] = _mm256_unpackhi_epi16(even, odd[r][half]);
+            const __m256i odd = sums.odd[r][half], even = _mm256_sub_epi16(sums.both[r][half], _mm256_slli_epi16(odd, 8));
+            words[r][half][0] = _mm256_unpacklo_epi16(even, odd);
+            words[r][half][1] = _mm256_unpackhi_epi16(even, odd);
         }
 }
 

@@ -2,13 +2,13 @@
 #include "kernels/kernels.h"
 
 #define BELLBOX_NAMESPACE avx2
+#include "kernels/avx2/binarized.h"
 #include "kernels/avx2/encode.h"
 #include "kernels/avx2/linear.h"
 #include "kernels/avx2/pixels.h"
 #include "kernels/avx2/training.h"
 #include "kernels/decoder.h"
 #include "kernels/peak.h"
-#include "kernels/portable/binarized.h"
 
 namespace bellbox {
 constexpr Kernels avx2_kernels = {
@@ -23,7 +23,7 @@ constexpr Kernels avx2_kernels = {
     .int8_linear = avx2::int8_linear,
     .integer_peak = avx2::integer_peak,
     .binarized_input = avx2::binarized_input,
-    .binarized = portable::binarized,
+    .binarized = avx2::binarized,
     .make_planes = avx2::pixels::make_planes,
     .convolve = avx2::pixels::convolve,
     .joined = 2,
