@@ -74,7 +74,7 @@ struct LinearArgs {
     int64_t ldo;
 };
 
-// Fake quantization for training (src/bellbox/kernels/bbq.py): x_hat = scale * (code - offset), v kept.
+// Fake quantization for training (src/bellbox/ops/fake_quantize.py): x_hat = scale * (code - offset), v kept.
 struct ForwardArgs {
     const void* x;             // [rows, k] contiguous
     Type x_type;
