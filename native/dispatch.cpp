@@ -1,4 +1,8 @@
 // Which instruction set to use, and the one weight layout that all of them read.
+#ifdef BELLBOX_X86
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -20,8 +24,12 @@ struct Candidate {
 bool always() { return true; }
 
 #ifdef BELLBOX_X86
+bool has_f16c() {  // of which not every compiler's __builtin_cpu_supports knows
+    unsigned int a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c();
 }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -98,8 +106,11 @@ void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t
 // A copy is made at run time: here, where every processor has the instructions for it.
 const Kernels amx_kernels = [] {
     Kernels kernels = avx512_kernels;
-    kernels.name = "amx", kernels.linear = amx_linear, kernels.integer_peak = amx_integer_peak, kernels.counts = nullptr;
-    kernels.make_planes = nullptr, kernels.convolve = nullptr;
+    kernels.name = "amx";
+    kernels.linear = amx_linear;
+    kernels.integer_peak = amx_integer_peak;
+    kernels.counts = nullptr;
+    kernels.make_planes = nullptr, kernels.convolve = nullptr, kernels.joined = 0;
     return kernels;
 }();
 #endif

@@ -75,7 +75,7 @@ struct LinearArgs {
     int64_t ldo;
 };
 
-// Fake quantization for training (src/bellbox/kernels/bbq.py): x_hat = scale * (code - offset), v kept.
+// Fake quantization for training (src/bellbox/ops/fake_quantize.py): x_hat = scale * (code - offset), v kept.
 struct ForwardArgs {
     const void* x;             // [rows, k] contiguous
     Type x_type;
@@ -171,14 +171,15 @@ struct PixelArgs {
     int64_t pixels;            // of the output, of all samples
     const int8_t* codes;       // of each sample code_stride, of which [height, width, channels]
     int64_t code_stride;
-    // Of a sample, `triples` + `sum_planes` planes of plane_width bytes a line: codes of channels q + Q (2nd) + 2 Q (3rd
-    // digit to base 4), q < Q = triples; then the sums of the codes of 28 such triples each. 64 bytes lie behind all.
+    // Of a sample, `tuples` + `sum_planes` planes of plane_width bytes a line: codes of channels q, Q + q (2nd digit to base
+    // 4) and so on, as many as Kernels::joined, q < Q = tuples; then the sums of the codes of 28 such tuples each. 64
+    // bytes lie behind all.
     uint8_t* planes;
-    int64_t triples, sum_planes, plane, plane_width, sample_bytes;
+    int64_t tuples, sum_planes, plane, plane_width, sample_bytes;
     int64_t places;            // of the window
     const int64_t* offsets;    // [places]: in a plane, from the first place of a window
-    // Triples of the weights' codes, times 64: [n up to a multiple of 16, by 8][lookups][8], lookups being [places][triples]
-    // up to a multiple of 8; zeros fill up.
+    // Tuples of the weights' codes, times 4^joined: [n up to a multiple of 16, by 8][lookups][8], lookups being
+    // [places][tuples] up to a multiple of 8; zeros fill up.
     const uint16_t* addresses;
     int64_t lookups;
     const int32_t* border;     // [rows * columns]: which of the borders that a window may have
@@ -215,6 +216,7 @@ struct Kernels {
     // Planes of samples, and output pixels [64 begin, 64 end) from them; null where rows of patches serve.
     void (*make_planes)(const PixelArgs&, int64_t sample_begin, int64_t sample_end) = nullptr;
     void (*convolve)(const PixelArgs&, int64_t begin, int64_t end) = nullptr;
+    int64_t joined = 0;        // codes that one lookup of `convolve` multiplies; 0: none, rows of patches serve
 };
 
 // Tables of addresses, constexpr where they are defined: what initializes a variable of a file compiled for an

@@ -1,4 +1,4 @@
-// A packed convolution whose output pixels lie side by side in vectors (kernels/avx512/pixels.h): the way of a batch through it.
+// A packed convolution whose output pixels lie side by side in vectors (kernels/pixels.h): the way of a batch through it.
 #pragma once
 
 #include "layers/layer.h"
@@ -23,13 +23,15 @@ struct ConvolutionJob {
 
 // Filters [outputs, places, channels] of codes below 4 as rows of the kernel's table of products: PixelArgs.addresses.
 inline std::vector<uint16_t> pixel_addresses(const Window& w, int64_t outputs, const std::vector<uint8_t>& codes) {
-    const int64_t triples = (w.channels + 2) / 3, lookups = (w.patch() / w.channels * triples + 7) / 8 * 8;
+    const int64_t joined = kernels().joined;
+    if (joined == 0) return {};
+    const int64_t tuples = (w.channels + joined - 1) / joined, lookups = (w.patch() / w.channels * tuples + 7) / 8 * 8;
     std::vector<uint16_t> addresses(static_cast<size_t>((outputs + 15) / 16 * 16 * lookups));
     for (int64_t i = 0; i < outputs * w.patch(); ++i) {
         const int64_t output = i / w.patch(), place = i % w.patch() / w.channels, channel = i % w.channels;
-        const int64_t at = (output / 8 * lookups + place * triples + channel % triples) * 8 + output % 8;
-        addresses[static_cast<size_t>(at)] =
-            static_cast<uint16_t>(addresses[static_cast<size_t>(at)] | codes[static_cast<size_t>(i)] << (6 + 2 * (channel / triples)));
+        const int64_t at = (output / 8 * lookups + place * tuples + channel % tuples) * 8 + output % 8;
+        addresses[static_cast<size_t>(at)] = static_cast<uint16_t>(
+            addresses[static_cast<size_t>(at)] | codes[static_cast<size_t>(i)] << (2 * joined + 2 * (channel / tuples)));
     }
     return addresses;
 }
@@ -49,7 +51,7 @@ struct PixelConvolution {
     static constexpr int64_t kFewPixels = 32;        // that leave the vectors half empty
 
     bool serves() const {
-        return job.addresses != nullptr && kernels().convolve != nullptr && job.weights.view().bits == 2 && job.a.n <= 4 &&
+        return job.addresses != nullptr && kernels().joined != 0 && job.weights.view().bits == 2 && job.a.n <= 4 &&
                job.w.patch() <= kMostInputs && job.a.rows * job.w.rows * job.w.columns >= kFewPixels;
     }
 
@@ -108,9 +110,9 @@ struct PixelConvolution {
         const int64_t columns = (w.columns - 1) * w.stride_x + (w.kernel_width - 1) * w.dilation_x + 1;
         p.plane_width = std::max(w.left + w.width, columns);
         p.plane = p.plane_width * std::max(w.top + w.height, lines);
-        p.triples = (w.channels + 2) / 3, p.sum_planes = (p.triples + 27) / 28;
-        p.sample_bytes = (p.triples + p.sum_planes) * p.plane;
-        p.places = w.kernel_height * w.kernel_width, p.lookups = (p.places * p.triples + 7) / 8 * 8;
+        p.tuples = (w.channels + kernels().joined - 1) / kernels().joined, p.sum_planes = (p.tuples + 27) / 28;
+        p.sample_bytes = (p.tuples + p.sum_planes) * p.plane;
+        p.places = w.kernel_height * w.kernel_width, p.lookups = (p.places * p.tuples + 7) / 8 * 8;
         return p;
     }
     std::vector<int64_t> offsets_in(const PixelArgs& p) const {

@@ -386,7 +386,7 @@ NB_MODULE(_native, m) {
         });
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("use", [](const std::string& name) { use(name.c_str()); });
-    m.def("convolves_pixels", [] { return kernels().convolve != nullptr; });
+    m.def("convolves_pixels", [] { return kernels().joined; });
     m.def("available", [] { return std::string(available()); });
     m.def("encode", &encode);
     m.def("rotate", &rotate);

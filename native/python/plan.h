@@ -232,7 +232,8 @@ class ConvPlan {
     std::shared_ptr<const std::vector<uint16_t>> addresses_of(const Window& w) {
         const Weights& view = plan_.weights().view();
         if (kernels().convolve == nullptr || view.bits != 2 || plan_.coding().n > 4) return nullptr;
-        const uint64_t now = fingerprint(view.data, packed_size(view.bits, view.n, view.k));
+        const uint64_t bytes = fingerprint(view.data, packed_size(view.bits, view.n, view.k));
+        const uint64_t now = bytes + static_cast<uint64_t>(kernels().joined);  // another instruction set joins others
         if (addresses_ == nullptr || now != made_from_) {
             std::vector<uint8_t> codes(static_cast<size_t>(view.n * view.k));
             unpack(view.data, view.bits, view.n, view.k, codes.data());

@@ -353,7 +353,8 @@ void check_decoder(const Kernels& kernels) {
 
 // Random order of the columns of a matrix: salient ones first in each block, whole steps.
 void check_binarized(const Kernels& kernels) {
-    const int64_t n = pick(1, 40), k = pick(1, 300), m = pick(1, 9), block = 8 * pick(1, 20);
+    const int64_t n = pick(1, 40), k = one_of<int64_t>({pick(1, 300), pick(1, 300), pick(500, 1500)}), m = pick(1, 9);
+    const int64_t block = 8 * one_of<int64_t>({pick(1, 20), pick(1, 20), 100});  // 800: sums of several pieces
     std::vector<int32_t> steps, order;
     for (int64_t first = 0; first < k; first += block) {
         std::vector<int32_t> parts[2];

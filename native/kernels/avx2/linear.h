@@ -14,14 +14,8 @@
 
 #include <immintrin.h>
 
+#include "kernels/inline.h"
 #include "kernels/portable/linear.h"
-
-#ifndef BELLBOX_INLINE
-#define BELLBOX_INLINE inline __attribute__((always_inline))
-#endif
-#ifndef BELLBOX_UNROLL
-#define BELLBOX_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 namespace bellbox {
 namespace {
@@ -120,10 +114,13 @@ struct Epilogue {
     BELLBOX_INLINE __m256 value(const LinearArgs& a, int64_t row, const int32_t* sums, int h) const {
         const Weights& w = *a.weights;
         const __m256i product = _mm256_mullo_epi32(load32(sums + 8 * h), _mm256_set1_epi32(w.multiplier));
-        const __m256i exact = _mm256_sub_epi32(product, _mm256_set1_epi32(w.shift * a.sums[row]));
+        return rounded(a, row, _mm256_sub_epi32(product, _mm256_set1_epi32(w.shift * a.sums[row])), h);
+    }
+
+    BELLBOX_INLINE __m256 rounded(const LinearArgs& a, int64_t row, __m256i exact, int h) const {
         const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(exact), scale[h]);
         const __m256 y = _mm256_mul_ps(scaled, _mm256_set1_ps(a.row_scales[row]));
-        return w.bias != nullptr ? _mm256_add_ps(y, bias[h]) : y;  // not always: -0 + 0 is another zero
+        return a.weights->bias != nullptr ? _mm256_add_ps(y, bias[h]) : y;  // not always: -0 + 0 is another zero
     }
 
     static BELLBOX_INLINE __m256i to_bf16(__m256 y) {              // to nearest even, NaN stays NaN; in 32 bits each
@@ -136,7 +133,10 @@ struct Epilogue {
     }
 
     BELLBOX_INLINE void operator()(const LinearArgs& a, int64_t row, const int32_t* sums) const {
-        const __m256 y0 = value(a, row, sums, 0), y1 = value(a, row, sums, 1);
+        store(a, row, value(a, row, sums, 0), value(a, row, sums, 1));
+    }
+
+    BELLBOX_INLINE void store(const LinearArgs& a, int64_t row, __m256 y0, __m256 y1) const {
         const bool f32 = a.out_type == Type::f32;
         const size_t size = f32 ? 4 : 2;
         char* const out = static_cast<char*>(a.out) + static_cast<size_t>(row * a.ldo + column) * size;

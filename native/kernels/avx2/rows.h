@@ -7,12 +7,8 @@
 
 #include <immintrin.h>
 
+#include "kernels/inline.h"
 #include "kernels/portable/encode.h"
-
-#ifndef BELLBOX_INLINE
-#define BELLBOX_INLINE inline __attribute__((always_inline))
-#define BELLBOX_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 namespace bellbox {
 namespace {

@@ -20,10 +20,8 @@
 
 #include <immintrin.h>
 
+#include "kernels/inline.h"
 #include "kernels/portable/linear.h"
-
-#define BELLBOX_INLINE inline __attribute__((always_inline))
-#define BELLBOX_UNROLL _Pragma("GCC unroll 16")
 
 namespace bellbox {
 namespace {

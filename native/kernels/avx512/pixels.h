@@ -1,12 +1,7 @@
-// Convolutions of 2-bit weights and activations of at most 4 levels with AVX-512: 64 output pixels side by side.
+// Convolutions of 2-bit weights and activations of at most 4 levels with AVX-512: what kernels/pixels.h leaves open.
 //
-// The lookup of kernels/avx512/lookup.h with the sides changed: the lanes of a vector are pixels, not outputs, so that few outputs
-// fill it as well as many, and the row of the table follows from the weights, whose addresses are made once for all
-// images. What is left to do for each input pixel is done once, not once for every window that sees it: three channels
-// become a byte, and the bytes of one triple a plane of their own, with a border of zeros. Then the operands of a
-// tile of 64 output pixels are copies of runs of those planes, one byte for three products. Code 0 adds
-// nothing; what it should have added, and what the zero points do, is one number for each border that a window may
-// have, and the sum of the codes that it sees.
+// The lookup of kernels/avx512/lookup.h with the sides changed: a byte is three channels of a pixel, and a VPERMB looks up
+// three products for 64 pixels.
 //
 // Floor of a lookup for 64 pixels: VPERMB, its addition, and three operations for 8 of them, 1.2 cycles at four units of
 // 256 bits; 1.35 reached on Zen 4. For each input: coding, 0.8, and planes, 0.2 to 0.3; for each output 0.5 and more.
@@ -14,49 +9,20 @@
 
 #include "kernels/avx512/lookup.h"
 #include "kernels/avx512/rows.h"
+#include "kernels/pixels.h"
 
 namespace bellbox {
 namespace {
 namespace avx512 {
 namespace pixels {
 
-constexpr int kLanes = 64;                   // pixels of a tile
-constexpr int kOutputs = 16;                 // whose sums are turned from lanes of pixels to lanes of outputs together
-constexpr int64_t kSumTriples = 28;          // whose digits' sum fits a byte: 28 * 9 < 256
 constexpr int64_t kPieceLookups = 2400;      // 16 bits hold the sum of 300 runs: 300 * 8 * 27 < 2^16
-constexpr int64_t kSmallWeights = 1 << 18;   // bytes of addresses that stay in the second-level cache anyway
-constexpr int64_t kNearRoom = 1 << 14, kFarRoom = 3 << 17;  // bytes of tiles that share a pass over the weights
 
-// f(unit) with the size of pieces as a type.
-template <int N>
-struct Number {
-    static constexpr int value = N;
-};
-template <typename F>
-BELLBOX_INLINE void with_unit(int64_t unit, const F& f) {
-    switch (unit) {
-        case 64: return f(Number<64>());
-        case 32: return f(Number<32>());
-        case 16: return f(Number<16>());
-        case 8: return f(Number<8>());
-        case 4: return f(Number<4>());
-        default: return f(Number<1>());
-    }
-}
+// ---- planes and operands ----
 
-// The largest of those that divides `columns`.
-inline int64_t unit_of(int64_t columns) {
-    int64_t unit = kLanes;
-    while (unit > 1 && columns % unit != 0) unit /= 2;
-    return unit >= 4 ? unit : 1;
-}
-
-// U bytes from `from`; STEP 2: the even ones of 2 U.
-template <int U, int STEP>
-BELLBOX_INLINE void copy(const uint8_t* from, uint8_t* to) {
-    if (STEP == 1 || U == 1) {
-        memcpy(to, from, U);
-    } else if (U == 4) {
+template <int U>
+BELLBOX_INLINE void copy_even(const uint8_t* from, uint8_t* to) {
+    if (U == 4) {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
         const int word = _mm_cvtsi128_si32(_mm_cvtepi16_epi8(bytes));
         memcpy(to, &word, 4);
@@ -71,8 +37,6 @@ BELLBOX_INLINE void copy(const uint8_t* from, uint8_t* to) {
         }
     }
 }
-
-// ---- planes ----
 
 // In each 128-bit lane 16 vectors of 16 bytes: byte j of vector i to byte i of vector j.
 BELLBOX_INLINE void transpose_bytes(__m512i (&v)[16]) {
@@ -96,102 +60,35 @@ BELLBOX_INLINE __m128i triples_of(const int8_t* codes, int64_t triples, __mmask1
     return _mm_or_si128(a, _mm_or_si128(_mm_slli_epi16(b, 2), _mm_slli_epi16(c, 4)));
 }
 
-// Planes of samples [begin, end) from their codes.
-inline void make_planes(const PixelArgs& a, int64_t begin, int64_t end) {
-    const int64_t pixels = a.height * a.width, triples = a.triples, unit = unit_of(a.width);
+inline void pack_pixels(const PixelArgs& a, const int8_t* codes, int64_t count, uint8_t* packed, uint8_t* vectors) {
+    const int64_t triples = a.tuples;
     const __m512i digit_sums = _mm512_load_si512(lookup::kTable.row[1 + 4 + 16]);
-    const Scratch scratch((triples + 15) / 16 * 16 * kLanes / 4), ready((triples + 16 + a.sum_planes) * kLanes / 4);
-    uint8_t* const packed = reinterpret_cast<uint8_t*>(scratch.data);
-    uint8_t* const vectors = reinterpret_cast<uint8_t*>(ready.data);
-    for (int64_t sample = begin; sample < end; ++sample) {
-        const int8_t* codes = a.codes + sample * a.code_stride;
-        uint8_t* planes = a.planes + sample * a.sample_bytes;
-        memset(planes, 0, static_cast<size_t>(a.sample_bytes));
-        for (int64_t first = 0; first < pixels; first += kLanes) {
-            const int64_t count = product::smaller(kLanes, pixels - first);
-            for (int64_t q = 0; q < triples; q += 16) {
-                const auto second = static_cast<__mmask16>(rows::low_bits(a.channels - triples - q));
-                const auto third = static_cast<__mmask16>(rows::low_bits(a.channels - 2 * triples - q));
-                const int8_t* from = codes + first * a.channels + q;
-                for (int64_t i = 0; i < count; ++i, from += a.channels)  // pixel 16 l + i to lane l of vector i
-                    _mm_store_si128(reinterpret_cast<__m128i*>(packed + 64 * (i % 16) + 16 * (i / 16)),
-                                    triples_of(from, triples, second, third));
-                __m512i v[16];
-                BELLBOX_UNROLL
-                for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(packed + 64 * i);
-                transpose_bytes(v);
-                BELLBOX_UNROLL
-                for (int i = 0; i < 16; ++i) _mm512_store_si512(vectors + 64 * (q + i), v[i]);
-            }
-            for (int64_t s = 0; s < a.sum_planes; ++s) {  // behind the triples: what lay there is of no use
-                __m512i sum = _mm512_setzero_si512();
-                for (int64_t q = kSumTriples * s; q < product::smaller(kSumTriples * (s + 1), triples); ++q)
-                    sum = _mm512_add_epi8(sum, _mm512_permutexvar_epi8(_mm512_load_si512(vectors + 64 * q), digit_sums));
-                _mm512_store_si512(vectors + 64 * (triples + s), sum);
-            }
-            int64_t y = first / a.width, x = first % a.width;
-            for (int64_t i = 0; i < count; i += unit) {
-                uint8_t* to = planes + (y + a.top) * a.plane_width + x + a.left;
-                with_unit(unit, [&](auto u) {
-                    for (int64_t q = 0; q < triples + a.sum_planes; ++q)
-                        memcpy(to + q * a.plane, vectors + 64 * q + i, decltype(u)::value);
-                });
-                x += unit;
-                if (x == a.width) x = 0, ++y;
-            }
-        }
-    }
-}
-
-// ---- operands of a tile ----
-
-struct Tile {
-    const uint8_t* at[kLanes];       // where each piece of its first place of the window lies in the first plane
-    int32_t border[kLanes];
-    alignas(64) int32_t less[kLanes];  // the shifts, until the codes are summed up: what leaves each output's sum
-    float row_scales[kLanes];
-    int64_t count;
-
-    Tile(const PixelArgs& a, int64_t tile, int64_t unit) : count(product::smaller(kLanes, a.pixels - tile * kLanes)) {
-        const int64_t each = a.rows * a.columns;
-        int64_t sample = tile * kLanes / each, pixel = tile * kLanes % each;
-        for (int64_t i = 0, end; i < count; i = end, pixel = 0, ++sample) {
-            end = product::smaller(count, i + each - pixel);  // of the part in this sample
-            memcpy(border + i, a.border + pixel, static_cast<size_t>(end - i) * 4);
-            memcpy(less + i, a.shifts + pixel, static_cast<size_t>(end - i) * 4);
-            for (int64_t j = i; j < end; ++j) row_scales[j] = a.product.row_scales[sample];
-            int64_t line = pixel / a.columns, column = pixel % a.columns;
-            const uint8_t* planes = a.planes + sample * a.sample_bytes;
-            for (int64_t j = i; j < end; j += unit) {
-                at[j / unit] = planes + line * a.stride_y * a.plane_width + column * a.stride_x;
-                column += unit;
-                if (column == a.columns) column = 0, ++line;
-            }
-        }
-        for (int64_t i = (count + unit - 1) / unit; i < kLanes / unit; ++i) at[i] = at[0];  // of no consequence
-    }
-};
-
-// Operands [places][triples][64], then as many zeros as fill a run of lookups, then what becomes the sums of codes.
-template <int U, int STEP>
-void collect(const PixelArgs& a, Tile& tile, uint8_t* out) {
-    const auto plane = BELLBOX_STEP(int64_t offset, uint8_t* to) {
+    for (int64_t q = 0; q < triples; q += 16) {
+        const auto second = static_cast<__mmask16>(rows::low_bits(a.channels - triples - q));
+        const auto third = static_cast<__mmask16>(rows::low_bits(a.channels - 2 * triples - q));
+        const int8_t* from = codes + q;
+        for (int64_t i = 0; i < count; ++i, from += a.channels)  // pixel 16 l + i to lane l of vector i
+            _mm_store_si128(reinterpret_cast<__m128i*>(packed + 64 * (i % 16) + 16 * (i / 16)),
+                            triples_of(from, triples, second, third));
+        __m512i v[16];
         BELLBOX_UNROLL
-        for (int i = 0; i < kLanes / U; ++i) copy<U, STEP>(tile.at[i] + offset, to + U * i);
-    };
-    uint8_t* sums = out + a.lookups * kLanes;
-    for (int64_t place = 0; place < a.places; ++place) {
-        int64_t offset = a.offsets[place];
-        for (int64_t q = 0; q < a.triples; ++q, offset += a.plane, out += kLanes) plane(offset, out);
-        for (int64_t s = 0; s < a.sum_planes; ++s, offset += a.plane, sums += kLanes) plane(offset, sums);
+        for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(packed + 64 * i);
+        transpose_bytes(v);
+        BELLBOX_UNROLL
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(vectors + 64 * (q + i), v[i]);
     }
-    memset(out, 0, static_cast<size_t>((a.lookups - a.places * a.triples) * kLanes));
+    for (int64_t s = 0; s < a.sum_planes; ++s) {  // behind the triples: what lay there is of no use
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t q = kSumTuples * s; q < at_most(kSumTuples * (s + 1), triples); ++q)
+            sum = _mm512_add_epi8(sum, _mm512_permutexvar_epi8(_mm512_load_si512(vectors + 64 * q), digit_sums));
+        _mm512_store_si512(vectors + 64 * (triples + s), sum);
+    }
 }
 
-inline void sum_codes(const PixelArgs& a, const uint8_t* vectors, Tile& tile) {
+inline void sum_codes(const PixelArgs& a, const uint8_t* parts, Tile& tile) {
     __m512i even = _mm512_setzero_si512(), odd = even;
     for (int64_t i = 0; i < a.places * a.sum_planes; ++i) {
-        const __m512i bytes = _mm512_load_si512(vectors + kLanes * i);
+        const __m512i bytes = _mm512_load_si512(parts + kLanes * i);
         even = _mm512_add_epi16(even, _mm512_and_si512(bytes, _mm512_set1_epi16(0x00ff)));
         odd = _mm512_add_epi16(odd, _mm512_srli_epi16(bytes, 8));
     }
@@ -203,22 +100,12 @@ inline void sum_codes(const PixelArgs& a, const uint8_t* vectors, Tile& tile) {
     const __m512i weights = _mm512_set1_epi32(a.product.weights->shift);
     BELLBOX_UNROLL
     for (int i = 0; i < 4; ++i) {             // of levels, at the places inside
-        const __m512i codes = _mm512_cvtepu16_epi32(i % 2 == 0 ? _mm512_castsi512_si256(halves[i / 2]) : _mm512_extracti64x4_epi64(halves[i / 2], 1));
+        const __m512i half = halves[i / 2];
+        const __m512i codes = _mm512_cvtepu16_epi32(i % 2 == 0 ? _mm512_castsi512_si256(half) : _mm512_extracti64x4_epi64(half, 1));
         const __m512i shifts = _mm512_load_si512(tile.less + 16 * i);
         const __m512i levels = _mm512_sub_epi32(_mm512_mullo_epi32(codes, multiplier), shifts);
         _mm512_store_si512(tile.less + 16 * i, _mm512_mullo_epi32(levels, weights));
     }
-}
-
-inline void prepare(const PixelArgs& a, Tile& tile, int64_t unit, uint8_t* out) {
-    with_unit(unit, [&](auto u) {
-        constexpr int U = decltype(u)::value;
-        if (a.stride_x == 2)
-            collect<(U > 32 ? 32 : U), 2>(a, tile, out);
-        else
-            collect<U, 1>(a, tile, out);
-    });
-    sum_codes(a, out + a.lookups * kLanes, tile);
 }
 
 // ---- product ----
@@ -251,14 +138,13 @@ BELLBOX_INLINE void transpose_words(__m512i (&v)[16]) {
     for (int i = 0; i < 16; ++i) v[i] = u[i];
 }
 
-// Outputs [16 block, 16 block + 16) of a tile whose first pixel is number `first`.
 inline void multiply(const PixelArgs& a, const Tile& tile, const uint8_t* operands, int64_t first, int64_t block) {
     alignas(64) int32_t sums[kOutputs * kLanes];   // [outputs][4][16]: of pixel 4 d + t at [t][d]
     for (int half = 0; half < 2; ++half) {
         const uint16_t* addresses = a.addresses + (2 * block + half) * lookup::kRows * a.lookups;
         for (int64_t done = 0; done < a.lookups; done += kPieceLookups)
             lookup::multiply<lookup::kRows>(operands + done * kLanes, addresses + done * lookup::kRows,
-                                            product::smaller(kPieceLookups, a.lookups - done), done == 0,
+                                            at_most(kPieceLookups, a.lookups - done), done == 0,
                                             sums + half * lookup::kRows * kLanes);
     }
     LinearArgs p = a.product;
@@ -278,34 +164,13 @@ inline void multiply(const PixelArgs& a, const Tile& tile, const uint8_t* operan
             const int64_t pixel = 4 * i + t;
             if (pixel >= tile.count) continue;
             const __m512i sum = _mm512_mullo_epi32(v[i], multiplier);
-            const __m512i exact = _mm512_sub_epi32(_mm512_sub_epi32(sum, _mm512_load_si512(less + tile.border[pixel] * a.less_stride)),
-                                                   _mm512_set1_epi32(tile.less[pixel]));
+            const __m512i inside = _mm512_sub_epi32(sum, _mm512_load_si512(less + tile.border[pixel] * a.less_stride));
+            const __m512i exact = _mm512_sub_epi32(inside, _mm512_set1_epi32(tile.less[pixel]));
             __m512 y = epilogue.rounded(p, pixel, exact);
             if (add != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(epilogue.mask, add + pixel * p.ldo));
             if (a.relu) y = _mm512_max_ps(_mm512_setzero_ps(), y);  // in this order NaN stays
             epilogue.store(p, pixel, y);
         }
-    }
-}
-
-// Output pixels [64 begin, 64 end), numbered sample by sample.
-inline void convolve(const PixelArgs& a, int64_t begin, int64_t end) {
-    const int64_t blocks = (a.product.weights->n + kOutputs - 1) / kOutputs, unit = unit_of(a.columns);
-    const int64_t pieces = a.stride_x == 1 ? unit : a.stride_x == 2 ? product::smaller(unit, 32) : 1;
-    const int64_t bytes = (a.lookups + a.places * a.sum_planes) * kLanes;
-    const int64_t room = blocks * kOutputs * a.lookups * 2 <= kSmallWeights ? kNearRoom : kFarRoom;
-    const int64_t together = product::smaller(end - begin, room / bytes > 1 ? room / bytes : 1);
-    const Scratch operands(together * bytes / 4), tiles(together * static_cast<int64_t>(sizeof(Tile)) / 4 + 1);
-    uint8_t* const data = reinterpret_cast<uint8_t*>(operands.data);
-    Tile* const all = reinterpret_cast<Tile*>(tiles.data);
-    for (; begin < end; begin += together) {
-        const int64_t count = product::smaller(together, end - begin);
-        for (int64_t i = 0; i < count; ++i) {
-            all[i] = Tile(a, begin + i, pieces);
-            prepare(a, all[i], pieces, data + i * bytes);
-        }
-        for (int64_t block = 0; block < blocks; ++block)
-            for (int64_t i = 0; i < count; ++i) multiply(a, all[i], data + i * bytes, (begin + i) * kLanes, block);
     }
 }
 

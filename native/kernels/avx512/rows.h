@@ -11,13 +11,8 @@
 
 #include <immintrin.h>
 
+#include "kernels/inline.h"
 #include "kernels/portable/encode.h"
-
-#ifndef BELLBOX_INLINE
-#define BELLBOX_INLINE inline __attribute__((always_inline))
-#define BELLBOX_UNROLL _Pragma("GCC unroll 16")
-#endif
-#define BELLBOX_STEP(...) [&](__VA_ARGS__) __attribute__((always_inline))  // a lambda that is part of its caller's loop
 
 namespace bellbox {
 namespace {

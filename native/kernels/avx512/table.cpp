@@ -12,7 +12,21 @@
 
 namespace bellbox {
 constexpr Kernels avx512_kernels = {
-    "avx512",       avx512::encode,   avx512::rotate, avx512::forward,    avx512::backward,
-    avx512::linear, avx512::rms_norm, avx512::attend, avx512::int8_linear, avx512::integer_peak,
-    avx512::binarized_input, avx512::binarized, avx512::counts, avx512::pixels::make_planes, avx512::pixels::convolve};
+    .name = "avx512",
+    .encode = avx512::encode,
+    .rotate = avx512::rotate,
+    .forward = avx512::forward,
+    .backward = avx512::backward,
+    .linear = avx512::linear,
+    .rms_norm = avx512::rms_norm,
+    .attend = avx512::attend,
+    .int8_linear = avx512::int8_linear,
+    .integer_peak = avx512::integer_peak,
+    .binarized_input = avx512::binarized_input,
+    .binarized = avx512::binarized,
+    .counts = avx512::counts,
+    .make_planes = avx512::pixels::make_planes,
+    .convolve = avx512::pixels::convolve,
+    .joined = 3,
+};
 }  // namespace bellbox

@@ -68,7 +68,7 @@ constexpr double kSigmaFloor = 1e-8;
 constexpr double kSigmaCeiling = 1e30;  // above it the fp32 butterfly could overflow
 
 // What a row is multiplied with before it is coded, and its row_scale; with the roundings of
-// src/bellbox/kernels/encode.py. Both are NaN for a row that is not finite or too large.
+// src/bellbox/ops/encode.py. Both are NaN for a row that is not finite or too large.
 struct RowScale {
     float r, row_scale;
 };

@@ -10,7 +10,17 @@
 
 namespace bellbox {
 constexpr Kernels portable_kernels = {
-    "portable",       portable::encode,   portable::rotate, portable::forward,    portable::backward,
-    portable::linear, portable::rms_norm, portable::attend, portable::int8_linear, portable::integer_peak,
-    portable::binarized_input, portable::binarized};
+    .name = "portable",
+    .encode = portable::encode,
+    .rotate = portable::rotate,
+    .forward = portable::forward,
+    .backward = portable::backward,
+    .linear = portable::linear,
+    .rms_norm = portable::rms_norm,
+    .attend = portable::attend,
+    .int8_linear = portable::int8_linear,
+    .integer_peak = portable::integer_peak,
+    .binarized_input = portable::binarized_input,
+    .binarized = portable::binarized,
+};
 }  // namespace bellbox

@@ -18,14 +18,14 @@ from bellbox.core import packing
 from bellbox.ops import native
 from bellbox.ops.dispatch import is_direct
 
-MAX_ROWS = 32
-"""More rows are faster with decoded weights (docs/ptq.md)."""
+MAX_ROWS = {"avx2": 8, "avx512": 32, "amx": 32}
+"""By instruction set: more rows are faster with decoded weights (docs/ptq.md), as is any number on others."""
 MAX_BITS = 8
 """Of the inputs."""
 
 
 def serves(x: Tensor, bits: int) -> bool:
-    """Whether the kernel takes this input, and is the faster way here: with AVX-512 it is.
+    """Whether the kernel takes this input, and is the faster way with the instruction set in use.
 
     Args:
         x: `[..., features]`, at least one dimension.
@@ -36,11 +36,10 @@ def serves(x: Tensor, bits: int) -> bool:
         and x.is_cpu
         and x.dtype == torch.float32
         and bits <= MAX_BITS
-        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
         and native.available()
-        and native.isa() in ("avx512", "amx")
+        and 0 < x.numel() <= MAX_ROWS.get(native.isa(), 0) * x.shape[-1]
     )
 
 
