@@ -17,6 +17,7 @@ from bellbox.nn.tools import unique_tensors
 from bellbox.recipe import Recipe, recipe_from_dict
 from bellbox.runs.config import PAPER, CewtSection, QuantizationSection, TrainConfig
 from bellbox.runs.planner import quantized_fraction
+from bellbox.utils.processor import choose_precision
 
 BBQ_EVERY = 16
 """Steps between projections with BBQ: often enough that its codes stay equally used, seldom enough to cost nothing."""
@@ -88,6 +89,8 @@ def resolve_vision(config: TrainConfig, dataset: ImageDataset) -> TrainConfig:
 
 def _resolve_rest(config: TrainConfig) -> TrainConfig:
     config.steps, config.tokens = config.total_steps, None
+    if config.precision == "auto":
+        config.precision, _ = choose_precision(pick_device(config.device))
     _resolve_cewt(config.optimizer.cewt, config.quantization)
     if config.phases.quantized == "optimal":
         config.phases.quantized = _optimal_fraction(config)

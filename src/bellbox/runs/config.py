@@ -254,8 +254,9 @@ class TrainConfig:
     """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
     tokens: int | None = None
     """Budget in tokens (of a vision task, in images), rounded up to whole steps."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast dtype of the training forward. Master weights and evaluation are fp32 in both."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast dtype of the training forward; `auto` takes bf16 where the processor or GPU has units for it, else fp32,
+    and a run goes on with what it began with. Master weights and evaluation are fp32 in both."""
     compile: bool = False
     """Pass the training forward through torch.compile."""
     seed: int = 0
