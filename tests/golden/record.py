@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -171,7 +172,9 @@ def kind_of_machine() -> str:
             break
     from bellbox.ops import native
 
-    kernels = native.describe().split(" (")[0]
+    # A larger processor that is held down is a kind of its own: not every library of torch's heeds that.
+    held = f" held to {os.environ['BELLBOX_ISA']}" if "BELLBOX_ISA" in os.environ else ""
+    kernels = native.describe().split(" (")[0] + held
     return f"{kernels}, torch {torch.__version__.split('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, {vendor}"
 
 

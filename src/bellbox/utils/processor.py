@@ -1,4 +1,4 @@
-"""What the processor does fast: bf16 and 8-bit integer products, each many times slower where it has no units for them.
+"""Units of the processor: bf16 and 8-bit integer products are many times slower where it has none for them.
 
 Without AVX512-BF16 or AMX a bf16 product is emulated (a training step on Zen 3: 9.5 times that in fp32); without VNNI
 or AMX so is `torch._int_mm` (22 to 28 times the float product). A processor that is held down, by `BELLBOX_ISA` (avx2,
@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 
 Precision = Literal["bf16", "fp32"]
+MAX_THREADS = 1024
+"""More are refused: the system would run out of them somewhere in the middle of the work."""
 
 _HELD = {"avx2", "portable"}
 # What oneDNN still uses under a limit; under any other value, or none, it uses all there is.
@@ -57,6 +59,11 @@ def _usable() -> frozenset[str]:
         return frozenset()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return _features() & _ONEDNN.get(limit.upper(), _features())
+
+
+def beyond_avx2() -> bool:
+    """Whether there is anything that a processor with AVX2 alone lacks."""
+    return bool(_features()) or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @functools.cache
