@@ -10,6 +10,7 @@ processor, and compared where this one's kind was recorded.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -201,8 +202,8 @@ def resumed(folder: Path, tmp: Path) -> str:
 
     shutil.copytree(folder, tmp)
     config = load_config(tmp / "run" / "config.yaml")
-    config.folder, config.data.source = str(tmp / "run"), str(tmp / "tokens")
-    train(config, show=False)
+    data = dataclasses.replace(config.data, source=str(tmp / "tokens"))
+    train(dataclasses.replace(config, folder=str(tmp / "run"), data=data), show=False)
     from safetensors.torch import load_file
 
     tensors = load_file(tmp / "run" / "checkpoints" / "step-00000004" / "model.safetensors")

@@ -32,7 +32,7 @@ from bellbox.formats import packed as io
 from bellbox.formats.auto import open_model
 from bellbox.formats.packed import Sizes
 from bellbox.report import Sample, render
-from bellbox.runs.build import make_model, resolve
+from bellbox.runs.build import make_model
 from bellbox.runs.config import (
     BatchSection,
     DataSection,
@@ -41,6 +41,7 @@ from bellbox.runs.config import (
     QuantizationSection,
 )
 from bellbox.runs.folder import lock
+from bellbox.runs.resolve import resolve
 from bellbox.training import TrainConfig, Trainer
 from bellbox.utils.files import read_json
 from bellbox.utils.malloc import keep_freed_memory
@@ -244,7 +245,7 @@ def _check_length(command: Demo) -> None:
 
 def _seconds_per_step(precision: Precision) -> float:
     """Of the demo's model, on random tokens; the quickest of a few, so that a busy moment does not count."""
-    config = resolve(demo_config(Path("unused"), STEPS, precision), data.open("classics").vocab_size)
+    config = resolve(demo_config(Path("unused"), STEPS, precision), data.open("classics"))
     model = make_model(config).train()
     optimizer = torch.optim.AdamW(model.parameters())
     vocabulary: int = model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]

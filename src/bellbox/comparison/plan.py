@@ -18,6 +18,7 @@ from bellbox.comparison.results import Result, Results, identity
 from bellbox.errors import BellboxError
 from bellbox.runs.build import pick_device
 from bellbox.runs.config import TrainConfig
+from bellbox.runs.resolve import resolve
 from bellbox.training.check import check_trainable
 from bellbox.training.tasks import data_checksum, make_task, open_data
 from bellbox.utils.processor import Precision, choose_precision
@@ -35,6 +36,7 @@ class Wanted:
     lr: float
     seed: int
     config: TrainConfig
+    """As the grid asks for it, and as it is recorded: a result is found again by what was asked for."""
     data: str
     """Checksum of its tokens or images."""
     key: str
@@ -119,7 +121,10 @@ class Plan:
                 )
         for run in {id(run.cell): run for run in self.missing()}.values():
             try:
-                check_trainable(make_task(run.config, self._dataset(run.config)).config)
+                dataset = self._dataset(run.config)
+                config = resolve(run.config, dataset)
+                make_task(config, dataset)
+                check_trainable(config)
             except BellboxError as error:
                 raise BellboxError(f"row '{run.cell.row}': {error}") from None
         self._opened.clear()

@@ -45,6 +45,7 @@ from bellbox.runs.folder import lock, write_text
 from bellbox.runs.metrics import MetricsWriter
 from bellbox.runs.open import CONFIG_FILE, TOKENIZER_FILE
 from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
+from bellbox.runs.resolve import resolve
 from bellbox.training import random_state
 from bellbox.training.check import check_trainable
 from bellbox.training.distill import Teacher, divergence
@@ -56,7 +57,7 @@ from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.progress import Progress
 from bellbox.training.schedule import one_cycle
 from bellbox.training.stop import Stopped, StopSignals
-from bellbox.training.tasks import make_task
+from bellbox.training.tasks import make_task, open_data
 from bellbox.utils.processor import choose_precision
 
 
@@ -101,9 +102,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True):
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        config, self._why_precision = _with_precision(config)
-        self.task = make_task(config)
-        self.config = self.task.config
+        config, self._why_precision = _with_precision(config.check())
+        dataset = open_data(config)
+        self.config = resolve(config, dataset)
+        self.task = make_task(self.config, dataset)
         self.folder = Path(self.config.folder)
         self.device = pick_device(self.config.device)
         self.resume, self.show = resume, show
