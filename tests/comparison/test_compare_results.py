@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from bellbox.comparison.plan import Plan
 from bellbox.comparison.results import identity
 from bellbox.errors import BellboxError
 from bellbox.training import TrainConfig
+from bellbox.utils import processor
 
 
 def test_what_is_added_is_read_again_and_half_a_line_is_cut_away(tmp_path: Path, result) -> None:
@@ -66,6 +68,27 @@ def test_the_rates_come_first_then_the_other_seeds_at_the_best_one(grid, tmp_pat
     # Row b diverged at its only rate, so its other seeds are not tried.
     assert order == [("a", 0.01, 0), ("a", 0.02, 0), ("b", 0.1, 0), ("a", 0.02, 1), ("a", 0.02, 2)]
     assert [plan.is_hopeless(cell) for cell in plan.grid.cells] == [False, True]
+
+
+def test_auto_is_one_precision_for_a_study_wherever_it_goes_on(
+    grid, tmp_path: Path, finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BELLBOX_ISA", raising=False)
+    monkeypatch.setattr(processor, "_features", lambda: frozenset())
+    file = grid(rows={"a": {}, "b": {"precision": "bf16"}}, over={"precision": "auto"}, seeds=[0, 1])
+    results = Results(tmp_path)
+    first, pinned = Plan(load_grid(file), results).missing()
+    assert (first.config.precision, pinned.config.precision) == ("fp32", "bf16")
+    # What was recorded before there was a choice says bf16, as its own key or not at all.
+    config = {**first.config.to_dict(), "precision": "bf16"}
+    recorded = identity(config, first.data)
+    del config["precision"]
+    assert identity(config, first.data) == recorded != first.key
+    earlier = dataclasses.replace(finished(first, 2.0), config={**config, "precision": "bf16"})
+    results.add(earlier)
+    again = Plan(load_grid(file), results)
+    assert [(run.cell.row, run.seed) for run in again.missing()] == [("b", 0), ("a", 1)]
+    assert again.missing()[1].config.precision == "bf16"
 
 
 def test_a_run_known_from_another_study_is_found_and_a_failed_one_is_not(

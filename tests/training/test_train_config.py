@@ -16,7 +16,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
     assert (config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.lr) == (0.1, 1.0, 1.2e-3)
     schedule = config.schedule
     assert (schedule.warmup, schedule.start_factor, schedule.end_factor) == (0.1, 0.01, 0.1)
-    assert config.precision == "bf16"
+    assert config.precision == "auto"
 
 
 def test_a_file_is_read_and_written_without_loss(tmp_path: Path) -> None:

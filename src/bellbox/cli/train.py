@@ -30,7 +30,7 @@ from bellbox.utils.malloc import keep_freed_memory
 from bellbox.utils.yaml import parse_yaml
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainFlags(TrainConfig):
     """Train a model, low-bit or not, from a YAML file, from flags, or from both (flags win)."""
 
@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
     """The configuration that a command line describes, and its `--resume`.
 
     Raises:
-        BellboxError: an unreadable file or a value out of range.
+        BellboxError: an unreadable file.
         SystemExit: 0 for --help, 2 for a flag that does not exist or cannot be read.
     """
     tyro = require("tyro", "cli")
@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
         registry=_mapping_flags(tyro, base),
     )
     values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**values).check(), flags.resume
+    return TrainConfig(**values), flags.resume
 
 
 def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:

@@ -115,9 +115,10 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     """What decides a run's numbers besides its text: a configuration with defaults filled in, the rest left out.
 
     Args:
-        config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as their present defaults.
+        config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as their present defaults
+            (`precision` as bf16).
     """
-    full = _filled(config, dataclasses.asdict(TrainConfig()))
+    full = _filled(config, dataclasses.asdict(TrainConfig(precision="bf16")))  # the default before `auto`
     if full["tokens"] is not None:
         full["steps"], full["tokens"] = -(-full["tokens"] // per_step(full)), None
     for key in FREE:
