@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from bellbox.cli.output import help_text
+from bellbox.cli.output import parse_flags
 from bellbox.errors import require
 
 require("tyro", "cli")
@@ -65,12 +65,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: for input or options that cannot be used.
     """
-    command = tyro.cli(
-        Prepare | Info,  # type: ignore[arg-type]
-        args=argv,
-        prog="bellbox data",
-        description=help_text(__doc__),
-    )
+    command = parse_flags(Prepare | Info, argv, "bellbox data", __doc__)
     if isinstance(command, Prepare):
         _prepare(command)
     else:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from bellbox.cli.output import help_text
+from bellbox.cli.output import parse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.formats.auto import OpenedModel, open_model
 from bellbox.inference.generation import TextGeneration, generate_text
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(Generate, args=argv, prog="bellbox generate", description=help_text(__doc__))
+    command = parse_flags(Generate, argv, "bellbox generate", __doc__)
     begun = time.perf_counter()
     opened = open_model(command.model, command.checkpoint, command.embeddings)
     load_seconds = time.perf_counter() - begun

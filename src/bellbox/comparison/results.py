@@ -187,7 +187,7 @@ class Results:
 
     def drop_failed(self, keys: set[str]) -> int:
         """Forget failed runs with these identities, so that they are tried again; returns how many."""
-        from bellbox.runs.folder import write_text
+        from bellbox.utils.files import write_text
 
         pairs = zip(self.all, self._keys, strict=True)
         kept = [(result, key) for result, key in pairs if result.error is None or key not in keys]

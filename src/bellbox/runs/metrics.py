@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bellbox.errors import BellboxError
-from bellbox.runs.folder import write_text
+from bellbox.utils.files import write_text
 
 WALL_CLOCK = ("tokens_per_s", "seconds")
 
