@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if error.filename is None and error.errno not in _MACHINE:
             raise
-        _fail(f"{error.strerror}" if error.filename is None else f"{error.filename}: {error.strerror}")
+        named = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        _fail(str(BellboxError(f"{named}{error.strerror}")))
     except (MemoryError, RuntimeError) as error:
         # Torch's allocator raises a RuntimeError; any other one is a defect and keeps its traceback.
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
@@ -108,9 +109,8 @@ def _run(arguments: list[str]) -> None:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    """One line on standard error, whatever a name or a file's text in it holds: a line break is not to make two."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-    print(f"bellbox: {'error: ' if code == 2 else ''}{line}", file=sys.stderr)
+    """One line on standard error."""
+    print(f"bellbox: {'error: ' if code == 2 else ''}{message}", file=sys.stderr)
     raise SystemExit(code) from None
 
 
