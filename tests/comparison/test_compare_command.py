@@ -101,7 +101,7 @@ def test_killed_with_its_run_it_goes_on_to_the_same_result(grid, start, tmp_path
 
 def _unlocked(folder: Path) -> bool:
     from bellbox.errors import BellboxError
-    from bellbox.runs.folder import lock
+    from bellbox.utils.files import lock
 
     try:
         lock(folder).close()

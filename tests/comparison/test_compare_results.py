@@ -8,7 +8,7 @@ import pytest
 
 from bellbox.comparison import Results, load_grid
 from bellbox.comparison.plan import Plan
-from bellbox.comparison.results import identity
+from bellbox.comparison.results import Result, identity
 from bellbox.errors import BellboxError
 from bellbox.training import TrainConfig
 from bellbox.utils import processor
@@ -105,3 +105,33 @@ def test_a_run_known_from_another_study_is_found_and_a_failed_one_is_not(
     assert found is not None
     assert found.row == "a"
     assert Results(tmp_path).all == results.all
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"study": "../../up"}, "study '../../up' is no name"),
+        ({"study": "a\nb"}, "is no name"),
+        ({"study": ".hidden"}, "is no name"),
+        ({"row": "x" * 300}, "is no name"),
+        ({"row": "a\u2028\\input{b}"}, "is no name"),
+        ({"lr": "1e-3"}, "lr: "),
+        ({"seed": 1.5}, "seed: "),
+        ({"config": {"steps": "many"}}, "steps"),
+        ({"config": [1]}, "config: "),
+        ({"history": [{"step": 1}]}, "0.tokens"),
+        ({"gamma": {"up": {"low": 0.0, "high": 1.0, "counts": [0] * 20_000}}}, "up.counts"),
+        ({"loss": float("nan")}, "NaN is no number"),
+        ({"extra": 1}, "unknown key 'extra'"),
+    ],
+)
+def test_what_a_line_says_is_no_path_and_no_markup(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    good = Result("study", "BBQ", 2, 1e-3, 0, {}, {"steps": 2}, "data")
+    (tmp_path / "results.jsonl").write_text(json.dumps(vars(good)) + "\n")
+    assert Results(tmp_path).all == [good]
+    (tmp_path / "results.jsonl").write_text(json.dumps(vars(good) | change) + "\n")
+    with pytest.raises(BellboxError, match="line 1 is not a result") as caught:
+        Results(tmp_path)
+    assert said in str(caught.value)

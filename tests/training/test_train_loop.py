@@ -17,9 +17,9 @@ from bellbox.errors import BellboxError
 from bellbox.evaluation import perplexity
 from bellbox.runs.checkpoint import CheckpointWarning
 from bellbox.runs.config import BatchSection, OptimizerSection, QuantizationSection, VisionSection
-from bellbox.runs.folder import lock
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_config, load_run, train
+from bellbox.utils.files import lock
 
 Tiny = Callable[..., TrainConfig]
 

@@ -19,7 +19,7 @@ import torch
 
 from bellbox.benchmark import Machine, bench_kernels, bench_model, measure_machine
 from bellbox.benchmark.kernels import ROWS, SHAPES
-from bellbox.cli.output import help_text, require_writable, write_file
+from bellbox.cli.output import parse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.models import preset
 from bellbox.utils.processor import MAX_THREADS
@@ -77,12 +77,10 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(
-        Annotated[Kernels, tyro.conf.subcommand("kernels")] | Annotated[Model, tyro.conf.subcommand("model")],  # pyright: ignore[reportArgumentType]
-        args=argv,
-        prog="bellbox bench",
-        description=help_text(__doc__),
+    kinds: Any = (
+        Annotated[Kernels, tyro.conf.subcommand("kernels")] | Annotated[Model, tyro.conf.subcommand("model")]
     )
+    command = parse_flags(kinds, argv, "bellbox bench", __doc__)
     wrong = [b for b in command.bits if not 1 <= b <= 4]
     if wrong or not 1 <= command.threads <= MAX_THREADS or not 0 < command.seconds <= _MAX_SECONDS:
         raise BellboxError(

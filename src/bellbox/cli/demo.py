@@ -23,7 +23,7 @@ from bellbox import data
 from bellbox.cli.convert import check_batches, describe, pack, show_sizes
 from bellbox.cli.eval import Evaluation, evaluate, show
 from bellbox.cli.generate import continue_text, speed_of
-from bellbox.cli.output import help_text, write_file
+from bellbox.cli.output import parse_flags, write_file
 from bellbox.cli.report import collect
 from bellbox.convert import summary
 from bellbox.errors import BellboxError, require
@@ -40,16 +40,14 @@ from bellbox.runs.config import (
     OptimizerSection,
     QuantizationSection,
 )
-from bellbox.runs.folder import lock
 from bellbox.runs.resolve import resolve
 from bellbox.training import TrainConfig, Trainer
-from bellbox.utils.files import read_json
+from bellbox.utils.files import lock, read_json
 from bellbox.utils.malloc import keep_freed_memory
 from bellbox.utils.processor import Precision, choose_precision
 
 require("tyro", "cli")
 
-import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
 
 STEPS = 450
 MARKER, RUN, PACKED, REPORT = "demo.json", "run", "packed", "report.html"
@@ -91,7 +89,7 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
         SystemExit: 1 where a bar is missed, 130 or 143 after a signal.
     """
-    command = tyro.cli(Demo, args=argv, prog="bellbox demo", description=help_text(__doc__))
+    command = parse_flags(Demo, argv, "bellbox demo", __doc__)
     _check_length(command)
     begun = time.monotonic()
     handle = _claim(command.out)

@@ -18,7 +18,7 @@ from torch import nn
 from bellbox import data, ptq
 from bellbox.cli.convert import packed_sizes, size_rows
 from bellbox.cli.generate import continue_text, speed_of
-from bellbox.cli.output import help_text, refuse_flags, require_writable, write_file
+from bellbox.cli.output import parse_flags, refuse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import unigram
 from bellbox.evaluation.codes import Agreement
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(Report, args=argv, prog="bellbox report", description=help_text(__doc__))
+    command = parse_flags(Report, argv, "bellbox report", __doc__)
     if ptq.is_binarized(command.run):
         refuse_flags(command, ("packed", "checkpoint", "layer", "prompt", "seed"), "a binarized model")
         _write_binarized(Path(command.run), command.out)

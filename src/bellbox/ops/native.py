@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bellbox.errors import BellboxError
+from bellbox.utils.files import one_line
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_LEVELS = 16
@@ -37,8 +38,16 @@ def _module() -> ModuleType | None:
         return None
     try:
         _native = importlib.import_module("bellbox._native")
-    except ModuleNotFoundError:
-        return None
+    except ModuleNotFoundError as error:
+        if error.name != "bellbox._native":
+            raise
+        return None  # it was not built: the package was installed without a compiler
+    except ImportError as error:
+        # Built, but not to be loaded here: falling back would be slow for no reason that anybody could see.
+        raise BellboxError(
+            f"the compiled kernels cannot be loaded ({one_line(error)}): install what is missing (on Debian, "
+            "libgomp1), or set BELLBOX_ISA=reference to do without them"
+        ) from None
     source = _source()
     if source is not None and getattr(_native, "source", None) != source:
         raise BellboxError(

@@ -41,7 +41,6 @@ from bellbox.runs.checkpoint import Checkpoint, Checkpoints, State
 from bellbox.runs.config import TrainConfig
 from bellbox.runs.config_file import differences, load_config, save_config
 from bellbox.runs.environment import describe
-from bellbox.runs.folder import lock, write_text
 from bellbox.runs.metrics import MetricsWriter
 from bellbox.runs.open import CONFIG_FILE, TOKENIZER_FILE
 from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
@@ -58,6 +57,7 @@ from bellbox.training.progress import Progress
 from bellbox.training.schedule import one_cycle
 from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
+from bellbox.utils.files import lock, write_text
 from bellbox.utils.processor import choose_precision
 
 
