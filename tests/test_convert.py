@@ -96,12 +96,23 @@ def test_a_layer_used_under_two_names_is_replaced_in_both_places():
         assert torch.equal(packed(x), model.eval()(x))
 
 
-def test_subclasses_of_linear_are_left():
+def test_subclasses_are_quantized_unless_they_compute_otherwise():
     class Special(nn.Linear):
         pass
 
-    model = bb.prepare(nn.Sequential(Special(8, 8), nn.Linear(8, 8)), Recipe.bbq(2))
-    assert names(model) == ["1"]
+    class Other(nn.Linear):
+        def forward(self, input):
+            return input @ self.weight.T
+
+    class Standardized(nn.Conv2d):
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, weight - weight.mean(), bias)
+
+    with pytest.warns(UserWarning, match=r"1 79% \(Other, a subclass of Linear with a forward of its own\)"):
+        model = bb.prepare(nn.Sequential(Special(8, 8), Other(8, 64)), Recipe.bbq(2))
+    assert names(model) == ["0"]
+    with pytest.raises(BellboxError, match=r"not quantized are: 0 \(Standardized, a subclass of Conv2d"):
+        bb.prepare(nn.Sequential(Standardized(8, 8, 1)), Recipe.bbq(2))
 
 
 def test_rules_choose_layers_and_numbers():

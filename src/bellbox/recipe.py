@@ -19,15 +19,18 @@ from bellbox.quantizers.spec import Granularity, QuantizerSpec, with_present_nam
 
 HEADS = (
     *("lm_head", "embed_out", "output_projection", "classifier", "score", "head"),
-    *("lm_head.decoder", "predictions.decoder", "vocab_projector", "classifier.1"),
+    *("lm_head.decoder", "predictions.decoder", "vocab_projector"),
 )
-"""Last parts of the names under which models keep their output layer; left in full precision by default."""
+"""Last parts of the names under which models keep their output layer: a hint beside their structure (`keep_ends`)."""
 
 STEMS = (
     *("stem", "stem.*", "conv_stem", "conv1", "patch_embed*"),
     *("*.stem.*", "*.embedder.embedder.*", "*.patch_embeddings.projection"),
 )
-"""Patterns of the names under which vision models keep the layer that reads the image; left in full precision too."""
+"""Patterns of the names under which vision models keep the layer that reads the image: a hint as well."""
+
+EVERYTHING = "*"
+"""The pattern that says nothing about a layer: such rules are the ones that `Recipe.keep_ends` holds back."""
 
 LayerKind = Literal["linear", "conv"]
 """What a rule may confine itself to."""
@@ -84,6 +87,11 @@ class Recipe:
     """Rules in order of precedence."""
     share_inputs: bool = True
     """Whether siblings that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
+    keep_ends: bool = False
+    """Whether rules with the pattern `*` pass over the ends of the network (`bellbox.structure.ends`): the layers that
+    read the input or give the outputs, routers of experts, weights tied to an embedding. Other patterns reach them.
+
+    `Recipe.of` and its kind say yes; a recipe of earlier files, which does not say, means no."""
 
     @classmethod
     def of(
@@ -102,12 +110,13 @@ class Recipe:
         weight_only: Literal["float", "int8"] | None = None,
         weights_rotated: bool = False,
         share_inputs: bool = True,
+        keep_ends: bool = True,
         keep: tuple[str, ...] = (),
         rules: tuple[Rule, ...] = (),
         statistic: Granularity | None = None,
         weight_statistic: Granularity | None = None,
     ) -> Recipe:
-        """A method on every linear layer and convolution but head and stem.
+        """A method on every linear layer and convolution but the ends of the network.
 
         What is not said is the method's own choice.
 
@@ -126,6 +135,8 @@ class Recipe:
             weights_rotated: learn the weights in the rotated domain; needs quantized activations. A weight that stands
                 elsewhere in the model too stays as it is, and is rotated in every forward.
             share_inputs: see `Recipe.share_inputs`.
+            keep_ends: see `Recipe.keep_ends`; where False, only layers with the usual names of heads and stems are
+                left.
             keep: name patterns of further layers to leave in full precision.
             rules: rules that go before all others.
             statistic: the former name of `granularity`.
@@ -138,7 +149,7 @@ class Recipe:
         granularity = granularity or statistic
         weight_granularity = weight_granularity or weight_statistic
         if method == "none":
-            return cls(rules, share_inputs)
+            return cls(rules, share_inputs, keep_ends)
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
         common = levels if bits is None else levels_from_bits(bits)
@@ -163,8 +174,8 @@ class Recipe:
             weights = dataclasses.replace(weights, block=1, options=_without_signs(weights.options))
         heads = tuple(pattern for head in HEADS for pattern in (head, f"*.{head}"))
         left = tuple(map(Rule, (*heads, *STEMS)))
-        everything = Rule("*", weights, activations, weights_rotated)
-        return cls((*rules, *map(Rule, keep), *left, everything), share_inputs)
+        everything = Rule(EVERYTHING, weights, activations, weights_rotated)
+        return cls((*rules, *map(Rule, keep), *left, everything), share_inputs, keep_ends)
 
     @classmethod
     def bbq(
@@ -227,16 +238,24 @@ class Recipe:
             return cls.of("bbq", bits, block=given, **choices)
         linear, conv = (cls.of("bbq", bits, block=block, **choices) for block in (32, 64))
         convolutions = dataclasses.replace(conv.rules[-1], kind="conv")
-        return cls((*linear.rules[:-1], convolutions, linear.rules[-1]), linear.share_inputs)
+        return dataclasses.replace(linear, rules=(*linear.rules[:-1], convolutions, linear.rules[-1]))
 
     @classmethod
     def none(cls) -> Recipe:
         """Leave every layer as it is: the full-precision baseline."""
         return cls()
 
-    def rule_for(self, name: str, kind: LayerKind = "linear") -> Rule | None:
-        """The rule that decides about a layer, or None where it is left as it is."""
+    def rule_for(self, name: str, kind: LayerKind = "linear", end: bool = False) -> Rule | None:
+        """The rule that decides about a layer, or None where it is left as it is.
+
+        Args:
+            name: dotted.
+            kind: of the layer.
+            end: whether it is one of the network's ends (`bellbox.structure.ends`).
+        """
         for rule in self.rules:
+            if end and self.keep_ends and rule.pattern == EVERYTHING:
+                continue
             if rule.matches(name, kind):
                 return rule if rule.weights or rule.activations else None
         return None
