@@ -59,6 +59,7 @@ def prepare(model: Model, recipe: Recipe) -> Model:
     layers = new_layers(model, recipe)
     _warn_of_idle_rules(model, recipe)
     _say_what_is_left(model, recipe, layers)
+    _warn_of_what_cannot_be_packed(layers)
     for _, layer in layers:
         if layer.weight_quantizer is not None:
             if layer.weights_rotated:
@@ -175,10 +176,7 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
                 f"{name or 'the layer'} cannot be packed: {layer.weight_quantizer.why_not_packed()}"
             )
         if activation is None or layer.weight_quantizer is None:
-            raise BellboxError(
-                f"{name or 'the layer'} cannot be packed: only its {'inputs' if activation else 'weights'} are "
-                "quantized, and integers need both; give its rule both (weight_only='int8' does)"
-            )
+            raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         shared.setdefault(id(activation), InputCache(activation.shared.readers))
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
         kind = PackedConv2d if isinstance(layer, QuantizedConv2d) else PackedLinear
@@ -226,6 +224,37 @@ def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[Plain
             warnings.warn(line, stacklevel=3)
         else:
             logger.info(line)
+
+
+def _warn_of_what_cannot_be_packed(layers: list[tuple[Plain, QuantizedLayer]]) -> None:
+    """Before the training, not after it."""
+    for _, layer in layers:
+        why = _why_never_packed(layer)
+        if why is not None:
+            quantizer = layer.weight_quantizer or (
+                layer.activation_quantizer and layer.activation_quantizer.quantizer
+            )
+            where = quantizer.name.rpartition(".")[0] if quantizer else "a layer"
+            warnings.warn(f"the model can be trained, but not packed: {where}: {why}", stacklevel=3)
+            return
+
+
+def _why_never_packed(layer: QuantizedLayer) -> str | None:
+    """Why `convert` will refuse a layer whatever is trained; None where it will not."""
+    activation = layer.activation_quantizer and layer.activation_quantizer.quantizer
+    weight = layer.weight_quantizer
+    for each in (weight, activation):
+        if each is not None and each.on_grid and not each.levels.fits_int8:
+            n, zero_point = each.levels.n, each.levels.zero_point
+            return f"{n} levels with zero point {zero_point} do not fit int8, but 255 about zero or 128 above it do"
+        if each is not None and (not each.on_grid or (each is activation and each.granularity == "tensor")):
+            return each.why_not_packed()
+    if weight is not None and activation is not None:
+        return None
+    return (
+        f"only its {'inputs' if activation else 'weights'} are quantized, and integers need both; give its rule both "
+        "(weight_only='int8' does)"
+    )
 
 
 def _rotated_in_forward(rule: Rule) -> Rule:

@@ -138,10 +138,12 @@ def names_of_weights(model: nn.Module) -> list[tuple[str, LayerKind]]:
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """A module's own parameters of two and more dimensions; where it is parametrized, its parametrization's."""
-    own = list(module._parameters.values())
+    """A module's own parameters of two and more dimensions; where its weight is made elsewhere, of what makes it."""
+    own: list[Tensor | None] = list(module._parameters.values())
     if is_parametrized(module):
         own += list(module.parametrizations.parameters())  # type: ignore[union-attr]
+    elif is_made(module) and not any(p is not None and p.dim() > 1 for p in own):
+        own.append(getattr(module, "weight", None))
     return [p for p in own if p is not None and not isinstance(p, UninitializedParameter) and p.dim() > 1]
 
 

@@ -7,6 +7,7 @@ match decides. It reads from YAML or JSON through `recipe_from_dict`, which refu
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -122,7 +123,8 @@ class Recipe:
 
         Args:
             method: one of `bellbox.quantizers.METHODS`, or `none` for full precision.
-            bits: of weights and activations, 1 to 8; where nothing is said the method's own choice, mostly 2.
+            bits: of weights and activations, 1 to 8; where nothing is said the method's own choice, mostly 2. At
+                8 bits, methods with levels on both sides of zero take 255, which fit int8.
             levels: number of levels instead of bits; 3 is ternary.
             weight_levels: levels of the weights alone, where they differ.
             activation_levels: levels of the activations alone.
@@ -156,6 +158,17 @@ class Recipe:
         if common is None:
             common = check_method(method, {}).own_levels
         number: int = common
+
+        if (
+            bits == 8
+            and not _fits_int8(method, number, zero_point, options)
+            and _fits_int8(method, number - 1, zero_point, options)
+        ):
+            number -= 1
+            warnings.warn(
+                f"{method} at 8 bits takes 255 levels, -127..127: its 256 do not fit int8 and could not be packed",
+                stacklevel=2,
+            )
 
         def spec(n: int | None, granularity: Granularity | None) -> QuantizerSpec:
             n = number if n is None else n
@@ -263,6 +276,19 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON or YAML; `recipe_from_dict` gives the equal recipe."""
         return dataclasses.asdict(self)
+
+
+def _fits_int8(
+    method: str, levels: int, zero_point: float | None, options: Mapping[str, bool | float | str] | None
+) -> bool:
+    """Whether the levels of a method's weights and activations fit int8, as packing needs; without a grid, yes."""
+    spec = QuantizerSpec(method, levels, zero_point, options=dict(options or {}))
+    kind = METHODS[method]
+    rows = [8, None] if kind.activation_granularities else [8]
+    try:
+        return not kind.on_grid or all(kind(64, spec, each).levels.fits_int8 for each in rows)
+    except BellboxError:
+        return True  # a number that the method does not have, which is refused where it is used
 
 
 def _without_signs(options: Mapping[str, bool | float | str]) -> dict[str, bool | float | str]:
