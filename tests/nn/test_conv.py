@@ -14,9 +14,9 @@ from torch.nn import functional as F
 import bellbox as bb
 from bellbox.convert import unprepare
 from bellbox.core import hadamard as hadamard_module
+from bellbox.core.geometry import ConvGeometry
 from bellbox.errors import BellboxError
 from bellbox.nn import QuantizedConv2d, quantized_layers
-from bellbox.core.geometry import ConvGeometry
 from bellbox.ops.encode import SIGMA_FLOOR
 from bellbox.quantizers import METHODS
 from bellbox.recipe import Recipe

@@ -14,7 +14,6 @@ from bellbox.core.hadamard import butterfly
 from bellbox.errors import BellboxError
 from bellbox.nn import (
     ActivationQuantizer,
-    PackedLinear,
     QuantizedLinear,
     quantized_layers,
     record_activation_codes,
@@ -293,7 +292,14 @@ def test_packed_state_dict_round_trip():
     assert not torch.equal(one(x), other(x))
     other.load_state_dict(one.state_dict())
     assert torch.equal(one(x), other(x))
-    assert set(one.state_dict()) == {"packed", "weight_scale", "act_scale", "act_thresholds", "act_rstd", "bias"}
+    assert set(one.state_dict()) == {
+        "packed",
+        "weight_scale",
+        "act_scale",
+        "act_thresholds",
+        "act_rstd",
+        "bias",
+    }
 
 
 def test_a_packed_layer_works_in_four_threads():

@@ -56,8 +56,7 @@ def random_model(config: ModelConfig, bits: int, embeddings: Precision = "fp32")
     model = prepare(build(config, seed=0), Recipe.bbq(bits)).eval()
     with torch.no_grad():
         model(torch.randint(0, config.vocab_size, (1, 16)))
-    packed = convert(model, embeddings)
-    return packed
+    return convert(model, embeddings)
 
 
 class Contender(Protocol):

@@ -278,12 +278,16 @@ def _check_tensors(
 
 
 def stored_buffers(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a packed layer or a compact table as files have them; of an empty layer their shapes and dtypes."""
+    """The tensors of a packed layer or a compact table as files have them; of an empty one their shapes and dtypes."""
     buffers = dict(layer.named_buffers())
     if isinstance(layer, PackedLayer):
         device = layer.packed.device
         size = row_bytes(layer.row_length, layer.weight_levels.n)
-        rows = torch.empty(layer.row_count, size, dtype=torch.uint8, device=device) if device.type == "meta" else None
+        rows = (
+            torch.empty(layer.row_count, size, dtype=torch.uint8, device=device)
+            if device.type == "meta"
+            else None
+        )
         del buffers["packed"], buffers["act_thresholds"]
         buffers = {"weight_packed": layer.weight_packed if rows is None else rows, **buffers}
         for name in ("act_scale", "act_rstd"):
@@ -311,7 +315,7 @@ def assign(
     tensors: Mapping[str, Tensor],
     device: torch.device | None,
 ) -> None:
-    """Put the stored tensors in the model's places; ties stay ties. The codes of packed layers are laid out for the kernels."""
+    """Put the stored tensors in the model's places; ties stay ties. Codes are laid out for the kernels."""
     inside: set[int] = set()
     for name, layer in replaced.items():
         if isinstance(layer, PackedLayer):

@@ -2,8 +2,8 @@
 
 `QuantizedLinear` and `QuantizedConv2d` are for training: they keep the full-precision weight and quantize it, and
 their input, in every forward. `PackedLinear` and `PackedConv2d` are for inference: they hold codes only. In evaluation
-both run the same operation on the same arguments, so converting changes no bit of the result. All of them are the owner's
-layers with another class: hooks, attributes and `isinstance` stay.
+both run the same operation on the same arguments, so converting changes no bit of the result. All of them are the
+owner's layers with another class: hooks, attributes and `isinstance` stay.
 
 Layers that read the very same tensor (q, k, v; gate, up) can share one activation quantizer. `InputCache`
 remembers what it made of a tensor until each of them has asked for it.

@@ -1,8 +1,8 @@
 """Layers that change their class in place, so that whoever holds one (a hook, an attribute, another module) still does.
 
-A low-bit layer is its owner's own object with another class: hooks, attributes and other names of it stay. For a subclass
-of `nn.Linear` or `nn.Conv2d` the class is made at run time, derived from the low-bit layer and the owner's class, so that
-`isinstance` holds for both.
+A low-bit layer is its owner's own object with another class: hooks, attributes and other names of it stay. For a
+subclass of `nn.Linear` or `nn.Conv2d` the class is made at run time, derived from the low-bit layer and the owner's
+class, so that `isinstance` holds for both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _reduce(layer: Any, protocol: Any) -> Any:
 
 def _remade(kind: type, plain: type) -> Any:
     made = class_for(kind, plain)
-    return made.__new__(made)
+    return object.__new__(made)
 
 
 def twin(layer: nn.Module, kind: type) -> Any:

@@ -36,12 +36,12 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
             with torch.autocast(layer.stored_weight.device.type, enabled=False):
                 quantized = layer.weight_quantizer(layer.weight_rows())
             leaf = quantized.detach().requires_grad_(quantized.requires_grad)
-            layer.__dict__["held_weight"] = leaf
+            layer.held_weight = leaf
             held.append((layer, quantized, leaf))
         yield
     finally:
         for layer, _, _ in held:
-            layer.__dict__["held_weight"] = None
+            layer.held_weight = None
     used = [(quantized, leaf.grad) for _, quantized, leaf in held if leaf.grad is not None]
     if used:
         outputs, gradients = zip(*used, strict=True)

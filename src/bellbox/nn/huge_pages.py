@@ -1,7 +1,7 @@
 """Packed weights of a model in one piece of memory on huge pages.
 
-Reading it at a stretch is faster: no page walks, and the processor's own fetching does not stop at every 4 KB; many small
-matrices fill a huge page together. Only a wish: where the system has none, the memory serves as it is.
+Reading it at a stretch is faster: no page walks, and the processor's own fetching does not stop at every 4 KB; many
+small matrices fill a huge page together. Only a wish: where the system has none, the memory serves as it is.
 """
 
 from __future__ import annotations

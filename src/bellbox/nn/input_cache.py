@@ -35,8 +35,8 @@ class InputCache:
     Recognises the input by identity and version, and the quantizer's own numbers by their versions, so that nothing
     changed or different is ever served from memory. Each reader is served once: one that asks again (a second step on
     the same tensor) gets a fresh result, and the last one empties the memory. The input is referred to weakly: when it
-    goes, so does what was made of it. Where identity cannot be told (inside `torch.compile` or a transform, in inference
-    mode), it computes each time; a compiler merges the repetition by itself.
+    goes, so does what was made of it. Where identity cannot be told (inside `torch.compile` or a transform, in
+    inference mode), it computes each time; a compiler merges the repetition by itself.
     """
 
     def __init__(self, readers: int = 1) -> None:
@@ -73,7 +73,9 @@ class InputCache:
             reference, _, _, result, served = memory
             if id(reader) not in served:
                 served = served | {id(reader)}
-                self._memory = None if len(served) == self.readers else (reference, key, versions, result, served)
+                self._memory = (
+                    None if len(served) == self.readers else (reference, key, versions, result, served)
+                )
                 return result
         result = compute(x)
         versions = [version_of(tensor) for tensor in (x, *state)]  # computing may have set a scale
@@ -97,8 +99,8 @@ _PATIENCE = 3
 class PackedGroup:
     """Packed layers that are expected to read one input: one call then serves all of them.
 
-    Who belongs together is a hint (names, a file); whether a layer comes with the very tensor of another is looked at in
-    every call. A group whose layers do not all come for their results was no group, and dissolves.
+    Who belongs together is a hint (names, a file); whether a layer comes with the very tensor of another is looked
+    at in every call. A group whose layers do not all come for their results was no group, and dissolves.
     """
 
     def __init__(self) -> None:

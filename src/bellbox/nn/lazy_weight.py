@@ -18,15 +18,23 @@ from torch import Tensor
 
 from bellbox.errors import BellboxError
 
-_METADATA = frozenset(
-    ["shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_mps", "is_xpu", "nbytes", "itemsize", "names", "_is_param", "retains_grad", "output_nr", "is_mkldnn", "is_vulkan", "is_nested", "is_xla", "is_ipu", "is_mtia", "is_maia"]
-)  # fmt: skip
-_METHODS = frozenset(
-    ["size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size", "is_contiguous", "stride", "storage_offset", "__len__", "is_inference", "is_signed", "is_conj", "is_neg", "get_device", "has_names", "__hash__", "type_as_metadata"]
-)
-_AUGMENTED = frozenset(
-    ["__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"]
-)
+# fmt: off
+_METADATA = frozenset((
+    "_is_param", "device", "dtype", "is_cpu", "is_cuda", "is_ipu", "is_leaf", "is_maia", "is_meta",
+    "is_mkldnn", "is_mps", "is_mtia", "is_nested", "is_quantized", "is_sparse", "is_vulkan", "is_xla",
+    "is_xpu", "itemsize", "layout", "names", "nbytes", "ndim", "output_nr", "requires_grad",
+    "retains_grad", "shape",
+))
+_METHODS = frozenset((
+    "__hash__", "__len__", "dim", "element_size", "get_device", "has_names", "is_complex", "is_conj",
+    "is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_signed", "ndimension",
+    "nelement", "numel", "size", "storage_offset", "stride",
+))
+_AUGMENTED = frozenset((
+    "__iadd__", "__iand__", "__ifloordiv__", "__ilshift__", "__imod__", "__imul__", "__ior__",
+    "__ipow__", "__irshift__", "__isub__", "__itruediv__", "__ixor__",
+))
+# fmt: on
 
 
 class WeightSource(ABC):
@@ -69,7 +77,9 @@ class LazyWeight(Tensor):
     _detached: bool
 
     @staticmethod
-    def of(source: WeightSource, shape: Sequence[int], dtype: torch.dtype, detached: bool = False) -> LazyWeight:
+    def of(
+        source: WeightSource, shape: Sequence[int], dtype: torch.dtype, detached: bool = False
+    ) -> LazyWeight:
         """A weight of `shape` and `dtype` on the device of what is stored."""
         stored = source.stored
         wanted = stored.requires_grad and not detached
@@ -77,7 +87,9 @@ class LazyWeight(Tensor):
             LazyWeight, torch.Size(shape), dtype=dtype, device=stored.device, requires_grad=wanted
         )
         made._source, made._detached = source, detached
-        made._is_param = isinstance(stored, torch.nn.Parameter) and not detached  # isinstance(weight, Parameter) holds
+        made._is_param = (
+            isinstance(stored, torch.nn.Parameter) and not detached
+        )  # isinstance(weight, Parameter) holds
         return cast(LazyWeight, made)
 
     def __new__(cls, *_: Any, **__: Any) -> LazyWeight:
@@ -126,7 +138,11 @@ class LazyWeight(Tensor):
             if name == "requires_grad_":
                 first._source.stored.requires_grad_(*args[1:], **kwargs)
                 return first
-            if name in _AUGMENTED or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            if (
+                name in _AUGMENTED
+                or name == "__setitem__"
+                or (name.endswith("_") and not name.endswith("__"))
+            ):
                 return _written(first, func, args, kwargs)
         if isinstance(kwargs.get("out"), LazyWeight):
             target: LazyWeight = kwargs.pop("out")
@@ -134,17 +150,22 @@ class LazyWeight(Tensor):
             return target
         return func(*_plain(args), **_plain(kwargs))
 
-
     @classmethod
     def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """What comes past `__torch_function__`, from C++ or a tool that switched it off: the decoded weight again."""
         del types
         return func(*_plain(args), **_plain(dict(kwargs or {})))
 
 
-def _attribute(weight: LazyWeight, attribute: str, kind: str, args: tuple[Any, ...], func: Callable[..., Any]) -> Any:
+def _attribute(
+    weight: LazyWeight, attribute: str, kind: str, args: tuple[Any, ...], func: Callable[..., Any]
+) -> Any:
     source = weight._source
     if kind == "__get__":
         if attribute == "data":
@@ -171,7 +192,9 @@ def _attribute(weight: LazyWeight, attribute: str, kind: str, args: tuple[Any, .
     return None
 
 
-def _written(weight: LazyWeight, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyWeight:
+def _written(
+    weight: LazyWeight, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LazyWeight:
     """The weight after an operation in place, which has gone through to what is stored."""
     with torch.no_grad():
         plain = weight.decoded().detach().clone()

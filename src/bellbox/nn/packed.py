@@ -23,9 +23,18 @@ from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import encode_input
 from bellbox.ops.weight_layout import packed_size, prepack_slabs, unpack
 
-_BUFFERS = ("packed", "weight_scale", "bias", "act_scale", "act_thresholds", "act_rstd", "act_signs")
-_OF_TRAINING = frozenset(("plain_class", "weights_rotated", "held_weight", "_call", "_keeps_call", "activation_quantizer",
-                          "weight_quantizer", "geometry"))  # fmt: skip
+_OF_TRAINING = frozenset(
+    {
+        "_call",
+        "_keeps_call",
+        "activation_quantizer",
+        "geometry",
+        "held_weight",
+        "plain_class",
+        "weight_quantizer",
+        "weights_rotated",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,9 @@ class _DecodedWeight(WeightSource):
 class PackedLayer(nn.Module, ABC):
     """A layer of integers: packed weight codes, and a rule for coding its input.
 
-    Its buffers are all that it depends on: `packed` uint8, the codes in the layout of `ops.weight_layout`; `weight_scale`
-    fp32 `[out]` and `act_scale` fp32 `[1]` (what one level is worth); `act_thresholds` fp32 `[n - 1]`; `act_rstd` fp32
-    `[1]` (`static` only); `act_signs` int8 (where there are signs); `bias` fp32 `[out]`.
+    Its buffers are all that it depends on: `packed` uint8, the codes in the layout of `ops.weight_layout`;
+    `weight_scale` fp32 `[out]` and `act_scale` fp32 `[1]` (what one level is worth); `act_thresholds` fp32 `[n - 1]`;
+    `act_rstd` fp32 `[1]` (`static` only); `act_signs` int8 (where there are signs); `bias` fp32 `[out]`.
     """
 
     plain_kind: ClassVar[type[nn.Module]]
@@ -212,7 +221,11 @@ class PackedLayer(nn.Module, ABC):
         quantizer = activation.quantizer
         assert quantizer.normalise != "tensor"
         coding = InputCoding(
-            quantizer.levels, quantizer.block, quantizer.normalise, quantizer.rescale, quantizer.signs is not None
+            quantizer.levels,
+            quantizer.block,
+            quantizer.normalise,
+            quantizer.rescale,
+            quantizer.signs is not None,
         )
         with torch.device(layer.stored_weight.device):
             made = cls.like(layer, weight.levels.grid, coding)
@@ -239,15 +252,15 @@ class PackedLayer(nn.Module, ABC):
             if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
                 continue
             if name not in _OF_TRAINING and (name not in own or name.endswith(("hooks", "kwargs", "called"))):
-                self.__dict__[name] = copy.deepcopy(value, memo)
+                object.__setattr__(self, name, copy.deepcopy(value, memo))
         for name, module in layer._modules.items():
             if name not in _OF_TRAINING:
                 self._modules[name] = copy.deepcopy(module, memo)
         for kind in ("_parameters", "_buffers"):
-            for name, value in layer.__dict__[kind].items():
+            for name, value in getattr(layer, kind).items():
                 if name not in ("weight", "rotated_weight", "bias"):
-                    self.__dict__[kind][name] = copy.deepcopy(value, memo)
-        self.__class__ = class_for(type(self), layer.__dict__["plain_class"])
+                    getattr(self, kind)[name] = copy.deepcopy(value, memo)
+        self.__class__ = class_for(type(self), layer.plain_class)
 
     def join(self, group: PackedGroup) -> None:
         """Be one of the layers that are expected to read the same input."""
@@ -268,6 +281,10 @@ class PackedLayer(nn.Module, ABC):
         )[0]
 
     @abstractmethod
+    def input_codes(self, x: Tensor) -> Tensor:
+        """uint8 codes of an input, a row for each row (sample) that is coded."""
+
+    @abstractmethod
     def explain(self) -> Choice:
         """Which backend takes a call on one fp32 row (one small image), and why others do not."""
 
@@ -280,7 +297,9 @@ class PackedLayer(nn.Module, ABC):
             return {**self.__dict__, "_bound": None, "_buffers": {**self._buffers, "packed": packed.clone()}}
         return {**self.__dict__, "_bound": None}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         rows = state_dict.pop(prefix + "weight_packed", None)  # before version 0.2: rows as files have them
         if rows is not None:
             slabs = packing.unpack_slabs(rows, self.row_length, self.weight_levels.n)
@@ -297,5 +316,3 @@ class PackedLayer(nn.Module, ABC):
         """Follow moves between devices, never a change of dtype: the scales are part of an exact function."""
         self._bound = None
         return super()._apply(keeping_dtype(fn), recurse)
-
-

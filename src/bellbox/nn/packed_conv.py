@@ -19,7 +19,7 @@ from bellbox.ops.packed_conv2d import BoundConv, geometry_numbers, operation
 from bellbox.ops.packed_linear import with_signs
 
 
-class PackedConv2d(PackedLayer, nn.Conv2d):
+class PackedConv2d(PackedLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     """A packed layer whose rows of weights are filters `[kernel height, kernel width, in_channels / groups]`.
 
     A sample `[height, width, in_channels]` is coded as one row. Padding is the integer 0.

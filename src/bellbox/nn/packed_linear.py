@@ -16,7 +16,7 @@ from bellbox.ops.dispatch import Choice
 from bellbox.ops.packed_linear import Bound, operation, with_signs
 
 
-class PackedLinear(PackedLayer, nn.Linear):
+class PackedLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     """A linear layer of integers; see `PackedLayer` for its buffers.
 
     Args:

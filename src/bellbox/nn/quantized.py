@@ -1,7 +1,7 @@
 """What fake-quantized linear layers and convolutions share: quantizers, codes of the weight, two ways forward.
 
-In training the forward is that of fake-quantized floats. In evaluation it is the operation of the packed layer, on the same
-arguments that `convert` would store: that is what makes the prepared and the packed model one function.
+In training the forward is that of fake-quantized floats. In evaluation it is the operation of the packed layer, on
+the same arguments that `convert` would store: that is what makes the prepared and the packed model one function.
 """
 
 from __future__ import annotations
@@ -124,8 +124,16 @@ class QuantizedLayer(nn.Module, ABC):
     weight_quantizer: Quantizer | None
     bias: Tensor | None
     weights_rotated: bool
+    plain_class: type[nn.Module]
+    """The owner's class."""
+    held_weight: Tensor | None
+    """The fake-quantized weight's rows, while `nn.weights_quantized_once` holds them for several forwards."""
+    _call: tuple[Any, dict[str, Tensor | None], Callable[..., Tensor]] | None
+    """The packed layer's call of the last evaluation: what it was made from, its buffers, itself."""
+    _keeps_call: bool
+    """Whether nobody writes, see `weights_coded_once`."""
 
-    def __new__(cls, layer: nn.Module | None = None, *_: Any, **__: Any) -> Self:
+    def __new__(cls, layer: nn.Module | None = None, *_: Any, **__: Any) -> Any:
         """An object with all that `layer` has, of this class or, for a subclass of torch's, one derived from both."""
         if layer is None:
             return super().__new__(cls)
@@ -139,14 +147,14 @@ class QuantizedLayer(nn.Module, ABC):
         owned: bool = True,
         weights_rotated: bool = False,
     ) -> None:
-        self.__dict__["plain_class"] = type(layer)
-        self.__dict__["weights_rotated"] = weights_rotated
+        self.plain_class = type(layer)
+        self.weights_rotated = weights_rotated
         self._modules["weight_quantizer"] = weight_quantizer
         if owned:
             self._modules["activation_quantizer"] = activation_quantizer
         else:
             # Past nn.Module's own bookkeeping: a borrowed quantizer must not be registered twice.
-            self.__dict__["activation_quantizer"] = activation_quantizer
+            object.__setattr__(self, "activation_quantizer", activation_quantizer)
         self._start()
         if weights_rotated:
             _require_no_rotation(weight_quantizer, activation_quantizer)
@@ -155,9 +163,9 @@ class QuantizedLayer(nn.Module, ABC):
 
     def _start(self) -> None:
         """Nothing is remembered of earlier forwards."""
-        self.__dict__["held_weight"] = None
-        self.__dict__["_call"] = None
-        self.__dict__["_keeps_call"] = False
+        self.held_weight = None
+        self._call = None
+        self._keeps_call = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies remember nothing of forwards."""
@@ -284,7 +292,7 @@ class QuantizedLayer(nn.Module, ABC):
 
     def unquantized(self) -> nn.Module:
         """The owner's layer again, with this one's weight and bias, the same objects; a weight stays rotated or not."""
-        plain = twin(self, self.__dict__["plain_class"])
+        plain = twin(self, self.plain_class)
         for name in ("weight_quantizer", "activation_quantizer"):
             plain._modules.pop(name, None)
             plain.__dict__.pop(name, None)
@@ -404,14 +412,11 @@ class QuantizedLayer(nn.Module, ABC):
         if not is_unwatched(x):
             return self._bind(self._buffers_for(x, self.packed_buffers()))
         kept = self._call
-        if kept is not None and self._keeps_call:
-            key = kept[0]
-        else:
-            key = native.fingerprint(self._state())
+        key = kept[0] if kept is not None and self._keeps_call else native.fingerprint(self._state())
         if kept is None or key is None or kept[0] != key:
             buffers = self.packed_buffers()
             kept = (key, buffers, self._bind(buffers))
-            self.__dict__["_call"] = kept if key is not None or self._keeps_call else None
+            self._call = kept if key is not None or self._keeps_call else None
         if inputs.quantizer.normalise == "tensor":
             return self._bind(self._buffers_for(x, kept[1]))
         return kept[2]
@@ -444,11 +449,11 @@ class QuantizedLayer(nn.Module, ABC):
     def train(self, mode: bool = True) -> Self:
         """Training needs no codes of the weight: drop them."""
         if mode:
-            self.__dict__["_call"] = None
+            self._call = None
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.__dict__["_call"] = None
+        self._call = None
         return super()._apply(fn, recurse)
 
 
@@ -457,12 +462,12 @@ def weights_coded_once(model: nn.Module) -> Iterator[None]:
     """Evaluate with the codes of the weights kept from forward to forward; nobody may write to the model within."""
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)]
     for layer in layers:
-        layer.__dict__["_call"], layer.__dict__["_keeps_call"] = None, True
+        layer._call, layer._keeps_call = None, True
     try:
         yield
     finally:
         for layer in layers:
-            layer.__dict__["_call"], layer.__dict__["_keeps_call"] = None, False
+            layer._call, layer._keeps_call = None, False
 
 
 def turned_vectors(vectors: Tensor, quantizer: Quantizer, back: bool = False) -> Tensor:

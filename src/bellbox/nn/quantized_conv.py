@@ -21,7 +21,7 @@ from bellbox.ops.packed_conv2d import BoundConv, geometry_numbers
 from bellbox.quantizers.base import Quantizer, rotate_vectors
 
 
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     """`nn.Conv2d` whose weight and input are fake-quantized; see `QuantizedLayer` for the arguments.
 
     The weight quantizer sees rows `[out_channels, kernel height * kernel width * in_channels / groups]`, channels

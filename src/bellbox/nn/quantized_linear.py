@@ -13,7 +13,7 @@ from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import Bound
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     """`nn.Linear` whose weight and input are fake-quantized; see `QuantizedLayer` for the arguments."""
 
     plain_kind = nn.Linear

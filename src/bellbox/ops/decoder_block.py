@@ -1,7 +1,7 @@
 """A decoder's block for one new token of each sequence, in two or three calls, where a backend has them.
 
-Not operations of torch: `generate` binds them once for each generation (`inference.decoding`), with the layers as they are
-then. The same kernels in the same order as the layers called one by one, hence the same bits.
+Not operations of torch: `generate` binds them once for each generation (`inference.decoding`), with the layers as
+they are then. The same kernels in the same order as the layers called one by one, hence the same bits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def llama_block(layers: Layers, head_dim: int, norms: Sequence[Tensor], eps: flo
 
     It has two methods, all tensors fp32 and contiguous: `attend_and_widen(x, batch, cosines, sines, keys, values, room,
     start, gate, up, threads)` adds attention of the norm of `x` `[batch, 1, hidden]` to it, puts keys and values of
-    position `start` into the cache, and fills `gate` and `up` `[batch, 1, inner]`; `narrow(x, active, batch, threads)` adds
-    the MLP's last layer.
+    position `start` into the cache, and fills `gate` and `up` `[batch, 1, inner]`; `narrow(x, active, batch,
+    threads)` adds the MLP's last layer.
 
     Args:
         layers: packed.

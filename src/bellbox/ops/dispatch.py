@@ -1,7 +1,7 @@
 """Operations and the backends that run them: one registry, asked at each call.
 
-An *operation* is a name with a schema, a plain torch reference and a fake implementation (shapes without numbers). It takes
-tensors and small numbers only, so that an exported graph, a copy or another process holds all that it needs.
+An *operation* is a name with a schema, a plain torch reference and a fake implementation (shapes without numbers).
+It takes tensors and small numbers only, so that an exported graph, a copy or another process holds all that it needs.
 A *backend* answers, for a call, that it takes it or why not; it must give the same bits as the reference. The one of
 highest priority that takes a call runs it, else the reference does. A new backend is a folder under `backends/` that
 calls `register`; nothing else has to know of it.
@@ -174,8 +174,8 @@ def forced() -> str | None:
 def is_unwatched(x: Tensor) -> bool:
     """Whether nobody has to see what is done with a tensor now.
 
-    A compiler, a tracer, a mode (fake tensors, counters of operations), a subclass and a function transform (vmap) have to
-    see operations of torch, and know no identity of a tensor.
+    A compiler, a tracer, a mode (fake tensors, counters of operations), a subclass and a function transform (vmap)
+    have to see operations of torch, and know no identity of a tensor.
     """
     return (
         not torch.compiler.is_compiling()

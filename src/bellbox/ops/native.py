@@ -153,7 +153,14 @@ def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Ten
     if not codes.numel():
         return codes
     _required().encode(
-        x.contiguous(), r.contiguous(), _table(tuple(thresholds)), rows, features, block, codes, torch.get_num_threads()
+        x.contiguous(),
+        r.contiguous(),
+        _table(tuple(thresholds)),
+        rows,
+        features,
+        block,
+        codes,
+        torch.get_num_threads(),
     )
     return codes
 
@@ -182,9 +189,7 @@ def bbq_forward(
     table = _table(tuple(thresholds))
     if not x_hat.numel():
         return x_hat, v
-    _required().forward(
-        x, rows, features, block, table, offset, r, scale, x_hat, v, torch.get_num_threads()
-    )
+    _required().forward(x, rows, features, block, table, offset, r, scale, x_hat, v, torch.get_num_threads())
     return x_hat, v
 
 

@@ -1,7 +1,7 @@
 """A packed convolution in one operation: code each sample once, multiply what each window sees of it, scale.
 
-The arguments are those of `packed_linear` with a filter a row, `[kernel height, kernel width, channels / groups]`, and the
-geometry; see docs/format.md, "Convolutions". A sum and a ReLU may follow in the same call.
+The arguments are those of `packed_linear` with a filter a row, `[kernel height, kernel width, channels / groups]`,
+and the geometry; see docs/format.md, "Convolutions". A sum and a ReLU may follow in the same call.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ class BoundConv:
         """Those of the schema after the input."""
         return (self._buffers["packed"], *(self._buffers[name] for name in TENSORS[1:]))
 
-    def __call__(self, x: Tensor, dtype: torch.dtype, add: Tensor | None = None, relu: bool = False) -> Tensor:
+    def __call__(
+        self, x: Tensor, dtype: torch.dtype, add: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
         """`[batch, channels, height, width]` to `[batch, out_channels, out height, out width]` in `dtype`."""
         if x.dim() == 4 and x.shape[1] == self._channels and is_direct(x) and (add is None or is_direct(add)):
             for _ in range(2):  # once more where one of the buffers lies elsewhere now
@@ -160,7 +162,9 @@ class BoundConv:
                 self._plan = bind("packed_conv2d", self._buffers, fixed)
                 if self._plan is None:
                     break
-        if x.requires_grad and torch.is_grad_enabled():  # what follows the convolution has a gradient of its own
+        if (
+            x.requires_grad and torch.is_grad_enabled()
+        ):  # what follows the convolution has a gradient of its own
             out = with_gradient(lambda given: self._run(given, dtype, None, False), self._gradient, x)
             out = out if add is None else out + add
             return out.relu() if relu else out
@@ -179,7 +183,9 @@ class BoundConv:
         assert thresholds is not None
         shape, depth = _geometry(list(self._geometry)), self._channels // self._geometry[-1]
         levels = Grid(n, zero_point).decode(unpack(weight, weight_scale.numel(), columns, n))
-        filters = (levels * weight_scale.reshape(-1, 1)).view(len(levels), *shape.kernel, depth).permute(0, 3, 1, 2)
+        filters = (
+            (levels * weight_scale.reshape(-1, 1)).view(len(levels), *shape.kernel, depth).permute(0, 3, 1, 2)
+        )
         rows = with_signs(pixels_of(x.detach().to(torch.float32), depth, ""), signs)
 
         def into_levels(follows: Tensor) -> Tensor:

@@ -96,11 +96,20 @@ def check(
         (weight_scale.dtype == torch.float32, f"weight_scale is {weight_scale.dtype}: fp32 is needed"),
         (act_scale.numel() == 1, f"act_scale has {act_scale.numel()} numbers: one is needed"),
         (bias is None or bias.numel() == rows, f"bias does not have {rows} numbers"),
-        (block >= 1 and not block & (block - 1) and features % block == 0, f"block {block} does not divide {features}"),
+        (
+            block >= 1 and not block & (block - 1) and features % block == 0,
+            f"block {block} does not divide {features}",
+        ),
         (act_signs is None or act_signs.numel() == features, f"act_signs does not have {features} numbers"),
         (normalise in ("rms", "absmax", "static"), f"normalise is {normalise!r}: rms, absmax or static"),
-        (normalise != "static" or (act_rstd is not None and act_rstd.numel() == 1), "static needs act_rstd [1]"),
-        (normalise != "absmax" or block == 1, f"absmax needs block 1, not {block}: it is taken before a rotation"),
+        (
+            normalise != "static" or (act_rstd is not None and act_rstd.numel() == 1),
+            "static needs act_rstd [1]",
+        ),
+        (
+            normalise != "absmax" or block == 1,
+            f"absmax needs block 1, not {block}: it is taken before a rotation",
+        ),
     ):
         if not ok:
             raise BellboxError(f"packed layer: {what}")
@@ -116,7 +125,9 @@ def _reference(
         weight_zero_point, act_zero_point, block, normalise, in_features,
     )  # fmt: skip
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise BellboxError(f"a packed layer of {in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}")
+        raise BellboxError(
+            f"a packed layer of {in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
+        )
     outputs = weight_scale.numel()
     rows = with_signs(x.reshape(-1, in_features), act_signs)
     codes, row_scales = encode_input(rows, act_thresholds, act_rstd, block, normalise, rescale)
@@ -145,14 +156,16 @@ operation = Operation(f"packed_linear({SCHEMA}, ScalarType dtype) -> Tensor", _r
 class _WithGradient(torch.autograd.Function):
     """A packed operation with the gradient of its input, for what is trained in front of it (adapters, prompts).
 
-    Straight-through: the staircase of the codes counts as the line through its steps, flat beyond the outermost ones, and
-    sigma as a constant. The weights are codes and have no gradient.
+    Straight-through: the staircase of the codes counts as the line through its steps, flat beyond the outermost
+    ones, and sigma as a constant. The weights are codes and have no gradient.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    def forward(
+        run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor], x: Tensor
+    ) -> Tensor:
         del back
         return run(x)
 
@@ -261,7 +274,15 @@ class Bound:
         rows = with_signs(x.reshape(-1, columns).to(torch.float32), signs)
         flat = grad.reshape(-1, grad.shape[-1]).to(torch.float32)
         found = input_gradient(
-            rows, lambda follows: (flat * follows) @ matrix, act_scale, thresholds, rstd, signs, block, normalise, rescale
+            rows,
+            lambda follows: (flat * follows) @ matrix,
+            act_scale,
+            thresholds,
+            rstd,
+            signs,
+            block,
+            normalise,
+            rescale,
         )
         return found.reshape(x.shape).to(x.dtype)
 

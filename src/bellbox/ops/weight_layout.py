@@ -5,11 +5,11 @@ The tensor is uint8, one-dimensional. For up to 16 levels (b = ceil(log2 n) bits
     [ceil(rows/16)][ceil(columns/64)][2b vectors of 64 bytes], and for b <= 2 int32 [rows] sums of codes; then, where a
     row has several places, [places][rows] sums of the codes at each
 
-A block of 64 columns has 16 groups of 4 columns; byte 4r + c of a vector belongs to row r of 16 and column c of its group,
-and bit field f (b bits wide) of vector j is group f * 2b + j. Three bits are four vectors of the low two bits as for
-b = 2, then two of the high bit as for b = 1. One layout serves every instruction set (native/README.md). Places
-are those of a convolution's filter: their sums say what a window that reaches beyond the image lacks. A linear layer has one.
-More than 16 levels are one byte a code, row by row, without sums.
+A block of 64 columns has 16 groups of 4 columns; byte 4r + c of a vector belongs to row r of 16 and column c of its
+group, and bit field f (b bits wide) of vector j is group f * 2b + j. Three bits are four vectors of the low two
+bits as for b = 2, then two of the high bit as for b = 1. One layout serves every instruction set
+(native/README.md). Places are those of a convolution's filter: their sums say what a window that reaches beyond the
+image lacks. A linear layer has one. More than 16 levels are one byte a code, row by row, without sums.
 
 The layout is a function of the codes: `prepack` and `unpack` are inverse, here in torch and in the compiled kernels.
 """
@@ -75,10 +75,8 @@ def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
         return codes.reshape(-1).clone()
     bits = code_width(levels)
     padded = F.pad(codes, (0, -columns % 64, 0, -rows % 16)).view(-1, 16, -(-columns // 64), 64)
-    if bits == 3:
-        vectors = torch.cat((_fields(padded & 3, 2), _fields(padded >> 2, 1)), 2)
-    else:
-        vectors = _fields(padded, bits)
+    low = _fields(padded & 3, 2) if bits == 3 else _fields(padded, bits)
+    vectors = torch.cat((low, _fields(padded >> 2, 1)), 2) if bits == 3 else low
     tiles = vectors.reshape(-1)
     if levels > 4:
         return tiles
@@ -93,22 +91,23 @@ def _unpack(weight: Tensor, rows: int, columns: int, levels: int) -> Tensor:
         return weight.view(rows, columns).clone()
     bits, tiles = code_width(levels), -(-rows // 16)
     vectors = weight[: tiles_size(rows, columns, levels)].view(tiles, -(-columns // 64), 2 * bits, 64)
+    codes = _values(vectors[:, :, :4], 2) if bits == 3 else _values(vectors, bits)
     if bits == 3:
-        codes = _values(vectors[:, :, :4], 2) | (_values(vectors[:, :, 4:], 1) << 2)
-    else:
-        codes = _values(vectors, bits)
+        codes |= _values(vectors[:, :, 4:], 1) << 2
     return codes.view(16 * tiles, -1)[:rows, :columns].contiguous()
 
 
 prepack_operation = Operation(
     "prepack(Tensor codes, int levels, int places) -> Tensor",
     _prepack,
-    lambda codes, levels, places: codes.new_empty(packed_size(*codes.shape, levels, places)),
+    lambda codes, levels, places: codes.new_empty(
+        packed_size(codes.shape[0], codes.shape[1], levels, places)
+    ),
 )
 unpack_operation = Operation(
     "unpack(Tensor weight, int rows, int columns, int levels) -> Tensor",
     _unpack,
-    lambda weight, rows, columns, levels: weight.new_empty(rows, columns),
+    lambda weight, rows, columns, levels: weight.new_empty(rows, columns),  # noqa: ARG005 (as the operation)
 )
 
 

@@ -164,7 +164,9 @@ class ModelOptimizer:
             part.state.clear()
         for flat, value in tensors.items():
             name, _, key = flat.rpartition("/")
-            if name not in parameters and name.endswith("weight"):  # earlier versions kept rotated weights as `weight`
+            if name not in parameters and name.endswith(
+                "weight"
+            ):  # earlier versions kept rotated weights as `weight`
                 name = f"{name.removesuffix('weight')}{ROTATED}"
             parameter = parameters[name]
             if value.dim() == 0 and parameter.shape == (1,) and key != "step":

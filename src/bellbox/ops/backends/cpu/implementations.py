@@ -79,7 +79,9 @@ def _packed_linear(x: Tensor, *arguments: Any) -> Tensor:
     tensors, numbers, dtype = arguments[:7], arguments[7:-1], arguments[-1]
     plan = _plan_or_refusal("Plan", _as_buffers(tensors), *numbers)
     if x.dim() == 0 or x.shape[-1] != numbers[0]:
-        raise BellboxError(f"a packed layer of {numbers[0]} inputs got shape {tuple(x.shape)}, dtype {x.dtype}")
+        raise BellboxError(
+            f"a packed layer of {numbers[0]} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
+        )
     return _linear(plan, x.detach(), tensors[6], dtype)
 
 
@@ -144,7 +146,9 @@ def _packed_conv2d(x: Tensor, *arguments: Any) -> Tensor:
     tensors, numbers, (channels, geometry, add, relu, dtype) = arguments[:7], arguments[7:-5], arguments[-5:]
     plan = _plan_or_refusal("ConvPlan", _as_buffers(tensors), *numbers, channels, list(geometry[:-1]))
     if x.dim() != 4 or x.shape[1] != channels:
-        raise BellboxError(f"a packed convolution of {channels} channels got shape {tuple(x.shape)}, dtype {x.dtype}")
+        raise BellboxError(
+            f"a packed convolution of {channels} channels got shape {tuple(x.shape)}, dtype {x.dtype}"
+        )
     outputs = tensors[1].numel()
     return run_conv(plan, x.detach(), tensors[6], outputs, geometry, add, relu, dtype)
 
@@ -159,7 +163,7 @@ def run_conv(
     relu: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One call of a convolution's plan: `[batch, channels, height, width]` to `[batch, outputs, ...]`, channels last."""
+    """One call of a plan: `[batch, channels, height, width]` to `[batch, outputs, ...]`, channels last."""
     if signs is not None:
         x = x * signs[:, None, None]
     wanted = dtype if dtype in native.TYPES else torch.float32
@@ -215,7 +219,9 @@ def _groups(numbers: Mapping[str, Any]) -> list[Any] | None:
     groups: list[Any] = []
     for layers in numbers["layers"]:
         plans = [plan_of(buffers, each) for buffers, each in layers]
-        if any(plan is None for plan in plans) or any(buffers["act_signs"] is not None for buffers, _ in layers):
+        if any(plan is None for plan in plans) or any(
+            buffers["act_signs"] is not None for buffers, _ in layers
+        ):
             return None
         groups.append(module.GroupPlan(plans))
     return groups
