@@ -33,6 +33,7 @@ from bellbox.nn import (
 from bellbox.nn.adopted import become
 from bellbox.nn.compact import Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.nn.state import look_before_loading, look_no_more
 from bellbox.quantizers import METHODS, Quantizer, build_quantizer
 from bellbox.recipe import INPUT_GROUPS, QuantizerSpec, Recipe, Rule
 from bellbox.structure import ends
@@ -71,6 +72,7 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         if changed.weight_quantizer is not None:
             changed.weight_quantizer.initialize(changed.weight_rows().detach())
     without_fused_paths(model)
+    look_before_loading(model)
     return model
 
 
@@ -148,6 +150,7 @@ def unprepare(model: Model) -> Model:
     for _, layer in list(quantized_layers(model)):
         layer.rotate_stored_weight_back()
         become(layer, layer.unquantized())
+    look_no_more(model)
     return model
 
 

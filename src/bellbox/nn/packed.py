@@ -27,6 +27,7 @@ _OF_TRAINING = frozenset(
     {
         "_call",
         "_keeps_call",
+        "_bellbox_looks",
         "activation_quantizer",
         "geometry",
         "held_weight",

@@ -20,6 +20,7 @@ from bellbox.errors import BellboxError
 from bellbox.nn.adopted import class_for, twin
 from bellbox.nn.input_cache import InputCache
 from bellbox.nn.lazy_weight import LazyWeight, WeightSource
+from bellbox.nn.record import Record
 from bellbox.ops import native
 from bellbox.ops.dispatch import is_unwatched
 from bellbox.ops.encode import SIGMA_CEILING, SIGMA_FLOOR
@@ -28,6 +29,8 @@ from bellbox.quantizers.base import Quantizer
 
 ROTATED = "rotated_weight"
 """Name of a weight that is stored rotated: no reader of a state dict takes it for the plain one."""
+EXTRA_STATE = "_extra_state"
+"""Name under which torch keeps what `get_extra_state` gives."""
 
 
 class ActivationQuantizer(nn.Module):
@@ -300,6 +303,13 @@ class QuantizedLayer(nn.Module, ABC):
             plain.__dict__.pop(name, None)
         return plain
 
+    def get_extra_state(self) -> Tensor:
+        """What the state belongs to (`nn.record`): uint8 `[128]`."""
+        return record_of(self).pack()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: the record was compared before anything was copied (`nn.state`)."""
+
     # --- codes ---
 
     def input_codes(self, x: Tensor) -> Tensor:
@@ -455,6 +465,13 @@ class QuantizedLayer(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._call = None
         return super()._apply(fn, recurse)
+
+
+def record_of(layer: QuantizedLayer) -> Record:
+    """What the state of a layer says of itself."""
+    inputs = layer.activation_quantizer
+    activation = None if inputs is None else inputs.quantizer
+    return Record.of(layer.weight_quantizer, activation, ROTATED in layer._parameters)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """What the state of a prepared layer says of itself, and how it is brought into another recipe.
 
-Each fake-quantized layer puts a record of 128 bytes into its state dict, beside its tensors: method, levels, zero point,
-rotation and granularity of weight and input, and whether the weight is stored rotated. A state dict is looked at as a
-whole, layer by layer, before anything is copied: what is equal is copied, what can be converted is converted, and what is
-another function is refused by name, `strict=False` or not.
+Each fake-quantized layer puts a record of 128 bytes into its state dict, beside its tensors: method, levels, zero
+point, rotation and granularity of weight and input, and whether the weight is stored rotated. A state dict is
+looked at as a whole, layer by layer, before anything is copied: what is equal is copied, what can be converted is
+converted, and what is another function is refused by name, `strict=False` or not.
 
 A weight that is stored rotated has another name, `rotated_weight`, so that no serializer can lose that.
 """
@@ -11,108 +11,18 @@ A weight that is stored rotated has another name, `rotated_weight`, so that no s
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import struct
-import zlib
 from collections.abc import MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bellbox.errors import BellboxError
-from bellbox.nn.quantized import EXTRA_STATE, ROTATED, QuantizedLayer
+from bellbox.nn.quantized import EXTRA_STATE, ROTATED, QuantizedLayer, record_of
+from bellbox.nn.record import Record, Side
 from bellbox.quantizers.base import Quantizer
 from bellbox.quantizers.learned import LearnedQuantizer
-
-_SIDE = struct.Struct("<BB16sHhIB16sIB16x")
-SIZE = 2 * _SIDE.size
-_SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Side:
-    """One quantizer, as a record has it."""
-
-    method: str
-    levels: int
-    twice_zero_point: int
-    block: int
-    signs: bool
-    granularity: str
-    options: int
-    """CRC-32 of the options that the function depends on."""
-
-    @classmethod
-    def of(cls, quantizer: Quantizer) -> Side:
-        """That of a quantizer."""
-        options = {
-            name: value
-            for name, value in dataclasses.asdict(quantizer.options).items()
-            if name not in quantizer.training_options and name != "signs"  # signs are a field of their own
-        }
-        text = json.dumps(options, sort_keys=True)
-        levels = quantizer.levels
-        return cls(
-            quantizer.method[:16], levels.n, round(2 * levels.zero_point), quantizer.block,
-            quantizer.signs is not None, quantizer.granularity, zlib.crc32(text.encode()),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a layer's state belongs to."""
-
-    weight: Side | None
-    input: Side | None
-    rotated: bool
-
-    @classmethod
-    def of(cls, layer: QuantizedLayer) -> Record:
-        """That of a layer as it is."""
-        inputs, weight = layer.activation_quantizer, layer.weight_quantizer
-        return cls(
-            None if weight is None else Side.of(weight),
-            None if inputs is None else Side.of(inputs.quantizer),
-            ROTATED in layer._parameters,
-        )
-
-    def pack(self) -> Tensor:
-        """uint8 `[128]`."""
-        parts: list[bytes] = []
-        for side in (self.weight, self.input):
-            one = side or Side("", 0, 0, 0, False, "", 0)
-            numbers = one.levels, one.twice_zero_point, one.block, one.signs
-            texts = one.method.encode(), one.granularity.encode()
-            parts.append(
-                _SIDE.pack(_SCHEMA, side is not None, texts[0], *numbers, texts[1], one.options, self.rotated)
-            )
-        return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).clone()
-
-    @classmethod
-    def unpack(cls, value: object, name: str) -> Record:
-        """The inverse of `pack`.
-
-        Raises:
-            BellboxError: a tensor that is no record, or one of a newer version.
-        """
-        if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.shape != (SIZE,):
-            raise BellboxError(f"{name}: its record is none: uint8 [{SIZE}] is needed")
-        data = value.cpu().numpy().tobytes()
-        sides: list[Side | None] = []
-        rotated = False
-        for start in (0, _SIDE.size):
-            schema, there, method, levels, twice, block, signs, granularity, options, rotated = _SIDE.unpack_from(
-                data, start
-            )
-            if schema != _SCHEMA:
-                raise BellboxError(f"{name}: its record has version {schema}; this Bellbox reads {_SCHEMA}")
-            texts = [text.rstrip(b"\0").decode("ascii", "replace") for text in (method, granularity)]
-            side = Side(texts[0], levels, twice, block, bool(signs), texts[1], options)
-            sides.append(side if there else None)
-        return cls(sides[0], sides[1], bool(rotated))
 
 
 def _differences(mine: Side | None, given: Side | None, rotation: bool) -> list[str]:
@@ -142,7 +52,7 @@ def adopt(layer: QuantizedLayer, state: MutableMapping[str, Any], prefix: str, n
     Raises:
         BellboxError: the state is that of another function.
     """
-    mine, key, plain, turned = Record.of(layer), prefix + EXTRA_STATE, prefix + "weight", prefix + ROTATED
+    mine, key, plain, turned = record_of(layer), prefix + EXTRA_STATE, prefix + "weight", prefix + ROTATED
     has_quantizer = any(
         each.startswith((prefix + "weight_quantizer.", prefix + "activation_quantizer.")) for each in state
     )
@@ -153,13 +63,20 @@ def adopt(layer: QuantizedLayer, state: MutableMapping[str, Any], prefix: str, n
     elif plain in state and not has_quantizer:
         _adopt_plain(layer, mine, state, prefix)
     elif turned in state and not mine.rotated:
-        raise BellboxError(f"{name}: the state's weight is rotated, without a record of how: load it as it was saved")
+        raise BellboxError(
+            f"{name}: the state's weight is rotated, without a record of how: load it as it was saved"
+        )
     if plain in state or turned in state or key in state:
         state[key] = mine.pack()
 
 
 def _adopt_recorded(
-    layer: QuantizedLayer, mine: Record, given: Record, state: MutableMapping[str, Any], prefix: str, name: str
+    layer: QuantizedLayer,
+    mine: Record,
+    given: Record,
+    state: MutableMapping[str, Any],
+    prefix: str,
+    name: str,
 ) -> None:
     same_rotation = mine.rotated == given.rotated
     for side, one, other in (("weight", mine.weight, given.weight), ("input", mine.input, given.input)):
@@ -171,7 +88,10 @@ def _adopt_recorded(
             )
     if same_rotation:
         return
-    there, here = prefix + (ROTATED if given.rotated else "weight"), prefix + (ROTATED if mine.rotated else "weight")
+    there, here = (
+        prefix + (ROTATED if given.rotated else "weight"),
+        prefix + (ROTATED if mine.rotated else "weight"),
+    )
     if there in state:
         stored = layer.stored_weight
         with torch.no_grad():
@@ -208,19 +128,24 @@ def adopt_all(model: nn.Module, state: MutableMapping[str, Any], prefix: str = "
             adopt(module, state, f"{prefix}{name}." if name else prefix, name or "the layer")
 
 
+_HANDLE = "_bellbox_looks"
+
+
 def _before_loading(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
     adopt_all(module, state_dict, prefix)
 
 
 def look_before_loading(model: nn.Module) -> None:
     """Have a model look at a state dict as a whole before it takes anything of it."""
-    if "_bellbox_looks" not in model.__dict__:
-        handle = model.register_load_state_dict_pre_hook(_before_loading)
-        object.__setattr__(model, "_bellbox_looks", handle)
+    for module in (model, *(each for each in model.modules() if isinstance(each, QuantizedLayer))):
+        if _HANDLE not in module.__dict__:
+            handle = module.register_load_state_dict_pre_hook(_before_loading)
+            object.__setattr__(module, _HANDLE, handle)
 
 
 def look_no_more(model: nn.Module) -> None:
     """The way back from `look_before_loading`."""
-    handle = model.__dict__.pop("_bellbox_looks", None)
-    if handle is not None:
-        handle.remove()
+    for module in model.modules():
+        handle = module.__dict__.pop(_HANDLE, None)
+        if handle is not None:
+            handle.remove()

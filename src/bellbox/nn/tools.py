@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bellbox.core.entropy import code_counts
 from bellbox.errors import BellboxError
-from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer
+from bellbox.nn.quantized import EXTRA_STATE, ActivationQuantizer, QuantizedLayer
 
 
 def without_fused_paths(model: nn.Module) -> None:
@@ -96,7 +96,8 @@ def unique_tensors(model: nn.Module, leave_out: tuple[str, ...] = ()) -> dict[st
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "_extra_state" or not isinstance(value, Tensor):
+        ours = leaf == EXTRA_STATE and isinstance(model.get_submodule(module), QuantizedLayer)
+        if (leaf == EXTRA_STATE and not ours) or not isinstance(value, Tensor):
             raise BellboxError(
                 f"module {module!r} has state of its own making ({leaf}), which cannot be stored; keep it in buffers"
             )

@@ -98,6 +98,8 @@ class Quantizer(nn.Module, ABC):
     """Whether its levels are evenly spaced, so that products run on integers."""
     measured: ClassVar[Literal["rms", "absmax"]] = "rms"
     """What a row is divided by under the granularities `row` and `token`."""
+    training_options: ClassVar[frozenset[str]] = frozenset()
+    """Names of options that only training depends on: states of different ones are of one function."""
     decayed: tuple[str, ...] = ()
     """Names of own parameters that weight decay pulls on."""
 

@@ -250,6 +250,7 @@ class BBQ(LearnedQuantizer):
     """
 
     method = "bbq"
+    training_options = frozenset({"gamma_init", "gamma", "gamma_lr"})
     Options = BBQOptions
     own_block: ClassVar[int] = DEFAULT_BLOCK
     weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")

@@ -48,6 +48,7 @@ class LSQ(LearnedQuantizer):
     """LSQ of one tensor; see `Quantizer` for the arguments."""
 
     method = "lsq"
+    training_options = frozenset({"decay_scale"})
     Options = LSQOptions
     weight_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)
     activation_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)

@@ -47,6 +47,7 @@ class N2UQ(LearnedQuantizer):
     """N2UQ of one tensor; see `Quantizer` for the arguments."""
 
     method = "n2uq"
+    training_options = frozenset({"released_gradient"})
     Options = N2UQOptions
     weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row",)
     activation_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)

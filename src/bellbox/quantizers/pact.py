@@ -49,6 +49,7 @@ class PACT(LearnedQuantizer):
     """PACT of one tensor; see `Quantizer` for the arguments."""
 
     method = "pact"
+    training_options = frozenset({"decay_alpha"})
     Options = PACTOptions
     weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")
     activation_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)

@@ -84,6 +84,7 @@ class QuEST(Quantizer):
     """QuEST of one tensor; see `Quantizer` for the arguments. It learns nothing and stores nothing."""
 
     method = "quest"
+    training_options = frozenset({"rule"})
     Options = QuESTOptions
     own_block: ClassVar[int] = DEFAULT_BLOCK
     rescale = True

@@ -11,7 +11,7 @@ from bellbox.convert import new_layers, prepare
 from bellbox.core.grid import levels_from_bits
 from bellbox.errors import BellboxError
 from bellbox.models import build, preset, vision_preset
-from bellbox.nn.quantized import ROTATED, QuantizedLayer
+from bellbox.nn.state import adopt_all
 from bellbox.nn.tools import unique_tensors
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.recipe import Recipe, recipe_from_dict
@@ -108,10 +108,10 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     for name, module in model.named_modules():
         if isinstance(module, LearnedQuantizer):
             module.adopt(tensors, f"{name}." if name else "")
-        if isinstance(module, QuantizedLayer) and ROTATED in module._parameters:
-            prefix = f"{name}." if name else ""
-            if prefix + "weight" in tensors:  # earlier versions kept rotated weights as `weight`
-                tensors[prefix + ROTATED] = tensors.pop(prefix + "weight")
+    try:
+        adopt_all(model, tensors)
+    except BellboxError as error:
+        raise BellboxError(f"{where}: {error}") from None
     state = model.state_dict(keep_vars=True)
     full = {name: tensors.get(names.setdefault(id(value), name)) for name, value in state.items()}
     for name, value in state.items():
