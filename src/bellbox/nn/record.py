@@ -1,4 +1,7 @@
-"""What the state of a fake-quantized layer says of itself, in 128 bytes: a tensor, so that every serializer keeps it."""
+"""What the state of a fake-quantized layer says of itself, in 128 bytes.
+
+A tensor, so that every serializer keeps it.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +62,8 @@ class Record:
     @classmethod
     def of(cls, weight: Quantizer | None, inputs: Quantizer | None, rotated: bool) -> Record:
         """That of a layer with these quantizers."""
-        sides = (None if each is None else Side.of(each) for each in (weight, inputs))
-        return cls(*sides, rotated)
+        one, other = (None if each is None else Side.of(each) for each in (weight, inputs))
+        return cls(one, other, rotated)
 
     def pack(self) -> Tensor:
         """uint8 `[128]`."""
