@@ -14,6 +14,8 @@ from bellbox.ops.encode import result_dtype
 if TYPE_CHECKING:
     from bellbox.nn.packed_linear import PackedLinear
 
+_functorch: Any = torch._C._functorch  # pyright: ignore
+
 
 def version_of(tensor: Tensor | None) -> int:
     """Counts changes in place; -1 where nobody counts them (tensors made in inference mode)."""
@@ -48,7 +50,9 @@ class InputCache:
 
     def remembers(self, x: Tensor) -> bool:
         """Whether `once` can recognise `x` when the next sibling comes with it."""
-        return self.readers > 1 and not torch.compiler.is_compiling() and not x.is_inference()
+        if self.readers == 1 or torch.compiler.is_compiling() or x.is_inference():
+            return False
+        return _functorch.peek_interpreter_stack() is None  # tensors of a transform do not outlive it
 
     def get_or_compute(
         self,
@@ -72,15 +76,18 @@ class InputCache:
         key = (purpose, x.requires_grad, torch.is_grad_enabled(), result_dtype(x))
         versions = [version_of(tensor) for tensor in (x, *state)]
         memory = self._memory  # read once: another thread may replace it
-        if memory is not None and memory[0] is x and memory[1:3] == (key, versions):
-            _, _, _, result, served = memory
+        same = memory is not None and memory[0] is x and memory[1:3] == (key, versions)
+        # Identity too: functional_call puts other tensors, of the same version, in a parameter's place.
+        if memory is not None and same and all(a is b for a, b in zip(memory[5], state, strict=True)):
+            _, _, _, result, served, _ = memory
             if id(reader) not in served:
                 served = served | {id(reader)}
-                self._memory = None if len(served) == self.readers else (x, key, versions, result, served)
+                full = len(served) == self.readers
+                self._memory = None if full else (x, key, versions, result, served, tuple(state))
                 return result
         result = compute(x)
         versions = [version_of(tensor) for tensor in (x, *state)]  # computing may have set a scale
-        self._memory = (x, key, versions, result, frozenset({id(reader)}))
+        self._memory = (x, key, versions, result, frozenset({id(reader)}), tuple(state))
         return result
 
     def __getstate__(self) -> dict[str, Any]:

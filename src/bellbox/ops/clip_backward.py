@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bellbox.ops.batching import rows_together
 from bellbox.ops.encode import Scratch, chunks
 
 
@@ -63,3 +64,6 @@ def _(grad: Tensor, v: Tensor, x_hat: Tensor | None, low: float, high: float) ->
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     sums = grad.new_empty(0) if x_hat is None else grad.new_empty((len(grad), 3), dtype=wide)
     return torch.empty_like(grad), sums
+
+
+rows_together(clip_backward, (0, 1, 2))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bellbox.core.hadamard import butterfly, butterfly_between
+from bellbox.ops.batching import rows_together
 
 SIGMA_FLOOR = 1e-8
 # Above it the fp32 additions of a rotation could overflow (sums reach sigma sqrt(features block)), and inf - inf
@@ -161,3 +162,6 @@ def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Ten
 @encode.register_fake
 def _(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Tensor:
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+
+
+rows_together(encode, (0, 1))

@@ -14,12 +14,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bellbox.core.hadamard import butterfly_between, hadamard_matrix
 from bellbox.ops import native
+from bellbox.ops.batching import rows_rule, rows_together, samples_rule
 from bellbox.ops.encode import Scratch, chunks, compute_dtype, count_reached, per_row, rotate_normalise
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
@@ -188,3 +190,15 @@ def _(
     whole_tensor: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad), r.new_empty((len(grad), 1))
+
+
+rows_together(bbq_forward, (0, 1, 2))
+
+
+@bbq_backward.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    whole_tensor = args[-1]
+    return (_whole if whole_tensor else _by_row)(info, in_dims, *args)
+
+
+_by_row, _whole = rows_rule(bbq_backward, range(6)), samples_rule(bbq_backward)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bellbox.core.grid import strictly_rising
+from bellbox.ops.batching import one_by_one, rows_together
 from bellbox.ops.encode import Scratch, chunks, encode
 from bellbox.ops.fake_quantize import bbq_forward
 
@@ -91,3 +92,8 @@ def learned_backward(grad: Tensor, v: Tensor, edges: Tensor, slopes: Tensor) -> 
 @learned_backward.register_fake
 def _(grad: Tensor, v: Tensor, edges: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad), grad.new_empty((2, len(slopes)), dtype=torch.float64)
+
+
+rows_together(learned_encode, (0, 1))
+rows_together(learned_forward, (0, 1, 2))
+one_by_one(learned_backward)

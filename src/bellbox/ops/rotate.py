@@ -14,6 +14,7 @@ from torch import Tensor
 from bellbox.core.hadamard import butterfly_between
 from bellbox.ops import native
 from bellbox.ops.encode import Scratch, chunks, compute_dtype
+from bellbox.ops.transforms import TransformableFunction, apply
 
 
 @torch.library.custom_op("bellbox::rotate", mutates_args=())
@@ -52,13 +53,26 @@ def _(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, float, int, torch.dtype], output: Tensor) -> None:
-    x, ctx.factor, ctx.block, _ = inputs
-    ctx.dtype = x.dtype
+@rotate.register_vmap
+def _(_info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    return rotate(x.movedim(in_dims[0] or 0, 0).contiguous(), *rest), 0
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return rotate(grad.contiguous(), ctx.factor, ctx.block, ctx.dtype), None, None, None
+class _Rotation(TransformableFunction):  # not rotate.register_autograd, which refuses torch.func
+    @staticmethod
+    def forward(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
+        return rotate(x, factor, block, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        x, ctx.factor, ctx.block, ctx.dtype = inputs
+        ctx.input_dtype = x.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return rotation(grads[0].contiguous(), ctx.factor, ctx.block, ctx.input_dtype), None, None, None
 
 
-rotate.register_autograd(_backward, setup_context=_keep)
+def rotation(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
+    """`rotate`, differentiable any number of times."""
+    return apply(_Rotation, x, factor, block, dtype)

@@ -40,7 +40,7 @@ from bellbox.ops.encode import (
     row_scale,
     static_normaliser,
 )
-from bellbox.ops.rotate import rotate
+from bellbox.ops.rotate import rotation
 from bellbox.quantizers.registry import METHODS, NoOptions, read_options
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
@@ -312,4 +312,4 @@ def rotate_vectors(x: Tensor, block: int) -> Tensor:
     """The orthonormal rotation of `[..., features]`, in the autocast dtype where active."""
     if block == 1:
         return x
-    return rotate(x, block**-0.5, block, result_dtype(x))
+    return rotation(x, block**-0.5, block, result_dtype(x))

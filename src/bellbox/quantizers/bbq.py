@@ -49,19 +49,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from bellbox.core.grid import Levels
-from bellbox.core.hadamard import DEFAULT_BLOCK
+from bellbox.core.hadamard import DEFAULT_BLOCK, butterfly
 from bellbox.errors import BellboxError
 from bellbox.ops.encode import SIGMA_FLOOR, compute_dtype, normaliser
 from bellbox.ops.fake_quantize import bbq_backward, bbq_forward
+from bellbox.ops.rotate import rotation
+from bellbox.ops.transforms import TransformableFunction, apply, differentiated_again, transposed
 from bellbox.quantizers.base import Normaliser
-from bellbox.quantizers.learned import LearnedQuantizer, unset
+from bellbox.quantizers.learned import LearnedQuantizer, plain_tensor, transforming, unset
 from bellbox.quantizers.moments import Moments
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
@@ -69,49 +71,138 @@ GAMMA_INIT = 1.694
 EMA_DECAY = 0.99
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """`x_hat` of rows, with the closed-form backward of the module docstring."""
+class _FakeQuantize(TransformableFunction):
+    """`x_hat` of rows, with the closed-form backward of the module docstring.
+
+    Beside it v and r, on which that backward depends: their gradients serve second derivatives.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,  # [rows, features]
         gamma: Tensor,  # [rows, 1] or []
         r: Tensor,  # [rows, 1] or [1, 1]: 1 / (sigma sqrt(block))
-        free: Tensor,  # the shape of r: 1 where sigma depends on x
+        free: Tensor,  # the shape of r: 1 where sigma depends on x  # noqa: ARG004
         levels: Levels,
         block: int,
-        whole_tensor: bool,
-        follow: bool,  # gamma is a multiple of sigma, which is differentiated too
+        whole_tensor: bool,  # noqa: ARG004
+        follow: bool,  # gamma is a multiple of sigma, which is differentiated too  # noqa: ARG004
         dtype: torch.dtype,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         work = compute_dtype(x)
         scale = gamma.to(work).reshape(-1, 1) / (levels.n / 2)
         x_hat, v = bbq_forward(x, r, scale, levels.thresholds, levels.offset, block, dtype)
-        # The matrix product keeps x_hat anyway.
-        ctx.save_for_backward(v, x_hat, r, free, gamma, x if follow else None)
-        ctx.levels, ctx.block, ctx.whole_tensor, ctx.input_dtype = levels, block, whole_tensor, x.dtype
-        return x_hat
+        return x_hat, v, r.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, gamma, _, free, _, ctx.block, ctx.whole_tensor, ctx.follow, _ = inputs
+        x_hat, v, r = output
+        # The matrix product keeps x_hat anyway.
+        ctx.save_for_backward(v, x_hat, r, free, gamma, x if ctx.follow else None)
+        ctx.input_dtype = x.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         v, x_hat, r, free, gamma, x = ctx.saved_tensors
-        (grad,) = grads
-        grad = grad.contiguous()
+        grad, grad_v, grad_r = grads
+        g_x = g_gamma = None
+        if grad is not None:
+            numbers = ctx.block, ctx.whole_tensor, ctx.follow, ctx.input_dtype
+            gradient = partial(apply, _Gradient) if differentiated_again() else _Gradient.forward
+            g_x, g_gamma = gradient(grad.contiguous(), v, x_hat, r, free, gamma, x, *numbers)
+        if grad_v is not None or grad_r is not None:
+            g_u = _through_normaliser(grad_v, grad_r, v, r, free, ctx.whole_tensor)
+            more = rotation(g_u.contiguous(), 1.0, ctx.block, ctx.input_dtype)
+            g_x = more if g_x is None else g_x + more
+        return g_x, None if ctx.follow else g_gamma, *[None] * 7
+
+
+def _through_normaliser(
+    grad_v: Tensor | None, grad_r: Tensor | None, v: Tensor, r: Tensor, free: Tensor, whole_tensor: bool
+) -> Tensor:
+    """From v = u r and r = 1 / (sigma(u) sqrt(block)) back to u = butterfly(x)."""
+    v = v.to(r.dtype)
+    numel = v.numel() if whole_tensor else v.shape[-1]
+    pulled = torch.zeros_like(v)
+    if grad_v is not None:
+        wide = grad_v.to(r.dtype)
+        along = wide * v
+        mean = (along.sum() if whole_tensor else along.sum(-1, keepdim=True)) / numel
+        pulled = (wide - v * mean * free) * r
+    if grad_r is not None:
+        pulled = pulled - v * (grad_r * r.square() * free / numel)
+    return pulled
+
+
+class _Gradient(TransformableFunction):
+    """The closed-form backward: the gradients to x and gamma."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        v: Tensor,
+        x_hat: Tensor,
+        r: Tensor,
+        free: Tensor,
+        gamma: Tensor,
+        x: Tensor | None,
+        block: int,
+        whole_tensor: bool,
+        follow: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
         wide_gamma = gamma.to(r.dtype).reshape(-1, 1)
-        g_x, dots = bbq_backward(grad, v, x_hat, r, wide_gamma, free, ctx.block, ctx.whole_tensor)
-        if x is not None:  # x_hat is a multiple of sigma: d sigma / dx = x / (numel sigma)
-            dots = dots.sum().reshape(1, 1) if ctx.whole_tensor else dots
-            numel = v.numel() if ctx.whole_tensor else v.shape[-1]
-            inverse = r * math.sqrt(ctx.block)
+        g_x, dots = bbq_backward(grad, v, x_hat, r, wide_gamma, free, block, whole_tensor)
+        if follow:  # x_hat is a multiple of sigma: d sigma / dx = x / (numel sigma)
+            assert x is not None
+            dots = dots.sum().reshape(1, 1) if whole_tensor else dots
+            numel = v.numel() if whole_tensor else v.shape[-1]
+            inverse = r * math.sqrt(block)
             g_x = g_x + x * (dots * inverse.square() * free / numel)
-            return g_x.to(ctx.input_dtype), *[None] * 8
+            return g_x.to(dtype), dots
         # q / (n/2) is x_hat / gamma: no need to code v again. A gamma of exactly zero gets no gradient.
         divisor = torch.where(gamma == 0, math.inf, gamma)
         g_gamma = dots.reshape(gamma.shape) if gamma.dim() else dots.sum(dtype=torch.float64)
         g_gamma = g_gamma / divisor / math.sqrt(max(1, v.numel()))
-        return g_x.to(ctx.input_dtype), g_gamma.to(gamma.dtype), *[None] * 7
+        return g_x.to(dtype), g_gamma.to(gamma.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        grad, v, x_hat, r, free, gamma, _, ctx.block, ctx.whole_tensor, ctx.follow, _ = inputs
+        ctx.save_for_backward(grad, v, x_hat, r, free, gamma)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad, v, x_hat, r, free, gamma = ctx.saved_tensors
+        block, whole_tensor, follow = ctx.block, ctx.whole_tensor, ctx.follow
+        work = r.dtype
+        given = gamma.detach().to(work).reshape(-1, 1)
+        codes = x_hat.detach().to(work) / torch.where(given == 0, math.inf, given)  # constants
+        zeta = given * r.detach() * math.sqrt(block)
+
+        def formula(grad: Tensor, v: Tensor, r: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+            gamma = zeta / (r * math.sqrt(block)) if follow else gamma.to(work).reshape(-1, 1)
+            soft = torch.exp(-v * v / 2) * (2 / math.sqrt(2 * math.pi)) * gamma * grad
+            g_u = _through_normaliser(soft, None, v, r, free, whole_tensor)
+            level = (grad * codes).sum(-1, keepdim=True)
+            if follow:
+                total = (level * gamma).sum().reshape(1, 1) if whole_tensor else level * gamma
+                numel = v.numel() if whole_tensor else v.shape[-1]
+                # x is butterfly(v / r) / block: its share goes through the same rotation
+                g_u = g_u + v * (total * r * free / numel)
+                return butterfly(g_u, block), total
+            level = level.reshape(ctx_shape) if ctx_shape else level.sum()
+            return butterfly(g_u, block), level / math.sqrt(max(1, v.numel()))
+
+        ctx_shape = tuple(gamma.shape)
+        inputs = grad.to(work), v.to(work), r, gamma
+        g_grad, g_v, g_r, g_gamma = transposed(formula, inputs, grads)
+        return (
+            g_grad.to(grad.dtype), g_v.to(v.dtype), None, g_r, None, None if follow else g_gamma, *[None] * 5
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,7 +304,7 @@ class BBQ(LearnedQuantizer):
             assert norm.sigma is not None
             gamma = (self.options.zeta * norm.sigma * (norm.r - norm.r + 1)).to(compute_dtype(rows))
         arguments = self.levels, self.block, whole, follow, dtype
-        return _FakeQuantize.apply(rows, gamma, norm.r, norm.free, *arguments)  # type: ignore[return-value]
+        return apply(_FakeQuantize, rows, gamma, norm.r, norm.free, *arguments)[0]
 
     def scale(self) -> Tensor:
         """gamma / (n/2), fp32."""
@@ -242,6 +333,11 @@ class BBQ(LearnedQuantizer):
         return super().normaliser(rows, training)
 
     def _update_ema(self, inverse: Tensor) -> None:
+        if transforming() and plain_tensor(self.r_ema) is self.r_ema:
+            raise BellboxError(
+                f"{self.name or 'an activation quantizer'}: granularity='ema' keeps a running scale in training, which "
+                "torch.func cannot change: use model.eval(), or granularity='token'"
+            )
         new = inverse.reshape(1).to(self.r_ema.dtype)
         # A non-finite batch must not spoil the running value for ever.
         self.r_ema.copy_(torch.where(new.isfinite(), torch.lerp(new, self.r_ema, EMA_DECAY), self.r_ema))

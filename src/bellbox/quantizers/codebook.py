@@ -19,17 +19,19 @@ from torch import Tensor
 
 from bellbox.core.grid import Levels, strictly_rising
 from bellbox.ops.encode import row_scale
+from bellbox.ops.transforms import TransformableFunction, apply
 from bellbox.quantizers.base import Normaliser, Quantizer
 
 
-class _Lookup(torch.autograd.Function):
+class _Lookup(TransformableFunction):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.input_dtype = x.dtype
+    def forward(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG004
         values = table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
-        return values.mul_(scale).to(dtype)
+        return (values * scale).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        ctx.input_dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -64,7 +66,7 @@ class Codebook(Quantizer):
         codes = self.codes_of(rows.detach(), norm.r)
         scale = (norm.sigma * (norm.r - norm.r + 1)).to(norm.r.dtype)
         table = self.table().to(norm.r.dtype)
-        return _Lookup.apply(rows, codes, table, scale, dtype)  # type: ignore[return-value]
+        return apply(_Lookup, rows, codes, table, scale, dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

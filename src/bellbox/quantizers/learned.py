@@ -125,7 +125,7 @@ class LearnedQuantizer(Quantizer):
         elif not found and rows.numel():
             self._leave_meta(rows.device)
             if not rows.is_meta:
-                self._require_one_process()
+                self._require_a_place_to_set()
             self.initialize(rows)
             found = self._set_by_batch = self.is_set
             if found and self.rows is None and not self.training:
@@ -146,8 +146,13 @@ class LearnedQuantizer(Quantizer):
                 else:
                     setattr(self, name, real)
 
-    def _require_one_process(self) -> None:
+    def _require_a_place_to_set(self) -> None:
         where, way_out = self.name or "a quantizer", "call bb.calibrate(model, batches) before the first step"
+        if transforming():
+            raise BellboxError(
+                f"{where}: its scale is not set, and within torch.func it cannot be: run one batch through the model, "
+                "or bb.calibrate(model, batches), before"
+            )
         if self._set_by_batch and distributed():
             raise BellboxError(
                 f"{where}: its scale was set by a batch and is lost again (under FSDP a forward sees a copy): {way_out}"
@@ -241,6 +246,11 @@ def plain_tensor(tensor: Tensor) -> Tensor:
         tensor = _functorch.get_unwrapped(tensor)
     local = getattr(tensor, "_local_tensor", None)
     return tensor if local is None else local
+
+
+def transforming() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, ...) runs."""
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
 
 
 def processes(group: Any = None) -> int:
