@@ -1,6 +1,6 @@
 """What quantization adds to a training step: two transformer layers of the 95M shape, 2,048 tokens, eager.
 
-    python benchmarks/step_time.py                    # 2 bits, bf16 autocast, 2 threads
+    python benchmarks/step_time.py                    # 2 bits, the precision that is fast here, 2 threads
     python benchmarks/step_time.py --bits 4 --json step.json
     python benchmarks/step_time.py --accumulation 4   # the same tokens in 4 micro-batches
 
@@ -35,6 +35,7 @@ from bellbox.core.grid import Levels
 from bellbox.core.hadamard import block_size, hadamard_matrix
 from bellbox.models import build, preset
 from bellbox.nn import weights_quantized_once
+from bellbox.utils.processor import fast_bf16
 
 TOKENS, CONTEXT = 2048, 512
 
@@ -96,7 +97,7 @@ def stepper(model: nn.Module, accumulation: int, once: bool) -> Callable[[], Non
     def step() -> None:
         with weights_quantized_once(model) if once else nullcontext():
             for part in parts:
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
                     y = model(part)
                 (y.float().square().mean() / accumulation).backward()
         optimizer.step()

@@ -1,4 +1,8 @@
 // Which instruction set to use, and the one weight layout that all of them read.
+#ifdef BELLBOX_X86
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -6,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "self_check.h"
 
 namespace bellbox {
@@ -20,8 +24,12 @@ struct Candidate {
 bool always() { return true; }
 
 #ifdef BELLBOX_X86
+bool has_f16c() {  // of which not every compiler's __builtin_cpu_supports knows
+    unsigned int a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c();
 }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -38,7 +46,7 @@ bool amx_agrees() {
     return agrees;
 }
 bool has_amx() {
-#ifdef BELLBOX_AMX_TRAPPED  // native/check_amx.h
+#ifdef BELLBOX_AMX_TRAPPED  // native/tests/check_amx.h
     return has_avx512() && amx_agrees();
 #else
     return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && amx_permitted() &&
@@ -98,8 +106,11 @@ void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t
 // A copy is made at run time: here, where every processor has the instructions for it.
 const Kernels amx_kernels = [] {
     Kernels kernels = avx512_kernels;
-    kernels.name = "amx", kernels.linear = amx_linear, kernels.integer_peak = amx_integer_peak, kernels.counts = nullptr;
-    kernels.make_planes = nullptr, kernels.convolve = nullptr;
+    kernels.name = "amx";
+    kernels.linear = amx_linear;
+    kernels.integer_peak = amx_integer_peak;
+    kernels.counts = nullptr;
+    kernels.make_planes = nullptr, kernels.convolve = nullptr, kernels.joined = 0;
     return kernels;
 }();
 #endif
@@ -139,6 +150,46 @@ void pack(const uint8_t* codes, int64_t ldc, int32_t bits, int64_t n, int64_t k,
                 pack_field(codes, ldc, n, k, row, column, 0, bits, out);
             }
         }
+}
+
+void unpack(const uint8_t* data, int32_t bits, int64_t n, int64_t k, uint8_t* codes) {
+    const int64_t blocks = (k + 63) / 64;
+    const auto field = [&](const uint8_t* vectors, int width, int64_t row, int64_t column) {
+        const int64_t group = column / 4, count = 2 * width, f = group / count;
+        return static_cast<uint8_t>((vectors[64 * (group % count) + 4 * row + column % 4] >> (f * width)) & ((1 << width) - 1));
+    };
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < k; ++j) {
+            const uint8_t* block = data + (i / 16 * blocks + j / 64) * 128 * bits;
+            codes[i * k + j] = bits != 3 ? field(block, bits, i % 16, j % 64)
+                                         : static_cast<uint8_t>(field(block, 2, i % 16, j % 64) |
+                                                                field(block + 256, 1, i % 16, j % 64) << 2);
+        }
+}
+
+#if defined(BELLBOX_X86) && defined(__linux__)
+__attribute__((target_clones("avx2", "default")))
+#endif
+uint64_t fingerprint(const void* data, size_t bytes) {
+    // 64 lanes, each a one-to-one function of its last word: a change of one word always shows.
+    constexpr size_t kLanes = 64;
+    uint32_t lanes[kLanes];
+    for (size_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<uint32_t>(0x9e3779b9u * (l + 1));
+    const uint8_t* p = static_cast<const uint8_t*>(data);
+    size_t i = 0;
+    for (; i + 4 * kLanes <= bytes; i += 4 * kLanes) {
+        uint32_t words[kLanes];
+        std::memcpy(words, p + i, sizeof(words));
+        for (size_t l = 0; l < kLanes; ++l) lanes[l] = (lanes[l] ^ words[l]) * 0x85ebca6bu;
+    }
+    uint64_t all = 0xcbf29ce484222325ull ^ bytes;
+    const auto mix = [&all](uint64_t value) {
+        all = (all ^ value) * 0x9e3779b97f4a7c15ull;
+        all ^= all >> 29;
+    };
+    for (; i < bytes; ++i) mix(p[i]);
+    for (size_t l = 0; l < kLanes; ++l) mix(lanes[l]);
+    return all;
 }
 
 }  // namespace bellbox

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import bellbox as bb
 from bellbox.convert import prepare, require_causal, unprepare
@@ -53,7 +55,7 @@ def test_any_module_is_prepared_in_place():
     weight = model.blocks[0]["fc"][0].weight
     assert bb.prepare(model, Recipe.bbq(2)) is model
     assert names(model) == [f"blocks.{i}.fc.{j}" for i in (0, 1) for j in (0, 2)]
-    assert model.blocks[0]["fc"][0].weight is weight
+    assert model.blocks[0]["fc"][0].stored_weight is weight
     assert type(model.lm_head) is nn.Linear
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
     losses = []
@@ -96,12 +98,23 @@ def test_a_layer_used_under_two_names_is_replaced_in_both_places():
         assert torch.equal(packed(x), model.eval()(x))
 
 
-def test_subclasses_of_linear_are_left():
+def test_subclasses_are_quantized_unless_they_compute_otherwise():
     class Special(nn.Linear):
         pass
 
-    model = bb.prepare(nn.Sequential(Special(8, 8), nn.Linear(8, 8)), Recipe.bbq(2))
-    assert names(model) == ["1"]
+    class Other(nn.Linear):
+        def forward(self, input):
+            return input @ self.weight.T
+
+    class Standardized(nn.Conv2d):
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, weight - weight.mean(), bias)
+
+    with pytest.warns(UserWarning, match=r"1 79% \(Other, a subclass of Linear with a forward of its own\)"):
+        model = bb.prepare(nn.Sequential(Special(8, 8), Other(8, 64)), Recipe.bbq(2))
+    assert names(model) == ["0"]
+    with pytest.raises(BellboxError, match=r"not quantized are: 0 \(Standardized, a subclass of Conv2d"):
+        bb.prepare(nn.Sequential(Standardized(8, 8, 1)), Recipe.bbq(2))
 
 
 def test_rules_choose_layers_and_numbers():
@@ -193,7 +206,10 @@ def test_what_cannot_be_packed_says_why_and_names_the_layer():
     with pytest.raises(BellboxError, match=r"blocks\.0\.fc\.0 cannot be packed: only its weights"):
         bb.convert(weights_only)
     wide = Rule("*.fc.*", QuantizerSpec(levels=256, granularity="row", zero_point=-0.5), QuantizerSpec())
-    model = bb.prepare(Nested(), Recipe((wide,)))
+    with pytest.warns(
+        UserWarning, match=r"trained, but not packed: blocks\.0\.fc\.0: 256 levels.* do not fit int8"
+    ):
+        model = bb.prepare(Nested(), Recipe((wide,)))
     model(IDS)
     with pytest.raises(BellboxError, match="do not fit int8"):
         bb.convert(model)
@@ -402,3 +418,107 @@ def test_a_tied_weight_is_not_rotated_under_the_other_layer(options: dict[str, b
     assert model["two"].weight is model["one"].weight
     bb.prepare(same, Recipe.of("bbq", 2, options=options))
     assert torch.equal(model["two"](x), same["two"](x))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        (Recipe.bbq_paper(2), "granularity='tensor' looks at future tokens"),
+        (Recipe.of("nf", 4), "not evenly spaced"),
+        (Recipe.of("bbq", 2, weight_only="float"), "only its weights are quantized"),
+        (Recipe.of("pact", 8), "but 255 about zero or 128 above it do"),
+    ],
+)
+def test_what_will_never_be_packed_is_said_before_the_training(recipe: Recipe, why: str) -> None:
+    with pytest.warns(UserWarning, match=f"trained, but not packed: 0: .*{why}"):
+        bb.prepare(nn.Sequential(nn.Linear(64, 8)), recipe)
+
+
+def made_by_a_parametrization(layer: nn.Linear) -> None:
+    nn.utils.parametrizations.weight_norm(layer)
+
+
+def made_elsewhere(layer: nn.Linear) -> None:
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        made_by_a_parametrization,
+        made_elsewhere,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_a_layer_whose_weight_something_else_makes_is_left_and_named(change) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 8))
+    change(model[0])
+    before = {name: value.clone() for name, value in model.named_parameters() if name.startswith("0.")}
+    x = torch.randn(4, 16)
+    expected = model[0](x)
+    with pytest.warns(
+        UserWarning, match=r"a hook, a parametrization or other code makes the weight.*prune\.remove"
+    ):
+        bb.prepare(model, Recipe.bbq(2))
+    assert names(model) == ["2"]
+    if change is not nn.utils.spectral_norm:  # which iterates in every forward
+        assert torch.equal(model[0](x), expected)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    after = dict(model.named_parameters())
+    assert set(before) <= set(after)
+    assert all(
+        not torch.equal(after[name], value) for name, value in before.items() if after[name].grad is not None
+    )
+    bb.prepare(
+        nn.Sequential(prune.identity(nn.Linear(8, 8), "weight"), nn.Linear(8, 8)), Recipe.bbq(2, keep=("0",))
+    )
+
+
+def test_much_that_is_left_is_warned_of_and_little_is_logged(caplog) -> None:
+    class Mixed(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.conv, self.up = nn.Conv1d(32, width, 3), nn.ConvTranspose2d(2, 2, 2)
+            self.rnn = nn.LSTM(2, 2)
+            self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(32, 32)}) for _ in range(2))
+            self.experts = nn.Parameter(torch.zeros(2, 2, 2))
+
+    with pytest.warns(UserWarning, match="conv .*Conv1d") as heard:
+        model = bb.prepare(Mixed(32), Recipe.bbq(2))
+    assert len(heard) == 1
+    line = str(heard[0].message)
+    assert "\n" not in line
+    for kind in (
+        "transposed convolution ConvTranspose2d",
+        "recurrent layer LSTM",
+        "experts in one tensor (Mixed)",
+    ):
+        assert kind in line
+        assert kind in bb.summary(model)
+    with warnings.catch_warnings(), caplog.at_level("INFO", "bellbox"):
+        warnings.simplefilter("error")
+        bb.prepare(Mixed(4), Recipe.bbq(2))
+        bb.prepare(Mixed(32), Recipe.bbq(2, keep=("conv",)))
+    assert [record.getMessage()[:12] for record in caplog.records] == ["prepared: 80", "prepared: 39"]
+
+
+def test_a_summary_counts_a_shared_weight_once_and_says_what_is_left() -> None:
+    one, two = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+    two.weight = one.weight
+    shared = bb.prepare(nn.Sequential(one, nn.ReLU(), two), Recipe.bbq(2))
+    assert "parameters: 4,096 quantized" in bb.summary(shared)
+    model = bb.prepare(Nested(), Recipe.bbq(2, keep=("*.0.fc.0",)))
+    lines = bb.summary(model).splitlines()
+    assert "left: blocks.0.fc.0, 512 weights (the recipe leaves it)" in lines
+    assert [line for line in lines if line.startswith("left: lm_head, ") and "gives the outputs" in line]

@@ -148,3 +148,34 @@ def test_full_precision_but_for_rules_of_ones_own() -> None:
     recipe = Recipe.of("none", rules=(first,))
     assert recipe.rule_for("model.layers.0.mlp") == first
     assert recipe.rule_for("model.layers.1.mlp") is None
+
+
+def test_ends_are_passed_over_by_the_rule_for_everything_only() -> None:
+    recipe = Recipe.bbq(2, rules=(Rule("lm_head", ROW, ROW),))
+    assert recipe.keep_ends
+    assert recipe.rule_for("fc", end=True) is None
+    assert recipe.rule_for("fc") is not None
+    assert recipe.rule_for("lm_head", end=True).weights == ROW  # type: ignore[union-attr]
+    assert Recipe.bbq(2, keep_ends=False).rule_for("fc", end=True) is not None
+    assert Recipe.bbq_vision(2).rule_for("fc", "conv", end=True) is None
+
+
+def test_a_recipe_of_an_earlier_file_goes_by_names_alone() -> None:
+    data = Recipe.bbq(2).to_dict()
+    assert data.pop("keep_ends")
+    earlier = recipe_from_dict(data)
+    assert not earlier.keep_ends
+    assert earlier.rule_for("fc", end=True) is not None
+    assert earlier.rule_for("lm_head", end=True) is None
+
+
+@pytest.mark.parametrize("method", ["quest", "lsq", "n2uq", "rtn"])
+def test_eight_bits_are_255_levels_where_256_do_not_fit_int8(method: str) -> None:
+    with pytest.warns(UserWarning, match=f"{method} at 8 bits takes 255 levels"):
+        recipe = Recipe.of(method, bits=8)
+    assert recipe.rules[-1].weights.levels == recipe.rules[-1].activations.levels == 255  # type: ignore[union-attr]
+    assert Recipe.of(method, levels=256).rules[-1].weights.levels == 256  # type: ignore[union-attr]
+
+
+def test_eight_bits_of_bbq_fit_as_they_are() -> None:
+    assert Recipe.of("bbq", bits=8).rules[-1].weights == QuantizerSpec("bbq", 256)

@@ -72,13 +72,14 @@ def main() -> None:
             found = bench_kernels(
                 machine, outputs, inputs, rows, args.bits, hot=args.hot, seconds=args.seconds, more=more
             )
-            base = next(each for each in found if each.name == "torch bf16").seconds.median
+            own = "bf16" if any(each.name == "torch bf16" for each in found) else "fp32"
+            base = next(each for each in found if each.name == f"torch {own}").seconds.median
             print(f"\n{outputs} x {inputs}, {rows} rows, {'hot' if args.hot else 'in rotation'}")
             for each in sorted(found, key=lambda each: each.seconds.median):
                 s = each.seconds
                 print(
                     f"  {each.name:42}{s.median * 1e6:11,.1f} us ({s.low * 1e6:,.1f} to {s.high * 1e6:,.1f})"
-                    f"{base / s.median:7.2f} x bf16, reads at {each.read_fraction:4.0%}, "
+                    f"{base / s.median:7.2f} x {own}, reads at {each.read_fraction:4.0%}, "
                     f"integers at {each.integer_fraction or 0:4.0%}",
                     flush=True,
                 )

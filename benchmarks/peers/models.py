@@ -48,14 +48,15 @@ def main() -> None:
             more=peers,
             progress=lambda line: print(f"  ... {line}", file=sys.stderr),
         )
-    base = next(each for each in found if each.name == "bf16")
+    own = "bf16" if any(each.name == "bf16" for each in found) else "fp32"
+    base = next(each for each in found if each.name == own)
     print(f"\n{args.preset}, prompt of {args.prompt} tokens; tokens/s by the median (quartiles)")
     for each in sorted(found, key=lambda each: each.decode.median):
         p, d = each.prefill, each.decode
         print(
             f"  {each.name:28} decode {1 / d.median:7.1f} ({1 / d.high:.1f} to {1 / d.low:.1f}) "
-            f"{base.decode.median / d.median:5.2f} x bf16   prefill {args.prompt / p.median:8.0f} "
-            f"({args.prompt / p.high:.0f} to {args.prompt / p.low:.0f}) {base.prefill.median / p.median:5.2f} x bf16"
+            f"{base.decode.median / d.median:5.2f} x {own}   prefill {args.prompt / p.median:8.0f} "
+            f"({args.prompt / p.high:.0f} to {args.prompt / p.low:.0f}) {base.prefill.median / p.median:5.2f} x {own}"
         )
     for name, reason in absent.items():
         print(f"absent: {name}: {reason}")

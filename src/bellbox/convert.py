@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from typing import TypeVar, cast
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from bellbox import coverage
 from bellbox.core.grid import Grid
 from bellbox.core.hadamard import block_size
+from bellbox.coverage import Plain, kind_of_layer, plain_layers
 from bellbox.errors import BellboxError
 from bellbox.nn import (
     ActivationQuantizer,
-    InputCache,
     PackedConv2d,
+    PackedGroup,
+    PackedLayer,
     PackedLinear,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
     quantized_layers,
-    replace_layer,
     without_fused_paths,
 )
+from bellbox.nn.adopted import become
 from bellbox.nn.compact import Precision, compact
+from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.quantizers import METHODS, Quantizer, build_quantizer
-from bellbox.recipe import INPUT_GROUPS, LayerKind, QuantizerSpec, Recipe, Rule
+from bellbox.recipe import INPUT_GROUPS, QuantizerSpec, Recipe, Rule
+from bellbox.structure import ends
 
 Model = TypeVar("Model", bound=nn.Module)
-Plain = nn.Linear | nn.Conv2d
+logger = logging.getLogger("bellbox")
 
 
 def prepare(model: Model, recipe: Recipe) -> Model:
@@ -41,7 +47,9 @@ def prepare(model: Model, recipe: Recipe) -> Model:
     Train the result as usual: weights stay full precision, each forward quantizes them and the inputs.
 
     Args:
-        model: any module. Exact `nn.Linear` and `nn.Conv2d` layers are considered; everything else is left.
+        model: any module. `nn.Linear` and `nn.Conv2d` layers are considered, and subclasses that compute as they do;
+            everything else is left, and one line says what (a warning where that is much, else the log "bellbox").
+            Layers whose weight a hook or a parametrization makes are left too.
         recipe: which layers, and how.
 
     Returns:
@@ -51,22 +59,19 @@ def prepare(model: Model, recipe: Recipe) -> Model:
         BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, a layer
             cannot have the quantizers of its rule, or `recipe` is no recipe.
     """
+    model = cast(Model, unwrapped(model))
     layers = new_layers(model, recipe, deferred=True)
     _warn_of_idle_rules(model, recipe)
-    for _, layer in layers:
-        if layer.weight_quantizer is not None:
-            if layer.weights_rotated:
-                layer.weight_quantizer.initialize(layer.rows_of(layer.rotated_weight()))
-            else:
-                layer.weight_quantizer.initialize(layer.weight_rows())
-    result: nn.Module = model
+    _say_what_is_left(model, recipe, layers)
+    _warn_of_what_cannot_be_packed(layers)
     for plain, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
-        if layer.weights_rotated:
-            with torch.no_grad():
-                plain.weight.copy_(layer.rotated_weight())
-        result = replace_layer(result, plain, layer)
-    without_fused_paths(result)
-    return cast(Model, result)
+        become(plain, layer)
+        changed = cast(QuantizedLayer, plain)
+        changed.rotate_stored_weight()
+        if changed.weight_quantizer is not None:
+            changed.weight_quantizer.initialize(changed.weight_rows().detach())
+    without_fused_paths(model)
+    return model
 
 
 def new_layers(
@@ -86,15 +91,11 @@ def new_layers(
     """
     if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BellboxError(f"the recipe is {recipe!r}: give a Recipe, such as bb.Recipe.bbq(bits=2)")
-    if any(isinstance(module, (QuantizedLayer, PackedLinear)) for module in model.modules()):
+    if any(isinstance(module, (QuantizedLayer, PackedLayer)) for module in model.modules()):
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
-    decided = [
-        (name, layer, rule)
-        for name, layer in _plain_layers(model)
-        if (rule := recipe.rule_for(name, kind_of_layer(layer)))
-    ]
+    decided = decide(model, recipe)
     if recipe.rules and not decided:
-        raise BellboxError(_why_no_layer(model))
+        raise BellboxError(coverage.why_nothing(model, recipe))
     layers: list[tuple[Plain, QuantizedLayer]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
     groups = _input_groups(decided) if recipe.share_inputs else {}
@@ -124,6 +125,16 @@ def new_layers(
     return layers
 
 
+def decide(model: nn.Module, recipe: Recipe) -> list[tuple[str, Plain, Rule]]:
+    """The layers that a recipe quantizes: name, layer and the rule that decided."""
+    kept = ends(model) if recipe.keep_ends else {}
+    return [
+        (name, layer, rule)
+        for name, layer in plain_layers(model)
+        if (rule := recipe.rule_for(name, kind_of_layer(layer), name in kept))
+    ]
+
+
 def unprepare(model: Model) -> Model:
     """The way back from `prepare`: plain layers that hold the trained weights, in place.
 
@@ -134,14 +145,10 @@ def unprepare(model: Model) -> Model:
     Returns:
         The same model (a new layer where `model` is itself one quantized layer).
     """
-    result: nn.Module = model
     for _, layer in list(quantized_layers(model)):
-        plain = layer.unquantized()
-        if layer.weights_rotated:
-            with torch.no_grad():
-                layer.weight.copy_(layer.rotated_weight(back=True))
-        result = replace_layer(result, layer, plain)
-    return cast(Model, result)
+        layer.rotate_stored_weight_back()
+        become(layer, layer.unquantized())
+    return model
 
 
 def convert(model: Model, embeddings: Precision = "fp32") -> Model:
@@ -157,14 +164,16 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     Raises:
         BellboxError: nothing to convert, or a layer that cannot be packed (by name, with the way out).
     """
+    model = cast(Model, unwrapped(model))
     layers = dict(quantized_layers(model))
     if not layers:
-        if any(isinstance(module, PackedLinear) for module in model.modules()):
+        if any(isinstance(module, PackedLayer) for module in model.modules()):
             raise BellboxError("the model is packed already; save it, or use it as it is")
         raise BellboxError("nothing to convert: the model has no quantized layers; call prepare first")
     require_causal(model, "converting")
-    shared: dict[int, InputCache] = {}
-    memo: dict[int, object] = {}
+    groups: dict[int, PackedGroup] = {}
+    memo: dict[int, Any] = {}
+    _give_scales_to_idle(layers)
     for name, layer in layers.items():
         activation = layer.activation_quantizer
         if layer.weight_quantizer is not None and not layer.weight_quantizer.on_grid:
@@ -172,17 +181,55 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
                 f"{name or 'the layer'} cannot be packed: {layer.weight_quantizer.why_not_packed()}"
             )
         if activation is None or layer.weight_quantizer is None:
-            raise BellboxError(
-                f"{name or 'the layer'} cannot be packed: only its {'inputs' if activation else 'weights'} are "
-                "quantized, and integers need both; give its rule both (weight_only='int8' does)"
-            )
-        shared.setdefault(id(activation), InputCache(activation.shared.readers))
+            raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
         kind = PackedConv2d if isinstance(layer, QuantizedConv2d) else PackedLinear
-        memo[id(layer)] = kind.from_quantized(layer, shared.get(id(activation)))
+        group = groups.setdefault(id(activation), PackedGroup())
+        memo[id(layer)] = kind.from_quantized(layer, None if kind is PackedConv2d else group)
+    for layer in layers.values():  # only now: an attribute may lead to any other layer
+        cast(PackedLayer, memo[id(layer)]).take_over(layer, memo)
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
     compact(packed, embeddings)
+    gather_in_huge_pages(packed)
     return packed
+
+
+def _give_scales_to_idle(layers: Mapping[str, QuantizedLayer]) -> None:
+    """Scales for inputs that no data reached, while others were reached: an expert that was never chosen."""
+    inputs = {name: layer.activation_quantizer for name, layer in layers.items()}
+    unset = {
+        name: each.quantizer
+        for name, each in inputs.items()
+        if each is not None and not each.quantizer.is_set
+    }
+    if not unset or len(unset) == sum(each is not None for each in inputs.values()):
+        return
+    for quantizer in unset.values():
+        draw = torch.randn(64, quantizer.features, generator=torch.Generator().manual_seed(0))
+        quantizer.initialize(draw.to(next(quantizer.parameters(), draw).device))
+    some = ", ".join(list(unset)[:3]) + (", ..." if len(unset) > 3 else "")
+    warnings.warn(
+        f"no data ever reached {len(unset)} of {len(inputs)} layers ({some}): the scales of their inputs are those of "
+        "numbers of size 1",
+        stacklevel=3,
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself within what `torch.compile`, DDP, DataParallel or an average of weights put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        if not isinstance(inner, nn.Module):
+            inner = model._modules.get("module") if len(model._modules) == 1 and _is_wrapper(model) else None
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    """Whether a module with the one child `module` only calls it: no parameters or buffers of its own but counters."""
+    own = [t for t in (*model._parameters.values(), *model._buffers.values()) if t is not None]
+    return all(t.numel() == 1 and not t.is_floating_point() for t in own)
 
 
 def require_causal(model: nn.Module, doing: str) -> None:
@@ -204,43 +251,56 @@ def require_causal(model: nn.Module, doing: str) -> None:
             )
 
 
-def _why_no_layer(model: nn.Module) -> str:
-    # GPT-2 of transformers keeps its matrices, transposed, in a class of its own.
-    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
-        return (
-            "the recipe matches no layer: this model keeps its matrices in Conv1D; load a GPT-2 with "
-            "bellbox.models.load_hf(folder), which has linear layers"
-        )
-    return "the recipe matches no linear layer or convolution of the model; look at the patterns of its rules"
-
-
 def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:
     """A pattern with a typing error would quantize what it was to keep: say so."""
     usual = {rule.pattern for rule in Recipe.bbq().rules}
-    names: list[tuple[str, LayerKind]] = [
-        (name, kind_of_layer(layer)) for name, layer in _plain_layers(model)
-    ]
+    names = coverage.names_of_weights(model)
     for rule in recipe.rules:
         if rule.pattern not in usual and not any(rule.matches(*each) for each in names):
             warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no layer", stacklevel=3)
 
 
-def _plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
-    """Exact `nn.Linear` and `nn.Conv2d` layers by name, but for those that nn.MultiheadAttention reads past."""
-    skip = {
-        id(inner)
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for inner in module.modules()
-    }
-    for name, module in model.named_modules():
-        if type(module) in (nn.Linear, nn.Conv2d) and id(module) not in skip:
-            yield name, cast(Plain, module)
+def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[Plain, QuantizedLayer]]) -> None:
+    """One line: a warning where much is left with no rule asking for it, else an entry of the log."""
+    if recipe.rules:
+        line, warn = coverage.say(
+            model, recipe, (layer.weight for _, layer in layers if layer.weight_quantizer)
+        )
+        if warn:
+            warnings.warn(line, stacklevel=3)
+        else:
+            logger.info(line)
 
 
-def kind_of_layer(layer: nn.Module) -> LayerKind:
-    """What rules call it."""
-    return "conv" if isinstance(layer, nn.Conv2d) else "linear"
+def _warn_of_what_cannot_be_packed(layers: list[tuple[Plain, QuantizedLayer]]) -> None:
+    """Before the training, not after it."""
+    for _, layer in layers:
+        why = _why_never_packed(layer)
+        if why is not None:
+            quantizer = layer.weight_quantizer or (
+                layer.activation_quantizer and layer.activation_quantizer.quantizer
+            )
+            where = quantizer.name.rpartition(".")[0] if quantizer else "a layer"
+            warnings.warn(f"the model can be trained, but not packed: {where}: {why}", stacklevel=3)
+            return
+
+
+def _why_never_packed(layer: QuantizedLayer) -> str | None:
+    """Why `convert` will refuse a layer whatever is trained; None where it will not."""
+    activation = layer.activation_quantizer and layer.activation_quantizer.quantizer
+    weight = layer.weight_quantizer
+    for each in (weight, activation):
+        if each is not None and each.on_grid and not each.levels.fits_int8:
+            n, zero_point = each.levels.n, each.levels.zero_point
+            return f"{n} levels with zero point {zero_point} do not fit int8, but 255 about zero or 128 above it do"
+        if each is not None and (not each.on_grid or (each is activation and each.granularity == "tensor")):
+            return each.why_not_packed()
+    if weight is not None and activation is not None:
+        return None
+    return (
+        f"only its {'inputs' if activation else 'weights'} are quantized, and integers need both; give its rule both "
+        "(weight_only='int8' does)"
+    )
 
 
 def _rotated_in_forward(rule: Rule) -> Rule:
@@ -280,7 +340,7 @@ def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer
 
 def rotated_weights(model: nn.Module) -> frozenset[Tensor]:
     """The weights that live in the rotated domain (`Rule.weights_rotated`)."""
-    return frozenset(layer.weight for _, layer in quantized_layers(model) if layer.weights_rotated)
+    return frozenset(layer.stored_weight for _, layer in quantized_layers(model) if layer.weights_rotated)
 
 
 def _input_groups(decided: list[tuple[str, Plain, Rule]]) -> dict[str, tuple[str, ...]]:
@@ -304,16 +364,17 @@ def _label(levels: Grid) -> str:
 
 
 def summary(model: nn.Module) -> str:
-    """A table of the quantized layers, and how many parameters are quantized and how many are not.
+    """A table of the quantized layers, what is left and why, and how many parameters are quantized and how many not.
 
-    Equal layers of repeated blocks are listed once, with their number.
+    Equal layers of repeated blocks are listed once, with their number; a weight that several layers share counts once.
     """
     rows: dict[tuple[str, ...], list[str]] = {}
-    quantized = 0
+    inside: dict[int, int] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLayer):
             weight, activation = layer.weight_quantizer, layer.activation_quantizer
-            quantized += layer.weight.numel() if weight is not None else 0
+            if weight is not None:
+                inside[id(layer.stored_weight)] = layer.stored_weight.numel()
             shape = layer.row_count, layer.row_length
             cells = (
                 _label(weight.levels) if weight else "float",
@@ -322,11 +383,11 @@ def summary(model: nn.Module) -> str:
                 str((activation.quantizer if activation else weight).block),  # type: ignore[union-attr]
                 "shared" if activation is not None and activation.shared.readers > 1 else "own",
             )
-        elif isinstance(layer, PackedLinear):
-            quantized += layer.in_features * layer.out_features
-            shape = layer.out_features, layer.in_features
+        elif isinstance(layer, PackedLayer):
+            inside[id(layer)] = layer.row_length * layer.row_count
+            shape = layer.row_count, layer.row_length
             coding = layer.coding
-            sharing = "shared" if layer.shared.readers > 1 else "own"
+            sharing = "shared" if len(layer.group.layers) > 1 else "own"
             cells = (
                 _label(layer.weight_levels),
                 _label(coding.levels),
@@ -336,7 +397,7 @@ def summary(model: nn.Module) -> str:
             )
         else:
             continue
-        pattern = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "(the model)"
+        pattern = _pattern(name) or "(the model)"
         key = (pattern, f"{shape[0]} x {shape[1]}", *cells)
         rows.setdefault(key, []).append(name or "(the model)")
     header = ("layer", "out x in", "weight bits", "input bits", "granularity", "block", "input", "count")
@@ -348,14 +409,37 @@ def summary(model: nn.Module) -> str:
         for row in table
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    lines += [
+        f"left: {each.name or 'the model'}, {sum(weight.numel() for weight in each.weights):,} weights ({each.why})"
+        for each in _grouped(coverage.left_out(model))
+    ]
     floats: dict[int, Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():  # what is a parameter before packing counts as one after it
-        if isinstance(module, PackedLinear) and module.bias is not None:
+        if isinstance(module, PackedLayer) and isinstance(module.bias, Tensor):
             floats[id(module.bias)] = module.bias
-    inside = {id(layer.weight) for _, layer in quantized_layers(model) if layer.weight_quantizer is not None}
     rest = sum(p.numel() for key, p in floats.items() if key not in inside)
     left = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention)})
     lines.append(
-        f"parameters: {quantized:,} quantized, {rest:,} not" + (f" (left whole: {left[0]})" if left else "")
+        f"parameters: {sum(inside.values()):,} quantized, {rest:,} not"
+        + (f" (left whole: {left[0]})" if left else "")
     )
     return "\n".join(lines)
+
+
+def _grouped(left: list[coverage.Left]) -> list[coverage.Left]:
+    """What is left in repeated blocks for one reason, as one."""
+    groups: dict[tuple[str, str], list[coverage.Left]] = {}
+    for each in left:
+        groups.setdefault((_pattern(each.name), each.why), []).append(each)
+    return [
+        each[0]
+        if len(each) == 1
+        else dataclasses.replace(
+            each[0], name=f"{name} ({len(each)})", weights=tuple(w for one in each for w in one.weights)
+        )
+        for (name, _), each in groups.items()
+    ]
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

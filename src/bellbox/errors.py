@@ -10,9 +10,23 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+_MOST_CHARACTERS = 2000
+
 
 class BellboxError(ValueError):
-    """Something the caller can put right; the message is one clear line."""
+    """Something the caller can put right; the message is one clear line.
+
+    It stays one where a name or a value in it, read from somebody's file, holds line breaks, control characters or a
+    megabyte.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _MOST_CHARACTERS:
+            half = _MOST_CHARACTERS // 2
+            message = f"{message[:half]} ... {message[-half:]}"
+        if not message.isprintable():
+            message = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+        super().__init__(message)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -7,6 +7,7 @@ match decides. It reads from YAML or JSON through `recipe_from_dict`, which refu
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,15 +20,18 @@ from bellbox.quantizers.spec import Granularity, QuantizerSpec, with_present_nam
 
 HEADS = (
     *("lm_head", "embed_out", "output_projection", "classifier", "score", "head"),
-    *("lm_head.decoder", "predictions.decoder", "vocab_projector", "classifier.1"),
+    *("lm_head.decoder", "predictions.decoder", "vocab_projector"),
 )
-"""Last parts of the names under which models keep their output layer; left in full precision by default."""
+"""Last parts of the names under which models keep their output layer: a hint beside their structure (`keep_ends`)."""
 
 STEMS = (
     *("stem", "stem.*", "conv_stem", "conv1", "patch_embed*"),
     *("*.stem.*", "*.embedder.embedder.*", "*.patch_embeddings.projection"),
 )
-"""Patterns of the names under which vision models keep the layer that reads the image; left in full precision too."""
+"""Patterns of the names under which vision models keep the layer that reads the image: a hint as well."""
+
+EVERYTHING = "*"
+"""The pattern that says nothing about a layer: such rules are the ones that `Recipe.keep_ends` holds back."""
 
 LayerKind = Literal["linear", "conv"]
 """What a rule may confine itself to."""
@@ -84,6 +88,11 @@ class Recipe:
     """Rules in order of precedence."""
     share_inputs: bool = True
     """Whether siblings that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
+    keep_ends: bool = False
+    """Whether rules with the pattern `*` pass over the ends of the network (`bellbox.structure.ends`): the layers that
+    read the input or give the outputs, routers of experts, weights tied to an embedding. Other patterns reach them.
+
+    `Recipe.of` and its kind say yes; a recipe of earlier files, which does not say, means no."""
 
     @classmethod
     def of(
@@ -102,18 +111,20 @@ class Recipe:
         weight_only: Literal["float", "int8"] | None = None,
         weights_rotated: bool = False,
         share_inputs: bool = True,
+        keep_ends: bool = True,
         keep: tuple[str, ...] = (),
         rules: tuple[Rule, ...] = (),
         statistic: Granularity | None = None,
         weight_statistic: Granularity | None = None,
     ) -> Recipe:
-        """A method on every linear layer and convolution but head and stem.
+        """A method on every linear layer and convolution but the ends of the network.
 
         What is not said is the method's own choice.
 
         Args:
             method: one of `bellbox.quantizers.METHODS`, or `none` for full precision.
-            bits: of weights and activations, 1 to 8; where nothing is said the method's own choice, mostly 2.
+            bits: of weights and activations, 1 to 8; where nothing is said the method's own choice, mostly 2. At
+                8 bits, methods with levels on both sides of zero take 255, which fit int8.
             levels: number of levels instead of bits; 3 is ternary.
             weight_levels: levels of the weights alone, where they differ.
             activation_levels: levels of the activations alone.
@@ -126,6 +137,8 @@ class Recipe:
             weights_rotated: learn the weights in the rotated domain; needs quantized activations. A weight that stands
                 elsewhere in the model too stays as it is, and is rotated in every forward.
             share_inputs: see `Recipe.share_inputs`.
+            keep_ends: see `Recipe.keep_ends`; where False, only layers with the usual names of heads and stems are
+                left.
             keep: name patterns of further layers to leave in full precision.
             rules: rules that go before all others.
             statistic: the former name of `granularity`.
@@ -138,13 +151,24 @@ class Recipe:
         granularity = granularity or statistic
         weight_granularity = weight_granularity or weight_statistic
         if method == "none":
-            return cls(rules, share_inputs)
+            return cls(rules, share_inputs, keep_ends)
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
         common = levels if bits is None else levels_from_bits(bits)
         if common is None:
             common = check_method(method, {}).own_levels
         number: int = common
+
+        if (
+            bits == 8
+            and not _fits_int8(method, number, zero_point, options)
+            and _fits_int8(method, number - 1, zero_point, options)
+        ):
+            number -= 1
+            warnings.warn(
+                f"{method} at 8 bits takes 255 levels, -127..127: its 256 do not fit int8 and could not be packed",
+                stacklevel=2,
+            )
 
         def spec(n: int | None, granularity: Granularity | None) -> QuantizerSpec:
             n = number if n is None else n
@@ -163,8 +187,8 @@ class Recipe:
             weights = dataclasses.replace(weights, block=1, options=_without_signs(weights.options))
         heads = tuple(pattern for head in HEADS for pattern in (head, f"*.{head}"))
         left = tuple(map(Rule, (*heads, *STEMS)))
-        everything = Rule("*", weights, activations, weights_rotated)
-        return cls((*rules, *map(Rule, keep), *left, everything), share_inputs)
+        everything = Rule(EVERYTHING, weights, activations, weights_rotated)
+        return cls((*rules, *map(Rule, keep), *left, everything), share_inputs, keep_ends)
 
     @classmethod
     def bbq(
@@ -227,16 +251,24 @@ class Recipe:
             return cls.of("bbq", bits, block=given, **choices)
         linear, conv = (cls.of("bbq", bits, block=block, **choices) for block in (32, 64))
         convolutions = dataclasses.replace(conv.rules[-1], kind="conv")
-        return cls((*linear.rules[:-1], convolutions, linear.rules[-1]), linear.share_inputs)
+        return dataclasses.replace(linear, rules=(*linear.rules[:-1], convolutions, linear.rules[-1]))
 
     @classmethod
     def none(cls) -> Recipe:
         """Leave every layer as it is: the full-precision baseline."""
         return cls()
 
-    def rule_for(self, name: str, kind: LayerKind = "linear") -> Rule | None:
-        """The rule that decides about a layer, or None where it is left as it is."""
+    def rule_for(self, name: str, kind: LayerKind = "linear", end: bool = False) -> Rule | None:
+        """The rule that decides about a layer, or None where it is left as it is.
+
+        Args:
+            name: dotted.
+            kind: of the layer.
+            end: whether it is one of the network's ends (`bellbox.structure.ends`).
+        """
         for rule in self.rules:
+            if end and self.keep_ends and rule.pattern == EVERYTHING:
+                continue
             if rule.matches(name, kind):
                 return rule if rule.weights or rule.activations else None
         return None
@@ -244,6 +276,19 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON or YAML; `recipe_from_dict` gives the equal recipe."""
         return dataclasses.asdict(self)
+
+
+def _fits_int8(
+    method: str, levels: int, zero_point: float | None, options: Mapping[str, bool | float | str] | None
+) -> bool:
+    """Whether the levels of a method's weights and activations fit int8, as packing needs; without a grid, yes."""
+    spec = QuantizerSpec(method, levels, zero_point, options=dict(options or {}))
+    kind = METHODS[method]
+    rows = [8, None] if kind.activation_granularities else [8]
+    try:
+        return not kind.on_grid or all(kind(64, spec, each).levels.fits_int8 for each in rows)
+    except BellboxError:
+        return True  # a number that the method does not have, which is refused where it is used
 
 
 def _without_signs(options: Mapping[str, bool | float | str]) -> dict[str, bool | float | str]:

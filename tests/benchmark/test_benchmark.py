@@ -9,9 +9,13 @@ import torch
 from bellbox.benchmark import Spread, bench_kernels, bench_model, measure_machine, take_turns
 from bellbox.benchmark import machine as machine_module
 from bellbox.benchmark.kernels import in_rotation, random_layer
+from bellbox.benchmark.model import ModelResult
+from bellbox.cli import bench
 from bellbox.cli.main import main
 from bellbox.models import preset
 from bellbox.ops import native
+from bellbox.utils import processor
+from bellbox.utils.processor import fast_bf16
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +76,7 @@ def test_models_are_timed_in_prefill_and_decode() -> None:
     found = bench_model(config, (2,), prompt=8, seconds=0.0, progress=lines.append)
     assert [each.name for each in found] == [
         "fp32",
-        "bf16",
+        *(["bf16"] if fast_bf16() else []),
         "2 bits, fp32 embeddings",
         "2 bits, int8 embeddings",
     ]
@@ -98,9 +102,38 @@ def test_the_command_prints_figures_and_writes_them(
     assert "16 x 32, 1 row, weights hot" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("features", [set(), {"avx512_bf16", "avx512_vnni"}])
+def test_torch_competes_in_what_the_processor_does_fast(features, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(processor, "_features", lambda: frozenset(features))
+    monkeypatch.delenv("BELLBOX_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    short = ["--bits", "2", "--threads", "1", "--seconds", "0.01"]
+    main(["bench", "kernels", "--shapes", "16x32", "--rows", "1", "--hot", *short])
+    layers = capsys.readouterr().out
+    assert ("x bf16" in layers) == ("_int_mm" in layers) == bool(features)
+    assert "x fp32" in layers
+
+
+def test_a_small_preset_is_timed_by_its_own_defaults(monkeypatch, capsys) -> None:
+    asked: list[int] = []
+
+    def timed(config, bits, *, prompt, **_):
+        asked.append(prompt)
+        spread = Spread(1.0, 1.0, 1.0)
+        return [ModelResult("fp32", prompt, spread, spread, None)]
+
+    monkeypatch.setattr(bench, "bench_model", timed)
+    for name in ("tiny", "95M"):
+        main(["bench", "model", "--preset", name])
+    assert asked == [preset("tiny").max_position_embeddings - 1, 256]
+    assert "1.00 x fp32" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["kernels", "--threads", "100000"], "threads 1 to 1024"),
+        (["kernels", "--seconds", "1e40"], "at most 86,400"),
         (["kernels", "--shapes", "4096"], "write OUTPUTSxINPUTS"),
         (["kernels", "--bits", "5"], "bits are 1 to 4"),
         (["model", "--preset", "7B"], "no model preset '7B'"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bellbox.data
+import waiting
 from bellbox.convert import convert
 from bellbox.data.bundled import VALID
 from bellbox.data.prepare import prepare
@@ -114,14 +115,10 @@ def tokenizer(tokens: Path) -> Tokenizer:
 def bellbox_process(tmp_path: Path) -> Command:
     """Run the program in a process of its own, in an empty folder."""
 
-    def run_it(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run_it(*arguments: object) -> subprocess.CompletedProcess[str]:
         code = "from bellbox.cli.main import main; main()"
-        return subprocess.run(
+        return waiting.run(
             [sys.executable, "-c", code, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
         )

@@ -49,10 +49,13 @@ def test_a_missed_bar_exits_with_1_and_an_earlier_demo_is_replaced(
 
     monkeypatch.setattr(demo, "run_demo", missed)
     monkeypatch.setattr(demo, "_seconds_per_step", {"fp32": 0.3, "bf16": 0.2}.__getitem__)
+    monkeypatch.setattr(demo, "choose_precision", lambda device: ("bf16", "it has the units"))
     with pytest.raises(SystemExit) as caught:
         main(["demo", "--out", str(tmp_path / "d")])
     assert caught.value.code == 1
-    assert capsys.readouterr().err == "bellbox: the demo did not reach its bar: pigs fly\n"
+    out, error = capsys.readouterr()
+    assert error == "bellbox: the demo did not reach its bar: pigs fly\n"
+    assert "precision bf16: it has the units; 0.20 s a step" in out
     (tmp_path / "d" / "notes.txt").write_text("mine")
     main(["demo", "--out", str(tmp_path / "d"), "--no-bars", "--minutes", "2", "--precision", "fp32"])
     assert seen == [["demo.json"], ["demo.json", "notes.txt"]]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,7 @@ from bellbox.cli.main import main
 from bellbox.comparison import Results, load_grid, run_grid
 from bellbox.runs.metrics import read_records
 from bellbox.training import train
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.01)
+from waiting import finish, wait_for
 
 
 def run_folders(out: Path) -> list[Path]:
@@ -45,7 +38,7 @@ def test_a_grid_runs_goes_on_after_a_failing_row_and_then_has_nothing_to_do(
     }
     file, out = grid(rows=rows), tmp_path / "out"
     running = start(file, "--out", out, "--jobs", 2)
-    said, error = running.communicate(timeout=120)
+    said, error = finish(running)
     assert running.returncode == 1, error
     assert "broken, 2 bits, lr 0.01, seed 0: FAILED: " in said
     results = Results(out).all
@@ -86,10 +79,9 @@ def test_a_grid_runs_goes_on_after_a_failing_row_and_then_has_nothing_to_do(
 def test_killed_with_its_run_it_goes_on_to_the_same_result(grid, start, tmp_path: Path) -> None:
     file, out = grid(rows={"BBQ": {}}, steps=30), tmp_path / "killed"
     config = load_grid(file).cells[0].config(1e-2, 0)
-    config.folder = str(tmp_path / "whole")
-    whole = train(config, show=False)
+    whole = train(dataclasses.replace(config, folder=str(tmp_path / "whole")), show=False)
     running = start(file, "--out", out)
-    wait_for(lambda: metrics_lines(out) > 4, "some steps")
+    wait_for(lambda: metrics_lines(out) > 4, "some steps", running.pid)
     running.kill()
     running.communicate()
     # Its run sees the pipe close, saves and leaves; a new start need not wait for anything but that.
@@ -97,7 +89,7 @@ def test_killed_with_its_run_it_goes_on_to_the_same_result(grid, start, tmp_path
     wait_for(lambda: _unlocked(folder), "the run to leave")
     assert Results(out).all == []
     again = start(file, "--out", out)
-    said, error = again.communicate(timeout=120)
+    said, error = finish(again)
     assert again.returncode == 0, said + error
     assert whole.validation is not None
     (result,) = Results(out).all
@@ -109,7 +101,7 @@ def test_killed_with_its_run_it_goes_on_to_the_same_result(grid, start, tmp_path
 
 def _unlocked(folder: Path) -> bool:
     from bellbox.errors import BellboxError
-    from bellbox.runs.folder import lock
+    from bellbox.utils.files import lock
 
     try:
         lock(folder).close()
@@ -121,12 +113,12 @@ def _unlocked(folder: Path) -> bool:
 def test_ctrl_c_saves_the_run_and_says_how_to_go_on(grid, start, tmp_path: Path) -> None:
     file, out = grid(rows={"BBQ": {}}, steps=100000), tmp_path / "out"
     running = start(file, "--out", out)
-    wait_for(lambda: metrics_lines(out) > 4, "some steps")
+    wait_for(lambda: metrics_lines(out) > 4, "some steps", running.pid)
     # As a terminal does: the run hears it too.
     child = int(Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()[0])
     os.kill(child, signal.SIGINT)
     running.send_signal(signal.SIGINT)
-    said, error = running.communicate(timeout=60)
+    said, error = finish(running)
     assert running.returncode == 130, said + error
     assert "0 of 1 runs done; go on with: bellbox compare" in said
     assert "Traceback" not in said + error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 
 from bellbox.comparison import Results, load_grid
 from bellbox.comparison.plan import Plan
-from bellbox.comparison.results import identity
+from bellbox.comparison.results import Result, identity
 from bellbox.errors import BellboxError
 from bellbox.training import TrainConfig
+from bellbox.utils import processor
 
 
 def test_what_is_added_is_read_again_and_half_a_line_is_cut_away(tmp_path: Path, result) -> None:
@@ -68,6 +70,27 @@ def test_the_rates_come_first_then_the_other_seeds_at_the_best_one(grid, tmp_pat
     assert [plan.is_hopeless(cell) for cell in plan.grid.cells] == [False, True]
 
 
+def test_auto_is_one_precision_for_a_study_wherever_it_goes_on(
+    grid, tmp_path: Path, finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BELLBOX_ISA", raising=False)
+    monkeypatch.setattr(processor, "_features", lambda: frozenset())
+    file = grid(rows={"a": {}, "b": {"precision": "bf16"}}, over={"precision": "auto"}, seeds=[0, 1])
+    results = Results(tmp_path)
+    first, pinned = Plan(load_grid(file), results).missing()
+    assert (first.config.precision, pinned.config.precision) == ("fp32", "bf16")
+    # What was recorded before there was a choice says bf16, as its own key or not at all.
+    config = {**first.config.to_dict(), "precision": "bf16"}
+    recorded = identity(config, first.data)
+    del config["precision"]
+    assert identity(config, first.data) == recorded != first.key
+    earlier = dataclasses.replace(finished(first, 2.0), config={**config, "precision": "bf16"})
+    results.add(earlier)
+    again = Plan(load_grid(file), results)
+    assert [(run.cell.row, run.seed) for run in again.missing()] == [("b", 0), ("a", 1)]
+    assert again.missing()[1].config.precision == "bf16"
+
+
 def test_a_run_known_from_another_study_is_found_and_a_failed_one_is_not(
     grid, tmp_path: Path, finished
 ) -> None:
@@ -82,3 +105,33 @@ def test_a_run_known_from_another_study_is_found_and_a_failed_one_is_not(
     assert found is not None
     assert found.row == "a"
     assert Results(tmp_path).all == results.all
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"study": "../../up"}, "study '../../up' is no name"),
+        ({"study": "a\nb"}, "is no name"),
+        ({"study": ".hidden"}, "is no name"),
+        ({"row": "x" * 300}, "is no name"),
+        ({"row": "a\u2028\\input{b}"}, "is no name"),
+        ({"lr": "1e-3"}, "lr: "),
+        ({"seed": 1.5}, "seed: "),
+        ({"config": {"steps": "many"}}, "steps"),
+        ({"config": [1]}, "config: "),
+        ({"history": [{"step": 1}]}, "0.tokens"),
+        ({"gamma": {"up": {"low": 0.0, "high": 1.0, "counts": [0] * 20_000}}}, "up.counts"),
+        ({"loss": float("nan")}, "NaN is no number"),
+        ({"extra": 1}, "unknown key 'extra'"),
+    ],
+)
+def test_what_a_line_says_is_no_path_and_no_markup(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    good = Result("study", "BBQ", 2, 1e-3, 0, {}, {"steps": 2}, "data")
+    (tmp_path / "results.jsonl").write_text(json.dumps(vars(good)) + "\n")
+    assert Results(tmp_path).all == [good]
+    (tmp_path / "results.jsonl").write_text(json.dumps(vars(good) | change) + "\n")
+    with pytest.raises(BellboxError, match="line 1 is not a result") as caught:
+        Results(tmp_path)
+    assert said in str(caught.value)

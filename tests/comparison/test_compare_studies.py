@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from bellbox.comparison import Results, load_grid, summarise, tables
 from bellbox.comparison.selection import kept
 from bellbox.data.images import ImageDataset
 from bellbox.data.images.base import ArraySplit
-from bellbox.runs.build import resolve, resolve_vision
+from bellbox.runs.resolve import resolve
 from bellbox.training.check import check_trainable
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def test_every_grid_can_be_trained(file: Path, images: ImageDataset) -> None:
     for cell in load_grid(file).cells:
         config = cell.config(cell.lrs[0], cell.seeds[0])
         vision = config.task == "vision"
-        check_trainable(resolve_vision(config, images) if vision else resolve(config, VOCABULARY))
+        check_trainable(resolve(config, images if vision else SimpleNamespace(vocab_size=VOCABULARY)))
 
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)

@@ -13,6 +13,7 @@ import bellbox.data
 from bellbox.data import bundled
 from bellbox.data.prepare import prepare
 from bellbox.errors import BellboxError
+from waiting import finish
 
 SHARED = Path(os.environ.get("BELLBOX_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -65,7 +66,7 @@ def test_two_processes_at_once_end_with_one_whole_dataset(tmp_path: Path) -> Non
         for _ in range(2)
     ]
     for process in running:
-        assert process.communicate(timeout=60)[0].strip() == "1594194"
+        assert finish(process)[0].strip() == "1594194"
         assert process.returncode == 0
     assert len(list(tmp_path.iterdir())) == 1
     bundled.open_classics(tmp_path)

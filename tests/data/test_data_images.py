@@ -196,7 +196,7 @@ def spoilt(path: Path, how: str) -> None:
     [
         ("deflate", r"cannot be read as an \.npz file \(Error -3"),
         ("encrypted", r"cannot be read as an \.npz file \(.*encrypted"),
-        ("no array", r"cannot be read as an \.npz file \(class_name in it is no \.npy array"),
+        ("no array", r"class_name\S* cannot be read as an \.npz file \(the magic string"),
     ],
 )
 def test_a_bad_member_is_refused_in_one_line(tmp_path: Path, how: str, message: str) -> None:
@@ -221,7 +221,7 @@ def broken(tmp_path: Path, **changes: np.ndarray | None) -> str:
         ({"train_labels": np.full(6, 2)}, "labels from 2 to 2, but 2 classes"),
         ({"train_labels": np.zeros(6)}, r"train_labels is float64 of shape \(6,\), not 1-D integers"),
         ({"train_jpeg": np.zeros(4, np.uint8), "train_offsets": np.array([0, *[4] * 6])}, "image 0: cannot be read"),
-        ({"class_name": np.array([{"a": 1}], dtype=object)}, "cannot be read as an .npz file .*allow_pickle"),
+        ({"class_name": np.array([{"a": 1}], dtype=object)}, "class_name.npy holds pickled objects"),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_refused_in_one_line(

@@ -146,7 +146,7 @@ def test_options_that_contradict_or_do_nothing_are_refused(tmp_path: Path, docum
         ({"valid": [tmp_path / "v.txt"], "valid_fraction": 0.1}, "drop one of them"),
         ({"valid_fraction": 0.0}, "validation fraction 0.0: must be between 0 and 1"),
         ({"valid_fraction": float("nan")}, "validation fraction nan"),
-        ({"text_field": "body"}, "text field 'body': no input is JSON lines"),
+        ({"text_field": "body"}, "text field 'body': no input is JSON, CSV"),
         ({"shard_tokens": 0}, "shards of 0 tokens"),
         ({"tokenizer": tokenizer}, "no such tokenizer"),
         ({"valid": [documents]}, "both in the input and in the validation files"),

@@ -12,7 +12,7 @@ import pytest
 
 from bellbox.data import sources
 from bellbox.data.prepare import prepare
-from bellbox.data.sources import PIECE_CHARS, Piece, resolve
+from bellbox.data.sources import PIECE_CHARS, Piece, Rows, resolve
 from bellbox.errors import BellboxError
 
 
@@ -20,7 +20,7 @@ def texts(path: Path | str, field: str = "text") -> list[str]:
     """Whole documents of one input."""
     found, parts = [], []
     for source in resolve([path]):
-        for piece in source.pieces(field):
+        for piece in source.pieces(Rows(field)):
             parts.append(piece.text)
             if piece.ends:
                 found.append("".join(parts))

@@ -94,7 +94,7 @@ def test_the_end_of_text_is_found_by_name_by_configuration_or_refused(tmp_path: 
 def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     for name, content, message in [
         ("a.json", b"{}", "a.json: not a tokenizer.json that can be read"),
-        ("b.json", b"\xff", "b.json: cannot be read"),
+        ("b.json", b"\xff", "b.json: not UTF-8 at byte 0"),
         ("c.model", b"nothing", "c.model: not a sentencepiece model"),
     ]:
         (tmp_path / name).write_bytes(content)

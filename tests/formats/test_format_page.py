@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import bellbox as bb
+from bellbox.core.geometry import ConvGeometry
 from bellbox.core.grid import Grid, Levels
 from bellbox.core.hadamard import butterfly
 from bellbox.core.packing import pack, unpack
 from bellbox.formats.packed import FORMAT, VERSIONS
 from bellbox.nn import InputCoding, PackedConv2d, PackedLinear
-from bellbox.nn.geometry import ConvGeometry
 from bellbox.ops.encode import normaliser, row_sigma
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")

@@ -14,12 +14,12 @@ from test_packed import rewrite
 from torch import nn
 
 import bellbox as bb
+from bellbox.core.geometry import ConvGeometry
 from bellbox.core.grid import Grid, Levels
 from bellbox.core.packing import pack
 from bellbox.errors import BellboxError
 from bellbox.models import ResNet, ResNetConfig, ViT, ViTConfig
 from bellbox.nn import InputCoding, PackedConv2d
-from bellbox.nn.geometry import ConvGeometry
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 CONV = "stages.0.0.first.conv"

@@ -10,8 +10,10 @@ processor, and compared where this one's kind was recorded.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -171,7 +173,9 @@ def kind_of_machine() -> str:
             break
     from bellbox.ops import native
 
-    kernels = native.describe().split(" (")[0]
+    # A larger processor that is held down is a kind of its own: not every library of torch's heeds that.
+    held = f" held to {os.environ['BELLBOX_ISA']}" if "BELLBOX_ISA" in os.environ else ""
+    kernels = native.describe().split(" (")[0] + held
     return f"{kernels}, torch {torch.__version__.split('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, {vendor}"
 
 
@@ -198,8 +202,8 @@ def resumed(folder: Path, tmp: Path) -> str:
 
     shutil.copytree(folder, tmp)
     config = load_config(tmp / "run" / "config.yaml")
-    config.folder, config.data.source = str(tmp / "run"), str(tmp / "tokens")
-    train(config, show=False)
+    data = dataclasses.replace(config.data, source=str(tmp / "tokens"))
+    train(dataclasses.replace(config, folder=str(tmp / "run"), data=data), show=False)
     from safetensors.torch import load_file
 
     tensors = load_file(tmp / "run" / "checkpoints" / "step-00000004" / "model.safetensors")

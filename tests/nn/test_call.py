@@ -111,8 +111,8 @@ def test_subclasses_parameters_and_tensors_with_gradients_give_the_same_numbers(
     expected = packed(x)
     for given in (x.as_subclass(Tagged), nn.Parameter(x), x.clone().requires_grad_()):
         outs = packed(given)
-        assert not any(out.requires_grad for out in outs)
-        assert same(tuple(out.as_subclass(Tensor) for out in outs), expected)
+        assert all(out.requires_grad == given.requires_grad for out in outs)
+        assert same(tuple(out.detach().as_subclass(Tensor) for out in outs), expected)
 
 
 def test_the_result_has_the_dtype_that_autocast_asks_for(packed, x):
@@ -161,10 +161,8 @@ def test_numbers_that_the_kernels_cannot_read_are_one_line(packed, x):
     halves = {name: v.half() if v.is_floating_point() else v for name, v in packed.state_dict().items()}
     other = copy.deepcopy(packed)
     other.load_state_dict(halves, assign=True)
-    with pytest.raises(BellboxError, match=r"is torch.float16 on cpu; .* needs torch.float32"):
+    with pytest.raises(BellboxError, match=r"weight_scale is torch.float16: fp32 is needed"):
         other(x)
-    with pytest.raises(BellboxError, match="on meta; an input on the CPU needs"):
-        copy.deepcopy(packed).to("meta")(x)
 
 
 def test_a_layer_that_was_saved_runs_where_there_are_no_kernels(packed, x, monkeypatch):
@@ -183,7 +181,7 @@ def test_copies_and_moved_layers_have_numbers_of_their_own(packed, x):
     assert same(copy.deepcopy(packed).to(torch.bfloat16)(x), before)
     for layer in other.modules():
         if isinstance(layer, PackedLinear):
-            layer.weight_packed.bitwise_not_()
+            layer.packed.bitwise_not_()
     assert not any(torch.equal(a, b) for a, b in zip(other(x), before, strict=True))
     assert same(packed(x), before)
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 import bellbox as bb
 from bellbox.convert import unprepare
 from bellbox.core import hadamard as hadamard_module
+from bellbox.core.geometry import ConvGeometry
 from bellbox.errors import BellboxError
 from bellbox.nn import QuantizedConv2d, quantized_layers
-from bellbox.nn.geometry import ConvGeometry
 from bellbox.ops.encode import SIGMA_FLOOR
 from bellbox.quantizers import METHODS
 from bellbox.recipe import Recipe
@@ -253,7 +253,7 @@ def test_an_empty_batch_gives_an_empty_one(kernel_size: int) -> None:
         (
             {},
             torch.zeros(1, 16, 2, 8),
-            "an image of 2 x 8 is smaller than the convolution's geometry of 3 x 3",
+            "an image of 2 x 8 is smaller than the convolution's window of 3 x 3",
         ),
     ],
 )

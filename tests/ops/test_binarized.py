@@ -96,17 +96,35 @@ def test_the_reference_is_the_decoded_product():
 
 
 @needs_kernels
-def test_what_it_serves():
-    with native.use(SETS[-1]):
-        assert serves(torch.ones(1, 8), 8) == (native.isa() in ("avx512", "amx"))
-    if "avx512" not in SETS:
-        return
-    with native.use("avx512"):
-        x = torch.ones(MAX_ROWS, 8)
+@pytest.mark.parametrize("columns", [520, 1100])
+def test_long_blocks_fill_more_than_a_piece_of_their_sums(columns):
+    stored = matrix(33, columns, columns, 0.5)
+    assert_the_bits_of_the_reference(torch.randn(3, columns), 8, *stored)
+    x = torch.full((2, columns), 127.0)
+    x[1] = -127
+    assert_the_bits_of_the_reference(x, 8, *stored)
+
+
+@needs_kernels
+def test_rows_that_do_not_fit_one_pass_over_the_weights():
+    assert_the_bits_of_the_reference(torch.randn(11, 6000), 8, *matrix(20, 6000, 128, 0.1))
+
+
+@needs_kernels
+def test_plain_cpp_is_never_the_faster_way():
+    with native.use("portable"):
+        assert not serves(torch.ones(1, 8), 8)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", [name for name in SETS if name in MAX_ROWS])
+def test_what_it_serves(isa):
+    with native.use(isa):
+        x = torch.ones(MAX_ROWS[isa], 8)
         assert serves(x, 8)
         assert serves(x, 6)
         assert not serves(x, 16)
-        assert not serves(torch.ones(MAX_ROWS + 1, 8), 8)
+        assert not serves(torch.ones(MAX_ROWS[isa] + 1, 8), 8)
         assert not serves(x.bfloat16(), 8)
         assert not serves(torch.ones(0, 8), 8)
         assert not serves(x.requires_grad_(), 8)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from bellbox.ops import integer
 from bellbox.ops.integer import float_matmul, integer_matmul, scaled_product
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (17, 129, 33), (0, 4, 2), (2, 4, 0), (64, 640, 16), (1, 2048, 3)]
@@ -16,8 +17,10 @@ def int8(*shape: int) -> torch.Tensor:
     )
 
 
+@pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
-def test_sums_are_exact(m, k, n):
+def test_sums_are_exact(m, k, n, units, monkeypatch):
+    monkeypatch.setattr(integer, "_INTEGER_UNITS", units)
     a, b = int8(m, k), int8(n, k)
     assert torch.equal(integer_matmul(a, b).to(torch.int64), a.to(torch.int64) @ b.to(torch.int64).t())
 
@@ -25,13 +28,34 @@ def test_sums_are_exact(m, k, n):
 @pytest.mark.parametrize("k", [1, 1023, 1024, 1040, 5000])
 @pytest.mark.parametrize("value", [-128, 1])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_float_path_of_other_devices_is_exact_too(k, value, autocast):
+def test_the_float_path_is_exact_too(k, value, autocast):
     a, b = torch.full((20, k), value, dtype=torch.int8), torch.full((3, k), value, dtype=torch.int8)
     a[0, 0], b[0, 0] = -127, 127
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         product = float_matmul(a, b)
-    assert product.dtype == (torch.float32 if max(abs(value), 127) ** 2 * k < 2**24 else torch.float64)
+    assert product.dtype == (torch.float32 if k <= 1024 else torch.float64)
     assert torch.equal(product.to(torch.int64), a.to(torch.int64) @ b.to(torch.int64).t())
+
+
+@pytest.mark.parametrize("k", [33, 2500])
+def test_batches_vmap_and_compilers_see_the_same_sums(k, monkeypatch):
+    monkeypatch.setattr(integer, "_INTEGER_UNITS", False)
+    a, b = int8(3, 7, k), int8(3, 5, k)
+    expected = a.to(torch.int64) @ b.to(torch.int64).mT
+    assert torch.equal(float_matmul(a, b).to(torch.int64), expected)
+    assert torch.equal(torch.vmap(integer_matmul)(a, b).to(torch.int64), expected)
+    compiled = torch.compile(integer_matmul, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(a[0], b[0]).to(torch.int64), expected[0])
+
+
+def test_integer_units_make_no_difference_to_the_last_bit(monkeypatch):
+    a, b, scales = int8(9, 1500), int8(6, 1500), (torch.rand(6), torch.rand(()), torch.ones(9, 1))
+    a[2] = 0  # no zero may come back negative
+    found = []
+    for units in (False, True):
+        monkeypatch.setattr(integer, "_INTEGER_UNITS", units)
+        found.append(scaled_product(a, b, *scales))
+    assert torch.equal(found[0].view(torch.int32), found[1].view(torch.int32))
 
 
 def test_the_epilogue_is_three_fp32_roundings():

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from bellbox.ptq import (
     stored_size,
 )
 from bellbox.utils.files import checksum
+from waiting import wait_for
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then some words follow, many of them twice. " * 40
 SHAPE = {"max_position_embeddings": 48, "initializer_range": 0.2}
@@ -177,11 +177,12 @@ def test_killed_after_a_block_it_goes_on_there_and_ends_with_the_same_bytes(plac
     run = [sys.executable, "-c", COMMAND, *arguments]
     process = subprocess.Popen([*run, "1"], stdout=subprocess.PIPE, text=True)
     work = tmp_path / "out.unfinished"
-    deadline = time.monotonic() + 120
-    while not (work / "block-0001.json").is_file():
+
+    def one_done() -> bool:
         assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return (work / "block-0001.json").is_file()
+
+    wait_for(one_done, "a block", process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,9 @@ from bellbox.ops import binarized, native
 from bellbox.ptq.feedback import binarize_matrix
 from bellbox.ptq.hessian import inverse_factor
 
-needs_avx512 = pytest.mark.skipif(
-    "avx512" not in native.instruction_sets(), reason="the kernel is used with AVX-512 only"
+SETS = [name for name in native.instruction_sets() if name in binarized.MAX_ROWS]
+on_each_set = pytest.mark.parametrize(
+    "isa", SETS or [pytest.param("", marks=pytest.mark.skip(reason="no instruction set for the kernel"))]
 )
 
 
@@ -24,13 +25,13 @@ def layer(rows: int = 50, columns: int = 200, block: int = 64, bias: bool = True
     return made
 
 
-@needs_avx512
+@on_each_set
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bits", [8, 6])
-def test_few_rows_without_decoding_agree_with_decoded_weights(bias, bits):
+def test_few_rows_without_decoding_agree_with_decoded_weights(bias, bits, isa):
     one, x = layer(bias=bias), torch.randn(2, 3, 200)
     one.activation_bits = bits
-    with native.use("avx512"):
+    with native.use(isa):
         found = one(x)
     assert list(one._made) == ["planes"]
     wanted = round_activations(x, bits) @ one.weight().T + (0 if one.bias is None else one.bias)
@@ -40,10 +41,10 @@ def test_few_rows_without_decoding_agree_with_decoded_weights(bias, bits):
     )  # many rows: decoded
 
 
-@needs_avx512
-def test_what_was_made_follows_what_is_stored():
+@on_each_set
+def test_what_was_made_follows_what_is_stored(isa):
     one, x = layer(), torch.randn(1, 200)
-    with native.use("avx512"), torch.no_grad():
+    with native.use(isa), torch.no_grad():
         first, twin = one(x), copy.deepcopy(one)
         one.scales.mul_(2)
         torch.testing.assert_close(one(x) - one.bias, 2 * (first - one.bias), rtol=1e-4, atol=1e-4)
@@ -52,10 +53,10 @@ def test_what_was_made_follows_what_is_stored():
         assert torch.equal(twin(x), first)
 
 
-@needs_avx512
-def test_gradients_and_compilers_go_by_decoded_weights():
+@on_each_set
+def test_gradients_and_compilers_go_by_decoded_weights(isa):
     one, x = layer(), torch.randn(1, 200, requires_grad=True)
-    with native.use("avx512"):
+    with native.use(isa):
         one.activation_bits = 8
         assert not binarized.serves(x, 8)
         (gradient,) = torch.autograd.grad(one(x).sum(), x)

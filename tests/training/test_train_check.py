@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_run import text_of
 
 from bellbox.data.images import ImageDataset
 from bellbox.data.images.base import ArraySplit
 from bellbox.errors import BellboxError
-from bellbox.runs.build import resolve, resolve_vision
+from bellbox.runs.config import PhasesSection, QuantizationSection
 from bellbox.runs.config_file import config_from_dict
+from bellbox.runs.resolve import resolve
 from bellbox.training import TrainConfig, Trainer
 from bellbox.training.check import check_trainable
 
@@ -31,7 +33,7 @@ def test_what_cannot_be_trained_is_found_without_training(
     keys: dict, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = resolve(config_from_dict({"device": "cpu", **keys}), 300)
+    config = resolve(config_from_dict({"device": "cpu", **keys}), text_of(300))
     if message is None:
         check_trainable(config)
         return
@@ -45,7 +47,7 @@ def test_muon_needs_matrices_inside_the_blocks() -> None:
     images = ImageDataset("", split, split, ("a", "b"), "")
     for preset, ok in (("resnet-small", False), ("vit-small", True)):
         keys = {"task": "vision", "model": {"preset": preset}, "optimizer": {"kind": "muon"}}
-        config = resolve_vision(config_from_dict(keys), images)
+        config = resolve(config_from_dict(keys), images)
         if ok:
             check_trainable(config)
         else:
@@ -56,8 +58,8 @@ def test_muon_needs_matrices_inside_the_blocks() -> None:
 
 
 def test_a_trainer_checks_later_phases_first(tiny) -> None:
-    config: TrainConfig = tiny(steps=10)
-    config.phases.bits_before = [8]
-    config.quantization.method = "seq"
+    config: TrainConfig = tiny(
+        steps=10, phases=PhasesSection(bits_before=[8]), quantization=QuantizationSection(method="seq")
+    )
     with pytest.raises(BellboxError, match="seq has 2 to 128 levels"):
         Trainer(config, show=False)

@@ -11,7 +11,7 @@ import torch
 
 from bellbox.errors import BellboxError
 from bellbox.models import build, preset, save_hf
-from bellbox.runs.config import DistillSection, QuantizationSection
+from bellbox.runs.config import DistillSection, OptimizerSection, QuantizationSection
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
 from bellbox.training.distill import divergence
@@ -32,9 +32,8 @@ def teacher(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "run"
     config = dataclasses.replace(
         tiny_run.config(tokens, folder), steps=60, eval_every=60, checkpoint_every=60,
-        quantization=QuantizationSection(method="none"),
+        quantization=QuantizationSection(method="none"), optimizer=OptimizerSection(lr=2e-2),
     )  # fmt: skip
-    config.optimizer.lr = 2e-2
     train(config, show=False)
     return folder
 
@@ -56,8 +55,8 @@ def test_divergence_is_the_formula(temperature: float) -> None:
 
 
 def test_the_student_comes_nearer_to_its_teacher(tiny: Tiny, teacher: Path) -> None:
-    config = tiny(steps=40, eval_every=40, distill=DistillSection(str(teacher), weight=1.0))
-    config.optimizer.lr = 1e-2
+    distill, optimizer = DistillSection(str(teacher), weight=1.0), OptimizerSection(lr=1e-2)
+    config = tiny(steps=40, eval_every=40, distill=distill, optimizer=optimizer)
     train(config, show=False)
     lines = records(config)
     assert lines[-1]["divergence"] < 0.7 * lines[0]["divergence"]

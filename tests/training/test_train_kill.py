@@ -19,6 +19,7 @@ import torch
 from bellbox.runs.config import CewtSection, OptimizerSection, PhasesSection
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, load_run, save_config
+from waiting import wait_for
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -50,7 +51,7 @@ class Server:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +65,6 @@ def write_config(config: TrainConfig) -> Path:
     file = Path(config.folder).with_suffix(".yaml")
     save_config(config, file)
     return file
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.0005)
 
 
 def caught_saving(pid: int, checkpoints: Path) -> bool:
@@ -107,10 +101,12 @@ def test_killed_ten_times_it_ends_bit_identical(server: Server, tiny: Tiny) -> N
         if attempt % 5 == 4:
             time.sleep(draw.uniform(0, 0.15))  # perhaps before it has begun
         else:
-            wait_for(lambda old=reached: bool(set(checkpoints.glob("step-*")) - old), "a new checkpoint")
+            wait_for(
+                lambda old=reached: bool(set(checkpoints.glob("step-*")) - old), "a new checkpoint", pid, 5e-4
+            )
             time.sleep(draw.uniform(0, 0.05))
         if attempt % 2:
-            wait_for(lambda pid=pid: caught_saving(pid, checkpoints), "a save to be caught")
+            wait_for(lambda pid=pid: caught_saving(pid, checkpoints), "a save to be caught", pid, 5e-4)
         os.kill(pid, signal.SIGKILL)
         assert server.end() == -signal.SIGKILL
         during_save += any(checkpoints.glob(".saving-*"))
@@ -134,7 +130,7 @@ def test_a_polite_signal_saves_and_leaves(server: Server, tiny: Tiny, number: si
     config = tiny(steps=100000, eval_every=100000, checkpoint_every=100000, log_every=1)
     metrics = Path(config.folder) / "metrics.jsonl"
     pid = server.start(write_config(config))
-    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3, "some steps")
+    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3, "some steps", pid)
     os.kill(pid, number)
     assert server.end() == 128 + number
     run = load_run(config.folder)
@@ -143,7 +139,7 @@ def test_a_polite_signal_saves_and_leaves(server: Server, tiny: Tiny, number: si
 
     # And from there it goes on as if nothing had been: the next step is the next one.
     pid = server.start(write_config(dataclasses.replace(config)))
-    wait_for(lambda: metrics.read_bytes().count(b"\n") > run.step + 3, "further steps")
+    wait_for(lambda: metrics.read_bytes().count(b"\n") > run.step + 3, "further steps", pid)
     os.kill(pid, signal.SIGKILL)
     assert server.end() == -signal.SIGKILL
     steps = [record["step"] for record in without_clock(config)]

@@ -16,10 +16,10 @@ from bellbox import data
 from bellbox.errors import BellboxError
 from bellbox.evaluation import perplexity
 from bellbox.runs.checkpoint import CheckpointWarning
-from bellbox.runs.config import BatchSection, QuantizationSection, VisionSection
-from bellbox.runs.folder import lock
+from bellbox.runs.config import BatchSection, OptimizerSection, QuantizationSection, VisionSection
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_config, load_run, train
+from bellbox.utils.files import lock
 
 Tiny = Callable[..., TrainConfig]
 
@@ -85,8 +85,8 @@ def test_full_precision_has_no_measures_of_codes(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_loss_falls(tiny: Tiny, precision: str) -> None:
-    config = tiny(steps=40, precision=precision, eval_every=20, checkpoint_every=100)
-    config.optimizer.lr = 1e-2
+    optimizer = OptimizerSection(lr=1e-2)
+    config = tiny(steps=40, precision=precision, optimizer=optimizer, eval_every=20, checkpoint_every=100)
     train(config, show=False)
     losses = [record["loss"] for record in records(config) if record["kind"] == "eval"]
     assert losses[-1] < losses[0] < math.log(270) + 0.3

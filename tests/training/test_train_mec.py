@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from bellbox.errors import BellboxError
 from bellbox.objectives import FeatureCollector, FeatureHook, mec_loss, spectrum
-from bellbox.runs.config import MecSection, PhasesSection, QuantizationSection
+from bellbox.runs.config import MecSection, OptimizerSection, PhasesSection, QuantizationSection
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
 
@@ -24,8 +25,7 @@ def tiny(tiny: Tiny) -> Tiny:
 
     def make(*arguments: Any, **changes: Any) -> TrainConfig:
         config = tiny(*arguments, **changes)
-        config.batch.micro_sequences = 4
-        return config
+        return dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_sequences=4))
 
     return make
 
@@ -38,11 +38,15 @@ def records(config: TrainConfig, kind: str = "train") -> list[dict[str, Any]]:
 def test_the_term_is_recorded_and_a_larger_weight_makes_more_of_it(tiny: Tiny) -> None:
     plain = tiny("plain", steps=1)
     weak, strong = (
-        tiny(name, steps=30, mec=MecSection(weight=weight, distortion=1.0))
+        tiny(
+            name,
+            steps=30,
+            mec=MecSection(weight=weight, distortion=1.0),
+            optimizer=OptimizerSection(lr=1e-2),
+        )
         for name, weight in (("weak", 1e-6), ("strong", 3.0))
     )
     for config in (plain, weak, strong):
-        config.optimizer.lr = 1e-2
         train(config, show=False)
     lines = {config.folder: records(config) for config in (plain, weak, strong)}
     assert "mec" not in lines[plain.folder][0]
@@ -119,6 +123,6 @@ def test_more_experts_than_channels_and_batches_of_one_are_refused_at_the_first_
     with pytest.raises(BellboxError, match=r"step 1: mec: experts is 99, must be from 1 to the 32 channels"):
         train(tiny("a", mec=MecSection(weight=1.0, experts=99)), show=False)
     one = tiny("b", mec=MecSection(weight=1.0))
-    one.batch.micro_sequences = 1
+    one = dataclasses.replace(one, batch=dataclasses.replace(one.batch, micro_sequences=1))
     with pytest.raises(BellboxError, match=r"step 1: mec: features of shape \(1, 32\).*at least 3 samples"):
         train(one, show=False)

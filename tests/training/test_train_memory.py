@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+
+from waiting import run
 
 TRIAL = """
 import resource
@@ -25,7 +26,6 @@ print(cleared(20))
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc can")
 def test_large_buffers_that_were_freed_are_used_again() -> None:
     # 16 MiB are 4,096 pages, which the system would have to clear each of the 20 times; the heap may still grow once.
-    done = subprocess.run(
-        [sys.executable, "-c", TRIAL], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = run([sys.executable, "-c", TRIAL])
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 4096

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_run import text_of
 
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
-from bellbox.runs.build import resolve
-from bellbox.runs.config import PhasesSection, QuantizationSection
+from bellbox.runs.config import ModelSection, OptimizerSection, PhasesSection, QuantizationSection
 from bellbox.runs.config_file import config_from_dict
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.runs.phases import phase_after, phase_at, phases_of
+from bellbox.runs.resolve import resolve
 from bellbox.training import TrainConfig, Trainer, load_run, train
 
 Tiny = Callable[..., TrainConfig]
@@ -123,19 +124,20 @@ def test_a_later_phase_that_its_method_cannot_have_is_refused_before_the_first_s
 
 
 def test_the_optimal_fraction_is_filled_in_before_the_run_is_saved() -> None:
-    config = TrainConfig(tokens=3_000_000_000, phases=PhasesSection(quantized="optimal"))
-    config.model.preset = "95M"
-    resolved = resolve(config, 32000)
+    config = TrainConfig(
+        model=ModelSection("95M"), tokens=3_000_000_000, phases=PhasesSection(quantized="optimal")
+    )
+    resolved = resolve(config, text_of(32000))
     parameters = 71_442_560
     density = resolved.total_steps * 8192 * 8 / (parameters * 2)
     assert resolved.phases.quantized == pytest.approx(math.exp(-6.7297 / math.log(density)))
     assert 0.2 < float(resolved.phases.quantized) < 0.3
     few = TrainConfig(tokens=8192, phases=PhasesSection(quantized="optimal"))
     with pytest.raises(BellboxError, match=r"phases.quantized: optimal: .* tokens a byte"):
-        resolve(few, 4096)
+        resolve(few, text_of(4096))
     own = TrainConfig(quantization=QuantizationSection(recipe={"rules": []}), phases=few.phases)
     with pytest.raises(BellboxError, match="give a number"):
-        resolve(own, 4096)
+        resolve(own, text_of(4096))
 
 
 def test_each_phase_has_its_layers_and_each_checkpoint_opens_as_what_it_was(tiny: Tiny) -> None:
@@ -219,8 +221,8 @@ def test_a_run_in_pieces_equals_a_run_in_one_across_every_border(tiny: Tiny, gra
 def test_the_best_checkpoint_is_one_of_the_last_phase(tiny: Tiny) -> None:
     # Full precision first, at a learning rate that learns; one bit afterwards, so the earlier losses are lower.
     section = QuantizationSection(bits=1)
-    config = tiny(steps=20, quantization=section, phases=PhasesSection(quantized=0.1), eval_every=1)
-    config.optimizer.lr = 1e-2
+    phases, optimizer = PhasesSection(quantized=0.1), OptimizerSection(lr=1e-2)
+    config = tiny(steps=20, quantization=section, phases=phases, optimizer=optimizer, eval_every=1)
     result = train(config, show=False)
     lines = [record for record in records(config) if record["kind"] == "eval"]
     full = min(record["loss"] for record in lines if record["phase"] == 0)

@@ -10,9 +10,36 @@ import torch
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError
 from bellbox.runs.open import is_run
-from bellbox.training import TrainConfig, load_run, train
+from bellbox.training import TrainConfig, Trainer, load_config, load_run, train
+from bellbox.utils import processor
 
 Tiny = Callable[..., TrainConfig]
+
+
+def test_auto_takes_what_the_processor_does_fast_and_the_run_keeps_it(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begin(features: set[str], **changes: object) -> str:
+        monkeypatch.setattr(processor, "_features", lambda: frozenset(features))
+        Trainer(tiny(precision="auto", **changes), show=True).run()
+        return capsys.readouterr().out.splitlines()[0]
+
+    for name in ("BELLBOX_ISA", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    first = begin(set(), steps=2)
+    assert first.endswith("precision fp32 on cpu: this processor has no bf16 units")
+    saved = tiny().folder + "/config.yaml"
+    assert load_config(saved).precision == "fp32"
+    # On another machine it is the same function; asking for another one is refused.
+    assert begin({"avx512_bf16"}, steps=2).endswith("precision fp32 on cpu: as the run was begun")
+    with pytest.raises(BellboxError, match="precision is fp32 there, bf16 here"):
+        train(tiny(precision="bf16", steps=2), show=False)
+    monkeypatch.setenv("BELLBOX_ISA", "avx2")
+    assert "fp32 on cpu: this processor's bf16 units are held back" in begin(
+        {"amx_bf16"}, folder="held", steps=1
+    )
+    monkeypatch.delenv("BELLBOX_ISA")
+    assert begin({"amx_bf16"}, folder="bf16", steps=1).endswith("bf16 on cpu: this processor has bf16 units")
 
 
 def test_a_run_is_opened_with_its_weights_and_its_tokenizer(tiny: Tiny) -> None:

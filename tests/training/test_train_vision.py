@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from bellbox.nn import quantized_layers
 from bellbox.runs.config import DataSection, ModelSection, PhasesSection, VisionSection
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, save_config, train
+from waiting import wait_for
 
 VisionRun = Callable[..., TrainConfig]
 
@@ -147,11 +147,12 @@ def test_killed_and_resumed_it_ends_bit_identical(tiny_vision: VisionRun) -> Non
         "train(load_config(sys.argv[1]), show=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(file)])
-    deadline = time.monotonic() + 60
-    while not list(Path(killed.folder).glob("checkpoints/step-*")):
+
+    def saved() -> bool:
         assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+        return any(Path(killed.folder).glob("checkpoints/step-*"))
+
+    wait_for(saved, "a checkpoint", process.pid, 1e-3)
     process.kill()
     process.wait()
     assert load_run(killed.folder).step < 60
@@ -224,7 +225,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
 ) -> None:
     config = tiny_vision(**changes)
     if config.task == "language":
-        config.data = DataSection()
+        config = dataclasses.replace(config, data=DataSection())
     with pytest.raises(BellboxError, match=message) as caught:
         Trainer(config, show=False)
     assert "\n" not in str(caught.value)

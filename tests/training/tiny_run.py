@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -45,6 +46,11 @@ def write_tokens(folder: Path, count: int = 4000) -> Path:
     )
     write_manifest(folder, manifest)
     return folder
+
+
+def text_of(vocab_size: int) -> SimpleNamespace:
+    """All that `resolve` asks of a dataset of tokens."""
+    return SimpleNamespace(vocab_size=vocab_size)
 
 
 def config(tokens: Path, folder: Path) -> TrainConfig:

@@ -48,3 +48,36 @@ def test_configurations_and_grids_are_read_strictly(tmp_path: Path) -> None:
     file.write_text("lr: [0.1]\nrows:\n  BBQ: {}\n  BBQ: {bits: [1]}\n")
     with pytest.raises(BellboxError, match="line 4: key 'BBQ' stands twice"):
         load_grid(file)
+
+
+def laughs(first: str, form: str) -> str:
+    """Each line nine references to the one before it."""
+    pairs = zip("abcdef", "bcdefg", strict=True)
+    return f"a: &a {first}\n" + "".join(
+        f"{b}: &{b} {form.format(', '.join(['*' + a] * 9))}\n" for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (laughs("[x, x]", "[{}]"), "more than 100,000 values"),
+        (laughs("{x: 1}", "{{<<: [{}]}}"), "more than 100,000 values"),
+        ("a: &a [*a]", "stands inside itself"),
+        ("[" * 100 + "]" * 100, "more than 64 levels"),
+        ("[" * 3000, "not YAML"),
+        ("a: 2023-13-45", "not YAML"),
+        ("a: !!timestamp x", "not YAML"),
+        ("a: !!int x", "not YAML"),
+        ("a: 1" + "0" * 5000, "not YAML"),
+        ("a: !!python/name:os.system", "not YAML"),
+    ],
+)  # fmt: skip
+def test_hostile_yaml_is_one_line(text: str, said: str) -> None:
+    with pytest.raises(BellboxError, match=f"^here: .*{said}") as caught:
+        parse_yaml(text, "here")
+    assert "\n" not in str(caught.value)
+
+
+def test_references_stay_allowed() -> None:
+    assert parse_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}", "here")["c"] == {"x": 1, "y": 2}

@@ -19,7 +19,9 @@ from bellbox.benchmark.timing import Spread, take_turns
 from bellbox.core.grid import Levels
 from bellbox.core.hadamard import block_size
 from bellbox.nn import InputCoding, PackedLinear
-from bellbox.nn.prepacked import prepack_all
+from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.ops.weight_layout import prepack
+from bellbox.utils.processor import fast_bf16, fast_int8
 
 SHAPES = ((640, 640), (2048, 2048), (4096, 4096), (11008, 4096))
 """Outputs and inputs."""
@@ -55,10 +57,11 @@ def random_layer(outputs: int, inputs: int, bits: int) -> PackedLinear:
     """A packed layer of random codes, as 2**bits levels with a rotation give it; packed for the machine."""
     levels = Levels.gaussian(2**bits)
     layer = PackedLinear(inputs, outputs, levels.grid, InputCoding(levels, block_size(inputs)), bias=False)
-    layer.weight_packed.random_(0, 256)
+    codes = torch.randint(0, levels.n, (outputs, inputs), dtype=torch.uint8)
+    layer.packed = prepack(codes, levels.n)
     layer.weight_scale.fill_(inputs**-0.5)
     layer.act_scale.fill_(1.0)
-    prepack_all(layer)
+    gather_in_huge_pages(layer)
     return layer
 
 
@@ -82,7 +85,8 @@ def bench_kernels(
     seconds: float = 2.0,
     more: Callable[[Tensor, Callable[[Callable[[], Any], int], list[Any]]], dict[str, Any]] | None = None,
 ) -> list[KernelResult]:
-    """Time packed layers of some bit widths, torch's bf16 and fp32 layers and its int8 product, in turns.
+    """Time packed layers of some bit widths and torch's fp32 layer, in turns; its bf16 layer and its int8 product, too,
+    where the processor has units for them (without, they are slower than fp32 and take the time of all the others).
 
     Args:
         machine: measured with the threads that are used now.
@@ -108,12 +112,14 @@ def bench_kernels(
     wide = copies(lambda: torch.randn(outputs, inputs), 4 * count)
     x_wide = x.float()
     contenders["torch fp32"] = _turns(wide, lambda w: F.linear(x_wide, w)), 4 * count
-    half = copies(lambda: torch.randn(outputs, inputs, dtype=torch.bfloat16), 2 * count)
-    contenders["torch bf16"] = _turns(half, lambda w: F.linear(x, w)), 2 * count
-    codes = torch.randint(-8, 8, (rows, inputs), dtype=torch.int8)
-    int8 = copies(lambda: torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8), count)
-    int_mm = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
-    contenders["torch _int_mm, product alone"] = _turns(int8, lambda w: int_mm(codes, w.t())), count
+    if fast_bf16():
+        half = copies(lambda: torch.randn(outputs, inputs, dtype=torch.bfloat16), 2 * count)
+        contenders["torch bf16"] = _turns(half, lambda w: F.linear(x, w)), 2 * count
+    if fast_int8():
+        codes = torch.randint(-8, 8, (rows, inputs), dtype=torch.int8)
+        int8 = copies(lambda: torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8), count)
+        int_mm = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
+        contenders["torch _int_mm, product alone"] = _turns(int8, lambda w: int_mm(codes, w.t())), count
     for width in bits:
         nbytes = count * width // 8
         layers = copies(lambda width=width: random_layer(outputs, inputs, width), nbytes)

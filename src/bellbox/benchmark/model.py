@@ -15,9 +15,9 @@ from bellbox.convert import convert, prepare
 from bellbox.inference.decoding import steps_for
 from bellbox.models import ModelConfig, build
 from bellbox.nn.compact import Precision
-from bellbox.nn.prepacked import prepack_all
 from bellbox.recipe import Recipe
 from bellbox.utils.memory import peak_memory
+from bellbox.utils.processor import fast_bf16
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ def random_model(config: ModelConfig, bits: int, embeddings: Precision = "fp32")
     model = prepare(build(config, seed=0), Recipe.bbq(bits)).eval()
     with torch.no_grad():
         model(torch.randint(0, config.vocab_size, (1, 16)))
-    packed = convert(model, embeddings)
-    prepack_all(packed)
-    return packed
+    return convert(model, embeddings)
 
 
 class Contender(Protocol):
@@ -107,7 +105,8 @@ def bench_model(
     more: Mapping[str, Contender] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[ModelResult]:
-    """Time prompts and decode steps of packed models and of the same model in fp32 and bf16, in turns.
+    """Time prompts and decode steps of packed models and of the same model in fp32, in turns; in bf16, too,
+    where the processor has units for it.
 
     Args:
         config: which model.
@@ -130,7 +129,8 @@ def bench_model(
     tell("building the models")
     begun = time.perf_counter()
     models["fp32"] = build(config, seed=0).eval()
-    models["bf16"] = build(config, seed=0).eval().to(torch.bfloat16)
+    if fast_bf16():
+        models["bf16"] = build(config, seed=0).eval().to(torch.bfloat16)
     for width in bits:
         for precision in embeddings:
             models[f"{width} bit{'s' if width > 1 else ''}, {precision} embeddings"] = random_model(

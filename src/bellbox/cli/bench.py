@@ -19,13 +19,16 @@ import torch
 
 from bellbox.benchmark import Machine, bench_kernels, bench_model, measure_machine
 from bellbox.benchmark.kernels import ROWS, SHAPES
-from bellbox.cli.output import help_text, require_writable, write_file
+from bellbox.cli.output import parse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.models import preset
+from bellbox.utils.processor import MAX_THREADS
 
 require("tyro", "cli")
 
 import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
+
+_PROMPT, _MAX_SECONDS = 256, 86_400
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,12 @@ class Kernels(Common):
 
 @dataclass(frozen=True)
 class Model(Common):
-    """A model of random weights: prompts and single tokens, against fp32 and bf16."""
+    """A model of random weights: prompts and single tokens, against fp32 (and bf16, where the processor has it)."""
 
     preset: str = "95M"
     """A named size (`bellbox train --help` lists them)."""
-    prompt: int = 256
-    """Tokens of the prompt."""
+    prompt: int | None = None
+    """Tokens of the prompt; 256, or as many as the model takes before one more, where not given."""
     embeddings: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "int8")
     """What the packed models' embeddings and heads are in."""
     seconds: float = 10.0
@@ -74,15 +77,15 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(
-        Annotated[Kernels, tyro.conf.subcommand("kernels")] | Annotated[Model, tyro.conf.subcommand("model")],  # pyright: ignore[reportArgumentType]
-        args=argv,
-        prog="bellbox bench",
-        description=help_text(__doc__),
+    kinds: Any = (
+        Annotated[Kernels, tyro.conf.subcommand("kernels")] | Annotated[Model, tyro.conf.subcommand("model")]
     )
+    command = parse_flags(kinds, argv, "bellbox bench", __doc__)
     wrong = [b for b in command.bits if not 1 <= b <= 4]
-    if wrong or command.threads < 1 or command.seconds <= 0:
-        raise BellboxError("bits are 1 to 4, threads at least 1, seconds above 0")
+    if wrong or not 1 <= command.threads <= MAX_THREADS or not 0 < command.seconds <= _MAX_SECONDS:
+        raise BellboxError(
+            f"bits are 1 to 4, threads 1 to {MAX_THREADS}, seconds above 0 and at most {_MAX_SECONDS:,}"
+        )
     if isinstance(command, Kernels) and min(command.rows, default=0) < 1:
         raise BellboxError("--rows takes numbers of at least 1")
     if command.json is not None:
@@ -103,10 +106,12 @@ def _kernels(command: Kernels, machine: Machine) -> list[dict[str, Any]]:
             found = bench_kernels(
                 machine, outputs, inputs, m, command.bits, hot=command.hot, seconds=command.seconds
             )
-            wide, base = (
-                next(each for each in found if each.name == f"torch {dtype}").seconds.median
-                for dtype in ("fp32", "bf16")
-            )
+            bases = {
+                dtype: each.seconds.median
+                for dtype in ("bf16", "fp32")
+                for each in found
+                if each.name == f"torch {dtype}"
+            }
             where = "hot" if command.hot else "in rotation"
             print(f"\n{outputs} x {inputs}, {m} row{'s' if m > 1 else ''}, weights {where}")
             for each in found:
@@ -114,7 +119,7 @@ def _kernels(command: Kernels, machine: Machine) -> list[dict[str, Any]]:
                 line = (
                     f"  {each.name:30}{s.median * 1e6:11,.1f} us ({s.low * 1e6:,.1f} to {s.high * 1e6:,.1f})"
                 )
-                line += f"{base / s.median:7.2f} x bf16,{wide / s.median:7.2f} x fp32"
+                line += ",".join(f"{base / s.median:7.2f} x {dtype}" for dtype, base in bases.items())
                 line += f", {each.read_fraction:4.0%} of the read bandwidth"
                 if each.integer_fraction is not None:
                     line += f", {each.integer_fraction:4.0%} of the integer rate"
@@ -132,27 +137,28 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _model(command: Model) -> list[dict[str, Any]]:
     config = preset(command.preset)
-    if not 1 <= command.prompt < config.max_position_embeddings:
-        raise BellboxError(
-            f"--prompt {command.prompt}: the model takes {config.max_position_embeddings} tokens, one of them new"
-        )
+    longest = config.max_position_embeddings - 1
+    prompt = min(_PROMPT, longest) if command.prompt is None else command.prompt
+    if not 1 <= prompt <= longest:
+        raise BellboxError(f"--prompt {prompt}: the model takes {longest + 1} tokens, one of them new")
     found = bench_model(
         config,
         command.bits,
-        prompt=command.prompt,
+        prompt=prompt,
         embeddings=command.embeddings,
         seconds=command.seconds,
         progress=lambda line: print(f"  ... {line}", file=sys.stderr),
     )
-    base = next(each for each in found if each.name == "bf16")
-    print(f"\n{command.preset}, prompt of {command.prompt} tokens; tokens/s by the median, quartiles behind")
+    against = "bf16" if any(each.name == "bf16" for each in found) else "fp32"
+    base = next(each for each in found if each.name == against)
+    print(f"\n{command.preset}, prompt of {prompt} tokens; tokens/s by the median, quartiles behind")
     for each in found:
         p, d = each.prefill, each.decode
         print(
             f"  {each.name:26} prefill {each.prefill_tokens_per_second:9,.0f} ({each.prompt / p.high:,.0f} to "
-            f"{each.prompt / p.low:,.0f}) {base.prefill.median / p.median:5.2f} x bf16   decode "
+            f"{each.prompt / p.low:,.0f}) {base.prefill.median / p.median:5.2f} x {against}   decode "
             f"{each.decode_tokens_per_second:7,.1f} ({1 / d.high:,.1f} to {1 / d.low:,.1f}) "
-            f"{base.decode.median / d.median:5.2f} x bf16"
+            f"{base.decode.median / d.median:5.2f} x {against}"
         )
     peak = found[-1].peak_memory
     if peak is not None:

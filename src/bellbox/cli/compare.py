@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from bellbox.cli.output import help_text, refuse_flags, write_file
+from bellbox.cli.output import parse_flags, refuse_flags, write_file
 from bellbox.comparison import Outcome, Results, load_grid, run_grid, summarise, tables
 from bellbox.comparison.selection import kept
 from bellbox.errors import BellboxError, require
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
         SystemExit: 1 where runs failed, 128 + signal after Ctrl-C or SIGTERM.
     """
-    command = tyro.cli(Compare, args=argv, prog="bellbox compare", description=help_text(__doc__))
+    command = parse_flags(Compare, argv, "bellbox compare", __doc__)
     if command.tables:
         if command.out is not None or not command.grid.is_dir():
             raise BellboxError(

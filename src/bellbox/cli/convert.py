@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bellbox.cli.eval import first_sequences
-from bellbox.cli.output import help_text, refuse_flags
+from bellbox.cli.output import parse_flags, refuse_flags
 from bellbox.convert import convert
 from bellbox.data.images.batches import chosen
 from bellbox.errors import BellboxError, require
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
         SystemExit: 1 where the packed model is not the trained one.
     """
-    command = tyro.cli(Convert, args=argv, prog="bellbox convert", description=help_text(__doc__))
+    command = parse_flags(Convert, argv, "bellbox convert", __doc__)
     if not command.check:
         refuse_flags(command, ("data",), "--no-check")
     opened = open_model(command.run, command.checkpoint)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from bellbox.cli.output import help_text
+from bellbox.cli.output import parse_flags
 from bellbox.errors import require
 
 require("tyro", "cli")
@@ -22,6 +22,7 @@ import tyro  # noqa: E402  (named before, so that its absence is one line; this 
 if TYPE_CHECKING:
     from bellbox.data.prepare import Progress
     from bellbox.data.shards import TokenDataset
+    from bellbox.data.sources import Skipped
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Prepare:
     """Turn text into a token dataset: tokenizer, shards, manifest."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT ...")]
-    """Text files (plain, .gz, .xz, .zst), JSON lines (.jsonl), folders of them, or hf:NAME[:CONFIG][:SPLIT].
-    In text files a line <|endoftext|> separates documents."""
+    """Text files (plain, .gz, .xz, .zst), tables (.jsonl, .json, .csv, .tsv, .parquet), folders of them, or
+    hf:NAME[:CONFIG][:SPLIT]. In text files a line <|endoftext|> separates documents; of a table each row is one."""
     out: Path
     """The folder to make."""
     tokenizer: Path | None = None
@@ -42,7 +43,9 @@ class Prepare:
     valid_fraction: float | None = None
     """That fraction; 0.01 where not given."""
     text_field: str | None = None
-    """The field of JSON lines and dataset rows that holds the text; `text` where not given."""
+    """The field of a table's or data set's rows that holds the text; `text` where not given."""
+    skip_null: bool = False
+    """Pass over rows whose text is null; they are counted."""
     shard_tokens: int = 1 << 27
     """Tokens a shard file."""
     overwrite: bool = False
@@ -65,12 +68,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: for input or options that cannot be used.
     """
-    command = tyro.cli(
-        Prepare | Info,  # type: ignore[arg-type]
-        args=argv,
-        prog="bellbox data",
-        description=help_text(__doc__),
-    )
+    command = parse_flags(Prepare | Info, argv, "bellbox data", __doc__)
     if isinstance(command, Prepare):
         _prepare(command)
     else:
@@ -89,11 +87,14 @@ def _prepare(command: Prepare) -> None:
             valid=command.valid,
             valid_fraction=command.valid_fraction,
             text_field=command.text_field,
+            skip_null=command.skip_null,
             shard_tokens=command.shard_tokens,
             overwrite=command.overwrite,
             progress=bars.update,
         )
     _print(dataset)
+    if bars.skipped is not None and (bars.skipped.blank or bars.skipped.null):
+        print(f"rows without a document: {bars.skipped.blank:,} blank, {bars.skipped.null:,} null")
     asked = command.vocab_size
     if asked is not None and dataset.vocab_size < asked:
         print(
@@ -142,6 +143,8 @@ class _Bars:
             console=console,
         )
         self._tasks: dict[str, Any] = {}
+        self.skipped: Skipped | None = None
+        """Of the last state."""
 
     def __enter__(self) -> _Bars:
         return self
@@ -152,6 +155,7 @@ class _Bars:
 
     def update(self, state: Progress) -> None:
         """Show a state; the bar of its phase appears with the first."""
+        self.skipped = state.skipped
         if state.phase not in self._tasks:
             self._bar.start()  # not before there is something to show: an error line then stands alone
             if "survey" in self._tasks:  # it stops early, as a rule; a bar that never fills would puzzle

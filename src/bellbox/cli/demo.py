@@ -23,7 +23,7 @@ from bellbox import data
 from bellbox.cli.convert import check_batches, describe, pack, show_sizes
 from bellbox.cli.eval import Evaluation, evaluate, show
 from bellbox.cli.generate import continue_text, speed_of
-from bellbox.cli.output import help_text, write_file
+from bellbox.cli.output import parse_flags, write_file
 from bellbox.cli.report import collect
 from bellbox.convert import summary
 from bellbox.errors import BellboxError, require
@@ -32,7 +32,7 @@ from bellbox.formats import packed as io
 from bellbox.formats.auto import open_model
 from bellbox.formats.packed import Sizes
 from bellbox.report import Sample, render
-from bellbox.runs.build import make_model, resolve
+from bellbox.runs.build import make_model
 from bellbox.runs.config import (
     BatchSection,
     DataSection,
@@ -40,19 +40,18 @@ from bellbox.runs.config import (
     OptimizerSection,
     QuantizationSection,
 )
-from bellbox.runs.folder import lock
+from bellbox.runs.resolve import resolve
 from bellbox.training import TrainConfig, Trainer
-from bellbox.utils.files import read_json
+from bellbox.utils.files import lock, read_json
 from bellbox.utils.malloc import keep_freed_memory
+from bellbox.utils.processor import Precision, choose_precision
 
 require("tyro", "cli")
 
-import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
 
 STEPS = 450
 MARKER, RUN, PACKED, REPORT = "demo.json", "run", "packed", "report.html"
 PROMPT = "It was"
-Precision = Literal["bf16", "fp32"]
 
 LEAST_ENTROPY = 1.95
 MOST_OF_UNIGRAM = 0.85
@@ -70,7 +69,7 @@ class Demo:
     minutes: float | None = None
     """In place of --steps: train for about so long, by the speed measured at the start."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the training forward; auto takes the one that is faster on this processor."""
+    """Of the training forward; auto takes bf16 where this processor has units for it."""
     bars: bool = True
     """Exit with 1 where the result is not what the method promises."""
 
@@ -90,18 +89,22 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
         SystemExit: 1 where a bar is missed, 130 or 143 after a signal.
     """
-    command = tyro.cli(Demo, args=argv, prog="bellbox demo", description=help_text(__doc__))
+    command = parse_flags(Demo, argv, "bellbox demo", __doc__)
     _check_length(command)
     begun = time.monotonic()
     handle = _claim(command.out)
     keep_freed_memory()
     try:
-        precision, seconds = _fastest(command.precision)
+        precision, why = choose_precision(torch.device("cpu"))
+        if command.precision != "auto":
+            precision, why = command.precision, "as asked"
+        seconds = _seconds_per_step(precision)
         steps = command.steps or STEPS
         if command.minutes is not None:
             steps = max(1, round(60 * command.minutes / seconds))
         print(
-            f"{precision}: {seconds:.2f} s a step here, {steps:,} steps take about {_clock(seconds * steps)}"
+            f"precision {precision}: {why}; {seconds:.2f} s a step, {steps:,} steps take about "
+            f"{_clock(seconds * steps)}"
         )
         bars = run_demo(command.out, steps, precision, begun)
     finally:
@@ -238,20 +241,9 @@ def _check_length(command: Demo) -> None:
         raise BellboxError(f"--minutes {command.minutes}: must be above 0")
 
 
-def _fastest(asked: Literal["auto", "bf16", "fp32"]) -> tuple[Precision, float]:
-    """The precision to train in and its seconds per step.
-
-    bf16 is twice as fast on a processor with instructions for it, and many times slower on one without.
-    """
-    if asked != "auto":
-        return asked, _seconds_per_step(asked)
-    fp32, bf16 = _seconds_per_step("fp32"), _seconds_per_step("bf16")
-    return ("bf16", bf16) if bf16 < fp32 else ("fp32", fp32)
-
-
 def _seconds_per_step(precision: Precision) -> float:
     """Of the demo's model, on random tokens; the quickest of a few, so that a busy moment does not count."""
-    config = resolve(demo_config(Path("unused"), STEPS, precision), data.open("classics").vocab_size)
+    config = resolve(demo_config(Path("unused"), STEPS, precision), data.open("classics"))
     model = make_model(config).train()
     optimizer = torch.optim.AdamW(model.parameters())
     vocabulary: int = model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from bellbox.cli.eval_images import ImageEvaluation, evaluate_images, show_images
-from bellbox.cli.output import help_text, refuse_flags, require_writable, write_file
+from bellbox.cli.output import parse_flags, refuse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import PerplexityResult, UnigramResult, perplexity, unigram
 from bellbox.evaluation.codes import CodeUse, code_use
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(Eval, args=argv, prog="bellbox eval", description=help_text(__doc__))
+    command = parse_flags(Eval, argv, "bellbox eval", __doc__)
     if command.json not in (None, "-"):
         require_writable(Path(command.json))
     if command.batch is not None and command.batch < 1:

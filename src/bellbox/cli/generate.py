@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from bellbox.cli.output import help_text
+from bellbox.cli.output import parse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.formats.auto import OpenedModel, open_model
 from bellbox.inference.generation import TextGeneration, generate_text
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(Generate, args=argv, prog="bellbox generate", description=help_text(__doc__))
+    command = parse_flags(Generate, argv, "bellbox generate", __doc__)
     begun = time.perf_counter()
     opened = open_model(command.model, command.checkpoint, command.embeddings)
     load_seconds = time.perf_counter() - begun
@@ -103,16 +103,9 @@ def continue_text(
             f"{opened.path}: is a vision model, which names what an image shows; it writes no text"
         )
     tokenizer = opened.load_tokenizer()
-    backend: Any = require("tokenizers", "cli").Tokenizer.from_str(tokenizer.text)
-    backend.no_truncation()
-    backend.no_padding()
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise BellboxError(f"the prompt {prompt!r} is not text in UTF-8") from None
+    prompt_tokens = len(tokenizer.encode(prompt))
     if max_new_tokens is None:
         longest: int = opened.model.config.max_position_embeddings  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
-        prompt_tokens = len(backend.encode(prompt).ids)
         if prompt_tokens >= longest:
             raise BellboxError(
                 f"the prompt has {prompt_tokens:,} tokens and {opened.path} takes {longest:,}, new ones included; "
@@ -121,7 +114,7 @@ def continue_text(
         max_new_tokens = min(_DEFAULT_NEW_TOKENS, longest - prompt_tokens)
     return generate_text(
         opened.model,
-        backend,
+        tokenizer.backend,
         prompt,
         max_new_tokens,
         temperature=temperature,

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
 
 from bellbox.errors import BellboxError
 
@@ -19,6 +28,17 @@ COMMANDS = {
     "bench": "measure speed: single layers, or a whole model",
     "compare": "train methods, bit widths and seeds alike, and draw the table",
     "demo": "the main job end to end, on bundled text",
+}
+# What the machine refuses without naming a file: a full disk, most of all.
+_MACHINE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
 }
 
 
@@ -36,35 +56,95 @@ def _version() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command. Exits with 0, with 2 on a user's error, with 130 on Ctrl-C.
+    """Run one command. Exits with 0, with 2 on a user's error, with 130 on Ctrl-C, 143 on SIGTERM.
 
     Args:
         argv: the arguments after the program's name; `sys.argv[1:]` where None.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text of any language, on a terminal of any encoding
+            stream.reconfigure(errors="replace")
+    try:
+        with _terminated_cleanly():
+            _run(arguments)
+            sys.stdout.flush()
+    except BellboxError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever reads our output has gone. What is still buffered would raise again at the interpreter's end.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except UnicodeEncodeError:
+        broken = next((one for one in arguments if not _is_utf8(one)), None)
+        if broken is None:
+            raise
+        _fail(f"argument {broken!r} is not UTF-8")
+    except OSError as error:
+        if error.filename is None and error.errno not in _MACHINE:
+            raise
+        named = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        _fail(str(BellboxError(f"{named}{error.strerror}")))
+    except (MemoryError, RuntimeError) as error:
+        # Torch's allocator raises a RuntimeError; any other one is a defect and keeps its traceback.
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        _fail("out of memory; make the model, the batch or the context smaller")
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         raise SystemExit(0 if arguments else 2)
     command, rest = arguments[0], arguments[1:]
-    if command not in COMMANDS and command not in ("-V", "--version"):
-        print(f"bellbox: error: no command '{command}'; there are: {', '.join(COMMANDS)}", file=sys.stderr)
-        raise SystemExit(2)
+    if command in ("-V", "--version"):
+        print(_version())
+        return
+    if command not in COMMANDS:
+        raise BellboxError(f"no command {command!r}; there are: {', '.join(COMMANDS)}")
+    importlib.import_module(f"bellbox.cli.{command}").main(rest)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    """One line on standard error."""
+    print(f"bellbox: {'error: ' if code == 2 else ''}{message}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _is_utf8(text: str) -> bool:
     try:
-        if command in ("-V", "--version"):
-            print(_version())
-            return
-        importlib.import_module(f"bellbox.cli.{command}").main(rest)
-    except BellboxError as error:
-        print(f"bellbox: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("bellbox: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        sys.stderr.close()
-        raise SystemExit(141) from None
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"bellbox: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        raise SystemExit(2) from None
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Leave by an exception on SIGTERM (and when the terminal closes), so that half-made folders are cleared away.
+
+    Training and comparisons have their own way of stopping, which holds while they run.
+    """
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the clearing
+        raise SystemExit(128 + number)
+
+    # What was ignored before (nohup) stays ignored.
+    before = {number: signal.getsignal(number) for number in numbers}
+    taken = {number for number, handler in before.items() if handler is signal.SIG_DFL}
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])

@@ -1,28 +1,113 @@
-"""What commands share in talking to the user: files that are written whole or refused in one line, and help."""
+"""What commands share in talking to the user: flags, files that are written whole or refused in one line, and help."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from bellbox.errors import BellboxError
-from bellbox.runs.folder import write_text
+from bellbox.errors import BellboxError, require
+from bellbox.utils.files import refuse_target, write_text
+
+
+def parse_flags(kind: Any, argv: list[str], prog: str, docstring: str | None, **settings: Any) -> Any:
+    """A command's arguments as a dataclass.
+
+    A flag of many values (`--rows 1 2`, `--model.overrides a=1 b=2`) that is given twice adds up; another one given
+    twice is refused, since the parser would drop the first without a word.
+
+    Args:
+        kind: the dataclass, or a union of one for each subcommand.
+        argv: the arguments.
+        prog: the command's name.
+        docstring: of the command's module, for --help.
+        settings: further ones of `tyro.cli`.
+
+    Raises:
+        BellboxError: a flag that does not exist, cannot be read or is repeated.
+        SystemExit: 0 after --help.
+    """
+    tyro = require("tyro", "cli")
+    said = io.StringIO()
+    arguments = _gathered(argv, set(_flags_of_many(kind)))
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, prog=prog, description=help_text(docstring), **settings)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+    raise BellboxError(f"{_first_section(said.getvalue())}; see {prog} --help")
+
+
+def _first_section(box: str) -> str:
+    """What a message of tyro says, without the frame around it and the help below."""
+    rows = [line.strip("│|╭╮╰╯ ") for line in box.splitlines()[1:-1]]
+    sections = [part.strip() for part in re.split("[─-]{10,}", " ".join(rows))]
+    told = [
+        part for part in sections if part and not part.startswith(("For full helptext", "Argument helptext"))
+    ]
+    text = " ".join("; ".join(told).split()).split(" Got errors:")[0]
+    return text.rstrip(".") or "arguments that cannot be read"
+
+
+def _flags_of_many(kind: Any, prefix: str = "--") -> Iterator[str]:
+    """The flags that take any number of values."""
+    if get_origin(kind) is Annotated:
+        yield from _flags_of_many(get_args(kind)[0], prefix)
+    elif get_origin(kind) in (Union, UnionType):
+        for each in get_args(kind):
+            yield from _flags_of_many(each, prefix)
+    elif dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        for field in fields(kind):
+            flag, inside = prefix + field.name.replace("_", "-"), hints[field.name]
+            if dataclasses.is_dataclass(inside):
+                yield from _flags_of_many(inside, flag + ".")
+            elif get_origin(inside) in (list, dict) or get_args(inside)[-1:] == (Ellipsis,):
+                yield flag
+
+
+def _gathered(argv: list[str], many: set[str]) -> list[str]:
+    """The arguments with the values of repeated flags put together."""
+    groups: dict[str, list[str]] = {"": []}
+    words = groups[""]
+    for place, word in enumerate(argv):
+        if word == "--":
+            words += argv[place:]
+            break
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        name = re.sub(r"(^--|\.)no-", r"\1", flag.replace("_", "-"))  # --no-check is --check
+        if name not in groups:
+            words = groups[name] = [flag, value] if equals else [flag]
+        elif name in many:
+            words = groups[name]
+            words += [value] if equals else []
+        else:
+            raise BellboxError(f"{flag} is given twice; leave one of them out")
+    return [word for group in groups.values() for word in group]
 
 
 def require_writable(path: Path) -> None:
     """Refuse a file that cannot be written, before hours of work are spent on what shall go into it.
 
     Raises:
-        BellboxError: it is a folder, or its folder cannot be made or written to.
+        BellboxError: it is a folder, a device, a pipe or a dead link, or its folder cannot be made or written to.
     """
-    if path.is_dir():
-        raise BellboxError(f"{path}: is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        trial = path.with_name(path.name + ".writing")
-        trial.touch()
-        trial.unlink()
+        refuse_target(path)
+        tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
     except OSError as error:
         raise BellboxError(f"{path}: cannot be written ({error.strerror})") from None
 

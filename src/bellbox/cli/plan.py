@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bellbox.cli.output import help_text
+from bellbox.cli.output import parse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.models import build, preset
 from bellbox.runs.planner import quantized_fraction, tokens_per_byte
 
 require("tyro", "cli")
-
-import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: a number out of range, or a budget that the law does not cover.
     """
-    plan = tyro.cli(Plan, args=argv, prog="bellbox plan", description=help_text(__doc__))
+    plan = parse_flags(Plan, argv, "bellbox plan", __doc__)
     if (plan.preset is None) == (plan.parameters is None):
         raise BellboxError("give one of --preset and --parameters")
     for name, value, low in (

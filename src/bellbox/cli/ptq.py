@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bellbox.cli.output import help_text, refuse_flags
+from bellbox.cli.output import parse_flags, refuse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.ptq import Job, Settings, binarize_folder, load, stored_size
 from bellbox.utils.memory import peak_memory
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(Ptq, args=argv, prog="bellbox ptq", description=help_text(__doc__))
+    command = parse_flags(Ptq, argv, "bellbox ptq", __doc__)
     for name, value in (("samples", command.samples), ("context", command.context), ("batch", command.batch)):
         if value < 1:
             raise BellboxError(f"--{name} is {value}, must be at least 1")

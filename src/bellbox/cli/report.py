@@ -18,13 +18,13 @@ from torch import nn
 from bellbox import data, ptq
 from bellbox.cli.convert import packed_sizes, size_rows
 from bellbox.cli.generate import continue_text, speed_of
-from bellbox.cli.output import help_text, refuse_flags, require_writable, write_file
+from bellbox.cli.output import parse_flags, refuse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import unigram
 from bellbox.evaluation.codes import Agreement
 from bellbox.formats import packed as io
 from bellbox.formats.auto import OpenedModel, open_model
-from bellbox.nn import PackedLinear, QuantizedLayer, quantized_layers
+from bellbox.nn import PackedLayer, QuantizedLayer, quantized_layers
 from bellbox.ops.encode import normaliser, rotate_normalise, row_sigma
 from bellbox.quantizers.bbq import BBQ
 from bellbox.report import (
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: what the user can put right.
     """
-    command = tyro.cli(Report, args=argv, prog="bellbox report", description=help_text(__doc__))
+    command = parse_flags(Report, argv, "bellbox report", __doc__)
     if ptq.is_binarized(command.run):
         refuse_flags(command, ("packed", "checkpoint", "layer", "prompt", "seed"), "a binarized model")
         _write_binarized(Path(command.run), command.out)
@@ -104,7 +104,7 @@ def _open_packed(folder: Path, run: OpenedModel) -> OpenedModel:
         raise BellboxError(f"{folder}: is no packed model; make one with bellbox convert")
     trained = dict(quantized_layers(run.model))
     modules = {
-        name: module for name, module in packed.model.named_modules() if isinstance(module, PackedLinear)
+        name: module for name, module in packed.model.named_modules() if isinstance(module, PackedLayer)
     }
     if trained.keys() != modules.keys() or not all(
         torch.equal(trained[name].weight_codes().flatten(), module.weight_codes().flatten())
@@ -196,7 +196,7 @@ def _layer_values(layers: dict[str, QuantizedLayer], asked: str | None) -> Layer
         raise BellboxError(f"--layer '{asked}': no such BBQ layer; there are: {', '.join(suited) or 'none'}")
     if not suited:
         return None
-    name = asked or max(suited, key=lambda one: suited[one].weight.numel())
+    name = asked or max(suited, key=lambda one: suited[one].stored_weight.numel())
     layer = suited[name]
     quantizer = layer.weight_quantizer
     assert isinstance(quantizer, BBQ)

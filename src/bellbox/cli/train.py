@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bellbox.cli.output import help_text
+from bellbox.cli.output import parse_flags
 from bellbox.convert import summary
 from bellbox.errors import BellboxError, require
 from bellbox.models import ResNet, ViT
@@ -30,7 +30,7 @@ from bellbox.utils.malloc import keep_freed_memory
 from bellbox.utils.yaml import parse_yaml
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainFlags(TrainConfig):
     """Train a model, low-bit or not, from a YAML file, from flags, or from both (flags win)."""
 
@@ -69,8 +69,8 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
     """The configuration that a command line describes, and its `--resume`.
 
     Raises:
-        BellboxError: an unreadable file or a value out of range.
-        SystemExit: 0 for --help, 2 for a flag that does not exist or cannot be read.
+        BellboxError: an unreadable file, a flag that does not exist or is repeated, a value out of range.
+        SystemExit: 0 for --help.
     """
     tyro = require("tyro", "cli")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -81,16 +81,10 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
         raise BellboxError("--config needs a YAML file after it") from None
     base = TrainConfig() if path is None else load_config(path)
     default = TrainFlags(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}, config=path)
-    flags = tyro.cli(
-        TrainFlags,
-        prog="bellbox train",
-        description=help_text(__doc__),
-        args=argv,
-        default=default,
-        registry=_mapping_flags(tyro, base),
-    )
+    registry = _mapping_flags(tyro, base)
+    flags = parse_flags(TrainFlags, argv, "bellbox train", __doc__, default=default, registry=registry)
     values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**values).check(), flags.resume
+    return TrainConfig(**values), flags.resume
 
 
 def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
@@ -105,9 +99,13 @@ def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
 
     def read(words: list[str], before: dict[str, Any]) -> dict[str, Any]:
         pairs = [word.partition("=") for word in words]
+        seen: set[str] = set()
         for key, equals, _ in pairs:
             if not equals or not key:
                 raise ValueError(f"'{key}' must be written KEY=VALUE")
+            if key in seen:
+                raise ValueError(f"'{key}' is given twice; leave one of them out")
+            seen.add(key)
         return {**before, **{key: parse_yaml(value, key) for key, _, value in pairs}}
 
     @registry.primitive_rule

@@ -86,7 +86,7 @@ def block_bytes(model: nn.Module) -> tuple[int, str | None]:
 def _unpacked_bytes(layer: QuantizedLayer) -> int:
     quantizer = layer.weight_quantizer
     if quantizer is None:
-        return 2 * layer.weight.numel()
+        return 2 * layer.stored_weight.numel()
     row = row_bytes(layer.row_length, quantizer.levels.n)
     return layer.row_count * (row + 4 * quantizer.scales_a_row)
 

@@ -7,6 +7,7 @@ after a kill as if nothing had happened.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from typing import TYPE_CHECKING
 from bellbox.comparison.grid import Cell, Grid
 from bellbox.comparison.results import Result, Results, identity
 from bellbox.errors import BellboxError
+from bellbox.runs.build import pick_device
 from bellbox.runs.config import TrainConfig
+from bellbox.runs.resolve import resolve
 from bellbox.training.check import check_trainable
 from bellbox.training.tasks import data_checksum, make_task, open_data
+from bellbox.utils.processor import Precision, choose_precision
 
 if TYPE_CHECKING:
     from bellbox.data.images import ImageDataset
@@ -32,6 +36,7 @@ class Wanted:
     lr: float
     seed: int
     config: TrainConfig
+    """As the grid asks for it, and as it is recorded: a result is found again by what was asked for."""
     data: str
     """Checksum of its tokens or images."""
     key: str
@@ -70,10 +75,23 @@ class Plan:
         place = (cell.row, cell.bits, lr, seed)
         if place not in self._wanted:
             config = cell.config(lr, seed)
+            if config.precision == "auto":
+                config = dataclasses.replace(config, precision=self._precision(config.device))
             tokens = self._tokens(config)
             key = identity(config.to_dict(), tokens)
             self._wanted[place] = Wanted(cell, lr, seed, config, tokens, key)
         return self._wanted[place]
+
+    def _precision(self, device: str) -> Precision:
+        """What `auto` means in this study: as its last run was trained, wherever that was; else what is fast here.
+
+        One for all rows, so that they compare, and so that a study goes on with what it has on any machine.
+        """
+        cells = {cell.row for cell in self.grid.cells if cell.values.get("precision", "auto") == "auto"}
+        for result in reversed(self.results.all):
+            if result.study == self.grid.study and result.row in cells:
+                return result.config.get("precision", "bf16")
+        return choose_precision(pick_device(device))[0]
 
     def _tokens(self, config: TrainConfig) -> str:
         place = _place(config)
@@ -103,7 +121,10 @@ class Plan:
                 )
         for run in {id(run.cell): run for run in self.missing()}.values():
             try:
-                check_trainable(make_task(run.config, self._dataset(run.config)).config)
+                dataset = self._dataset(run.config)
+                config = resolve(run.config, dataset)
+                make_task(config, dataset)
+                check_trainable(config)
             except BellboxError as error:
                 raise BellboxError(f"row '{run.cell.row}': {error}") from None
         self._opened.clear()

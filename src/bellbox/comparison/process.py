@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -28,8 +29,7 @@ class Process:
         self.wanted, self.folder = wanted, folder
         self.begun = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        wanted.config.folder = str(folder)
-        save_config(wanted.config, folder / ASKED)
+        save_config(dataclasses.replace(wanted.config, folder=str(folder)), folder / ASKED)
         self.first_step = self.step
         with (folder / LOG).open("ab") as log:
             self._process = subprocess.Popen(

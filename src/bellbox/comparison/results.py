@@ -9,17 +9,22 @@ configuration did not have when a line was written count as their present defaul
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import DEFAULT_STEPS, TrainConfig
+from bellbox.utils.files import one_line
 
 FILE = "results.jsonl"
 # Where a run lives, how it is watched and saved: they do not decide its numbers.
@@ -115,9 +120,10 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     """What decides a run's numbers besides its text: a configuration with defaults filled in, the rest left out.
 
     Args:
-        config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as their present defaults.
+        config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as their present defaults
+            (`precision` as bf16).
     """
-    full = _filled(config, dataclasses.asdict(TrainConfig()))
+    full = _filled(config, dataclasses.asdict(TrainConfig(precision="bf16")))  # the default before `auto`
     if full["tokens"] is not None:
         full["steps"], full["tokens"] = -(-full["tokens"] // per_step(full)), None
     for key in FREE:
@@ -139,6 +145,68 @@ def identity(config: dict[str, Any], data: str) -> str:
     """
     text = json.dumps([settings(config), data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# They become names of files, and stand in tables: no separators of paths, no line breaks.
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff/\\]{1,200}")
+
+
+class _Point(BaseModel):
+    """What is read of an entry of `Result.history`."""
+
+    model_config = ConfigDict(strict=True)
+    step: int
+    tokens: int
+    loss: float | None
+    weight_entropy: float | None = None
+    activation_entropy: float | None = None
+
+
+class _Histogram(BaseModel):
+    """What is read of an entry of `Result.gamma`."""
+
+    model_config = ConfigDict(strict=True)
+    low: float
+    high: float
+    counts: Annotated[list[int], Field(max_length=10_000)]
+
+
+@functools.cache
+def _adapters() -> tuple[TypeAdapter[Any], ...]:
+    kinds = (Result, TrainConfig, list[_Point], dict[str, _Histogram])
+    return tuple(TypeAdapter(kind) for kind in kinds)
+
+
+def _parsed(line: bytes) -> Result:
+    """A line's result, every value of the kind that it must be.
+
+    Raises:
+        BellboxError: why it is none.
+    """
+    result_of, config_of, history_of, gamma_of = _adapters()
+    try:
+        values = with_present_names(json.loads(line, parse_constant=_refuse_constant))
+        if unknown := set(values) - {each.name for each in dataclasses.fields(Result)}:
+            raise BellboxError(f"unknown key {min(unknown)!r}")
+        result: Result = result_of.validate_json(json.dumps(values), strict=True)
+        config_of.validate_python(_filled(result.config, dataclasses.asdict(TrainConfig())))
+        history_of.validate_python(result.history)
+        gamma_of.validate_python(result.gamma)
+    except BellboxError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BellboxError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BellboxError(one_line(error, 80)) from None
+    for name, value in (("study", result.study), ("row", result.row)):
+        if not _NAME.fullmatch(value) or value.startswith("."):
+            raise BellboxError(f"{name} {value[:50]!r} is no name")
+    return result
+
+
+def _refuse_constant(text: str) -> float:
+    raise BellboxError(f"{text} is no number of JSON")
 
 
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -165,10 +233,11 @@ class Results:
         self._keys: list[str] = []
         for number, line in enumerate(self._whole_lines(), 1):
             try:
-                result = Result(**with_present_names(json.loads(line)))
-            except (ValueError, TypeError):
-                raise BellboxError(f"{self.path}: line {number} is not a result; remove the line") from None
-            self._remember(result)
+                self._remember(_parsed(line))
+            except BellboxError as error:
+                raise BellboxError(
+                    f"{self.path}: line {number} is not a result ({error}); remove the line"
+                ) from None
 
     def find(self, key: str) -> list[Result]:
         """The results of the run with this `identity`, in the order of the file."""
@@ -187,7 +256,7 @@ class Results:
 
     def drop_failed(self, keys: set[str]) -> int:
         """Forget failed runs with these identities, so that they are tried again; returns how many."""
-        from bellbox.runs.folder import write_text
+        from bellbox.utils.files import write_text
 
         pairs = zip(self.all, self._keys, strict=True)
         kept = [(result, key) for result, key in pairs if result.error is None or key not in keys]

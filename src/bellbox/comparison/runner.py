@@ -22,8 +22,8 @@ from bellbox.comparison.selection import keep
 from bellbox.errors import BellboxError
 from bellbox.runs.build import pick_device
 from bellbox.runs.environment import describe
-from bellbox.runs.folder import lock
 from bellbox.training.stop import StopSignals
+from bellbox.utils.files import lock
 
 RUNS = "runs"
 

@@ -17,8 +17,7 @@ from typing import Any
 from bellbox.comparison.plan import Plan
 from bellbox.comparison.results import Result, frame, settings
 from bellbox.errors import BellboxError
-from bellbox.runs.folder import write_text
-from bellbox.utils.files import read_json
+from bellbox.utils.files import read_json, write_text
 
 FOLDER = "grids"
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from bellbox.comparison.measure import measure
 from bellbox.errors import BellboxError
-from bellbox.runs.folder import write_text
 from bellbox.training import Trainer, load_config
+from bellbox.utils.files import write_text
 from bellbox.utils.malloc import keep_freed_memory
 
 MEASURED = "measured.json"

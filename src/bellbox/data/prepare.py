@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bellbox.data import shards, sources
-from bellbox.data.sources import Piece, Source
+from bellbox.data.sources import Piece, Rows, Skipped, Source
 from bellbox.data.tokenizer import FILE_NAME, Tokenizer, check_vocab_size
 from bellbox.errors import BellboxError
 from bellbox.utils.files import new_folder
@@ -39,17 +39,22 @@ class Progress:
     """Bytes on disk of all sources of this phase; None where a source's size is not known."""
     documents: int = 0
     tokens: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+    """Rows that gave no document, counted while encoding."""
 
 
 @dataclass
 class _Reporter:
     callback: Callable[[Progress], None] | None
     state: Progress = field(default_factory=lambda: Progress("survey"))
+    skipped: Skipped = field(default_factory=Skipped)
+    """To be counted in; also that of `state`."""
 
     def start(self, phase: str, read: Iterable[Source]) -> None:
         sizes = [source.size for source in read]
         total = None if None in sizes else sum(size for size in sizes if size is not None)
         self.state = Progress(phase, bytes_total=total)
+        self.skipped = self.state.skipped
         self._tell()
 
     def on_read(self, count: int) -> None:
@@ -74,6 +79,7 @@ def prepare(
     valid: Sequence[str | Path] = (),
     valid_fraction: float | None = None,
     text_field: str | None = None,
+    skip_null: bool = False,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -90,7 +96,9 @@ def prepare(
             a hash of their beginning, hence the same ones every time. Where that leaves a split without any (a
             single book, a shelf of them), it is the tail of the whole text instead.
         valid_fraction: that fraction, 0.01 where None; not together with `valid`.
-        text_field: field of JSON lines and dataset rows that holds the text, `text` where None.
+        text_field: field of a table's rows (JSON, CSV, TSV, Parquet, datasets) that holds the text, `text` where None.
+        skip_null: pass over rows whose text is null, which are refused otherwise. They are counted
+            (`Progress.skipped`), and so are blank ones, which give no document in any case.
         shard_tokens: tokens a file.
         overwrite: replace a dataset that stands at `out`. Anything else there is never removed.
         progress: called now and then with a `Progress`.
@@ -119,28 +127,35 @@ def prepare(
     _refuse_overlap(train_sources, valid_sources)
     if text_field is not None and all(source.kind == "text" for source in everything):
         raise BellboxError(
-            f"text field '{text_field}': no input is JSON lines or a dataset, so it has no fields"
+            f"text field '{text_field}': no input is JSON, CSV, TSV, Parquet or a dataset, so it has no fields"
         )
     _refuse_target(out, overwrite)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
 
     reporter = _Reporter(progress)
-    column = text_field or "text"
+    if skip_null and all(source.kind == "text" for source in everything):
+        raise BellboxError(
+            "rows to skip: no input is JSON, CSV, TSV, Parquet or a dataset, so it has no rows"
+        )
+
+    def rows() -> Rows:
+        return Rows(text_field or "text", skip_null, reporter.skipped)
+
     head: int | None = None
     if not valid_sources:
         reporter.start("survey", train_sources)
-        head = _head_to_cut(train_sources, column, fraction, reporter)
+        head = _head_to_cut(train_sources, rows(), fraction, reporter)
 
     def from_inputs() -> Iterator[tuple[str, Piece]]:
         router = _Router(None if valid_sources else fraction, head)
         for source in train_sources:
-            yield from router.route(source.pieces(column, reporter.on_read))
+            yield from router.route(source.pieces(rows(), reporter.on_read))
 
     def from_everything() -> Iterator[tuple[str, Piece]]:
         yield from from_inputs()
         for source in valid_sources:
-            yield from (("valid", piece) for piece in source.pieces(column, reporter.on_read))
+            yield from (("valid", piece) for piece in source.pieces(rows(), reporter.on_read))
 
     if tokenizer is None:
         reporter.start("tokenizer", train_sources)
@@ -204,7 +219,7 @@ def _split_of(beginning: str, fraction: float) -> str:
     return "valid" if place < fraction else "train"
 
 
-def _head_to_cut(read: Sequence[Source], column: str, fraction: float, reporter: _Reporter) -> int | None:
+def _head_to_cut(read: Sequence[Source], rows: Rows, fraction: float, reporter: _Reporter) -> int | None:
     """Characters for training where the documents alone would leave a split empty; None where they do not.
 
     Stops reading as soon as each split has a document, which is early in a corpus of many.
@@ -213,7 +228,7 @@ def _head_to_cut(read: Sequence[Source], column: str, fraction: float, reporter:
     seen: set[str] = set()
     for source in read:
         begins = True
-        for piece in source.pieces(column, reporter.on_read):
+        for piece in source.pieces(rows, reporter.on_read):
             if begins:
                 seen.add(_split_of(piece.text, fraction))
                 if len(seen) == 2:

@@ -4,24 +4,29 @@ A document without end (a whole encyclopedia in one file) must cost no more memo
 yields `Piece`s of bounded length; the one that closes a document says so. A piece is cut before a space,
 where every usual pre-tokenizer cuts too, so tokens do not depend on where the pieces end.
 
-Sources: text files (plain, `.gz`, `.xz`, `.zst`), JSON lines (the same endings), folders of them, and
-`hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub or a local folder, streamed by `datasets`.
-In a text file the documents are separated by a line `<|endoftext|>`; without one the file is one document.
+Sources: text files (plain, `.gz`, `.xz`, `.zst`), tables (`.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, compressed
+likewise, and `.parquet`), folders of them, and `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub or a local
+folder, streamed by `datasets`. In a text file the documents are separated by a line `<|endoftext|>`; without one the
+file is one document. In a table every row is one, its text in one field. What looks like another kind of file than its
+name says is refused: a model trained on braces and keys, or on the bytes of an archive, would never tell.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
+import itertools
 import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from bellbox.errors import BellboxError, require
+from bellbox.utils.files import open_regular, parsing
 
 END_OF_TEXT = "<|endoftext|>"
 PIECE_CHARS = 1 << 18
@@ -30,6 +35,28 @@ _SEPARATOR = re.compile(r"(?:\A|\r?\n)<\|endoftext\|>(?:\r?\n|\Z)")
 # What a separator not yet read to its end may occupy at the end of the buffer.
 _HOLD = len("\r\n" + END_OF_TEXT + "\r\n")
 _COMPRESSED = (".gz", ".xz", ".zst")
+_TABLES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+# How files begin that hold no text, whatever they are called.
+_FOREIGN = (
+    (b"PAR1", "a Parquet file; call it .parquet"),
+    (b"ARROW1", "an Arrow file; write it as .parquet or .jsonl"),
+    (b"FEA1", "a Feather file; write it as .parquet or .jsonl"),
+    (b"%PDF-", "a PDF document; write its text to a .txt file"),
+    (b"PK\x03\x04", "a zip archive (or an office document); unpack it"),
+    (b"BZh", "a bzip2 file; unpack it, or pack it as .gz, .xz or .zst"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    (b"SQLite format 3", "a database; write its text as .jsonl"),
+    (b"{\\rtf", "a document in RTF; write its text to a .txt file"),
+)
+_COMPRESSED_MAGIC = {b"\x1f\x8b": ".gz", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+_LARGEST_CELL = 1 << 28
 
 
 class Piece(NamedTuple):
@@ -41,35 +68,90 @@ class Piece(NamedTuple):
     """Whether the document ends here."""
 
 
+@dataclass
+class Skipped:
+    """Rows of tables that gave no document."""
+
+    blank: int = 0
+    """Rows whose text is empty or white."""
+    null: int = 0
+    """Rows without a text."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of a table are read."""
+
+    column: str = "text"
+    """The field that holds the text."""
+    skip_null: bool = False
+    """Whether to pass over rows whose text is null, in place of refusing them."""
+    skipped: Skipped = field(default_factory=Skipped)
+    """Counted on the way."""
+
+    def pieces(self, row: object, where: str) -> Iterator[Piece]:
+        """The document of a row; none for one that is blank, or null and passed over.
+
+        Raises:
+            BellboxError: no such field, or no text in it.
+        """
+        text = _field(row, self.column, where)
+        if text is None:
+            if not self.skip_null:
+                raise BellboxError(
+                    f"{where}: field '{self.column}' is null; pass over such rows with --skip-null"
+                )
+            self.skipped.null += 1
+        elif not text or text.isspace():
+            self.skipped.blank += 1
+        else:
+            yield from split_into_pieces(text)
+
+
 @dataclass(frozen=True)
 class Source:
     """One file or one streamed dataset."""
 
     name: str
     kind: str
-    """`text`, `jsonl` or `hub`."""
+    """`text`, `jsonl`, `json`, `csv`, `tsv`, `parquet` or `hub`."""
     path: Path | None
     size: int | None
     """Bytes on disk, compressed as they are; None where that is not known."""
 
-    def pieces(self, field: str = "text", on_read: Callable[[int], None] | None = None) -> Iterator[Piece]:
+    def pieces(
+        self, rows: Rows | None = None, on_read: Callable[[int], None] | None = None
+    ) -> Iterator[Piece]:
         """Read the source from its beginning.
 
         Args:
-            field: which field of a JSON line or dataset row holds the text.
+            rows: how to read a table's rows.
             on_read: called with the number of bytes read from disk since the last call.
 
         Raises:
-            BellboxError: for a file that is unreadable, truncated, not UTF-8, or a line without the field.
+            BellboxError: for a file that is unreadable, truncated, not UTF-8 or of another kind than its name says, or
+                a row without the field.
         """
+        rows = rows or Rows()
         if self.path is None:
-            yield from _hub_pieces(self.name, field)
-            return
-        chunks = _chunks(self.path, on_read)
-        if self.kind == "jsonl":
-            yield from _jsonl_pieces(self.path, chunks, field)
+            found = _hub_rows(self.name)
+        elif self.kind == "parquet":
+            found = _parquet_rows(self.path, rows.column, on_read)
         else:
-            yield from _text_pieces(_decoded(self.path, chunks))
+            chunks = _as_named(self.path, self.kind, _chunks(self.path, on_read))
+            if self.kind == "text":
+                yield from _text_pieces(_decoded(self.path, chunks))
+                return
+            if self.kind in ("csv", "tsv"):
+                found = _csv_rows(self.path, _decoded(self.path, chunks), "," if self.kind == "csv" else "\t")
+            else:
+                found = (
+                    _jsonl_rows(self.path, chunks)
+                    if self.kind == "jsonl"
+                    else _json_rows(self.path, _decoded(self.path, chunks))
+                )
+        for row, where in found:
+            yield from rows.pieces(row, where)
 
 
 def resolve(inputs: Sequence[str | Path]) -> list[Source]:
@@ -155,8 +237,7 @@ def _file_source(path: Path) -> Source:
     name = path.name.lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
-    kind = "jsonl" if name.endswith((".jsonl", ".ndjson")) else "text"
-    return Source(str(path), kind, path, path.stat().st_size)
+    return Source(str(path), _TABLES.get(Path(name).suffix, "text"), path, path.stat().st_size)
 
 
 def _chunks(path: Path, on_read: Callable[[int], None] | None) -> Iterator[bytes]:
@@ -170,7 +251,7 @@ def _chunks(path: Path, on_read: Callable[[int], None] | None) -> Iterator[bytes
         errors = (*errors, require("zstandard", "text").ZstdError)
     told = 0
     try:
-        with path.open("rb") as raw:
+        with open_regular(path) as raw:
             if ending == ".gz":
                 stream = _read_all(gzip.GzipFile(fileobj=raw))
             elif ending == ".xz":
@@ -272,8 +353,49 @@ def _separator(buffer: str, at_line_start: bool, *, final: bool) -> re.Match[str
     return None
 
 
-def _jsonl_pieces(path: Path, chunks: Iterable[bytes], field: str) -> Iterator[Piece]:
+def _as_named(path: Path, kind: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same chunks, once the first of them have shown that the file is what its name says.
+
+    Raises:
+        BellboxError: it is something else.
+    """
+    head = b""
+    first: list[bytes] = []
+    for chunk in chunks:
+        first.append(chunk)
+        head += chunk
+        if len(head) >= 1 << 16:
+            break
+    for magic, what in _FOREIGN:
+        if head.startswith(magic):
+            raise BellboxError(f"{path}: is {what}")
+    for magic, ending in _COMPRESSED_MAGIC.items():
+        if head.startswith(magic):
+            raise BellboxError(f"{path}: is compressed; call it {path.name}{ending}")
+    if kind == "text" and _is_json_lines(head):
+        raise BellboxError(
+            f"{path}: looks like JSON lines; call it .jsonl (or begin the file with a line {END_OF_TEXT}, if its "
+            "braces and keys shall be text)"
+        )
+    return itertools.chain(first, chunks)
+
+
+def _is_json_lines(head: bytes) -> bool:
+    """Whether a text begins with two lines that are JSON objects each, or is a single one."""
+    lines = [line for line in head.split(b"\n") if line.strip()]
+    if len(head) >= 1 << 16:
+        lines = lines[:-1]  # perhaps not a whole one
+    if not lines or not lines[0].lstrip().startswith(b"{"):
+        return False
+    try:
+        return all(isinstance(json.loads(line), dict) for line in lines[:2])
+    except (ValueError, RecursionError):
+        return False
+
+
+def _jsonl_rows(path: Path, chunks: Iterable[bytes]) -> Iterator[tuple[object, str]]:
     for number, line in enumerate(_lines(chunks), 1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -283,7 +405,141 @@ def _jsonl_pieces(path: Path, chunks: Iterable[bytes], field: str) -> Iterator[P
             raise BellboxError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
         except (ValueError, RecursionError) as error:
             raise BellboxError(f"{where}: not a line of JSON ({error})") from error
-        yield from split_into_pieces(_field(row, field, where))
+        yield row, where
+
+
+def _json_rows(path: Path, chunks: Iterator[str]) -> Iterator[tuple[object, str]]:
+    """The objects of one array, or objects that follow each other, each over any number of lines."""
+    decoder, white = json.JSONDecoder(), re.compile(r"\s*")
+    buffer, at, ended = "", 0, False
+
+    def read_on() -> None:
+        # At least as much again as is waiting: however often an object is tried anew, the work stays linear.
+        nonlocal buffer, at, ended
+        parts, length = [buffer[at:]], 0
+        while length <= len(parts[0]) and not ended:
+            chunk = next(chunks, None)
+            ended = chunk is None
+            parts.append(chunk or "")
+            length += len(parts[-1])
+        buffer, at = "".join(parts), 0
+
+    def peek() -> str:
+        """The next character that is not white; none at the end."""
+        nonlocal at
+        while True:
+            match = white.match(buffer, at)
+            at = at if match is None else match.end()
+            if at < len(buffer) or ended:
+                return buffer[at : at + 1]
+            read_on()
+
+    in_array = peek() == "["
+    at += in_array
+    for number in itertools.count():
+        where = f"{path}, row {number}"
+        char = peek()
+        if in_array and char == "]":
+            at += 1
+            if peek():
+                raise BellboxError(
+                    f"{where}: there is more behind the end of the array; name JSON lines .jsonl"
+                )
+            return
+        if not char:
+            if in_array:
+                raise BellboxError(f"{where}: the array has no end: the file is truncated; fetch it again")
+            return
+        if in_array and number and char != ",":
+            raise BellboxError(f"{where}: no comma before it, so this is no JSON")
+        at += in_array and number > 0
+        peek()
+        while True:
+            try:
+                row, end = decoder.raw_decode(buffer, at)
+            except json.JSONDecodeError as error:
+                unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 16
+                if ended or not unfinished or len(buffer) - at > _LARGEST_CELL:
+                    raise BellboxError(f"{where}: not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise BellboxError(f"{where}: not JSON ({error})") from error
+            else:
+                if end < len(buffer) or ended:  # else it might be a number that goes on
+                    break
+            read_on()
+        at = end
+        yield row, where
+
+
+def _csv_rows(path: Path, chunks: Iterable[str], delimiter: str) -> Iterator[tuple[object, str]]:
+    """Rows below a line of names; quoted cells may hold line breaks."""
+    reader = csv.reader(_text_lines(chunks), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        before = csv.field_size_limit(_LARGEST_CELL)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise BellboxError(
+                f"{where}: not a row of a table ({error}); quote cells that hold quotes"
+            ) from None
+        finally:
+            csv.field_size_limit(before)  # it is the whole process's
+        if cells is None:
+            return
+        if not cells:
+            continue  # an empty line
+        if names is None:
+            names = cells
+            if len(set(names)) < len(names):
+                raise BellboxError(f"{where}: two columns have the same name ({', '.join(names)})")
+        elif len(cells) != len(names):
+            raise BellboxError(
+                f"{where}: {len(cells)} cells below {len(names)} names; quote cells that hold {delimiter!r}"
+            )
+        else:
+            yield dict(zip(names, cells, strict=True)), where
+
+
+def _text_lines(chunks: Iterable[str]) -> Iterator[str]:
+    """Lines with their ends; of several chunks each is joined once."""
+    parts: list[str] = []
+    for chunk in chunks:
+        *whole, rest = re.split(r"(?<=\n)", chunk)
+        for line in whole:
+            yield "".join((*parts, line))
+            parts = []
+        parts.append(rest)
+    if any(parts):
+        yield "".join(parts)
+
+
+def _parquet_rows(
+    path: Path, column: str, on_read: Callable[[int], None] | None
+) -> Iterator[tuple[object, str]]:
+    parquet = require("pyarrow.parquet", "text")
+    with open_regular(path) as raw:
+        size, told, number = os.fstat(raw.fileno()).st_size, 0, 0
+        with parsing(path, "a Parquet file"):
+            table = parquet.ParquetFile(raw)
+            names, total = table.schema_arrow.names, table.metadata.num_rows
+            batches = table.iter_batches(batch_size=256, columns=[column] if column in names else [])
+        if column not in names:
+            raise BellboxError(_no_field(str(path), column, names))
+        while True:
+            with parsing(path, "a Parquet file"):
+                batch = next(batches, None)
+                values = [] if batch is None else batch.column(0).to_pylist()
+            if batch is None:
+                return
+            for value in values:
+                yield {column: value}, f"{path}, row {number}"
+                number += 1
+            if on_read is not None:  # columns are read here and there: the share of the rows it is
+                read = size * number // max(1, total)
+                on_read(read - told)
+                told = read
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -297,15 +553,14 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
-def _field(row: object, field: str, where: str) -> str:
+def _field(row: object, field: str, where: str) -> str | None:
     if not isinstance(row, dict):
         raise BellboxError(f"{where}: not a JSON object but {type(row).__name__}")
     if field not in row:
-        names = ", ".join(map(str, row)) or "none"
-        raise BellboxError(
-            f"{where}: no field '{field}' (fields: {names}); name the right one with --text-field"
-        )
+        raise BellboxError(_no_field(where, field, map(str, row)))
     text = row[field]
+    if text is None:
+        return None
     if not isinstance(text, str):
         raise BellboxError(f"{where}: field '{field}' is not text but {type(text).__name__}")
     try:
@@ -317,6 +572,12 @@ def _field(row: object, field: str, where: str) -> str:
     return text
 
 
+def _no_field(where: str, field: str, present: Iterable[str]) -> str:
+    names = ", ".join(present)
+    names = f"{names[:300]} ..." if len(names) > 300 else names or "none"
+    return f"{where}: no field '{field}' (fields: {names}); name the right one with --text-field"
+
+
 def _hub_parts(name: str) -> tuple[str, str | None, str]:
     dataset, *rest = name.removeprefix("hf:").split(":")
     if not dataset or len(rest) > 2:
@@ -325,7 +586,7 @@ def _hub_parts(name: str) -> tuple[str, str | None, str]:
     return dataset, config or None, split or "train"
 
 
-def _hub_pieces(name: str, field: str) -> Iterator[Piece]:
+def _hub_rows(name: str) -> Iterator[tuple[object, str]]:
     datasets = require("datasets", "text")
     dataset, config, split = _hub_parts(name)
     try:
@@ -340,7 +601,7 @@ def _hub_pieces(name: str, field: str) -> Iterator[Piece]:
             return
         except Exception as error:
             raise BellboxError(f"{name}: stopped at row {number}: {_one_line(error)}") from error
-        yield from split_into_pieces(_field(row, field, f"{name} row {number}"))
+        yield row, f"{name} row {number}"
         number += 1
 
 

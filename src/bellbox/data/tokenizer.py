@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,14 @@ import numpy as np
 
 from bellbox.data.sources import END_OF_TEXT
 from bellbox.errors import BellboxError, require
+from bellbox.utils.files import one_line, parsing, read_json, read_text, write_text
 
 FILE_NAME = "tokenizer.json"
 _SMALLEST = 256 + 1  # every byte and the end of text
+_LARGEST = 1 << 24
+_MOST_BYTES = 256 << 20
+# Ids may have gaps (reserved ones), but a table of a line for each must not outgrow the file that names a few.
+_MOST_UNUSED_IDS = 1 << 17
 # Names under which other tokenizers keep the token that closes a document, in order of preference.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -33,6 +39,43 @@ def check_vocab_size(size: int) -> None:
     """
     if size < _SMALLEST:
         raise BellboxError(f"vocabulary of {size}: needs at least {_SMALLEST} (256 bytes and {END_OF_TEXT})")
+    if size > _LARGEST:
+        raise BellboxError(f"vocabulary of {size}: may have at most {_LARGEST:,} entries")
+
+
+def plain_ids(backend: Any, text: str) -> list[int]:
+    """Token ids of a text as data preparation makes them, whatever a `tokenizers.Tokenizer` is set to.
+
+    Nothing is added by a template, cut or padded, and the name of a special token is a text like any other. (What the
+    normalizer puts in front of every text, such as sentencepiece's first space, belongs to the documents too.)
+
+    Args:
+        backend: it is left as it was.
+        text: to encode.
+
+    Raises:
+        BellboxError: the text is no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BellboxError(f"{text[:100]!r} is not text in UTF-8") from None
+    truncation, padding, special = backend.truncation, backend.padding, backend.encode_special_tokens
+    try:
+        if truncation is not None:
+            backend.no_truncation()
+        if padding is not None:
+            backend.no_padding()
+        if not special:
+            backend.encode_special_tokens = True
+        return list(backend.encode(text, add_special_tokens=False).ids)
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if not special:
+            backend.encode_special_tokens = special
 
 
 class Tokenizer:
@@ -53,16 +96,16 @@ class Tokenizer:
             BellboxError: where the contents are no tokenizer, or no token closes a document.
         """
         tokenizers = require("tokenizers", "cli")
-        try:
-            self._backend: Any = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:
-            raise BellboxError(f"not a tokenizer.json that can be read: {_one_line(error)}") from error
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
+        check_specification(text)
+        with parsing("this", "a tokenizer.json"):
+            self.backend: Any = tokenizers.Tokenizer.from_str(text)
+        """The `tokenizers.Tokenizer`, set as data preparation uses it."""
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
         self.text = text
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self.vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocab.values()) + 1
         self.end_of_text = self._find_end(end_of_text)
 
@@ -123,10 +166,7 @@ class Tokenizer:
 
             text = translate(file)
         else:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise BellboxError(f"{file}: cannot be read: {_one_line(error)}") from error
+            text = read_text(file, _MOST_BYTES)
         try:
             return cls(text, end_of_text)
         except BellboxError as error:
@@ -134,20 +174,20 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the `tokenizer.json`, byte for byte what `sha256` was taken of."""
-        Path(path).write_bytes(self.text.encode())
+        write_text(path, self.text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added at either end."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return plain_ids(self.backend, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids (int64) of each text, on all cores."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 by themselves become U+FFFD."""
-        return self._backend.decode([int(one) for one in ids], skip_special_tokens=False)
+        return self.backend.decode([int(one) for one in ids], skip_special_tokens=False)
 
     def token_bytes(self) -> list[bytes]:
         """The bytes that each token id stands for, by id; none for a special token or an unused id.
@@ -185,9 +225,45 @@ class Tokenizer:
         raise BellboxError(f"no token closes a document; looked for {', '.join(names)}")
 
 
+def check_specification(text: str) -> dict[str, Any]:
+    """The contents of a `tokenizer.json` as values, once its ids are found to be such that a table can hold them.
+
+    Raises:
+        BellboxError: no JSON object, or ids that are no numbers, beyond 16,777,216, or far more than there are tokens.
+    """
+    try:
+        spec = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BellboxError(f"not a tokenizer.json that can be read: {one_line(error)}") from None
+    model = spec.get("model") if isinstance(spec, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    added = spec.get("added_tokens") if isinstance(spec, dict) else None
+    if not isinstance(vocab, dict | list) or not isinstance(added, list | None):
+        raise BellboxError("not a tokenizer.json that can be read: it has no vocabulary")
+    if isinstance(vocab, list) and not all(
+        isinstance(one, list) and one and isinstance(one[0], str) for one in vocab
+    ):
+        raise BellboxError(
+            "not a tokenizer.json that can be read: its vocabulary is no list of pieces and scores"
+        )
+    if not all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in added or ()):
+        raise BellboxError("not a tokenizer.json that can be read: an added token has no content")
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    ids += [one.get("id") for one in added or ()]
+    if not ids:
+        raise BellboxError("not a tokenizer.json that can be read: its vocabulary is empty")
+    for number in ids:
+        if type(number) is not int or not 0 <= number < min(_LARGEST, len(ids) + _MOST_UNUSED_IDS):
+            raise BellboxError(
+                f"a token of it has the id {number!r}; of {len(ids):,} tokens, ids are whole numbers from 0 to at most "
+                f"{min(_LARGEST, len(ids) + _MOST_UNUSED_IDS) - 1:,}"
+            )
+    return spec
+
+
 def token_bytes(text: str) -> list[bytes]:
     """`Tokenizer.token_bytes` from the contents of a `tokenizer.json`, without the `tokenizers` library."""
-    spec = json.loads(text)
+    spec = check_specification(text)
     vocab = spec["model"]["vocab"]
     names: dict[int, str] = (
         {number: name for name, number in vocab.items()}
@@ -200,7 +276,12 @@ def token_bytes(text: str) -> list[bytes]:
     parts = " ".join(_part_types(spec.get("pre_tokenizer")) + _part_types(spec.get("decoder")))
     if "ByteLevel" in parts:
         alphabet = _byte_alphabet()
-        table = {number: bytes(alphabet[char] for char in name) for number, name in names.items()}
+        try:
+            table = {number: bytes(alphabet[char] for char in name) for number, name in names.items()}
+        except KeyError as error:
+            raise BellboxError(
+                f"a token of it has the character {error.args[0]!r}, which stands for no byte"
+            ) from None
     elif "ByteFallback" in parts or "Metaspace" in parts:
         table = {number: _fallback_bytes(name) for number, name in names.items()}
     else:
@@ -208,7 +289,7 @@ def token_bytes(text: str) -> list[bytes]:
             "the tokenizer is neither byte-level nor of sentencepiece's kind: bytes of its tokens unknown"
         )
     for token in added:
-        table[token["id"]] = b"" if token["special"] else token["content"].encode()
+        table[token["id"]] = b"" if token.get("special") else token["content"].encode()
     return [table.get(number, b"") for number in range(max(table) + 1)]
 
 
@@ -233,26 +314,16 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _fallback_bytes(name: str) -> bytes:
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-        return bytes([int(name[3:5], 16)])
+    if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", name):
+        return bytes([int(byte[1], 16)])
     return name.replace("\u2581", " ").encode()
 
 
 def _configured_end(folder: Path) -> str | None:
     """The `eos_token` of a Hugging Face folder's `tokenizer_config.json`, where there is one."""
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "tokenizer_config.json").exists():
         return None
-    except (OSError, ValueError) as error:
-        raise BellboxError(
-            f"{folder / 'tokenizer_config.json'}: cannot be read: {_one_line(error)}"
-        ) from error
-    end = config.get("eos_token") if isinstance(config, dict) else None
+    end = read_json(folder / "tokenizer_config.json").get("eos_token")
     if isinstance(end, dict):
         end = end.get("content")
     return end if isinstance(end, str) else None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

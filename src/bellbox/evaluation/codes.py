@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from bellbox.core.entropy import code_counts, entropy_bits
 from bellbox.errors import BellboxError
-from bellbox.nn import PackedLinear, QuantizedLayer
+from bellbox.nn import PackedLayer, QuantizedLayer
 
-LowBitLayer = QuantizedLayer | PackedLinear
+LowBitLayer = QuantizedLayer | PackedLayer
 
 
 def low_bit_layers(model: nn.Module) -> dict[str, LowBitLayer]:
     """Every fake-quantized or packed layer by its dotted name."""
     found = model.named_modules()
-    return {name: module for name, module in found if isinstance(module, QuantizedLayer | PackedLinear)}
+    return {name: module for name, module in found if isinstance(module, QuantizedLayer | PackedLayer)}
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _input_codes(
 
     def hook(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PackedLayer):
             receive(name, layer.input_codes(x), layer.coding.levels.n)
         elif isinstance(layer, QuantizedLayer) and layer.activation_quantizer is not None:
             quantizer = layer.activation_quantizer.quantizer
@@ -188,14 +188,14 @@ def _input_owners(layers: dict[str, LowBitLayer]) -> list[str]:
     """The first name of each group of siblings that share an input."""
     first: dict[int, str] = {}
     for name, layer in layers.items():
-        shared = layer.shared if isinstance(layer, PackedLinear) else layer.activation_quantizer
+        shared = layer.group if isinstance(layer, PackedLayer) else layer.activation_quantizer
         if shared is not None:
             first.setdefault(id(shared), name)
     return list(first.values())
 
 
 def _weight_n(layer: LowBitLayer) -> int | None:
-    if isinstance(layer, PackedLinear):
+    if isinstance(layer, PackedLayer):
         return layer.weight_levels.n
     return None if layer.weight_quantizer is None else layer.weight_quantizer.levels.n
 

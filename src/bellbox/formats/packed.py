@@ -22,9 +22,9 @@ from bellbox.core.grid import Grid, Levels
 from bellbox.errors import BellboxError
 from bellbox.formats import schema as stored
 from bellbox.formats.schema import CONFIG, TENSORS
-from bellbox.nn import PackedConv2d, PackedLinear, QuantizedLayer, replace_layer, without_fused_paths
+from bellbox.nn import PackedConv2d, PackedLayer, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
-from bellbox.nn.prepacked import prepack_all
+from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import (
     checksum,
@@ -63,7 +63,7 @@ def save(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
     if not layers:
         raise BellboxError("save takes a packed model: call bellbox.convert(model) first")
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
@@ -78,7 +78,7 @@ def save(
             raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
         tensors = {
             _renamed(name, STORED_NAMES): value.detach().contiguous().cpu()
-            for name, value in unique_tensors(model).items()
+            for name, value in tensors_of(model).items()
         }
         memory: set[int] = set()
         for name, value in tensors.items():
@@ -158,11 +158,23 @@ def load(
     for name, layer in replaced.items():
         model = replace_layer(model, model.get_submodule(name), layer)
     without_fused_paths(model)
-    stored.assign(model, tensors, device)
-    prepack_all(model)
+    stored.assign(model, replaced, tensors, device)
+    del tensors
+    gather_in_huge_pages(model)
     if embeddings is not None:
         compact(model, embeddings)
     return model.requires_grad_(False).eval()
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a packed model as files have them, each once, by name."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)}
+    inside = tuple(f"{name}." if name else "" for name in layers)
+    found = unique_tensors(model, leave_out=inside) if "" not in layers else {}
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        found.update({prefix + key: value for key, value in stored.stored_buffers(layer).items()})
+    return found
 
 
 def is_packed(folder: str | os.PathLike[str]) -> bool:
@@ -227,14 +239,14 @@ class Sizes:
 
 def sizes(model: nn.Module) -> Sizes:
     """Count the bytes that `save` would write for a packed model (without the file headers)."""
-    tensors = unique_tensors(model)
+    tensors = tensors_of(model)
     packed_names = {
         f"{prefix}.{name}" if prefix else name
         for prefix, layer in model.named_modules()
-        if isinstance(layer, PackedLinear)
+        if isinstance(layer, PackedLayer)
         for name in ("weight_packed", "weight_scale", "act_scale", "act_rstd", "act_signs")
     }
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
+    quantized = sum(m.row_length * m.row_count for m in model.modules() if isinstance(m, PackedLayer))
     inside = sum(t.numel() * t.element_size() for name, t in tensors.items() if name in packed_names)
     rest = [t for name, t in tensors.items() if name not in packed_names]
     scales = {id(m.scale) for m in model.modules() if isinstance(m, Compact)}  # bytes, but no parameters
@@ -261,20 +273,20 @@ def _describe_grid(grid: Grid) -> dict[str, Any]:
     return {"levels": grid.n, "zero_point": grid.zero_point}
 
 
-def _describe_layers(layers: Mapping[str, PackedLinear]) -> dict[str, Any]:
+def _describe_layers(layers: Mapping[str, PackedLayer]) -> dict[str, Any]:
     owners: dict[int, str] = {}
     return {
         name: {
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
+            "in_features": layer.row_length,
+            "out_features": layer.row_count,
             "bias": layer.bias is not None,
             "hadamard_block": layer.coding.block,
             "normalise": layer.coding.normalise,
             "rescale": layer.coding.rescale,
             "signs": layer.coding.signs,
             "weight": _describe_grid(layer.weight_levels),
-            "activation": _describe_levels(layer.coding.levels),
-            "input": owners.setdefault(id(layer.shared), name),
+            "activation": _describe_levels(layer.input_levels()),
+            "input": owners.setdefault(id(layer.group), name),
             **({"convolution": _describe_geometry(layer)} if isinstance(layer, PackedConv2d) else {}),
         }
         for name, layer in layers.items()

@@ -13,19 +13,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.geometry import ConvGeometry
 from bellbox.core.grid import Grid, Levels
-from bellbox.core.packing import unpack_slabs
+from bellbox.core.packing import row_bytes, unpack_slabs
 from bellbox.errors import BellboxError
 from bellbox.nn import (
-    InputCache,
     InputCoding,
     PackedConv2d,
+    PackedGroup,
+    PackedLayer,
     PackedLinear,
-    QuantizedConv2d,
-    QuantizedLinear,
 )
 from bellbox.nn.compact import Compact, Precision, empty_like
-from bellbox.nn.geometry import ConvGeometry
+from bellbox.nn.huge_pages import may_leave_memory
 from bellbox.nn.tools import unique_tensors
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -104,17 +104,14 @@ def _read_levels(stored: Mapping[str, Any]) -> Levels:
     return Levels(stored["levels"], stored["zero_point"], tuple(stored["thresholds"]))
 
 
-def packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, PackedLinear]:
+def packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, PackedLayer]:
     """Empty layers, without memory, as the configuration describes them.
 
     Raises:
         BellboxError: a description that no layer can have.
     """
-    readers: dict[str, int] = {}
-    for entry in stored.values():
-        readers[entry["input"]] = readers.get(entry["input"], 0) + 1
-    shared = {owner: InputCache(count) for owner, count in readers.items()}
-    layers = {}
+    groups: dict[str, PackedGroup] = {}
+    layers: dict[str, PackedLayer] = {}
     for name, entry in stored.items():
         try:
             weight = Grid(entry["weight"]["levels"], entry["weight"]["zero_point"])
@@ -135,9 +132,10 @@ def packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, PackedLine
         except BellboxError as error:
             raise BellboxError(f"{root / CONFIG}: layer {name!r}: {error}") from None
         coding = InputCoding(activation, block, entry["normalise"], entry["rescale"], entry["signs"])
-        rest = entry["out_features"], weight, coding, entry["bias"], shared[entry["input"]]
         with torch.device("meta"):
-            layers[name] = _empty_layer(entry, *rest)
+            layers[name] = layer = _empty_layer(entry, entry["out_features"], weight, coding, entry["bias"])
+        if isinstance(layer, PackedLinear):
+            layer.join(groups.setdefault(entry["input"], PackedGroup()))
     return layers
 
 
@@ -158,14 +156,14 @@ def _check_geometry(geometry: Mapping[str, Any], entry: Mapping[str, Any]) -> in
 
 
 def _empty_layer(
-    entry: Mapping[str, Any], outputs: int, weight: Grid, coding: InputCoding, bias: bool, shared: InputCache
-) -> PackedLinear:
+    entry: Mapping[str, Any], outputs: int, weight: Grid, coding: InputCoding, bias: bool
+) -> PackedLayer:
     stored = entry["convolution"]
     if stored is None:
-        return PackedLinear(entry["in_features"], outputs, weight, coding, bias, shared)
+        return PackedLinear(entry["in_features"], outputs, weight, coding, bias)
     sizes = (tuple(stored[name]) for name in ("kernel", "stride", "padding", "dilation"))
     geometry = ConvGeometry(*sizes, stored["groups"])  # type: ignore[arg-type]
-    return PackedConv2d(stored["channels"], outputs, geometry, weight, coding, bias, shared)
+    return PackedConv2d(stored["channels"], outputs, geometry, weight, coding, bias)
 
 
 def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Precision]) -> dict[str, Compact]:
@@ -190,7 +188,7 @@ def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Precision]
 def check_fit(
     root: Path,
     model: nn.Module,
-    replaced: Mapping[str, PackedLinear | Compact],
+    replaced: Mapping[str, PackedLayer | Compact],
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Names, shapes and dtypes against the model, and values that no packed layer can have; changes nothing.
@@ -198,7 +196,7 @@ def check_fit(
     Raises:
         BellboxError: the first thing that does not fit.
     """
-    packed = {name: layer for name, layer in replaced.items() if isinstance(layer, PackedLinear)}
+    packed = {name: layer for name, layer in replaced.items() if isinstance(layer, PackedLayer)}
     _check_places(root, model, packed)
     _check_tensors(root, model, replaced, tensors)
     _check_inputs(root, packed, tensors)
@@ -211,28 +209,25 @@ def check_fit(
             value = tensors.get(prefix + buffer)
             if value is not None and not bool(value.isfinite().all()):
                 raise BellboxError(f"{root / TENSORS}: tensor {prefix + buffer!r} holds NaN or infinity")
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PackedLayer):
             _check_codes(root, prefix, layer, tensors)
 
 
-def _check_codes(root: Path, prefix: str, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> None:
+def _check_codes(root: Path, prefix: str, layer: PackedLayer, tensors: Mapping[str, Tensor]) -> None:
     levels = layer.weight_levels
     if levels.n & (levels.n - 1) == 0:  # bytes cannot hold codes that do not exist
         return
-    slabs = unpack_slabs(tensors[prefix + "weight_packed"], layer.in_features, levels.n)
+    slabs = unpack_slabs(tensors[prefix + "weight_packed"], layer.row_length, levels.n)
     if any(int(codes.max()) >= levels.n for codes in slabs):
         raise BellboxError(f"{root / TENSORS}: {prefix + 'weight_packed'!r} has codes above {levels.n - 1}")
 
 
-def _check_places(root: Path, model: nn.Module, packed: Mapping[str, PackedLinear]) -> None:
+def _check_places(root: Path, model: nn.Module, packed: Mapping[str, PackedLayer]) -> None:
     places = dict(model.named_modules())
     for name, layer in packed.items():
         place = places.get(name)
         conv = isinstance(layer, PackedConv2d)
-        fits = (
-            (nn.Conv2d, QuantizedConv2d, PackedConv2d) if conv else (nn.Linear, QuantizedLinear, PackedLinear)
-        )
-        if not isinstance(place, fits) or (not conv and isinstance(place, PackedConv2d)):
+        if not isinstance(place, nn.Conv2d if conv else nn.Linear):
             kind = "nothing" if place is None else type(place).__name__
             wanted = "a convolution" if conv else "a linear layer"
             raise BellboxError(f"{root}: layer {name!r} is {kind} in the model, not {wanted}")
@@ -244,18 +239,15 @@ def _check_places(root: Path, model: nn.Module, packed: Mapping[str, PackedLinea
 def _shape(layer: nn.Module) -> tuple[Any, ...]:
     """What must be equal of the layer in the file and that in the model: outputs, inputs, geometry."""
     if isinstance(layer, nn.Conv2d):
-        return layer.out_channels, layer.in_channels, ConvGeometry.of(layer)
-    if isinstance(layer, QuantizedConv2d):
-        return layer.out_channels, layer.in_channels, layer.geometry
-    if isinstance(layer, PackedConv2d):
-        return layer.out_features, layer.in_channels, layer.geometry
+        geometry = layer.geometry if isinstance(layer, PackedConv2d) else ConvGeometry.of(layer)
+        return layer.out_channels, layer.in_channels, geometry
     return layer.out_features, layer.in_features
 
 
 def _check_tensors(
     root: Path,
     model: nn.Module,
-    replaced: Mapping[str, PackedLinear | Compact],
+    replaced: Mapping[str, PackedLayer | Compact],
     tensors: Mapping[str, Tensor],
 ) -> None:
     places = dict(model.named_modules(remove_duplicate=False))
@@ -267,8 +259,9 @@ def _check_tensors(
         for name, value in unique_tensors(model, leave_out=inside).items()
     }
     seen: set[int] = set()
-    for name, layer in replaced.items():
-        for buffer, value in layer.named_buffers():
+    buffers = {name: stored_buffers(layer) for name, layer in replaced.items()}
+    for name, own in buffers.items():
+        for buffer, value in own.items():
             if id(value) not in seen:  # of tied tensors the file has the first
                 expected[f"{name}.{buffer}" if name else buffer] = (value.shape, value.dtype)
             seen.add(id(value))
@@ -284,12 +277,31 @@ def _check_tensors(
         raise BellboxError(f"{root / TENSORS}: tensor {unknown[0]!r} is not in the model")
 
 
-def _check_inputs(root: Path, packed: Mapping[str, PackedLinear], tensors: Mapping[str, Tensor]) -> None:
+def stored_buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a packed layer or a compact table as files have them; of an empty one their shapes and dtypes."""
+    buffers = dict(layer.named_buffers())
+    if isinstance(layer, PackedLayer):
+        device = layer.packed.device
+        size = row_bytes(layer.row_length, layer.weight_levels.n)
+        rows = (
+            torch.empty(layer.row_count, size, dtype=torch.uint8, device=device)
+            if device.type == "meta"
+            else None
+        )
+        del buffers["packed"], buffers["act_thresholds"]
+        buffers = {"weight_packed": layer.weight_packed if rows is None else rows, **buffers}
+        for name in ("act_scale", "act_rstd"):
+            if name in buffers:
+                buffers[name] = buffers[name].reshape(())
+    return buffers
+
+
+def _check_inputs(root: Path, packed: Mapping[str, PackedLayer], tensors: Mapping[str, Tensor]) -> None:
     owners: dict[int, tuple[InputCoding, list[Tensor | None]]] = {}
     for name, layer in packed.items():
         prefix = f"{name}." if name else ""
         mine = [tensors.get(prefix + buffer) for buffer in ("act_rstd", "act_signs")]
-        coding, numbers = owners.setdefault(id(layer.shared), (layer.coding, mine))
+        coding, numbers = owners.setdefault(id(layer.group), (layer.coding, mine))
         same = (
             a is None or (b is not None and torch.equal(a, b)) for a, b in zip(numbers, mine, strict=True)
         )
@@ -297,13 +309,26 @@ def _check_inputs(root: Path, packed: Mapping[str, PackedLinear], tensors: Mappi
             raise BellboxError(f"{root}: layer {name!r} shares an input that it codes differently")
 
 
-def assign(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | None) -> None:
-    """Put the stored tensors in the model's places; ties stay ties."""
+def assign(
+    model: nn.Module,
+    replaced: Mapping[str, PackedLayer | Compact],
+    tensors: Mapping[str, Tensor],
+    device: torch.device | None,
+) -> None:
+    """Put the stored tensors in the model's places; ties stay ties. Codes are laid out for the kernels."""
+    inside: set[int] = set()
+    for name, layer in replaced.items():
+        if isinstance(layer, PackedLayer):
+            prefix = f"{name}." if name else ""
+            inside.add(id(layer))
+            _fill(layer, {key: tensors.get(prefix + key) for key in stored_buffers(layer)}, device)
     first: dict[int, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        source = tensors[first.setdefault(id(value), name)]
         parent, _, leaf = name.rpartition(".")
         module = model.get_submodule(parent)
+        if id(module) in inside:
+            continue
+        source = tensors[first.setdefault(id(value), name)]
         if leaf in module._parameters:
             original = first[id(value)]
             if original != name:
@@ -318,3 +343,16 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device
     for module in model.modules():  # what is not stored (tables that a model computes) still has no memory
         if any(b is not None and b.is_meta for b in module._buffers.values()):
             module.to_empty(device=device or "cpu", recurse=False)
+
+
+def _fill(layer: PackedLayer, stored: Mapping[str, Tensor | None], device: torch.device | None) -> None:
+    rows = stored["weight_packed"]
+    assert rows is not None
+    layer.act_thresholds = torch.tensor(layer.coding.levels.thresholds, device=device)
+    for name, value in stored.items():
+        if name != "weight_packed" and value is not None:
+            value = value.reshape(1) if name in ("act_scale", "act_rstd") else value
+            layer._buffers[name] = value.to(device or value.device)
+    layer.fill_from_rows(rows)
+    layer.packed = layer.packed.to(device or rows.device)
+    may_leave_memory(rows)

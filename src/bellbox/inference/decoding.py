@@ -8,7 +8,7 @@ the last bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from bellbox.models.gpt import GPTBlock
 from bellbox.models.llama import LlamaBlock
 from bellbox.nn import PackedLinear
 from bellbox.nn.compact import CompactEmbedding
-from bellbox.ops import native
+from bellbox.ops.decoder_block import gpt_block, llama_block
+from bellbox.ops.packed_linear import Bound
 
 Group = tuple[nn.Module, ...]
 
@@ -31,19 +32,11 @@ class Steps(ABC):
 
     Args:
         cache: made by the model.
-        layers: of each block the layers that read the same input: q, k and v; output; MLP's first; MLP's last.
+        blocks: the model's, as `ops.decoder_block` binds them.
     """
 
-    def __init__(self, cache: KVCache, layers: Sequence[Sequence[Group]]) -> None:
-        self._cache = cache
-        self._kept: list[native.Siblings] = []  # the compiled blocks hold addresses only
-        self._siblings = [[self._compile(group) for group in block] for block in layers]
-
-    def _compile(self, layers: Group) -> Any:
-        ready = [layer.prepack() for layer in layers if isinstance(layer, PackedLinear)]
-        weights, scales = [each.weights for each in ready], [each.act_scale for each in ready]
-        self._kept.append(native.Siblings(ready[0].coding, weights, scales))
-        return self._kept[-1].handle
+    def __init__(self, cache: KVCache, blocks: Sequence[Any]) -> None:
+        self._cache, self._blocks = cache, blocks
 
     @torch.no_grad()
     def step(self, input_ids: Tensor) -> Tensor:
@@ -65,57 +58,41 @@ class Steps(ABC):
 class LlamaSteps(Steps):
     """Of a LLaMA: a block is one call before the SiLU and one after it."""
 
-    def __init__(self, model: Llama, cache: KVCache) -> None:
-        blocks = _llama_blocks(model)
-        super().__init__(cache, [_llama_layers(block) for block in blocks])
+    def __init__(self, model: Llama, cache: KVCache, blocks: Sequence[Any]) -> None:
+        super().__init__(cache, blocks)
         self._model = model
         inner = model.config.intermediate_size
         self._gate, self._up = torch.empty(2, cache.batch, 1, inner).unbind()
-        module = native.compiled()
-        assert module is not None
-        self._blocks = []
-        for block, groups in zip(blocks, self._siblings, strict=True):
-            norms = block.input_layernorm, block.post_attention_layernorm
-            weights = [norm.weight.data_ptr() for norm in norms]
-            self._blocks.append(module.LlamaBlock(*groups, block.self_attn.head_dim, *weights, norms[0].eps))
 
     def _logits(self, input_ids: Tensor, start: int, threads: int) -> Tensor:
         model, cache, gate, up = self._model, self._cache, self._gate, self._up
         rotary = model.model.rotary_emb
-        offset = start * (rotary.head_dim // 2) * 4
-        turn = rotary.cos.data_ptr() + offset, rotary.sin.data_ptr() + offset
-        x = model.model.embed_tokens(input_ids).contiguous()
-        size, pointers = (cache.batch, x.shape[2]), (gate.data_ptr(), up.data_ptr())
+        x, batch, room = model.model.embed_tokens(input_ids).contiguous(), cache.batch, cache.max_length
         for block, keys, values in zip(self._blocks, cache.keys, cache.values, strict=True):
-            places = keys.data_ptr(), values.data_ptr(), cache.max_length, start
-            block.attend_and_widen(x.data_ptr(), *size, *turn, *places, *pointers, threads)
+            places = rotary.cos, rotary.sin, keys, values, room, start
+            block.attend_and_widen(x, batch, *places, gate, up, threads)
             F.silu(gate, inplace=True).mul_(up)
-            block.narrow(x.data_ptr(), pointers[0], cache.batch, threads)
+            block.narrow(x, gate, batch, threads)
         return model.lm_head(model.model.norm(x))
 
 
 class GPTSteps(Steps):
     """Of a GPT: its layer norms are torch's, so that a block is three calls between them."""
 
-    def __init__(self, model: GPT, cache: KVCache) -> None:
+    def __init__(self, model: GPT, cache: KVCache, blocks: Sequence[Any]) -> None:
+        super().__init__(cache, blocks)
         self._model, self._plain_blocks = model, _gpt_blocks(model)
-        super().__init__(cache, [_gpt_layers(block) for block in self._plain_blocks])
         self._wide = torch.empty(cache.batch, 1, model.config.intermediate_size)
-        module = native.compiled()
-        assert module is not None
-        self._blocks = [module.Block(*groups, model.config.head_size) for groups in self._siblings]
 
     def _logits(self, input_ids: Tensor, start: int, threads: int) -> Tensor:
         body, cache, wide = self._model.transformer, self._cache, self._wide
         x = body.wte(input_ids) + body.wpe(torch.tensor([start]))
         for layer, (block, call) in enumerate(zip(self._plain_blocks, self._blocks, strict=True)):
-            places = cache.keys[layer].data_ptr(), cache.values[layer].data_ptr(), cache.max_length, start
-            normed = block.ln_1(x)
-            call.attention(x.data_ptr(), normed.data_ptr(), cache.batch, *places, threads)
-            normed = block.ln_2(x)
-            call.widen(normed.data_ptr(), cache.batch, wide.data_ptr(), threads)
+            places = cache.keys[layer], cache.values[layer], cache.max_length, start
+            call.attention(x, block.ln_1(x), cache.batch, *places, threads)
+            call.widen(block.ln_2(x), cache.batch, wide, threads)
             active = wide.relu() if block.mlp.relu else tanh_gelu(wide, exact=False)
-            call.narrow(x.data_ptr(), active.data_ptr(), cache.batch, threads)
+            call.narrow(x, active, cache.batch, threads)
         return self._model.lm_head(body.ln_f(x))
 
 
@@ -149,22 +126,33 @@ def steps_for(model: nn.Module, cache: object) -> Steps | None:
     if not isinstance(cache, KVCache):
         return None
     if type(model) is Llama:
-        embeddings = [model.model.embed_tokens]
-        served = _plain(model, cache, model.model.layers, embeddings) and _packed(
-            map(_llama_layers, _llama_blocks(model))
-        )
-        return LlamaSteps(model, cache) if served else None
+        if not _plain(model, cache, model.model.layers, [model.model.embed_tokens]):
+            return None
+        llama = [_llama_block(block) for block in _llama_blocks(model)]
+        return LlamaSteps(model, cache, llama) if all(each is not None for each in llama) else None
     if type(model) is GPT:
-        embeddings = [model.transformer.wte, model.transformer.wpe]
-        served = _plain(model, cache, model.transformer.h, embeddings) and _packed(
-            map(_gpt_layers, _gpt_blocks(model))
-        )
-        return GPTSteps(model, cache) if served else None
+        if not _plain(model, cache, model.transformer.h, [model.transformer.wte, model.transformer.wpe]):
+            return None
+        gpt = [_gpt_block(block, model.config.head_size) for block in _gpt_blocks(model)]
+        return GPTSteps(model, cache, gpt) if all(each is not None for each in gpt) else None
     return None
 
 
+def _llama_block(block: LlamaBlock) -> Any:
+    layers = _served(_llama_layers(block))
+    norms = block.input_layernorm, block.post_attention_layernorm
+    if layers is None:
+        return None
+    return llama_block(layers, block.self_attn.head_dim, [norm.weight for norm in norms], norms[0].eps)
+
+
+def _gpt_block(block: GPTBlock, head_dim: int) -> Any:
+    layers = _served(_gpt_layers(block))
+    return None if layers is None else gpt_block(layers, head_dim)
+
+
 def _plain(model: Llama | GPT, cache: KVCache, blocks: nn.Module, embeddings: Sequence[nn.Module]) -> bool:
-    if model.exact_attention or torch.is_autocast_enabled("cpu") or not native.available():
+    if model.exact_attention or torch.is_autocast_enabled("cpu"):
         return False
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return False
@@ -173,17 +161,23 @@ def _plain(model: Llama | GPT, cache: KVCache, blocks: nn.Module, embeddings: Se
     return all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
-def _packed(blocks: Iterable[list[Group]]) -> bool:
-    return all(_served(group) for block in blocks for group in block)
+def _served(block: list[Group]) -> list[list[Bound]] | None:
+    """The calls of a block's layers; None where one of a group is not packed, or codes its input differently."""
+    calls: list[list[Bound]] = []
+    for layers in block:
+        packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+        if len(packed) != len(layers) or any(not _alike(layer, packed[0]) for layer in packed):
+            return None
+        calls.append([layer.bound for layer in packed])
+    return calls
 
 
-def _served(layers: Group) -> bool:
-    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
-    return len(packed) == len(layers) and all(
-        layer.compiled
-        and layer.act_signs is None
-        and layer.weight_packed.is_cpu
-        and layer.coding == packed[0].coding
-        and layer.shared is packed[0].shared
-        for layer in packed
-    )
+def _alike(one: PackedLinear, other: PackedLinear) -> bool:
+    """Whether two layers code their input alike, number for number."""
+    if one.coding != other.coding:
+        return False
+    for name in ("act_thresholds", "act_rstd", "act_signs"):
+        a, b = one._buffers[name], other._buffers[name]
+        if a is not b and (a is None or b is None or not torch.equal(a, b)):
+            return False
+    return True

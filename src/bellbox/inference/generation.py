@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bellbox.data.tokenizer import plain_ids
 from bellbox.errors import BellboxError
 
 if TYPE_CHECKING:
@@ -318,12 +319,13 @@ def generate_text(
     Args:
         model: as for `generate`, and so are the rest.
         tokenizer: a `tokenizers.Tokenizer`, the one that the model was trained with.
-        prompt: at least one token's worth of text.
+        prompt: at least one token's worth of text; its tokens are those that data preparation gives a document's
+            beginning, without what a template would add (an end of text before anything is written, say).
 
     Raises:
         BellboxError: as `generate`, at this call.
     """
-    prompt_ids = list(tokenizer.encode(prompt).ids)
+    prompt_ids = plain_ids(tokenizer, prompt)
     tokens = generate(
         model,
         torch.tensor([prompt_ids], dtype=torch.int64),

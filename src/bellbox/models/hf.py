@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bellbox.errors import BellboxError
@@ -27,6 +26,7 @@ from bellbox.models.gpt import GPT
 from bellbox.models.hf_config import read_config, read_json, write_config
 from bellbox.models.hf_names import block_prefix, canonical, from_hf, to_hf
 from bellbox.models.llama import Llama
+from bellbox.utils.files import write_tensors, write_text
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -181,14 +181,8 @@ def save_hf(model: Llama | GPT, folder: str | os.PathLike[str]) -> None:
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     dtype = str(state[_embedding(model.config)].dtype).removeprefix("torch.")
-    part = root / f".{_WEIGHTS}.{os.getpid()}.part"
-    try:
-        save_file(tensors, part, metadata={"format": "pt"})
-        os.replace(part, root / _WEIGHTS)
-        part.write_text(json.dumps(write_config(model.config, dtype), indent=2) + "\n", encoding="utf-8")
-        os.replace(part, root / "config.json")
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(root / _WEIGHTS, tensors, {"format": "pt"})
+    write_text(root / "config.json", json.dumps(write_config(model.config, dtype), indent=2) + "\n")
 
 
 def _new(config: ModelConfig) -> Llama | GPT:

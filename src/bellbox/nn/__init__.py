@@ -1,19 +1,22 @@
-"""The layers that `prepare` and `convert` put in place of `nn.Linear` and `nn.Conv2d`.
+"""The layers that `prepare` and `convert` make of `nn.Linear` and `nn.Conv2d`.
 
 `QuantizedLinear` and `QuantizedConv2d` are for training: they keep the full-precision weight and quantize it, and
 their input, in every forward. `PackedLinear` and `PackedConv2d` are for inference: they hold codes only. In evaluation
-both compute the same integers and the same epilogue, so converting changes no bit of the result.
+both run the same operation on the same arguments, so converting changes no bit of the result. All of them are the
+owner's layers with another class: hooks, attributes and `isinstance` stay.
 
 Layers that read the very same tensor (q, k, v; gate, up) can share one activation quantizer. `InputCache`
-remembers what it made of a tensor until every sibling has asked for it.
+remembers what it made of a tensor until each of them has asked for it.
 """
 
 from bellbox.nn.held import weights_quantized_once
-from bellbox.nn.input_cache import InputCache, version_of
+from bellbox.nn.input_cache import InputCache, PackedGroup, version_of
+from bellbox.nn.packed import InputCoding, PackedLayer
 from bellbox.nn.packed_conv import PackedConv2d
-from bellbox.nn.packed_linear import InputCoding, PackedLinear
+from bellbox.nn.packed_linear import PackedLinear
+from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer, weights_coded_once
 from bellbox.nn.quantized_conv import QuantizedConv2d
-from bellbox.nn.quantized_linear import ActivationQuantizer, QuantizedLayer, QuantizedLinear
+from bellbox.nn.quantized_linear import QuantizedLinear
 from bellbox.nn.tools import quantized_layers, record_activation_codes, replace_layer, without_fused_paths
 
 __all__ = [
@@ -21,6 +24,8 @@ __all__ = [
     "InputCache",
     "InputCoding",
     "PackedConv2d",
+    "PackedGroup",
+    "PackedLayer",
     "PackedLinear",
     "QuantizedConv2d",
     "QuantizedLayer",
@@ -29,6 +34,7 @@ __all__ = [
     "record_activation_codes",
     "replace_layer",
     "version_of",
+    "weights_coded_once",
     "weights_quantized_once",
     "without_fused_paths",
 ]

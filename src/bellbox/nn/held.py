@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bellbox.nn.quantized_linear import QuantizedLayer
+from bellbox.nn.quantized import QuantizedLayer
 from bellbox.nn.tools import quantized_layers
 
 
@@ -33,7 +33,7 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
             if layer.weight_quantizer is None:
                 continue
             # fp32, so that the leaf sums in fp32; autocast rounds a copy, to what the quantizer would have given.
-            with torch.autocast(layer.weight.device.type, enabled=False):
+            with torch.autocast(layer.stored_weight.device.type, enabled=False):
                 quantized = layer.weight_quantizer(layer.weight_rows())
             leaf = quantized.detach().requires_grad_(quantized.requires_grad)
             layer.held_weight = leaf

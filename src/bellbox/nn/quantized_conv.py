@@ -1,24 +1,27 @@
 """The convolution for training, as in BBQ-Vision (arXiv 2603.01599).
 
 Input and weight are rotated over the channels at each pixel, block by block within a group, so that the rotations
-cancel in every product of a pixel with a column of the filter. A granularity of each row is then one of each sample
+cancel in every product of a pixel with a column of the filter. Sigma of each row is then one of each sample
 `(C, H, W)` for the input, and one of each output channel for the weight. Depthwise convolutions have one channel a
 group: nothing to rotate. Padding is the value 0 after quantization, as in the paper's code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.geometry import ConvGeometry, pixels_of
 from bellbox.errors import BellboxError
-from bellbox.nn.geometry import ConvGeometry, pixels_of
-from bellbox.nn.quantized_linear import ActivationQuantizer, QuantizedLayer, epilogue, integer_scale, rotated
-from bellbox.ops.integer import float_matmul, scaled_product
+from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer, turned_vectors
+from bellbox.ops.encode import result_dtype
+from bellbox.ops.packed_conv2d import BoundConv, geometry_numbers
 from bellbox.quantizers.base import Quantizer, rotate_vectors
 
 
-class QuantizedConv2d(QuantizedLayer):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
     """`nn.Conv2d` whose weight and input are fake-quantized; see `QuantizedLayer` for the arguments.
 
     The weight quantizer sees rows `[out_channels, kernel height * kernel width * in_channels / groups]`, channels
@@ -27,6 +30,8 @@ class QuantizedConv2d(QuantizedLayer):
     Raises:
         BellboxError: a padding mode other than zeros, or two rotations that do not cancel.
     """
+
+    plain_kind = nn.Conv2d
 
     def __init__(
         self,
@@ -37,22 +42,23 @@ class QuantizedConv2d(QuantizedLayer):
         weights_rotated: bool = False,
     ) -> None:
         super().__init__(layer, weight_quantizer, activation_quantizer, owned, weights_rotated)
-        self.geometry, self.padding = ConvGeometry.of(layer), layer.padding
-        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.geometry = ConvGeometry.of(layer)
 
     @property
     def depth(self) -> int:
         """Input channels of a group."""
         return self.in_channels // self.geometry.groups
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        geometry = self.geometry
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={geometry.kernel}, stride={geometry.stride}, "
-            f"padding={self.padding}, dilation={geometry.dilation}, groups={geometry.groups}, "
-            f"bias={self.bias is not None}"
-        )
+    @property
+    def places(self) -> int:
+        """See `QuantizedLayer.places`."""
+        return self.geometry.kernel[0] * self.geometry.kernel[1]
+
+    def unquantized(self) -> nn.Module:
+        """See `QuantizedLayer.unquantized`."""
+        plain = super().unquantized()
+        plain.__dict__.pop("geometry", None)
+        return plain
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """`[out_channels, kernel height * kernel width * in_channels / groups]`; see the class."""
@@ -62,24 +68,14 @@ class QuantizedConv2d(QuantizedLayer):
         """The inverse of `rows_of`."""
         return rows.view(len(rows), *self.geometry.kernel, self.depth).permute(0, 3, 1, 2)
 
-    def rotated_weight(self, back: bool = False) -> Tensor:
-        """See `QuantizedLayer.rotated_weight`."""
+    def turned(self, weight: Tensor, back: bool = False) -> Tensor:
+        """See `QuantizedLayer.turned`."""
         quantizer = self.rotating_quantizer
         if quantizer is None:
-            return self.weight
-        vectors = self.weight.detach().permute(0, 2, 3, 1).flatten(1).clone()  # never a view of the weight
+            return weight
+        vectors = weight.permute(0, 2, 3, 1).flatten(1).clone()  # never a view of the weight
         vectors = vectors.view(len(vectors), -1, quantizer.features)
-        return self._as_weight(rotated(vectors, quantizer, back).flatten(1))
-
-    def unquantized(self) -> nn.Conv2d:
-        """See `QuantizedLayer.unquantized`."""
-        geometry = self.geometry
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, geometry.kernel, geometry.stride, self.padding,  # type: ignore[arg-type]
-            geometry.dilation, geometry.groups, self.bias is not None, device="meta",
-        )  # fmt: skip
-        conv.weight, conv.bias = self.weight, self.bias  # type: ignore[assignment]
-        return conv.train(self.training)
+        return self._as_weight(turned_vectors(vectors, quantizer, back).flatten(1))
 
     def vectors_of(self, x: Tensor) -> Tensor:
         """`[batch, channels, height, width]` as `[batch, height * width * groups, channels / groups]`.
@@ -105,46 +101,12 @@ class QuantizedConv2d(QuantizedLayer):
             x = rotate_vectors(vectors, self.weight_quantizer.block).view(shape).permute(0, 3, 1, 2)
         return self.geometry.convolve(x, weight, self.bias)
 
+    def _bind(self, buffers: dict[str, Tensor | None]) -> Callable[..., Tensor]:
+        return BoundConv(buffers, self.packed_numbers(), self.in_channels, geometry_numbers(self.geometry))
+
     def _integer(self, x: Tensor) -> Tensor:
         assert self.activation_quantizer is not None
-        weight, weight_scale = self._integer_weight()
-        levels, row_scale = self.activation_quantizer.integers(self.vectors_of(x), self)
-        act_scale = integer_scale(self.activation_quantizer.quantizer).reshape(())
-        image = levels.view(len(x), *x.shape[2:], self.in_channels)
-        product = integer_convolution(image, weight, weight_scale, act_scale, row_scale, self.geometry)
-        return epilogue(product, self.bias, x).permute(0, 3, 1, 2)
-
-
-def integer_convolution(
-    image: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    act_scale: Tensor,
-    row_scale: Tensor,
-    geometry: ConvGeometry,
-) -> Tensor:
-    """`float32(sum of products) * (weight_scale * act_scale) * row_scale`, the reference of packed convolutions.
-
-    Args:
-        image: int8 `[batch, height, width, channels]`, integer levels.
-        weight: int8 `[out, kernel height * kernel width * channels / groups]`.
-        weight_scale: fp32 `[out]`, what one integer of a row is worth.
-        act_scale: fp32 `[]`.
-        row_scale: fp32 `[batch, 1]`.
-        geometry: the geometry.
-
-    Returns:
-        fp32 `[batch, out height, out width, out]`.
-    """
-    height, width = geometry.output_size(*image.shape[1:3])
-    out = torch.empty(len(image), height, width, len(weight), device=image.device)
-    by_group = weight.view(geometry.groups, -1, weight.shape[1])
-    for part, patches in geometry.some_patches(image):
-        row_scales = row_scale[part].repeat_interleave(height * width, 0)
-        if geometry.groups == 1:
-            product = scaled_product(patches[0], weight, weight_scale, act_scale, row_scales)
-        else:
-            sums = float_matmul(patches, by_group).transpose(0, 1).flatten(1)
-            product = sums.to(torch.float32) * (weight_scale * act_scale) * row_scales
-        out[part] = product.view(-1, height, width, len(weight))
-    return out
+        self.vectors_of(x)  # refuses other shapes
+        self.activation_quantizer.observe(self.vectors_of(x), self)
+        with torch.no_grad():
+            return self.packed_call(x)(x, result_dtype(x))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bellbox.core.entropy import code_counts
 from bellbox.errors import BellboxError
-from bellbox.nn.quantized_linear import ActivationQuantizer, QuantizedLayer
+from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer
 
 
 def without_fused_paths(model: nn.Module) -> None:
@@ -25,6 +25,11 @@ def without_fused_paths(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+
+
+def stored_weight(layer: nn.Module) -> Tensor | None:
+    """The parameter of a layer's weight as it is stored, rotated or not; None of a module without one."""
+    return layer.stored_weight if isinstance(layer, QuantizedLayer) else layer._parameters.get("weight")
 
 
 def replace_layer(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
@@ -56,7 +61,9 @@ def record_activation_codes(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     for name, layer in quantized_layers(model):
         quantizer = layer._modules.get("activation_quantizer")
         if isinstance(quantizer, ActivationQuantizer):
-            counts[name] = torch.zeros(quantizer.levels.n, dtype=torch.int64, device=layer.weight.device)
+            counts[name] = torch.zeros(
+                quantizer.levels.n, dtype=torch.int64, device=layer.stored_weight.device
+            )
 
             observe = partial(_add_counts, counts[name])
             quantizer.observers.append(observe)

@@ -16,34 +16,35 @@ from torch.nn import functional as F
 
 from bellbox.core import packing
 from bellbox.ops import native
+from bellbox.ops.dispatch import is_direct
 
-MAX_ROWS = 32
-"""More rows are faster with decoded weights (docs/ptq.md)."""
+MAX_ROWS = {"avx2": 8, "avx512": 32, "amx": 32}
+"""By instruction set: more rows are faster with decoded weights (docs/ptq.md), as is any number on others."""
 MAX_BITS = 8
 """Of the inputs."""
 
 
 def serves(x: Tensor, bits: int) -> bool:
-    """Whether the kernel takes this input, and is the faster way here: with AVX-512 it is.
+    """Whether the kernel takes this input, and is the faster way with the instruction set in use.
 
     Args:
         x: `[..., features]`, at least one dimension.
         bits: that its values are rounded to.
     """
     return (
-        native.direct(x)
+        is_direct(x)
+        and x.is_cpu
         and x.dtype == torch.float32
         and bits <= MAX_BITS
-        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
         and native.available()
-        and native.isa() in ("avx512", "amx")
+        and 0 < x.numel() <= MAX_ROWS.get(native.isa(), 0) * x.shape[-1]
     )
 
 
 class Planes:
-    """A binarized matrix in the layout of the kernel (native/kernels.h).
+    """A binarized matrix in the layout of the kernel (native/kernels/kernels.h).
 
     Args:
         signs: bool `[out, in]`.
@@ -85,19 +86,16 @@ class Planes:
         x = x.contiguous()
         out = x.new_empty((*x.shape[:-1], self.rows))
         module.binarized(
-            self.planes.data_ptr(),
-            self.scales.data_ptr(),
-            self.steps.data_ptr(),
-            self.order.data_ptr(),
-            0 if self.bias is None else self.bias.data_ptr(),
+            self.planes,
+            self.scales,
+            self.steps,
+            self.order,
+            self.bias,
             self.rows,
             self.columns,
-            self.blocks,
-            len(self.order) // 4,
-            x.data_ptr(),
-            x.numel() // self.columns,
+            x.detach(),
             2 ** (bits - 1) - 1,
-            out.data_ptr(),
+            out,
             torch.get_num_threads(),
         )
         return out

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bellbox.errors import BellboxError
 from bellbox.ops import native
+from bellbox.ops.dispatch import is_direct
 
 INT8_COLUMNS = 8192
 """Longest row of `int8_linear` in the compiled kernels: 127 * 2047 * 8192 fits 32 bits."""
@@ -41,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         BellboxError: another number of features than weights.
     """
-    if native.direct(x):
+    if is_direct(x):
         return _rms_norm(x, weight, eps)
     return torch.ops.bellbox.rms_norm(x, weight, eps)
 
@@ -54,16 +55,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         mean = x.double().square().mean(dim=-1, keepdim=True)
         return x * (mean + eps).rsqrt().to(torch.float32) * weight
     out = torch.empty_like(x)
-    features = x.shape[-1]
-    module.rms_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        x.numel() // features,
-        features,
-        eps,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    module.rms_norm(x.detach(), weight.detach(), eps, out, torch.get_num_threads())
     return out
 
 
@@ -72,7 +64,7 @@ def attends(query: Tensor, keys: Tensor) -> bool:
     return (
         query.shape[1] == 1
         and not torch.is_grad_enabled()
-        and native.direct(query)
+        and is_direct(query)
         and native.available()
         and _plain(query, keys)
     )
@@ -104,29 +96,11 @@ def attend(
     module = native.compiled()
     assert module is not None
     batch, kv_heads, room, head_dim = keys.shape
-    key, value = key.contiguous(), value.contiguous()
-    cosine, sine = 0, 0
-    if rotary is not None:
-        offset = start * (head_dim // 2) * 4
-        cosine, sine = rotary[0].data_ptr() + offset, rotary[1].data_ptr() + offset
+    cosines, sines = (None, None) if rotary is None else rotary
     out = torch.empty_like(query)
-    module.attend(
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        cosine,
-        sine,
-        keys.data_ptr(),
-        values.data_ptr(),
-        batch,
-        query.shape[2] // head_dim,
-        kv_heads,
-        head_dim,
-        room,
-        start,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    sizes = batch, query.shape[2] // head_dim, kv_heads, head_dim, room, start
+    key, value = key.contiguous(), value.contiguous()
+    module.attend(query, key, value, cosines, sines, keys, values, *sizes, out, torch.get_num_threads())
     return out
 
 
@@ -147,7 +121,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     Raises:
         BellboxError: another number of columns than the weight's.
     """
-    if native.direct(x):
+    if is_direct(x):
         return _int8_linear(x, weight, scale)
     return torch.ops.bellbox.int8_linear(x, weight, scale)
 
@@ -161,16 +135,7 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if module is None or not (_plain(x, scale) and whole and x.numel() and columns <= INT8_COLUMNS):
         return _int8_reference(x, weight, scale)
     out = x.new_empty((*x.shape[:-1], rows))
-    module.int8_linear(
-        x.data_ptr(),
-        weight.data_ptr(),
-        scale.data_ptr(),
-        x.numel() // columns,
-        rows,
-        columns,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    module.int8_linear(x.detach(), weight, scale.detach(), columns, out, torch.get_num_threads())
     return out
 
 

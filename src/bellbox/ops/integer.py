@@ -10,6 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bellbox.utils.processor import fast_int8
+
+# Read once, and as a constant: this is traced by compilers.
+_INTEGER_UNITS = fast_int8()
+_EXACT_COLUMNS = 1024
+"""Columns of int8 whose partial sums fp32 holds in any order: 1024 * 128 * 128 = 2^24."""
+
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of small integers, exactly.
@@ -27,22 +34,28 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
         # On CPUs torch._int_mm leaves its result unwritten where the stride of a dimension of size 1 misleads it
         # (pytorch issue 195066); one column is an outer product anyway.
         return a.to(torch.int32) * b.to(torch.int32).t()
-    a, b = a.reshape(-1).view(m, k), b.reshape(-1).view(n, k)  # canonical strides, for the same reason
-    if a.device.type == "cpu" or (a.device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0):
+    cuda = a.device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0
+    if cuda or (a.device.type == "cpu" and _INTEGER_UNITS):
+        a, b = a.reshape(-1).view(m, k), b.reshape(-1).view(n, k)  # canonical strides, for the same reason
         return torch._int_mm(a, b.t())  # pyright: ignore[reportPrivateImportUsage]
     return float_matmul(a, b)
 
 
 def float_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`integer_matmul`, of one pair or a batch of them, in the narrowest float that holds every partial sum."""
-    # |sum| <= 128 * 128 * K stays below the 24 bits of fp32 up to K = 1024 at worst, below the 53 of fp64 always.
-    exact = torch.float32 if _largest(a) * _largest(b) * a.shape[-1] < 2**24 else torch.float64
+    """`integer_matmul`, of one pair or a batch of them, in fp32: of long rows in pieces, added up in fp64.
+
+    What the sums hold is bounded by the dtype, not looked up: a look at the data would stop compilers and `vmap`.
+    """
     with torch.autocast(a.device.type, enabled=False):
-        return a.to(exact) @ b.to(exact).mT
+        total = _exact_product(a[..., :_EXACT_COLUMNS], b[..., :_EXACT_COLUMNS])
+        for start in range(_EXACT_COLUMNS, a.shape[-1], _EXACT_COLUMNS):
+            piece = slice(start, start + _EXACT_COLUMNS)
+            total = total.to(torch.float64) + _exact_product(a[..., piece], b[..., piece])
+        return total
 
 
-def _largest(x: Tensor) -> int:
-    return int(x.to(torch.int16).abs().max()) if x.numel() else 0  # in int8, abs(-128) is -128
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    return a.to(torch.float32) @ b.to(torch.float32).mT
 
 
 def scaled_product(

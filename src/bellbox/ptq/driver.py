@@ -14,13 +14,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bellbox.data.tokenizer import Tokenizer
@@ -43,8 +43,15 @@ from bellbox.ptq.group import Settings, binarize_group
 from bellbox.ptq.hessian import InputStatistics
 from bellbox.ptq.memory import working_memory
 from bellbox.ptq.progress import BlockProgress
-from bellbox.runs.folder import lock
-from bellbox.utils.files import put_in_place, read_json, refuse_foreign, sha256_file, sync
+from bellbox.utils.files import (
+    lock,
+    put_in_place,
+    read_json,
+    refuse_foreign,
+    sha256_file,
+    write_tensors,
+    write_text,
+)
 
 _HIDDEN, _SETTINGS = "hidden.safetensors", "settings.json"
 
@@ -112,7 +119,7 @@ def binarize_folder(job: Job, show: bool = True) -> dict[str, Any]:
         return _finish(job, source, work, described, tokenizer)
 
 
-def _claimed(work: Path) -> IO[bytes]:
+def _claimed(work: Path) -> ExitStack:
     """Make the folder, and keep others out of it."""
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -131,7 +138,7 @@ class _Run:
         if hidden is None:
             rest = source.rest()
             hidden = embed(source.config, rest, tokens)
-            _save(work / REST, {name: narrowed(value) for name, value in rest.items()})
+            write_tensors(work / REST, {name: narrowed(value) for name, value in rest.items()})
         self.hidden = hidden
 
     def block(self, number: int, progress: BlockProgress) -> dict[str, Any]:
@@ -159,9 +166,9 @@ class _Run:
             )
         record["seconds"] = time.monotonic() - begun
         tensors = {f"{name}.{key}": value for key, value in block.state_dict().items()}
-        _save(self.work / block_file(number), {key: _stored(value) for key, value in tensors.items()})
+        write_tensors(self.work / block_file(number), {key: _stored(value) for key, value in tensors.items()})
         _write_json(self.work / _record_file(number), record)
-        _save(self.work / _HIDDEN, {"hidden": self.hidden}, {"done": str(number + 1)})
+        write_tensors(self.work / _HIDDEN, {"hidden": self.hidden}, {"done": str(number + 1)})
         return record
 
     def _parts(self) -> tuple[Tensor, ...]:
@@ -265,21 +272,8 @@ def _stored(value: Tensor) -> Tensor:
     return narrowed(value).contiguous() if value.dtype == torch.float32 else value
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, part, metadata)
-        sync(part)
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise BellboxError(f"{path}: cannot be written ({error})") from None
-
-
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        sync(part)
-        part.replace(path)
+        write_text(path, json.dumps(values, indent=1) + "\n")
     except OSError as error:
         raise BellboxError(f"{path}: cannot be written ({error.strerror})") from None

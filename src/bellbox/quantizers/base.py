@@ -203,7 +203,7 @@ class Quantizer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize: `[..., features]` to the same shape, rotated domain, autocast dtype where active."""
-        rows = self._rows(x)
+        rows = self.rows_of(x)
         self.see_first(rows)
         dtype = result_dtype(x)
         norm = self.normaliser(rows, training=self.training)
@@ -222,7 +222,7 @@ class Quantizer(nn.Module, ABC):
             uint8 codes `[..., features]`, and fp32 row scales `[..., 1]` (of samples `[samples, 1]`): 1.0, or sigma
             where `rescale`; NaN for a row with a non-finite entry.
         """
-        rows = self._rows(x)
+        rows = self.rows_of(x)
         self.see_first(rows)
         norm = self.normaliser(rows, training=False)
         codes = self.codes_of(rows, norm.r)
@@ -235,7 +235,7 @@ class Quantizer(nn.Module, ABC):
 
     def rotate(self, x: Tensor) -> Tensor:
         """`[..., features]` in the rotated domain and not quantized: the other side of a product with this one."""
-        return rotate_vectors(self._rows(x), self.block).reshape(x.shape)
+        return rotate_vectors(self.rows_of(x), self.block).reshape(x.shape)
 
     def codes(self, x: Tensor) -> Tensor:
         """Only the codes of `encode`."""
@@ -288,7 +288,12 @@ class Quantizer(nn.Module, ABC):
     def see_first(self, rows: Tensor) -> None:
         """Set what is learned and not set yet from the first rows that come."""
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def rows_of(self, x: Tensor) -> Tensor:
+        """An input or a weight as the rows that are coded, signs changed: `[rows, features]`.
+
+        Raises:
+            BellboxError: another last dimension, or no floats.
+        """
         if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != self.features:
             where = f" of {self.name}" if self.name else ""
             raise BellboxError(

@@ -71,7 +71,7 @@ class Codebook(Quantizer):
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Quantizer.encode`; a row is NaN where one of its groups is, and its scales are in `table` units."""
-        rows = self._rows(x)
+        rows = self.rows_of(x)
         self.see_first(rows)
         norm = self.normaliser(rows, training=False)
         codes = self.codes_of(rows, norm.r)
@@ -84,5 +84,10 @@ class Codebook(Quantizer):
         """The table has the scale of the data."""
         return torch.ones(())
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return super()._rows(x).reshape(-1, self.group)
+    def rows_of(self, x: Tensor) -> Tensor:
+        """An input or a weight as the rows that are coded, signs changed: `[rows, features]`.
+
+        Raises:
+            BellboxError: another last dimension, or no floats.
+        """
+        return super().rows_of(x).reshape(-1, self.group)

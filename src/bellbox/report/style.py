@@ -56,6 +56,7 @@ _RC = {
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar in a row's name is no formula
     "font.size": 9.5,
 }
 _numbers = itertools.count(1)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,120 +10,12 @@ from torch import Tensor, nn
 from bellbox.convert import new_layers, prepare
 from bellbox.core.grid import levels_from_bits
 from bellbox.errors import BellboxError
-from bellbox.models import ViTConfig, build, preset, vision_preset
+from bellbox.models import build, preset, vision_preset
+from bellbox.nn.quantized import ROTATED, QuantizedLayer
 from bellbox.nn.tools import unique_tensors
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.recipe import Recipe, recipe_from_dict
-from bellbox.runs.config import PAPER, CewtSection, QuantizationSection, TrainConfig
-from bellbox.runs.planner import quantized_fraction
-
-BBQ_EVERY = 16
-"""Steps between projections with BBQ: often enough that its codes stay equally used, seldom enough to cost nothing."""
-
-if TYPE_CHECKING:
-    from bellbox.data.images import ImageDataset
-
-
-def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
-    """A copy with everything filled in that depends on the data or on defaults, as it is saved with the run.
-
-    Args:
-        config: as the user gave it.
-        vocab_size: of the data's tokenizer.
-
-    Raises:
-        BellboxError: the model's vocabulary or context is too small for the data.
-    """
-    config = copy.deepcopy(config.check())
-    overrides = config.model.overrides
-    asked = overrides.setdefault("vocab_size", vocab_size)
-    if isinstance(asked, int) and asked < vocab_size:
-        raise BellboxError(
-            f"model.overrides.vocab_size is {asked}, the tokenizer of data.source '{config.data.source}' "
-            f"has {vocab_size} entries; leave it out"
-        )
-    context = config.data.context
-    if "max_position_embeddings" not in overrides:
-        largest = preset(config.model.preset, **overrides).max_position_embeddings
-        overrides["max_position_embeddings"] = max(context, largest)
-    positions = overrides["max_position_embeddings"]
-    if isinstance(positions, int) and positions < context:
-        raise BellboxError(
-            f"data.context is {context}, model.overrides.max_position_embeddings only {positions}; raise that"
-        )
-    return _resolve_rest(config)
-
-
-def resolve_vision(config: TrainConfig, dataset: ImageDataset) -> TrainConfig:
-    """`resolve` of a vision task: classes, channels and image size follow the data.
-
-    Raises:
-        BellboxError: a preset or a size that does not fit the images.
-    """
-    config = copy.deepcopy(config.check())
-    overrides, (channels, height, width) = config.model.overrides, dataset.train.shape
-    asked = overrides.setdefault("num_labels", len(dataset.classes))
-    if isinstance(asked, int) and asked < len(dataset.classes):
-        raise BellboxError(
-            f"model.overrides.num_labels is {asked}, data.source '{config.data.source}' has {len(dataset.classes)} "
-            "classes; leave it out"
-        )
-    facts = {"num_channels": channels}
-    if isinstance(vision_preset(config.model.preset), ViTConfig):
-        if height != width:
-            raise BellboxError(f"{config.model.preset} takes square images, these are {height} x {width}")
-        facts["image_size"] = height
-    elif config.vision.image_size is not None:  # what the model says of itself wherever it goes
-        facts["image_size"] = config.vision.image_size
-    for name, value in facts.items():
-        if overrides.setdefault(name, value) != value:
-            raise BellboxError(
-                f"model.overrides.{name} is {overrides[name]}, that of data.source '{config.data.source}' is {value}; "
-                "leave it out"
-            )
-    vision_preset(config.model.preset, **overrides)
-    return _resolve_rest(config)
-
-
-def _resolve_rest(config: TrainConfig) -> TrainConfig:
-    config.steps, config.tokens = config.total_steps, None
-    _resolve_cewt(config.optimizer.cewt, config.quantization)
-    if config.phases.quantized == "optimal":
-        config.phases.quantized = _optimal_fraction(config)
-    return config
-
-
-def _resolve_cewt(cewt: CewtSection, section: QuantizationSection) -> None:
-    """Write out what is left open: BBQ learns rotated weights on the hyperball, other methods neither."""
-    own = section.recipe is None and section.method == "bbq" and section.weight_only is None
-    if cewt.every is None:
-        cewt.every = BBQ_EVERY if own and section.weights_rotated is not False else 0
-    if cewt.every == 0 or section.recipe is not None:
-        return
-    if section.method == "none":
-        raise BellboxError(
-            "optimizer.cewt constrains quantized weights, but quantization.method is none; leave it out"
-        )
-    # A weight whose input is not quantized has nothing that would rotate the input.
-    if section.weights_rotated is None and section.weight_only != "float":
-        section.weights_rotated = True
-
-
-def _optimal_fraction(config: TrainConfig) -> float:
-    section = config.quantization
-    if section.recipe is not None or section.method == "none":
-        raise BellboxError(
-            "phases.quantized: optimal follows from quantization.bits or levels, which this run does not have; "
-            "give a number"
-        )
-    parameters = sum(p.numel() for p in skeleton(config).parameters())
-    weights = make_recipe(section).rules[-1].weights
-    assert weights is not None  # of a method that is not none
-    try:
-        tokens = config.total_steps * config.per_step
-        return quantized_fraction(tokens, parameters, math.log2(weights.levels))
-    except BellboxError as error:
-        raise BellboxError(f"phases.quantized: optimal: {error}") from None
+from bellbox.runs.config import PAPER, QuantizationSection, ResolvedConfig, TrainConfig
 
 
 def skeleton(config: TrainConfig) -> nn.Module:
@@ -179,7 +69,7 @@ def make_recipe(section: QuantizationSection) -> Recipe:
     return Recipe.of(section.method, weights_rotated=rotated, **choices)
 
 
-def make_model(config: TrainConfig, quantization: QuantizationSection | None = None) -> nn.Module:
+def make_model(config: ResolvedConfig, quantization: QuantizationSection | None = None) -> nn.Module:
     """Build and prepare the model of a resolved configuration, on the CPU; weights follow `seed`.
 
     Args:
@@ -218,6 +108,10 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     for name, module in model.named_modules():
         if isinstance(module, LearnedQuantizer):
             module.adopt(tensors, f"{name}." if name else "")
+        if isinstance(module, QuantizedLayer) and ROTATED in module._parameters:
+            prefix = f"{name}." if name else ""
+            if prefix + "weight" in tensors:  # earlier versions kept rotated weights as `weight`
+                tensors[prefix + ROTATED] = tensors.pop(prefix + "weight")
     state = model.state_dict(keep_vars=True)
     full = {name: tensors.get(names.setdefault(id(value), name)) for name, value in state.items()}
     for name, value in state.items():

@@ -1,6 +1,7 @@
 """A training run's configuration: what is written in the YAML file, what the flags are, what a run saves.
 
-One tree of dataclasses serves all three, so a key has one name everywhere: `optimizer.lr` in a message is
+`TrainConfig` is what somebody asks for, `ResolvedConfig` what a run is. Both are frozen: `dataclasses.replace` makes
+another one. One tree of dataclasses serves all three, so a key has one name everywhere: `optimizer.lr` in a message is
 `lr` under `optimizer:` in the file and `--optimizer.lr` on the command line. The defaults are the recipe of
 the BBQ paper (arXiv 2603.01599) where it does not depend on the size of the model; the batch and the budget
 are sized for the `tiny` preset. The paper's own: `batch.tokens: 262144`, `data.context: 512`, and 95M to 300M
@@ -33,7 +34,7 @@ PAPER = "bbq_paper"
 """Method name of `Recipe.bbq_paper`; all others are quantizers' own."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelSection:
     """Which network."""
 
@@ -44,7 +45,7 @@ class ModelSection:
     """Fields of the preset to change, by name. Vocabulary, classes, channels and image size follow the data."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataSection:
     """Which text, or which images."""
 
@@ -58,7 +59,7 @@ class DataSection:
     """Seed of the order in which sequences or images come, and of what augmentation draws."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class QuantizationSection:
     """How many levels weights and activations get, and where. What is null is the method's own choice."""
 
@@ -92,7 +93,7 @@ class QuantizationSection:
     """A whole recipe with rules by layer name, in place of all the other keys of this section."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PhasesSection:
     """Full precision first, then quantized, perhaps with fewer bits from time to time."""
 
@@ -106,7 +107,7 @@ class PhasesSection:
     """Share of the quantized steps for each of these widths and the final one; equal where not given."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class CewtSection:
     """Constrained weights: of constant norm, made exactly Gaussian from time to time (`training.optim.cewt`)."""
 
@@ -120,7 +121,7 @@ class CewtSection:
     then for all other parameters."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerSection:
     """The optimizer and the gradient clip."""
 
@@ -143,7 +144,7 @@ class OptimizerSection:
     """Constrained weights."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DistillSection:
     """Learning from a teacher's distribution besides the text (bellbox.training.distill)."""
 
@@ -156,7 +157,7 @@ class DistillSection:
     """Both distributions are softened by it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class MecSection:
     """A term that makes a layer's features carry as much as they can: MEC-style, see bellbox.objectives.mec."""
 
@@ -177,7 +178,7 @@ class MecSection:
     """Terms of the series."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleSection:
     """One cycle of the learning rate, both legs a half cosine."""
 
@@ -190,7 +191,7 @@ class ScheduleSection:
     """Last learning rate, as a fraction of the peak."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchSection:
     """How much text one optimizer step sees."""
 
@@ -201,7 +202,7 @@ class BatchSection:
     """Sequences in one forward pass; the number of passes in a step follows from it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class VisionSection:
     """Images and what is done to them, for `task: vision`; the sections batch and distill, and data.context, are for
     language only."""
@@ -231,9 +232,9 @@ class VisionSection:
     """Decay of the averaged weights that are validated and loaded in place of the trained ones; 0 for none."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run."""
+    """Everything that decides a run, as its owner asks for it."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     folder: str = "runs/train"
@@ -254,8 +255,9 @@ class TrainConfig:
     """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
     tokens: int | None = None
     """Budget in tokens (of a vision task, in images), rounded up to whole steps."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast dtype of the training forward. Master weights and evaluation are fp32 in both."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast dtype of the training forward; `auto` takes bf16 where the processor or GPU has units for it, else fp32,
+    and a run goes on with what it began with. Master weights and evaluation are fp32 in both."""
     compile: bool = False
     """Pass the training forward through torch.compile."""
     seed: int = 0
@@ -377,6 +379,18 @@ class TrainConfig:
             if not ok:
                 raise BellboxError(f"{name} is {_value(self, name)}, must be {limit}")
         return self
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(TrainConfig):
+    """A configuration that nothing is left open in: checked, and with what follows from the data and the machine.
+
+    `bellbox.runs.resolve` makes it, once; a run saves it as config.yaml, and all that trains or measures takes it.
+    """
+
+    steps: int = DEFAULT_STEPS
+    tokens: None = None
+    precision: Literal["bf16", "fp32"] = "fp32"
 
 
 def _check_batch(config: TrainConfig) -> None:

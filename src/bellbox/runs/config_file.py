@@ -15,7 +15,7 @@ from typing import Any, get_origin, get_type_hints
 from bellbox.errors import BellboxError, require
 from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import TrainConfig
-from bellbox.runs.folder import write_text
+from bellbox.utils.files import write_text
 from bellbox.utils.yaml import read_yaml
 
 

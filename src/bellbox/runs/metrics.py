@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bellbox.errors import BellboxError
-from bellbox.runs.folder import write_text
+from bellbox.utils.files import write_text
 
 WALL_CLOCK = ("tokens_per_s", "seconds")
 
@@ -56,7 +56,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             break
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not _is_record(record):
             raise BellboxError(f"{path}: line {number} is not a record of this format; remove the line")

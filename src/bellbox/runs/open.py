@@ -12,9 +12,9 @@ from bellbox.errors import BellboxError
 from bellbox.runs.average import averaged_tensors
 from bellbox.runs.build import load_model_tensors, make_model
 from bellbox.runs.checkpoint import Checkpoint, Checkpoints
-from bellbox.runs.config import TrainConfig
-from bellbox.runs.config_file import load_config
+from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.phases import Phase, phase_after, phases_of
+from bellbox.runs.resolve import load_resolved
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -29,8 +29,8 @@ class LoadedRun:
     model: nn.Module
     """Prepared as in the checkpoint's phase, with its weights (averaged ones where the run averages), in evaluation
     mode, on the CPU in fp32."""
-    config: TrainConfig
-    """The resolved configuration of the run."""
+    config: ResolvedConfig
+    """Of the run."""
     phase: Phase
     """The phase that the checkpoint was made in: what `model` is prepared with."""
     step: int
@@ -60,7 +60,7 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
     root = Path(folder)
     if not (root / CONFIG_FILE).is_file():
         raise BellboxError(f"'{folder}' is no run folder: it has no {CONFIG_FILE}")
-    config = load_config(root / CONFIG_FILE)
+    config = load_resolved(root / CONFIG_FILE)
     found = _find(Checkpoints(root / "checkpoints"), checkpoint)
     phase = phase_after(phases_of(config), found.step)
     model = make_model(config, phase.quantization)

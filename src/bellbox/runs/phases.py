@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 from bellbox.errors import BellboxError
-from bellbox.runs.config import QuantizationSection, TrainConfig
+from bellbox.runs.config import QuantizationSection, ResolvedConfig
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Phase:
         return f"{section.method}, {width}{inputs}"
 
 
-def phases_of(config: TrainConfig) -> list[Phase]:
+def phases_of(config: ResolvedConfig) -> list[Phase]:
     """The phases of a run in their order; one where nothing is scheduled.
 
     Args:
-        config: with `phases.quantized` a number, as `resolve` leaves it.
+        config: of the run.
 
     Raises:
         BellboxError: a schedule that the quantization does not allow, or phases without a step.
@@ -93,7 +93,7 @@ def phase_after(phases: list[Phase], steps: int) -> Phase:
     return phase_at(phases, max(steps - 1, 0))
 
 
-def _shares(config: TrainConfig) -> list[float]:
+def _shares(config: ResolvedConfig) -> list[float]:
     shares, count = config.phases.shares, len(config.phases.bits_before) + 1
     if not shares:
         return [1 / count] * count

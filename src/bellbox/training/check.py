@@ -5,17 +5,17 @@ from __future__ import annotations
 from bellbox.errors import BellboxError
 from bellbox.formats.auto import kind_of
 from bellbox.runs.build import check_quantization, pick_device, skeleton
-from bellbox.runs.config import TrainConfig
+from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.phases import phases_of
 from bellbox.training.mec import EntropyTerm
 from bellbox.training.optim.groups import block_matrices, require_matrices
 
 
-def check_trainable(config: TrainConfig) -> None:
+def check_trainable(config: ResolvedConfig) -> None:
     """Refuse what cannot be trained. Of a teacher only its folder is looked at.
 
     Args:
-        config: resolved, as `make_task` leaves it.
+        config: of the run.
 
     Raises:
         BellboxError: naming the key and the way out.

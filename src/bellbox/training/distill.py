@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from bellbox.errors import BellboxError
 from bellbox.formats.auto import open_data_for, open_model
-from bellbox.runs.config import TrainConfig
+from bellbox.runs.config import ResolvedConfig
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -43,7 +43,7 @@ class Teacher:
         BellboxError: no model there, or one that does not fit the data or the student.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: ResolvedConfig, device: torch.device) -> None:
         section = config.distill
         assert section.teacher is not None
         self.weight, self.temperature = section.weight, section.temperature

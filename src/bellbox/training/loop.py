@@ -14,6 +14,7 @@ print(result.validation["perplexity"])
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -40,10 +41,10 @@ from bellbox.runs.checkpoint import Checkpoint, Checkpoints, State
 from bellbox.runs.config import TrainConfig
 from bellbox.runs.config_file import differences, load_config, save_config
 from bellbox.runs.environment import describe
-from bellbox.runs.folder import lock, write_text
 from bellbox.runs.metrics import MetricsWriter
 from bellbox.runs.open import CONFIG_FILE, TOKENIZER_FILE
 from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
+from bellbox.runs.resolve import resolve
 from bellbox.training import random_state
 from bellbox.training.check import check_trainable
 from bellbox.training.distill import Teacher, divergence
@@ -55,7 +56,9 @@ from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.progress import Progress
 from bellbox.training.schedule import one_cycle
 from bellbox.training.stop import Stopped, StopSignals
-from bellbox.training.tasks import make_task
+from bellbox.training.tasks import make_task, open_data
+from bellbox.utils.files import lock, write_text
+from bellbox.utils.processor import choose_precision
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True):
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.task = make_task(config)
-        self.config = self.task.config
+        config, self._why_precision = _with_precision(config.check())
+        dataset = open_data(config)
+        self.config = resolve(config, dataset)
+        self.task = make_task(self.config, dataset)
         self.folder = Path(self.config.folder)
         self.device = pick_device(self.config.device)
         self.resume, self.show = resume, show
@@ -210,7 +215,7 @@ class Trainer:
         self.progress.note(
             f"{'going on' if step else 'training'} in {self.folder}: step {step} of {config.total_steps}, "
             f"{config.per_step:,} {self.task.unit} a step in {config.accumulation} passes, "
-            f"{config.precision} on {self.device}"
+            f"precision {config.precision} on {self.device}{self._why_precision}"
         )
         if self.teacher and self.teacher.unchecked:
             self.progress.note(f"distill.teacher: {self.teacher.unchecked}")
@@ -414,6 +419,20 @@ class Trainer:
         self.checkpoints.save(state, model_tensors(self.model), {**moments, **self.average.tensors()})
         self.saved_step = state.step
         state.seconds += time.monotonic() - begun
+
+
+def _with_precision(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """`precision: auto` as what the folder's run began with, else as what is fast here; and why, for the first line."""
+    if config.precision != "auto":
+        return config, ""
+    folder = Path(config.folder)
+    saved = folder / CONFIG_FILE
+    if saved.is_file() and Checkpoints(folder / "checkpoints").steps():
+        begun = load_config(saved).precision
+        if begun != "auto":
+            return dataclasses.replace(config, precision=begun), ": as the run was begun"
+    precision, why = choose_precision(pick_device(config.device))
+    return dataclasses.replace(config, precision=precision), f": {why}"
 
 
 def train(config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True) -> RunResult:

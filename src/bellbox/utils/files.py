@@ -8,19 +8,112 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from bellbox.errors import BellboxError
+from bellbox.errors import BellboxError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 JSON_LIMIT = 64 << 20
 HEADER_LIMIT = 64 << 20
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def kind_of_file(mode: int) -> str | None:
+    """What a file of this mode is, such as "a pipe"; None where it is a regular one."""
+    if stat.S_ISREG(mode):
+        return None
+    return next((name for test, name in _KINDS if test(mode)), "no regular file")
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading, unless it could be without end, or keep us waiting for a writer.
+
+    Raises:
+        BellboxError: a pipe, a device, a folder.
+        OSError: it is not there, or may not be read.
+    """
+    # Not blocking: a pipe that nobody writes to would never open. Regular files know no such thing.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    kind = kind_of_file(os.fstat(handle).st_mode)
+    if kind is not None:
+        os.close(handle)
+        raise BellboxError(
+            f"{os.fspath(path)}: is {kind}, not a regular file; write the content to a file first"
+        )
+    return os.fdopen(handle, "rb")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        BellboxError: missing, too large, or no regular file.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(
+                min(os.fstat(file.fileno()).st_size, limit) + 1
+            )  # a file may grow while it is read
+    except OSError as error:
+        raise BellboxError(f"{os.fspath(path)}: cannot be read ({error.strerror})") from None
+    if len(content) > limit:
+        raise BellboxError(f"{os.fspath(path)}: more than the {limit:,} bytes that such a file may have")
+    return content
+
+
+def read_text(path: str | os.PathLike[str], limit: int) -> str:
+    """Likewise, as text.
+
+    Raises:
+        BellboxError: as `read_bytes`, or not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BellboxError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}") from None
+
+
+@contextmanager
+def parsing(path: object, what: str) -> Iterator[None]:
+    """Turn whatever another library's parser raises over a file's content into one line that names the file.
+
+    Nobody lists what those parsers raise: struct.error, tokenize.TokenError, AttributeError, and panics of Rust, which
+    are no `Exception`. To be entered around their calls and nothing else, so that no defect of ours hides in it.
+
+    Args:
+        path: of the file, for the message.
+        what: the file should be, such as "an .npz file".
+
+    Raises:
+        BellboxError: the parser has raised.
+    """
+    try:
+        yield
+    except BellboxError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise  # Ctrl-C
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise BellboxError(f"{path}: cannot be read as {what} ({reason})") from None
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an exception says, in one line; the name of its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def sync(path: Path) -> None:
@@ -45,12 +138,9 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
         BellboxError: missing, too large, not JSON, or not an object.
     """
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise BellboxError(f"{path}: {size} bytes, more than the {limit} that such a file may have")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BellboxError(f"{path}: cannot be read ({error.strerror})") from None
+        value = json.loads(read_bytes(path, limit))
+    except BellboxError:
+        raise
     except (ValueError, RecursionError):
         raise BellboxError(f"{path}: damaged, not readable as JSON") from None
     if not isinstance(value, dict):
@@ -116,19 +206,139 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, which stays mapped.
 
     Raises:
-        BellboxError: it is damaged.
+        BellboxError: it is damaged, or has numbers of a type that nothing here computes with.
     """
-    from safetensors import SafetensorError
+    import torch
     from safetensors.torch import load_file
 
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > min(HEADER_LIMIT, path.stat().st_size - 8):
+    try:
+        with open_regular(path) as file:
+            header, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise BellboxError(f"{path}: cannot be read ({error.strerror})") from None
+    if header > min(HEADER_LIMIT, size - 8):
         raise BellboxError(f"{path}: damaged, claims a header of {header} bytes")
     try:
-        return load_file(path)
-    except (SafetensorError, ValueError, OverflowError, MemoryError) as error:
+        with parsing(path, "safetensors"):
+            tensors = load_file(path)
+    except BellboxError as error:
         raise BellboxError(f"{path}: damaged ({error})") from None
+    plain = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool)
+    plain += (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in plain:
+            raise BellboxError(f"{path}: tensor {name!r} is of type {tensor.dtype}, which is not supported")
+    return tensors
+
+
+def refuse_target(path: Path) -> None:
+    """Refuse to put a file in the place of anything but a regular file or nothing.
+
+    Raises:
+        BellboxError: a folder, a device, a pipe, or a link that leads to one or nowhere.
+    """
+    try:
+        kind = kind_of_file(path.stat().st_mode)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise BellboxError(f"{path}: is a link that leads nowhere; name a regular file") from None
+        return
+    except OSError as error:
+        raise BellboxError(f"{path}: cannot be written ({error.strerror})") from None
+    if kind is not None:
+        raise BellboxError(f"{path}: is {kind}; name a regular file")
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place at the end, on disk and in one step.
+
+    Whatever goes wrong, what stood at `path` before still stands there, or the new file does. Of a link it is the file
+    that it leads to: the link stays.
+
+    Args:
+        path: missing, or a regular file.
+
+    Raises:
+        BellboxError: something else stands at `path`.
+        OSError: it cannot be written.
+    """
+    refuse_target(Path(path))
+    target = Path(os.path.realpath(path))
+    handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".writing", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp and safetensors write for the owner alone
+        sync(temporary)
+        refuse_target(target)  # it may have appeared while we worked
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # Windows opens no folders
+        sync(target.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file; a kill leaves the old one or the new one.
+
+    Raises:
+        BellboxError, OSError: as `new_file`; or the text holds what UTF-8 cannot.
+    """
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        odd = text[max(0, error.start - 20) : error.end]
+        raise BellboxError(
+            f"{os.fspath(path)}: {odd!r} in it is not UTF-8; rename what is called so"
+        ) from None
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; a kill leaves the old one or the new one.
+
+    Raises:
+        BellboxError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with new_file(path) as temporary:
+            save_file(tensors, temporary, metadata)
+    except OSError as error:
+        raise BellboxError(f"{os.fspath(path)}: cannot be written ({error.strerror})") from None
+    except SafetensorError as error:
+        raise BellboxError(f"{os.fspath(path)}: cannot be written ({error})") from None
+
+
+def lock(folder: Path, doing: str = "training in") -> ExitStack:
+    """Hold a folder until what is returned is closed; the system lets go of it when the process dies.
+
+    Raises:
+        BellboxError: another process holds it, or its file system knows no locks.
+        OSError: it cannot be written to.
+    """
+    filelock = require("filelock", "cli")
+    held = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        raise BellboxError(
+            f"another process is {doing} '{folder}'; wait for it or choose another folder"
+        ) from None
+    except NotImplementedError:
+        raise BellboxError(f"'{folder}' lies on a file system without locks; choose another folder") from None
+    stack = ExitStack()
+    stack.callback(held.release)
+    return stack
 
 
 def refuse_foreign(target: Path, replaces: str) -> None:
@@ -164,7 +374,7 @@ def put_in_place(folder: Path, target: Path, replaces: str) -> None:
     Args:
         folder: beside `target`; it is gone afterwards, unless it held what stood at `target` before.
         target: missing, empty, or with a file called `replaces`.
-        replaces: the file that row_scales a folder which may be replaced.
+        replaces: the file that marks a folder which may be replaced.
 
     Raises:
         BellboxError: something else stands at `target`.
@@ -196,7 +406,7 @@ def new_folder(target: Path, replaces: str) -> Iterator[Path]:
 
     Args:
         target: where the folder shall be. It may be missing, empty, or hold a file called `replaces`.
-        replaces: the file that row_scales a folder which may be replaced.
+        replaces: the file that marks a folder which may be replaced.
 
     Raises:
         BellboxError: something else stands at `target`, or it cannot be written.

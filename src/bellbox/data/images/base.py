@@ -13,6 +13,7 @@ from torch import Tensor
 from bellbox.errors import BellboxError
 
 _COUNTED = 1024
+MOST_CLASSES = 1 << 17
 
 
 class ImageSplit(ABC):
@@ -86,6 +87,18 @@ class ImageDataset:
         return images.mean((0, 2, 3)).tolist(), deviation.tolist()
 
 
+def numbered_classes(split: ImageSplit) -> list[str]:
+    """A name for each label of a set that names none: its number.
+
+    Raises:
+        BellboxError: labels beyond any number of classes, for each of which there would be a name.
+    """
+    largest = int(split.labels.max(initial=0))
+    if largest >= MOST_CLASSES:
+        raise BellboxError(f"{split.where}: label {largest}; labels are from 0 to at most {MOST_CLASSES - 1}")
+    return [str(number) for number in range(largest + 1)]
+
+
 def checked_dataset(
     source: str, train: ImageSplit, valid: ImageSplit, classes: Sequence[str], checksum: str, note: str = ""
 ) -> ImageDataset:
@@ -97,6 +110,12 @@ def checked_dataset(
     for split in (train, valid):
         if not len(split):
             raise BellboxError(f"{split.where}: holds no images")
+        if 0 in split.shape:
+            raise BellboxError(f"{split.where}: holds no images, shape {split.shape} is empty")
+        if len(classes) > MOST_CLASSES:
+            raise BellboxError(
+                f"{source}: {len(classes)} classes, more than the {MOST_CLASSES} that are read"
+            )
         if split.labels.min() < 0 or split.labels.max() >= len(classes):
             raise BellboxError(
                 f"{split.where}: labels from {split.labels.min()} to {split.labels.max()}, but {len(classes)} classes"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bellbox.data.images.base import ImageDataset, ImageSplit, checked_dataset
+from bellbox.data.images.base import ImageDataset, ImageSplit, checked_dataset, numbered_classes
 from bellbox.data.images.pictures import decode
 from bellbox.errors import BellboxError, require
 
@@ -74,6 +74,6 @@ def from_splits(source: str, loaded: Any, size: int) -> ImageDataset:
         labels = np.asarray(rows.with_format("numpy")[label][:], dtype=np.int64)
         splits.append(HubSplit(f"{source}: {name}", rows, picture, labels, size))
         prints.append(str(rows._fingerprint))
-    classes = names or [str(i) for i in range(int(splits[0].labels.max(initial=0)) + 1)]
+    classes = names or numbered_classes(splits[0])
     checksum = hashlib.sha256(f"{size} {prints}".encode()).hexdigest()
     return checked_dataset(source, splits[0], splits[1], classes, checksum)

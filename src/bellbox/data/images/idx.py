@@ -9,13 +9,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from bellbox.data.images.base import ArraySplit, ImageDataset, checked_dataset
+from bellbox.data.images.base import ArraySplit, ImageDataset, checked_dataset, numbered_classes
 from bellbox.errors import BellboxError
+from bellbox.utils.files import open_regular
 
 _SPLITS = {"train": "train", "valid": "t10k"}
 _MOST_BYTES = 4 << 30
@@ -46,7 +48,7 @@ def open_idx(folder: Path) -> ImageDataset:
         digest.update(images.tobytes())
         digest.update(labels.tobytes())
         splits.append(ArraySplit(f"{folder}: {name}", labels.astype(np.int64), images[..., None]))
-    classes = [str(i) for i in range(int(splits[0].labels.max(initial=0)) + 1)]
+    classes = numbered_classes(splits[0])
     return checked_dataset(str(folder), splits[0], splits[1], classes, digest.hexdigest())
 
 
@@ -57,7 +59,9 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
         BellboxError: see `open_idx`.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_regular(path) as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as file:
+            # Deflated, nothing shrinks more than 1,032 times.
+            most = os.fstat(raw.fileno()).st_size * (1032 if path.suffix == ".gz" else 1)
             header = file.read(4 + 4 * rank)
             if len(header) < 4 + 4 * rank or header[:4] != bytes((0, 0, 8, rank)):
                 raise BellboxError(f"{path}: not an IDX file of uint8 with {rank} dimension(s)")
@@ -65,6 +69,8 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
             count = math.prod(shape)
             if count > _MOST_BYTES:
                 raise BellboxError(f"{path}: claims {count} bytes, more than the {_MOST_BYTES} that are read")
+            if count > most:
+                raise BellboxError(f"{path}: truncated: {count} bytes were announced; copy it again")
             data = file.read(count + 1)
     except BellboxError:
         raise

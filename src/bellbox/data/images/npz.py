@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import os
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bellbox.data.images.base import ArraySplit, ImageDataset, ImageSplit, checked_dataset
+from bellbox.data.images.base import ArraySplit, ImageDataset, ImageSplit, checked_dataset, numbered_classes
 from bellbox.data.images.pictures import decode
 from bellbox.errors import BellboxError
-from bellbox.utils.files import sha256_file
+from bellbox.utils.files import open_regular, parsing, sha256_file
 
 _MOST_BYTES = 16 << 30
+# A file of zeros shrinks a thousandfold, images hardly at all: what unpacks into far more memory than it takes on the
+# disk is no set of images, beyond a size at which that does not matter.
+_MOST_PACKED, _MOST_PACKED_BYTES = 100, 1 << 28
+_CHANNELS = (1, 3, 4)
+_NAMES = {
+    f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels", "jpeg", "offsets")
+} | {"class_name"}
 NOTE = "images re-encoded as JPEG"
 
 
@@ -68,51 +76,70 @@ def open_npz(path: Path) -> ImageDataset:
     """
     found = _arrays(path)
     splits = [_split(path, found, name) for name in ("train", "test")]
-    names = found.get(
-        "class_name", np.array([str(i) for i in range(int(splits[0].labels.max(initial=0)) + 1)])
-    )
-    if names.ndim != 1:
+    names = found.get("class_name")
+    if names is not None and names.ndim != 1:
         raise BellboxError(f"{path}: class_name must be a list of names")
+    classes = numbered_classes(splits[0]) if names is None else names.tolist()
     note = NOTE if isinstance(splits[0], JpegSplit) else ""
-    return checked_dataset(str(path), splits[0], splits[1], names.tolist(), sha256_file(path), note)
+    return checked_dataset(str(path), splits[0], splits[1], classes, sha256_file(path), note)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Everything in a file, unpacked, if that is not too much."""
+    """The arrays of a file that are looked at, unpacked, if that is not too much; of the others, nothing."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > _MOST_BYTES:
-            raise BellboxError(f"{path}: {size} bytes unpacked, more than the {_MOST_BYTES} that are read")
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except BellboxError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        MemoryError,
-        RuntimeError,  # encrypted, or packed in a way that zipfile does not know
-        zlib.error,
-    ) as error:
-        raise BellboxError(f"{path}: cannot be read as an .npz file ({error})") from None
-    for name, array in found.items():
-        if not isinstance(array, np.ndarray):  # NumPy gives the bytes of what is no .npy
-            raise BellboxError(f"{path}: cannot be read as an .npz file ({name} in it is no .npy array)")
-    return found
+        with open_regular(path) as raw:
+            size = os.fstat(raw.fileno()).st_size
+            with parsing(path, "an .npz file"):
+                archive = zipfile.ZipFile(raw)
+                entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            wanted = {name: entry for name, entry in entries.items() if name in _NAMES}
+            unpacked = sum(entry.file_size for entry in wanted.values())
+            if unpacked > _MOST_BYTES:
+                raise BellboxError(
+                    f"{path}: {unpacked} bytes unpacked, more than the {_MOST_BYTES} that are read"
+                )
+            if unpacked > max(_MOST_PACKED_BYTES, _MOST_PACKED * size):
+                raise BellboxError(
+                    f"{path}: {size} bytes that claim to unpack into {unpacked}, which no images do"
+                )
+            found = {name: _array_in(path, archive, entry) for name, entry in wanted.items()}
+    except OSError as error:
+        raise BellboxError(f"{path}: cannot be read ({error.strerror})") from None
+    return found | {name: np.empty(0) for name in entries if name not in found}
+
+
+def _array_in(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    """One array, once its header is found to announce what is there."""
+    with parsing(f"{path}: {entry.filename}", "an .npz file"), archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        header = (
+            np.lib.format.read_array_header_1_0(file)
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0(file)
+        )
+        shape, _, dtype = header
+        size = dtype.itemsize * math.prod(shape)
+        if dtype.hasobject:
+            raise BellboxError(f"{path}: {entry.filename} holds pickled objects, which are never read")
+        if entry.file_size - file.tell() != size:
+            raise BellboxError(
+                f"{path}: {entry.filename} announces {dtype} of shape {shape}, but holds {entry.file_size} bytes in all"
+            )
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _split(path: Path, found: dict[str, np.ndarray], name: str) -> ImageSplit:
     where = f"{path}: {name}"
     labels = _array(where, found, f"{name}_labels", 1, "integers").astype(np.int64)
     if f"{name}_images" in found:
-        images = _array(where, found, f"{name}_images", 4, "uint8")
+        rank = (
+            3 if found[f"{name}_images"].ndim == 3 else 4
+        )  # gray images without an axis for their one channel
+        images = _array(where, found, f"{name}_images", rank, "uint8")
         if len(images) != len(labels):
             raise BellboxError(f"{where}: {len(images)} images, {len(labels)} labels")
-        return ArraySplit(where, labels, images)
+        return ArraySplit(where, labels, images[..., None] if rank == 3 else _channels_last(where, images))
     jpeg = _array(where, found, f"{name}_jpeg", 1, "uint8")
     offsets = _array(where, found, f"{name}_offsets", 1, "integers").astype(np.int64)
     if len(offsets) != len(labels) + 1 or not len(labels):
@@ -124,6 +151,27 @@ def _split(path: Path, found: dict[str, np.ndarray], name: str) -> ImageSplit:
             f"{where}: {name}_offsets must rise from 0 to {len(jpeg)}, the bytes of {name}_jpeg"
         )
     return JpegSplit(where, labels, jpeg, offsets)
+
+
+def _channels_last(where: str, images: np.ndarray) -> np.ndarray:
+    """Images `[count, height, width, channels]`, whether they lie so or with the channels first.
+
+    Raises:
+        BellboxError: the shape fits neither layout, or both.
+    """
+    _, first, middle, last = images.shape
+    as_last, as_first = last in _CHANNELS, first in _CHANNELS
+    if as_last and as_first and not first == middle == last == 1:
+        # Images as narrow as that: only square ones tell. Equal on all sides, they do not.
+        as_last, as_first = first == middle != last, first != middle == last
+    if as_last:
+        return images
+    if as_first:
+        return images.transpose(0, 2, 3, 1)
+    raise BellboxError(
+        f"{where}: images of shape {images.shape[1:]}: height, width, channels are read (or channels first), and there "
+        f"must be {', '.join(map(str, _CHANNELS[:-1]))} or {_CHANNELS[-1]} channels, along one of the two axes only"
+    )
 
 
 def _array(where: str, found: dict[str, np.ndarray], name: str, rank: int, kind: str) -> Any:

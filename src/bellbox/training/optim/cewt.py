@@ -28,11 +28,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
+from bellbox.nn import QuantizedLayer, quantized_layers
 
 Turn = Callable[[bool], Tensor]
 """A weight rotated into the domain that it is coded in; called with True, rotated back from there."""
@@ -152,12 +154,14 @@ class CEWT:
                 weight.mul_((norm / torch.linalg.vector_norm(weight, dtype=torch.float64)).float())
 
 
+def _turned(layer: QuantizedLayer, back: bool = False) -> Tensor:
+    return layer.turned(layer.stored_weight.detach(), back)
+
+
 def constrained_weights(model: nn.Module) -> dict[Tensor, Turn | None]:
     """The weights of all the layers of a prepared model that quantize their weight, each once, as `CEWT` takes them."""
-    from bellbox.nn import quantized_layers
-
     return {
-        layer.weight: None if layer.weights_rotated else layer.rotated_weight
+        layer.stored_weight: None if layer.weights_rotated else partial(_turned, layer)
         for _, layer in quantized_layers(model)
-        if layer.weight_quantizer is not None and layer.weight.requires_grad
+        if layer.weight_quantizer is not None and layer.stored_weight.requires_grad
     }

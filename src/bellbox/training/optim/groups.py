@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
+from bellbox.nn.quantized import ROTATED
+from bellbox.nn.tools import stored_weight
 from bellbox.recipe import is_head
 from bellbox.runs.config import OptimizerSection
 from bellbox.training.optim.cewt import CEWT, constrained_weights
@@ -37,11 +39,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     from bellbox.quantizers import Quantizer
 
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed = {
-        id(m.weight)
-        for m in model.modules()
-        if _multiplies(m) and isinstance(m.weight, Tensor) and id(m.weight) not in embeddings
-    }
+    weights = (stored_weight(m) for m in model.modules() if _multiplies(m))
+    decayed = {id(weight) for weight in weights if weight is not None and id(weight) not in embeddings}
     rates: dict[int, float] = {}
     for module in model.modules():
         if isinstance(module, Quantizer):
@@ -59,9 +58,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _multiplies(module: nn.Module) -> bool:
-    from bellbox.nn import QuantizedLayer
-
-    return isinstance(module, nn.Linear | nn.Conv2d | QuantizedLayer)
+    return isinstance(module, nn.Linear | nn.Conv2d)
 
 
 class ModelOptimizer:
@@ -167,6 +164,10 @@ class ModelOptimizer:
             part.state.clear()
         for flat, value in tensors.items():
             name, _, key = flat.rpartition("/")
+            if name not in parameters and name.endswith(
+                "weight"
+            ):  # earlier versions kept rotated weights as `weight`
+                name = f"{name.removesuffix('weight')}{ROTATED}"
             parameter = parameters[name]
             if value.dim() == 0 and parameter.shape == (1,) and key != "step":
                 value = value.reshape(1)  # earlier versions kept scales as 0-d tensors
@@ -200,8 +201,8 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, Tensor] = {}
     for name, module in model.named_modules():
-        weight = module.weight if _multiplies(module) and not is_head(name) else None
-        if isinstance(weight, Tensor) and weight.dim() == 2:
+        weight = stored_weight(module) if _multiplies(module) and not is_head(name) else None
+        if weight is not None and weight.dim() == 2:
             found[id(weight)] = weight
     return [weight for key, weight in found.items() if key not in embeddings]
 

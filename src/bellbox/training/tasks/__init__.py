@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from bellbox import data
 from bellbox.data.shards import TokenDataset
-from bellbox.runs.config import TrainConfig
+from bellbox.runs.config import ResolvedConfig, TrainConfig
 from bellbox.training.tasks.base import Task
 from bellbox.training.tasks.language import LanguageTask
 
@@ -16,21 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["LanguageTask", "Task", "data_checksum", "make_task", "open_data"]
 
 
-def make_task(config: TrainConfig, dataset: TokenDataset | ImageDataset | None = None) -> Task:
-    """The task of a configuration; its `config` is the resolved one.
-
-    Args:
-        config: as the user gave it.
-        dataset: its data, where they are open already.
+def make_task(config: ResolvedConfig, dataset: TokenDataset | ImageDataset) -> Task:
+    """The task of a configuration on its data.
 
     Raises:
-        BellboxError: data that cannot be opened, or a configuration that does not fit it.
+        BellboxError: data that are too few for it.
     """
     if config.task == "vision":
         from bellbox.training.tasks.vision import VisionTask
 
-        return VisionTask(config, cast("ImageDataset | None", dataset))
-    return LanguageTask(config, cast("TokenDataset | None", dataset))
+        return VisionTask(config, cast("ImageDataset", dataset))
+    return LanguageTask(config, cast("TokenDataset", dataset))
 
 
 def open_data(config: TrainConfig) -> TokenDataset | ImageDataset:

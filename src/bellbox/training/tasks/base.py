@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from bellbox.runs.config import TrainConfig
+from bellbox.runs.config import ResolvedConfig
 
 
 class Task(ABC):
@@ -18,8 +18,7 @@ class Task(ABC):
 
     unit: ClassVar[str]
     """What a run counts: tokens, or images."""
-    config: TrainConfig
-    """Resolved."""
+    config: ResolvedConfig
     checksum: str
     """Of the data: a run goes on with what it began with."""
     tokenizer: str | None = None

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from bellbox import data
 from bellbox.data.shards import TokenDataset
 from bellbox.evaluation import perplexity
-from bellbox.runs.build import resolve
-from bellbox.runs.config import TrainConfig
+from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.metrics import perplexity_of
 from bellbox.training.tasks.base import Task
 
@@ -24,18 +23,17 @@ class LanguageTask(Task):
     """The next token of every token.
 
     Args:
-        config: as the user gave it.
-        dataset: its data, where they are open already.
+        config: of the run.
+        dataset: its data.
 
     Raises:
-        BellboxError: data that cannot be opened, or a configuration that does not fit it.
+        BellboxError: fewer tokens than one sequence.
     """
 
     unit = "tokens"
 
-    def __init__(self, config: TrainConfig, dataset: TokenDataset | None = None) -> None:
-        self.dataset = data.open(config.data.source) if dataset is None else dataset
-        self.config = config = resolve(config, self.dataset.vocab_size)
+    def __init__(self, config: ResolvedConfig, dataset: TokenDataset) -> None:
+        self.config, self.dataset = config, dataset
         self.checksum = self.dataset.manifest.checksum()
         self.tokenizer = (self.dataset.path / "tokenizer.json").read_text(encoding="utf-8")
         self.batches = data.Batches(

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bellbox.data.images import Augmentation, ImageBatches, ImageDataset, open_images
+from bellbox.data.images import Augmentation, ImageBatches, ImageDataset
 from bellbox.errors import BellboxError
 from bellbox.evaluation.accuracy import accuracy
 from bellbox.models.image import Normalise
-from bellbox.runs.build import resolve_vision
-from bellbox.runs.config import TrainConfig
+from bellbox.runs.config import ResolvedConfig
 from bellbox.training.tasks.base import Task
 
 # Images of the validation split whose activation codes are counted.
@@ -25,20 +24,17 @@ class VisionTask(Task):
     """One class an image.
 
     Args:
-        config: as the user gave it.
-        dataset: its data, where they are open already.
+        config: of the run.
+        dataset: its data.
 
     Raises:
-        BellboxError: images that cannot be opened, or a configuration that does not fit them.
+        BellboxError: fewer images than are asked for.
     """
 
     unit = "images"
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset | None = None) -> None:
-        self.dataset = (
-            open_images(config.data.source, config.vision.image_size) if dataset is None else dataset
-        )
-        self.config = config = resolve_vision(config, self.dataset)
+    def __init__(self, config: ResolvedConfig, dataset: ImageDataset) -> None:
+        self.config, self.dataset = config, dataset
         self.checksum = self.dataset.checksum
         section, there = config.vision, len(self.dataset.valid)
         if section.valid_images is not None and section.valid_images > there:

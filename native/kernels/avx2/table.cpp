@@ -1,0 +1,31 @@
+// The kernels for one instruction set: avx2.
+#include "kernels/kernels.h"
+
+#define BELLBOX_NAMESPACE avx2
+#include "kernels/avx2/binarized.h"
+#include "kernels/avx2/encode.h"
+#include "kernels/avx2/linear.h"
+#include "kernels/avx2/pixels.h"
+#include "kernels/avx2/training.h"
+#include "kernels/decoder.h"
+#include "kernels/peak.h"
+
+namespace bellbox {
+constexpr Kernels avx2_kernels = {
+    .name = "avx2",
+    .encode = avx2::encode,
+    .rotate = avx2::rotate,
+    .forward = avx2::forward,
+    .backward = avx2::backward,
+    .linear = avx2::linear,
+    .rms_norm = avx2::rms_norm,
+    .attend = avx2::attend,
+    .int8_linear = avx2::int8_linear,
+    .integer_peak = avx2::integer_peak,
+    .binarized_input = avx2::binarized_input,
+    .binarized = avx2::binarized,
+    .make_planes = avx2::pixels::make_planes,
+    .convolve = avx2::pixels::convolve,
+    .joined = 2,
+};
+}  // namespace bellbox

@@ -1,0 +1,162 @@
+// Fake quantization for training with AVX2, forward and backward: as much bound by arithmetic as by memory.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/avx2/codes.h"
+
+namespace bellbox {
+namespace {
+namespace avx2 {
+namespace rows {
+
+template <Type IN, Type OUT, typename Coder>
+inline void forward_rows(const ForwardArgs& a, const Coder shared, const Rotation& rotation, int64_t begin,
+                         int64_t end) {
+    const Coder coder = shared;
+    const int64_t k = a.k;
+    const __m256 offset = _mm256_set1_ps(a.offset);
+    for (int64_t i = begin; i < end; ++i) {
+        const void* x = element<IN>(a.x, i * k);
+        void *x_hat = element<OUT>(a.x_hat, i * k), *kept = element<OUT>(a.v, i * k);
+        const float r = a.r[i * a.r_stride], scale = a.scale[i * a.scale_stride] * (r - r + 1);
+        const __m256 factor = _mm256_set1_ps(r), factor_out = _mm256_set1_ps(scale);
+        const Worth worth(OUT == Type::bf16 ? a.offset : 0, scale);
+        __m256 unused = _mm256_setzero_ps();
+        rotation.begin<IN, false>(x, unused);
+        for (int64_t j = 0; j < k; j += kChunk) {
+            const float* p = rotation.chunk<IN, false>(x, j, unused);
+            Window v_window, x_window;
+            void *v_out = v_window.write<OUT>(kept, j, k), *x_out = x_window.write<OUT>(x_hat, j, k);
+            for (int l = 0; l < kChunk; l += 32) {
+                __m256 v[4];
+                BELLBOX_UNROLL
+                for (int h = 0; h < 4; ++h) v[h] = _mm256_mul_ps(_mm256_load_ps(p + l + 8 * h), factor);
+                store16<OUT>(element<OUT>(v_out, l), v[0], v[1]);
+                store16<OUT>(element<OUT>(v_out, l + 16), v[2], v[3]);
+                if (OUT == Type::bf16) {
+                    worth.store32(element<OUT>(x_out, l), coder.index(v[0], v[1], v[2], v[3]));
+                } else {
+                    BELLBOX_UNROLL
+                    for (int h = 0; h < 4; ++h) {
+                        const __m256 code = _mm256_cvtepi32_ps(_mm256_abs_epi32(coder.minus_code(v[h])));
+                        const __m256 out = _mm256_mul_ps(_mm256_sub_ps(code, offset), factor_out);
+                        _mm256_storeu_ps(static_cast<float*>(x_out) + l + 8 * h, out);
+                    }
+                }
+            }
+            v_window.done<OUT>(kept, j, k);
+            x_window.done<OUT>(x_hat, j, k);
+        }
+    }
+}
+
+// e^(-v^2/2), relative error below 2e-7 down to 2^-126, then 0; NaN stays NaN. y = v^2 is held as square + rest, exact
+// (rounding it alone would cost 5e-6 at large v), and -y/2 = n ln 2 - z/2 with |z| <= ln 2. The polynomial for
+// e^(-z/2) is a minimax fit made for this (reweighted least squares, error 4e-9).
+BELLBOX_INLINE __m256 bell(__m256 v) {
+    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+    v = _mm256_min_ps(_mm256_set1_ps(13.27f), magnitude);  // there n is -127, and 2^n comes out as 0
+    const __m256 square = _mm256_mul_ps(v, v), rest = _mm256_fmsub_ps(v, v, square);
+    // n + 127 in the lowest bits of `shifted`, from where it moves into the exponent.
+    const __m256 magic = _mm256_set1_ps(12582912.0f + 127);
+    const __m256 shifted = _mm256_fmadd_ps(square, _mm256_set1_ps(-0.72134752f), magic);
+    const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+    const __m256 n = _mm256_sub_ps(shifted, magic);
+    // 2 ln 2 in two parts, the first of 12 bits: n times it is exact.
+    const __m256 high = _mm256_fmadd_ps(n, _mm256_set1_ps(1.38623046875f), square);
+    const __m256 z = _mm256_add_ps(high, _mm256_fmadd_ps(n, _mm256_set1_ps(6.389237e-05f), rest));
+    const __m256 z2 = _mm256_mul_ps(z, z);  // Estrin's order: the chain of additions is what takes time here
+    const __m256 a = _mm256_fmadd_ps(z, _mm256_set1_ps(-0.5f), _mm256_set1_ps(1));
+    const __m256 b = _mm256_fmadd_ps(z, _mm256_set1_ps(-0.020833148f), _mm256_set1_ps(0.124999985f));
+    const __m256 c = _mm256_fmadd_ps(z, _mm256_set1_ps(-0.00026153325f), _mm256_set1_ps(0.0026042764f));
+    const __m256 tail = _mm256_fmadd_ps(z2, _mm256_set1_ps(2.1584188e-05f), c);
+    const __m256 p = _mm256_fmadd_ps(z2, _mm256_fmadd_ps(z2, tail, b), a);
+    return _mm256_mul_ps(p, power);
+}
+
+// Sums of fp32 lanes are handed on to fp64 after each chunk, so their error does not grow with k.
+BELLBOX_INLINE __m256d add_wide(__m256d sum, __m256 v) {
+    return _mm256_add_pd(sum, _mm256_add_pd(low_half(v), high_half(v)));
+}
+
+template <Type T>
+inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, int64_t end) {
+    const int64_t k = a.k, block = a.block;
+    Window window, other;
+    for (int64_t i = begin; i < end; ++i) {
+        const void *grad = element<T>(a.grad, i * k), *kept = element<T>(a.v, i * k);
+        const void* x_hat = a.row_dot != nullptr ? element<T>(a.x_hat, i * k) : nullptr;
+        void* grad_x = element<T>(a.grad_x, i * k);
+        const float r = a.r[i * a.r_stride], factor = 2 * 0.3989422804014327f * a.gamma[i * a.gamma_stride];
+        // g_v / factor to scratch, and the sums over the row.
+        __m256d dot = _mm256_setzero_pd(), out_dot = _mm256_setzero_pd();
+        for (int64_t j = 0; j < k; j += kChunk) {
+            const void* g_in = window.read<T>(grad, j, k);
+            if (x_hat != nullptr) {
+                const void* x_in = other.read<T>(x_hat, j, k);
+                __m256 part = _mm256_setzero_ps();
+                for (int l = 0; l < kChunk; l += 8)
+                    part = _mm256_fmadd_ps(load8<T>(element<T>(g_in, l)), load8<T>(element<T>(x_in, l)), part);
+                out_dot = add_wide(out_dot, part);
+            }
+            const void* v_in = other.read<T>(kept, j, k);
+            __m256 part[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+            for (int l = 0; l < kChunk; l += 16) {
+                BELLBOX_UNROLL
+                for (int h = 0; h < 2; ++h) {
+                    const __m256 v = load8<T>(element<T>(v_in, l + 8 * h));
+                    const __m256 g = _mm256_mul_ps(bell(v), load8<T>(element<T>(g_in, l + 8 * h)));
+                    part[h] = _mm256_fmadd_ps(g, v, part[h]);
+                    _mm256_store_ps(scratch + j + l + 8 * h, g);
+                }
+            }
+            dot = add_wide(dot, _mm256_add_ps(part[0], part[1]));
+        }
+        if (x_hat != nullptr) a.row_dot[i] = static_cast<float>(sum_of(out_dot));
+        const double sum = static_cast<double>(factor) * sum_of(dot);
+        const float own_mean = static_cast<float>(sum / static_cast<double>(k)) * a.free[i * a.free_stride];
+        const float mean = a.mean != nullptr ? *a.mean : own_mean;
+        const __m256 centre = _mm256_set1_ps(mean), all = _mm256_set1_ps(r), own = _mm256_set1_ps(factor);
+        for (int64_t j = 0; j < k; j += kChunk) {
+            const void* v_in = window.read<T>(kept, j, k);
+            butterfly(scratch + j, block, [&](int l) {
+                const __m256 g = _mm256_load_ps(scratch + j + l), v = load8<T>(element<T>(v_in, l));
+                return _mm256_mul_ps(_mm256_fmsub_ps(g, own, _mm256_mul_ps(v, centre)), all);
+            });
+        }
+        if (block > kChunk) butterfly_rest(scratch, k, block);
+        for (int64_t j = 0; j < k; j += kChunk) {
+            void* out = window.write<T>(grad_x, j, k);
+            BELLBOX_UNROLL
+            for (int l = 0; l < kChunk; l += 16)
+                store16<T>(element<T>(out, l), _mm256_load_ps(scratch + j + l), _mm256_load_ps(scratch + j + l + 8));
+            window.done<T>(grad_x, j, k);
+        }
+    }
+}
+
+}  // namespace rows
+
+inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
+    const bool whole = a.block > rows::kChunk;
+    const Scratch scratch(whole ? a.k : rows::kChunk);
+    const rows::Rotation rotation{a.k, a.block, whole, scratch.data};
+    rows::with_coder(a.thresholds, a.n, 1, 0, [&](const auto& coder) {
+        with_types(a.x_type, a.out_type, [&](auto in, auto out) {
+            rows::forward_rows<decltype(in)::type, decltype(out)::type>(a, coder, rotation, begin, end);
+        });
+    });
+}
+
+inline void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
+    const Scratch scratch(a.k + rows::kChunk);  // whole chunks
+    if (a.type == Type::f32)
+        rows::backward_rows<Type::f32>(a, scratch.data, begin, end);
+    else
+        rows::backward_rows<Type::bf16>(a, scratch.data, begin, end);
+}
+
+}  // namespace avx2
+}  // namespace
+}  // namespace bellbox

@@ -1,0 +1,32 @@
+// The kernels for one instruction set: avx512.
+#include "kernels/kernels.h"
+
+#define BELLBOX_NAMESPACE avx512
+#include "kernels/avx512/binarized.h"
+#include "kernels/avx512/choice.h"
+#include "kernels/avx512/encode.h"
+#include "kernels/avx512/pixels.h"
+#include "kernels/avx512/training.h"
+#include "kernels/decoder.h"
+#include "kernels/peak.h"
+
+namespace bellbox {
+constexpr Kernels avx512_kernels = {
+    .name = "avx512",
+    .encode = avx512::encode,
+    .rotate = avx512::rotate,
+    .forward = avx512::forward,
+    .backward = avx512::backward,
+    .linear = avx512::linear,
+    .rms_norm = avx512::rms_norm,
+    .attend = avx512::attend,
+    .int8_linear = avx512::int8_linear,
+    .integer_peak = avx512::integer_peak,
+    .binarized_input = avx512::binarized_input,
+    .binarized = avx512::binarized,
+    .counts = avx512::counts,
+    .make_planes = avx512::pixels::make_planes,
+    .convolve = avx512::pixels::convolve,
+    .joined = 3,
+};
+}  // namespace bellbox

@@ -1,0 +1,149 @@
+// Fake quantization for training with AVX-512, forward and backward.
+//
+// Floor: copying their tensors, a third and a quarter of the time that is taken; the rest is arithmetic.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/avx512/codes.h"
+
+namespace bellbox {
+namespace {
+namespace avx512 {
+namespace rows {
+
+template <Type IN, Type OUT, typename Coder>
+inline void forward_rows(const ForwardArgs& a, const Coder shared, float* scratch, int64_t begin, int64_t end) {
+    const Coder coder = shared;
+    const Signs signs;
+    const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 centred = _mm512_sub_ps(codes, _mm512_set1_ps(a.offset));
+    const int64_t k = a.k, block = a.block;
+    for (int64_t i = begin; i < end; ++i) {
+        const void* x = element<IN>(a.x, i * k);
+        void *x_hat = element<OUT>(a.x_hat, i * k), *kept = element<OUT>(a.v, i * k);
+        const float r = a.r[i * a.r_stride], scale = a.scale[i * a.scale_stride] * (r - r + 1);
+        const __m512 factor = _mm512_set1_ps(r);
+        __m512 values = _mm512_mul_ps(centred, _mm512_set1_ps(scale));  // of each code, so rounded once a row
+        if (OUT == Type::bf16) values = round_bf16(values);
+        const auto load = BELLBOX_STEP(int64_t c, __m512 (&v)[kRegisters]) { load_chunk<IN>(x, c, k, v); };
+        const auto use = BELLBOX_STEP(int64_t c, const __m512 (&v)[kRegisters], int half) {
+            BELLBOX_UNROLL
+            for (int j = 4 * half; j < 4 * half + 4; j += 2) {
+                const __m512 u = _mm512_mul_ps(v[j], factor), w = _mm512_mul_ps(v[j + 1], factor);
+                store_pair<OUT, IN>(kept, c + 16 * j, k, u, w);
+                store_pair<OUT, IN, true>(x_hat, c + 16 * j, k, _mm512_permutexvar_ps(coder.index(u), values),
+                                          _mm512_permutexvar_ps(coder.index(w), values));
+            }
+        };
+        rotate_row<IN>(k, block, scratch, signs, load, use);
+    }
+}
+
+// e^(-v^2/2), relative error below 2e-7 down to 2^-126, then 0; NaN stays NaN. y = v^2 is held as square + rest, exact
+// (rounding it alone would cost 5e-6 at large v), and -y/2 = n ln 2 - z/2 with |z| <= ln 2. The polynomial for
+// e^(-z/2) is a minimax fit made for this (reweighted least squares, error 4e-9).
+BELLBOX_INLINE __m512 bell(__m512 v) {
+    v = _mm512_min_ps(_mm512_set1_ps(13.27f), _mm512_abs_ps(v));  // there n is -127, and 2^n comes out as 0
+    const __m512 square = _mm512_mul_ps(v, v), rest = _mm512_fmsub_ps(v, v, square);
+    // n + 127 in the lowest bits of `shifted`, from where it moves into the exponent.
+    const __m512 magic = _mm512_set1_ps(12582912.0f + 127);
+    const __m512 shifted = _mm512_fmadd_ps(square, _mm512_set1_ps(-0.72134752f), magic);
+    const __m512 power = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
+    const __m512 n = _mm512_sub_ps(shifted, magic);
+    // 2 ln 2 in two parts, the first of 12 bits: n times it is exact.
+    const __m512 high = _mm512_fmadd_ps(n, _mm512_set1_ps(1.38623046875f), square);
+    const __m512 z = _mm512_add_ps(high, _mm512_fmadd_ps(n, _mm512_set1_ps(6.389237e-05f), rest));
+    const __m512 z2 = _mm512_mul_ps(z, z);  // Estrin's order: the chain of additions is what takes time here
+    const __m512 a = _mm512_fmadd_ps(z, _mm512_set1_ps(-0.5f), _mm512_set1_ps(1));
+    const __m512 b = _mm512_fmadd_ps(z, _mm512_set1_ps(-0.020833148f), _mm512_set1_ps(0.124999985f));
+    const __m512 c = _mm512_fmadd_ps(z, _mm512_set1_ps(-0.00026153325f), _mm512_set1_ps(0.0026042764f));
+    const __m512 tail = _mm512_fmadd_ps(z2, _mm512_set1_ps(2.1584188e-05f), c);
+    const __m512 p = _mm512_fmadd_ps(z2, _mm512_fmadd_ps(z2, tail, b), a);
+    return _mm512_mul_ps(p, power);
+}
+
+// Sums of fp32 lanes are handed on to fp64 after each chunk, so their error does not grow with k.
+BELLBOX_INLINE __m512d add_wide(__m512d sum, __m512 v) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    return _mm512_add_pd(sum, _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+}
+
+template <Type T>
+inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, int64_t end) {
+    const Signs signs;
+    const int64_t k = a.k, block = a.block;
+    for (int64_t i = begin; i < end; ++i) {
+        const void *grad = element<T>(a.grad, i * k), *kept = element<T>(a.v, i * k);
+        const void* x_hat = a.row_dot != nullptr ? element<T>(a.x_hat, i * k) : nullptr;
+        void* grad_x = element<T>(a.grad_x, i * k);
+        const float r = a.r[i * a.r_stride], factor = 2 * 0.3989422804014327f * a.gamma[i * a.gamma_stride];
+        // g_v / factor to scratch, and the sums over the row.
+        __m512d dot = _mm512_setzero_pd(), out_dot = _mm512_setzero_pd();
+        for (int64_t j = 0; j < k; j += kChunk) {
+            __m512 g[kRegisters], v[kRegisters];
+            load_chunk<T>(grad, j, k, g);
+            if (x_hat != nullptr) {
+                load_chunk<T>(x_hat, j, k, v);
+                __m512 part = _mm512_mul_ps(g[0], v[0]), other = _mm512_mul_ps(g[1], v[1]);
+                BELLBOX_UNROLL
+                for (int l = 2; l < kRegisters; l += 2) {
+                    part = _mm512_fmadd_ps(g[l], v[l], part);
+                    other = _mm512_fmadd_ps(g[l + 1], v[l + 1], other);
+                }
+                out_dot = add_wide(out_dot, _mm512_add_ps(part, other));
+            }
+            load_chunk<T>(kept, j, k, v);
+            __m512 part[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+            BELLBOX_UNROLL
+            for (int l = 0; l < kRegisters; ++l) {
+                g[l] = _mm512_mul_ps(bell(v[l]), g[l]);
+                part[l & 1] = _mm512_fmadd_ps(g[l], v[l], part[l & 1]);
+            }
+            dot = add_wide(dot, _mm512_add_ps(part[0], part[1]));
+            store_registers(scratch + j, g);
+        }
+        if (x_hat != nullptr) a.row_dot[i] = static_cast<float>(_mm512_reduce_add_pd(out_dot));
+        const double sum = static_cast<double>(factor) * _mm512_reduce_add_pd(dot);
+        const float own_mean = static_cast<float>(sum / static_cast<double>(k)) * a.free[i * a.free_stride];
+        const float mean = a.mean != nullptr ? *a.mean : own_mean;
+        const __m512 centre = _mm512_set1_ps(mean), all = _mm512_set1_ps(r), own = _mm512_set1_ps(factor);
+        // The gradient of v to that of x.
+        const auto load = BELLBOX_STEP(int64_t c, __m512 (&u)[kRegisters]) {
+            __m512 v[kRegisters];
+            load_registers(scratch + c, u);
+            load_chunk<T>(kept, c, k, v);
+            BELLBOX_UNROLL
+            for (int j = 0; j < kRegisters; ++j)
+                u[j] = _mm512_mul_ps(_mm512_fmsub_ps(u[j], own, _mm512_mul_ps(v[j], centre)), all);
+        };
+        const auto use = BELLBOX_STEP(int64_t c, const __m512 (&u)[kRegisters], int half) {
+            BELLBOX_UNROLL
+            for (int j = 4 * half; j < 4 * half + 4; j += 2) store_pair<T, T>(grad_x, c + 16 * j, k, u[j], u[j + 1]);
+        };
+        rotate_row<T>(k, block, scratch, signs, load, use);
+    }
+}
+
+}  // namespace rows
+
+inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
+    const Scratch scratch(a.block > rows::kChunk ? a.k : 0);
+    rows::with_coder(a.thresholds, a.n, rows::Values{1, 0}, [&](const auto& coder) {
+        with_types(a.x_type, a.out_type, [&](auto in, auto out) {
+            rows::forward_rows<decltype(in)::type, decltype(out)::type>(a, coder, scratch.data, begin, end);
+        });
+    });
+}
+
+inline void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
+    const Scratch scratch(a.k + rows::kChunk);  // whole chunks
+    if (a.type == Type::f32)
+        rows::backward_rows<Type::f32>(a, scratch.data, begin, end);
+    else
+        rows::backward_rows<Type::bf16>(a, scratch.data, begin, end);
+}
+
+}  // namespace avx512
+}  // namespace
+}  // namespace bellbox

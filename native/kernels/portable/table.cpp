@@ -1,0 +1,26 @@
+// The kernels for one instruction set: portable.
+#include "kernels/kernels.h"
+
+#define BELLBOX_NAMESPACE portable
+#include "kernels/decoder.h"
+#include "kernels/peak.h"
+#include "kernels/portable/binarized.h"
+#include "kernels/portable/encode.h"
+#include "kernels/portable/linear.h"
+
+namespace bellbox {
+constexpr Kernels portable_kernels = {
+    .name = "portable",
+    .encode = portable::encode,
+    .rotate = portable::rotate,
+    .forward = portable::forward,
+    .backward = portable::backward,
+    .linear = portable::linear,
+    .rms_norm = portable::rms_norm,
+    .attend = portable::attend,
+    .int8_linear = portable::int8_linear,
+    .integer_peak = portable::integer_peak,
+    .binarized_input = portable::binarized_input,
+    .binarized = portable::binarized,
+};
+}  // namespace bellbox

@@ -1,0 +1,100 @@
+// One block of a decoder for one new token of each sequence, in two or three calls.
+//
+// The same kernels in the same order as the layers called one by one, hence the same bits. What is torch's stays with the
+// caller: the activation of the MLP, and a GPT's layer norms.
+#pragma once
+
+#include <vector>
+
+#include "layers/layer.h"
+
+namespace bellbox {
+
+inline void run_attend(const AttendArgs& a, int threads) {
+    const int64_t useful = std::max<int64_t>(1, a.batch * a.heads * a.head_dim * a.start / kAttendGrain);
+    share(a.batch * a.kv_heads, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
+        thread_local std::vector<float> scratch;
+        const size_t size = static_cast<size_t>(a.head_dim + a.start + 1);
+        if (scratch.size() < size) scratch.resize(2 * size);
+        kernels().attend(a, begin, end, scratch.data());
+    });
+}
+
+// The packed layers of a block; what is between them (norms, the activation of the MLP) stays with the caller.
+class Block {
+  public:
+    Block(Group qkv, Group output, Group wide, Group down, int64_t head_dim)
+        : qkv_(std::move(qkv)), output_(std::move(output)), wide_(std::move(wide)), down_(std::move(down)),
+          head_dim_(head_dim) {}
+
+    // x [batch, hidden] += attention of normed [batch, hidden]. The cache gets position `start`.
+    void attention(float* x, const float* normed, int64_t batch, const float* cosine, const float* sine, float* keys,
+                   float* values, int64_t room, int64_t start, int threads) {
+        const int64_t queries = qkv_.weights[0]->n(), keys_n = qkv_.weights[1]->n();
+        const int64_t hidden = output_.weights[0]->n();
+        float* const query = scratch(batch * (2 * queries + 2 * keys_n + hidden));
+        float* const mixed = query + batch * queries;
+        float* const key = mixed + batch * queries;
+        float* const value = key + batch * keys_n;
+        float* const out = value + batch * keys_n;
+        run(qkv_, normed, batch, {query, key, value}, threads);
+        run_attend(AttendArgs{query, key, value, cosine, sine, keys, values, batch, queries / head_dim_,
+                              keys_n / head_dim_, head_dim_, room, start, mixed},
+                   threads);
+        run(output_, mixed, batch, {out}, threads);
+        for (int64_t i = 0; i < batch * hidden; ++i) x[i] += out[i];
+    }
+
+    // outs: [batch, inner] each, the first layers of the MLP.
+    void widen(const float* normed, int64_t batch, const std::vector<void*>& outs, int threads) {
+        run(wide_, normed, batch, outs, threads);
+    }
+
+    // x [batch, hidden] += the last layer of the MLP on active [batch, inner].
+    void narrow(float* x, const float* active, int64_t batch, int threads) {
+        const int64_t count = batch * down_.weights[0]->n();
+        float* const out = scratch(count);
+        run(down_, active, batch, {out}, threads);
+        for (int64_t i = 0; i < count; ++i) x[i] += out[i];
+    }
+
+  private:
+    static void run(const Group& layers, const float* x, int64_t rows, const std::vector<void*>& outs, int threads) {
+        layers.run(x, Type::f32, rows, outs, Type::f32, threads);
+    }
+    float* scratch(int64_t count) {
+        if (scratch_.size() < static_cast<size_t>(count)) scratch_.resize(static_cast<size_t>(count));
+        return scratch_.data();
+    }
+
+    Group qkv_, output_, wide_, down_;
+    int64_t head_dim_;
+    std::vector<float> scratch_;
+};
+
+// A block of a LLaMA: with its norms it takes two calls.
+class LlamaBlock : public Block {
+  public:
+    LlamaBlock(Group qkv, Group output, Group gate_up, Group down, int64_t head_dim, const float* first_norm,
+               const float* second_norm, double eps)
+        : Block(std::move(qkv), std::move(output), std::move(gate_up), std::move(down), head_dim),
+          first_norm_(first_norm), second_norm_(second_norm), eps_(eps) {}
+
+    // x [batch, hidden] += attention of its norm; gate and up [batch, inner] of the norm of that.
+    void attend_and_widen(float* x, int64_t batch, int64_t hidden, const float* cosine, const float* sine, float* keys,
+                          float* values, int64_t room, int64_t start, float* gate, float* up, int threads) {
+        normed_.resize(static_cast<size_t>(batch * hidden));
+        float* const normed = normed_.data();
+        kernels().rms_norm(RmsNormArgs{x, first_norm_, batch, hidden, eps_, normed}, 0, batch);
+        attention(x, normed, batch, cosine, sine, keys, values, room, start, threads);
+        kernels().rms_norm(RmsNormArgs{x, second_norm_, batch, hidden, eps_, normed}, 0, batch);
+        widen(normed, batch, {gate, up}, threads);
+    }
+
+  private:
+    const float *first_norm_, *second_norm_;
+    double eps_;
+    std::vector<float> normed_;
+};
+
+}  // namespace bellbox

@@ -1,0 +1,405 @@
+// Python's view of the kernels: tensors and numbers in, which are checked here, whoever calls.
+//
+// src/bellbox/ops/backends/cpu is the caller. std::invalid_argument becomes ValueError there.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "python/plan.h"
+
+namespace nb = nanobind;
+using namespace bellbox;
+
+namespace {
+
+const std::initializer_list<Kind> kFloats = {Kind::f32, Kind::bf16};
+
+int useful_threads(int64_t work, int64_t grain, int threads) {
+    return static_cast<int>(std::clamp<int64_t>(work / grain, 1, std::clamp(threads, 1, 1024)));
+}
+
+// x [rows, k], r [rows] or [1], thresholds [n - 1], codes uint8 [rows, k].
+void encode(nb::handle x, nb::handle r, nb::handle thresholds, int64_t rows, int64_t k, int32_t block, nb::handle codes,
+            int threads) {
+    require_sizes({rows, k});
+    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
+    const int64_t n = numel_of(thresholds) + 1, padded = (k + 63) / 64 * 64;
+    require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
+    std::vector<float> normalisers;
+    const float* each = read<float>(r, "r", {Kind::f32}, 1);
+    if (numel_of(r) < rows) normalisers.assign(static_cast<size_t>(rows), each[0]), each = normalisers.data();
+    EncodeArgs a{};
+    a.x = read<void>(x, "x", kFloats, rows * k), a.x_type = type_of_tensor(x, "x");
+    a.rows = rows, a.k = a.ldx = k, a.block = block, a.n = static_cast<int32_t>(n), a.r = each, a.ldl = padded;
+    a.thresholds = read<float>(thresholds, "thresholds", {Kind::f32}, n - 1);
+    a.normalise = Normalise::rms, a.multiplier = 1, a.shift = 0;
+    uint8_t* const out = read<uint8_t>(codes, "codes", {Kind::u8}, rows * k);
+    nb::gil_scoped_release release;
+    share(rows, useful_threads(rows * k, kEncodeGrain, threads), [&](int64_t begin, int64_t end) {
+        // some rows at a time, so that they are copied from the cache
+        const int64_t slab = std::max<int64_t>(1, (int64_t{1} << 16) / padded);
+        for (int64_t row = begin; row < end; row += slab) {
+            EncodeArgs some = a;
+            some.rows = std::min(slab, end - row), some.r = a.r + row;
+            some.x = static_cast<const char*>(a.x) + row * k * (a.x_type == Type::f32 ? 4 : 2);
+            levels_of_thread.attach(some);
+            kernels().encode(some, 0, some.rows);
+            for (int64_t i = 0; i < some.rows; ++i)
+                std::copy_n(reinterpret_cast<const uint8_t*>(some.levels) + i * padded, k, out + (row + i) * k);
+        }
+    });
+}
+
+void rms_norm(nb::handle x, nb::handle weight, double eps, nb::handle out, int threads) {
+    const int64_t k = numel_of(weight), numel = numel_of(x);
+    require(k >= 1 && numel % k == 0, "x does not consist of rows as long as the weight");
+    const RmsNormArgs a{read<float>(x, "x", {Kind::f32}, numel), read<float>(weight, "weight", {Kind::f32}, k), numel / k, k, eps,
+                        read<float>(out, "out", {Kind::f32}, numel)};
+    nb::gil_scoped_release release;
+    share(a.rows, useful_threads(numel, kEncodeGrain, threads),
+          [&](int64_t begin, int64_t end) { kernels().rms_norm(a, begin, end); });
+}
+
+// keys and values [batch, kv_heads, room, head_dim]; cosines and sines [positions, head_dim / 2] or None.
+void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle cosines, nb::handle sines, nb::handle keys,
+            nb::handle values, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t room, int64_t start,
+            nb::handle out, int threads) {
+    require_sizes({batch, heads, head_dim}), require_sizes({batch, kv_heads, room, head_dim});
+    require(head_dim >= 1 && kv_heads >= 1 && heads % kv_heads == 0, "heads are no multiple of the key-value heads");
+    require(start >= 0 && start < room, "the cache has no room for another token");
+    const int64_t half = head_dim / 2, turns = (start + 1) * half;
+    const float* const cosine = read_or_null<float>(cosines, "cosines", {Kind::f32}, turns);
+    const float* const sine = read_or_null<float>(sines, "sines", {Kind::f32}, turns);
+    require((cosine == nullptr) == (sine == nullptr) && (cosine == nullptr || head_dim % 2 == 0),
+            "rotary positions need cosines and sines, and an even head");
+    const auto numbers = [](nb::handle tensor, const char* what, int64_t count) {
+        return read<float>(tensor, what, {Kind::f32}, count);
+    };
+    const AttendArgs a{numbers(query, "query", batch * heads * head_dim),
+                       numbers(key, "key", batch * kv_heads * head_dim),
+                       numbers(value, "value", batch * kv_heads * head_dim),
+                       cosine == nullptr ? nullptr : cosine + start * half,
+                       sine == nullptr ? nullptr : sine + start * half,
+                       numbers(keys, "keys", batch * kv_heads * room * head_dim),
+                       numbers(values, "values", batch * kv_heads * room * head_dim),
+                       batch, heads, kv_heads, head_dim, room, start,
+                       numbers(out, "out", batch * heads * head_dim)};
+    nb::gil_scoped_release release;
+    run_attend(a, threads);
+}
+
+// The nearest of -2047..2047 (ties to even) with the largest magnitude at 2047; returns what one of them is worth.
+float row_to_int16(const float* x, int64_t k, int16_t* out) {
+    float largest = 0.0f;
+    bool finite = true;
+    for (int64_t i = 0; i < k; ++i) {
+        const float size = std::fabs(x[i]);
+        largest = std::max(largest, size);
+        finite &= size <= std::numeric_limits<float>::max();
+    }
+    const bool usable = finite && largest >= 1e-30f;
+    const float factor = usable ? 2047.0f / largest : 0.0f;
+    for (int64_t i = 0; i < k; ++i) out[i] = usable ? static_cast<int16_t>(std::nearbyint(x[i] * factor)) : int16_t{0};
+    return finite ? (usable ? largest / 2047.0f : 0.0f) : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Each row of x becomes 12-bit integers by its largest magnitude first; a row with NaN or infinity gives NaN.
+void int8_linear(nb::handle x, nb::handle weight, nb::handle scale, int64_t columns, nb::handle out, int threads) {
+    const int64_t n = numel_of(scale), numel = numel_of(x);
+    require(columns >= 1 && columns <= 8192, "the kernel takes rows of 1 to 8192 integers");
+    require(numel % columns == 0, "x does not consist of such rows");
+    const int64_t m = numel / columns;
+    require_sizes({m, n}), require_sizes({n, columns});
+    const float* const from = read<float>(x, "x", {Kind::f32}, numel);
+    Int8LinearArgs a{};
+    a.weight = read<int8_t>(weight, "weight", {Kind::i8}, n * columns), a.scale = read<float>(scale, "scale", {Kind::f32}, n);
+    a.out = read<float>(out, "out", {Kind::f32}, m * n), a.m = m, a.n = n, a.k = columns;
+    nb::gil_scoped_release release;
+    std::vector<int16_t> integers(static_cast<size_t>(numel));
+    std::vector<float> x_scale(static_cast<size_t>(m));
+    for (int64_t row = 0; row < m; ++row)
+        x_scale[static_cast<size_t>(row)] = row_to_int16(from + row * columns, columns, integers.data() + row * columns);
+    a.x = integers.data(), a.x_scale = x_scale.data();
+    share(n, useful_threads(m * n * columns, kLinearGrain, threads),
+          [&](int64_t begin, int64_t end) { kernels().int8_linear(a, begin, end); });
+}
+
+// The layout of a binarized matrix is that of ops/binarized_linear.py; rows of x are rounded to -most..most first.
+void binarized(nb::handle planes, nb::handle scales, nb::handle steps, nb::handle order, nb::handle bias, int64_t n, int64_t k,
+               nb::handle x, int most, nb::handle out, int threads) {
+    require_sizes({n, k});
+    require(n >= 1 && k >= 1 && most >= 1 && most <= 127, "sizes or the largest integer are out of range");
+    const int64_t blocks = numel_of(steps) / 2, total = numel_of(order) / 4, numel = numel_of(x), tiles = (n + 15) / 16;
+    require(numel % k == 0, "x does not consist of rows of k");
+    const int64_t m = numel / k;
+    const int32_t* const step = read<int32_t>(steps, "steps", {Kind::i32}, 2 * blocks);
+    const int32_t* const place = read<int32_t>(order, "order", {Kind::i32}, 4 * total);
+    int64_t taken = 0;
+    for (int64_t i = 0; i < 2 * blocks; ++i) {
+        require(step[i] >= 0 && step[i] <= total, "a step is out of range");
+        taken += step[i];
+    }
+    require(taken == total, "steps do not add up to the order");
+    for (int64_t i = 0; i < 4 * total; ++i) require(place[i] >= 0 && place[i] <= k, "the order names a column that is not there");
+    const Binarized w{reinterpret_cast<const uint64_t*>(read<uint8_t>(planes, "planes", {Kind::u8}, tiles * total * 16)),
+                      reinterpret_cast<const uint16_t*>(read<void>(scales, "scales", {Kind::f16}, tiles * blocks * 7 * 16)),
+                      step, place, read_or_null<float>(bias, "bias", {Kind::f32}, n), n, k, blocks, total};
+    const float* const from = read<float>(x, "x", {Kind::f32}, numel);
+    float* const to = read<float>(out, "out", {Kind::f32}, m * n);
+    nb::gil_scoped_release release;
+    std::vector<int8_t> rounded(static_cast<size_t>(k + 1)), ordered(static_cast<size_t>(4 * m * total));
+    std::vector<int32_t> sums(static_cast<size_t>(2 * m * blocks));
+    std::vector<float> x_scale(static_cast<size_t>(m));
+    for (int64_t row = 0; row < m; ++row)
+        x_scale[static_cast<size_t>(row)] =
+            kernels().binarized_input(w, from + row * k, static_cast<float>(most), rounded.data(),
+                                      ordered.data() + 4 * row * total, sums.data() + 2 * row * blocks);
+    const BinarizedArgs a{w, ordered.data(), sums.data(), x_scale.data(), m, to};
+    share(tiles, useful_threads(m * n * k, kLinearGrain, threads),
+          [&](int64_t begin, int64_t end) { kernels().binarized(a, begin, end); });
+}
+
+// Multiply-adds done by `threads` threads, `rounds` rounds each.
+int64_t integer_peak(int64_t rounds, int threads) {
+    nb::gil_scoped_release release;
+    std::vector<int64_t> done(static_cast<size_t>(std::max(1, threads)));
+    share(static_cast<int64_t>(done.size()), threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) done[static_cast<size_t>(i)] = kernels().integer_peak(rounds);
+    });
+    return std::accumulate(done.begin(), done.end(), int64_t{0});
+}
+
+void rotate(nb::handle x, int64_t k, int block, float factor, nb::handle out, int threads) {
+    const int64_t numel = numel_of(x);
+    require(k >= 1 && numel % k == 0 && power_of_two(block) && k % block == 0, "the block does not divide the features");
+    const RotateArgs a{read<void>(x, "x", kFloats, numel), type_of_tensor(x, "x"), numel / k, k, block, factor,
+                       read<void>(out, "out", kFloats, numel), type_of_tensor(out, "out")};
+    nb::gil_scoped_release release;
+    share(a.rows, useful_threads(numel, kEncodeGrain, threads), [&](int64_t begin, int64_t end) { kernels().rotate(a, begin, end); });
+}
+
+// One number for all rows, or one for each.
+int64_t stride_of(nb::handle numbers, int64_t rows, const char* what) {
+    const int64_t count = numel_of(numbers);
+    require(count == 1 || count >= rows, std::string(what) + " has neither one number nor one for each row");
+    return count == 1 ? 0 : 1;
+}
+
+// x_hat and v [rows, k] of one dtype.
+void forward(nb::handle x, int64_t rows, int64_t k, int block, nb::handle thresholds, float offset, nb::handle r, nb::handle scale,
+             nb::handle x_hat, nb::handle v, int threads) {
+    require_sizes({rows, k});
+    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
+    const int64_t n = numel_of(thresholds) + 1;
+    require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
+    require(type_of_tensor(x_hat, "x_hat") == type_of_tensor(v, "v"), "x_hat and v have different dtypes");
+    const ForwardArgs a{read<void>(x, "x", kFloats, rows * k), type_of_tensor(x, "x"), rows, k, block,
+                        read<float>(thresholds, "thresholds", {Kind::f32}, n - 1), static_cast<int32_t>(n), offset,
+                        read<float>(r, "r", {Kind::f32}, 1), stride_of(r, rows, "r"),
+                        read<float>(scale, "scale", {Kind::f32}, 1), stride_of(scale, rows, "scale"),
+                        read<void>(x_hat, "x_hat", kFloats, rows * k), read<void>(v, "v", kFloats, rows * k),
+                        type_of_tensor(v, "v")};
+    nb::gil_scoped_release release;
+    share(rows, threads, [&](int64_t begin, int64_t end) { kernels().forward(a, begin, end); });
+}
+
+void backward(nb::handle grad, nb::handle v, nb::handle x_hat, int64_t rows, int64_t k, int block, nb::handle r, nb::handle gamma,
+              nb::handle follows, nb::handle grad_x, nb::handle row_dot, int threads) {
+    require_sizes({rows, k});
+    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
+    BackwardArgs a{};
+    a.type = type_of_tensor(grad, "grad"), a.rows = rows, a.k = k, a.block = block;
+    for (const nb::handle each : {v, x_hat, grad_x}) require(type_of_tensor(each, "v") == a.type, "dtypes differ");
+    a.grad = read<void>(grad, "grad", kFloats, rows * k), a.v = read<void>(v, "v", kFloats, rows * k);
+    a.x_hat = read<void>(x_hat, "x_hat", kFloats, rows * k), a.grad_x = read<void>(grad_x, "grad_x", kFloats, rows * k);
+    a.r = read<float>(r, "r", {Kind::f32}, 1), a.r_stride = stride_of(r, rows, "r");
+    a.gamma = read<float>(gamma, "gamma", {Kind::f32}, 1), a.gamma_stride = stride_of(gamma, rows, "gamma");
+    a.free = read<float>(follows, "follows", {Kind::f32}, 1), a.free_stride = stride_of(follows, rows, "follows");
+    a.row_dot = read<float>(row_dot, "row_dot", {Kind::f32}, rows);
+    nb::gil_scoped_release release;
+    share(rows, threads, [&](int64_t begin, int64_t end) { kernels().backward(a, begin, end); });
+}
+
+// codes [rows, columns] into the layout of src/bellbox/ops/weight_layout.py.
+void prepack(nb::handle codes, int64_t rows, int64_t columns, int32_t bits, int64_t places, nb::handle out) {
+    require(bits >= 1 && bits <= 4 && rows >= 0 && columns >= 1, "sizes or bits are out of range");
+    require(places >= 1 && columns % places == 0, "places do not divide the columns");
+    require_sizes({rows, columns});
+    const uint8_t* const from = read<uint8_t>(codes, "codes", {Kind::u8}, rows * columns);
+    for (int64_t i = 0; i < rows * columns; ++i) require(from[i] < 1 << bits, "a code needs more bits");
+    uint8_t* const to = read<uint8_t>(out, "out", {Kind::u8}, static_cast<int64_t>(PackedWeights::bytes(bits, rows, columns, places)));
+    require(reinterpret_cast<uintptr_t>(to) % 4 == 0, "out does not begin at a multiple of four bytes");
+    nb::gil_scoped_release release;
+    PackedWeights::fill(from, bits, rows, columns, places, to);
+}
+
+void unpack_codes(nb::handle packed, int64_t rows, int64_t columns, int32_t bits, nb::handle codes) {
+    require(bits >= 1 && bits <= 4 && rows >= 0 && columns >= 1, "sizes or bits are out of range");
+    require_sizes({rows, columns});
+    const uint8_t* const from = read<uint8_t>(packed, "packed", {Kind::u8}, static_cast<int64_t>(packed_size(bits, rows, columns)));
+    uint8_t* const to = read<uint8_t>(codes, "codes", {Kind::u8}, rows * columns);
+    nb::gil_scoped_release release;
+    unpack(from, bits, rows, columns, to);
+}
+
+uint64_t fingerprint_of(nb::handle tensor, int64_t bytes) {
+    const void* const data = read<void>(tensor, "tensor", {Kind::f32, Kind::bf16, Kind::f16, Kind::f64, Kind::u8, Kind::i8, Kind::i16,
+                                                           Kind::i32, Kind::i64}, 0);
+    static PyObject* const nbytes = interned("nbytes");
+    require(bytes == nb::cast<int64_t>(attribute(tensor, nbytes)), "bytes are not those of the tensor");
+    nb::gil_scoped_release release;
+    return fingerprint(data, static_cast<size_t>(bytes));
+}
+
+// The packed layers of a decoder's block. The groups are taken as they are now, so one object serves one generation.
+struct PlannedBlock {
+    static Block make(const GroupPlan& qkv, const GroupPlan& output, const GroupPlan& wide, const GroupPlan& down, int64_t head_dim) {
+        check(qkv, output, wide, down, head_dim);
+        return Block(qkv.now(), output.now(), wide.now(), down.now(), head_dim);
+    }
+    static void check(const GroupPlan& qkv, const GroupPlan& output, const GroupPlan& wide, const GroupPlan& down, int64_t head_dim) {
+        const auto q = qkv.widths(), o = output.widths(), w = wide.widths(), d = down.widths();
+        require(q.size() == 3 && q[1] == q[2] && o.size() == 1 && !w.empty() && d.size() == 1, "these are no layers of a block");
+        require(head_dim >= 1 && q[0] % head_dim == 0 && q[1] % head_dim == 0 && q[1] >= head_dim && q[0] % q[1] == 0,
+                "heads do not fit the layers");
+        require(output.k() == q[0] && down.k() == w[0] && wide.k() == qkv.k() && o[0] == qkv.k() && d[0] == qkv.k(),
+                "widths of the layers do not fit together");
+        for (const GroupPlan* each : {&qkv, &output, &wide, &down}) require(each->holds(), "a buffer of a layer was replaced");
+    }
+};
+
+struct CacheOf {
+    float *keys, *values;
+};
+
+CacheOf cache_of(nb::handle keys, nb::handle values, int64_t batch, int64_t numbers_a_token, int64_t room, int64_t start) {
+    require_sizes({batch, numbers_a_token, room});
+    require(start >= 0 && start < room, "the cache has no room for another token");
+    const int64_t count = batch * numbers_a_token * room;
+    return {read<float>(keys, "keys", {Kind::f32}, count), read<float>(values, "values", {Kind::f32}, count)};
+}
+
+struct DecoderBlock {
+    Block block;
+    int64_t hidden, inner, kv;
+
+    DecoderBlock(const GroupPlan& qkv, const GroupPlan& output, const GroupPlan& wide, const GroupPlan& down, int64_t head_dim)
+        : block(PlannedBlock::make(qkv, output, wide, down, head_dim)), hidden(qkv.k()), inner(wide.widths()[0]),
+          kv(qkv.widths()[1]) {}
+};
+
+struct LlamaDecoderBlock {
+    LlamaBlock block;
+    int64_t hidden, inner, kv, head_dim;
+
+    LlamaDecoderBlock(const GroupPlan& qkv, const GroupPlan& output, const GroupPlan& gate_up, const GroupPlan& down, int64_t head_dim_,
+                      nb::handle first_norm, nb::handle second_norm, double eps)
+        : block((PlannedBlock::check(qkv, output, gate_up, down, head_dim_), qkv.now()), output.now(), gate_up.now(), down.now(), head_dim_,
+                read<float>(first_norm, "the first norm", {Kind::f32}, qkv.k()),
+                read<float>(second_norm, "the second norm", {Kind::f32}, qkv.k()), eps),
+          hidden(qkv.k()), inner(gate_up.widths()[0]), kv(qkv.widths()[1]), head_dim(head_dim_) {
+        require(gate_up.widths().size() == 2 && gate_up.widths()[1] == inner, "gate and up have different widths");
+    }
+};
+
+float* rows_of(nb::handle tensor, const char* what, int64_t count) { return read<float>(tensor, what, {Kind::f32}, count); }
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Bellbox's kernels for CPUs; used through bellbox.ops.";
+    m.attr("source") = BELLBOX_SOURCE;
+    nb::class_<Plan>(m, "Plan")
+        .def("__init__", [](Plan* self, nb::dict buffers, int64_t columns, int32_t weight_levels, double weight_zero_point,
+                            double act_zero_point, int32_t block, std::string normalise, bool rescale) {
+            new (self) Plan(buffers, {columns, weight_levels, weight_zero_point, act_zero_point, block, std::move(normalise), rescale},
+                            columns, 1);
+        })
+        .def("holds", &Plan::holds)
+        .def("__call__", &Plan::linear);
+    nb::class_<GroupPlan>(m, "GroupPlan")
+        .def(nb::init<std::vector<nb::object>>())
+        .def("holds", &GroupPlan::holds)
+        .def("__call__", &GroupPlan::linear);
+    nb::class_<ConvPlan>(m, "ConvPlan")
+        .def("__init__", [](ConvPlan* self, nb::dict buffers, int64_t columns, int32_t weight_levels, double weight_zero_point,
+                            double act_zero_point, int32_t block, std::string normalise, bool rescale, int64_t channels,
+                            std::array<int64_t, 10> geometry) {
+            new (self) ConvPlan(buffers, {columns, weight_levels, weight_zero_point, act_zero_point, block, std::move(normalise), rescale},
+                                channels, geometry);
+        })
+        .def("holds", &ConvPlan::holds)
+        .def("__call__", &ConvPlan::convolve, nb::arg("x"), nb::arg("out"), nb::arg("add").none(), nb::arg("relu"), nb::arg("batch"),
+             nb::arg("height"), nb::arg("width"), nb::arg("threads"));
+    nb::class_<DecoderBlock>(m, "Block")
+        .def(nb::init<const GroupPlan&, const GroupPlan&, const GroupPlan&, const GroupPlan&, int64_t>(), nb::keep_alive<1, 2>(),
+             nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
+        .def("attention", [](DecoderBlock& self, nb::handle x, nb::handle normed, int64_t batch, nb::handle keys, nb::handle values,
+                             int64_t room, int64_t start, int threads) {
+            const CacheOf cache = cache_of(keys, values, batch, self.kv, room, start);
+            float *const to = rows_of(x, "x", batch * self.hidden), *const from = rows_of(normed, "normed", batch * self.hidden);
+            nb::gil_scoped_release release;
+            self.block.attention(to, from, batch, nullptr, nullptr, cache.keys, cache.values, room, start, threads);
+        })
+        .def("widen", [](DecoderBlock& self, nb::handle normed, int64_t batch, nb::handle out, int threads) {
+            require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
+            float *const from = rows_of(normed, "normed", batch * self.hidden), *const to = rows_of(out, "out", batch * self.inner);
+            nb::gil_scoped_release release;
+            self.block.widen(from, batch, {to}, threads);
+        })
+        .def("narrow", [](DecoderBlock& self, nb::handle x, nb::handle active, int64_t batch, int threads) {
+            require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
+            float *const to = rows_of(x, "x", batch * self.hidden), *const from = rows_of(active, "active", batch * self.inner);
+            nb::gil_scoped_release release;
+            self.block.narrow(to, from, batch, threads);
+        });
+    nb::class_<LlamaDecoderBlock>(m, "LlamaBlock")
+        .def(nb::init<const GroupPlan&, const GroupPlan&, const GroupPlan&, const GroupPlan&, int64_t, nb::handle, nb::handle, double>(),
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 7>(),
+             nb::keep_alive<1, 8>())
+        .def("attend_and_widen", [](LlamaDecoderBlock& self, nb::handle x, int64_t batch, nb::handle cosines, nb::handle sines,
+                                    nb::handle keys, nb::handle values, int64_t room, int64_t start, nb::handle gate, nb::handle up,
+                                    int threads) {
+            const CacheOf cache = cache_of(keys, values, batch, self.kv, room, start);
+            require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
+            const int64_t half = self.head_dim / 2;
+            require(self.head_dim % 2 == 0, "rotary positions need an even head");
+            const float* const cosine = rows_of(cosines, "cosines", (start + 1) * half) + start * half;
+            const float* const sine = rows_of(sines, "sines", (start + 1) * half) + start * half;
+            float *const to = rows_of(x, "x", batch * self.hidden), *const a = rows_of(gate, "gate", batch * self.inner),
+                  *const b = rows_of(up, "up", batch * self.inner);
+            nb::gil_scoped_release release;
+            self.block.attend_and_widen(to, batch, self.hidden, cosine, sine, cache.keys, cache.values, room, start, a, b, threads);
+        })
+        .def("narrow", [](LlamaDecoderBlock& self, nb::handle x, nb::handle active, int64_t batch, int threads) {
+            require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
+            float *const to = rows_of(x, "x", batch * self.hidden), *const from = rows_of(active, "active", batch * self.inner);
+            nb::gil_scoped_release release;
+            self.block.narrow(to, from, batch, threads);
+        });
+    m.def("isa", [] { return std::string(kernels().name); });
+    m.def("use", [](const std::string& name) { use(name.c_str()); });
+    m.def("convolves_pixels", [] { return kernels().joined; });
+    m.def("available", [] { return std::string(available()); });
+    m.def("encode", &encode);
+    m.def("rotate", &rotate);
+    m.def("rms_norm", &rms_norm);
+    m.def("attend", &attend, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+    m.def("int8_linear", &int8_linear);
+    m.def("binarized", &binarized, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg());
+    m.def("integer_peak", &integer_peak);
+    m.def("forward", &forward);
+    m.def("backward", &backward);
+    m.def("prepack", &prepack);
+    m.def("unpack", &unpack_codes);
+    m.def("fingerprint", &fingerprint_of);
+}

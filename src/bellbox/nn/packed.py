@@ -1,0 +1,318 @@
+"""What packed linear layers and convolutions share: codes only, multiplied as integers, by one operation."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.core import packing
+from bellbox.core.grid import Grid, Levels
+from bellbox.errors import BellboxError
+from bellbox.nn.adopted import class_for
+from bellbox.nn.input_cache import PackedGroup, keeping_dtype
+from bellbox.nn.lazy_weight import LazyWeight, WeightSource
+from bellbox.nn.quantized import QuantizedLayer
+from bellbox.ops.dispatch import Choice
+from bellbox.ops.encode import result_dtype
+from bellbox.ops.packed_linear import encode_input
+from bellbox.ops.weight_layout import packed_size, prepack_slabs, unpack
+
+_OF_TRAINING = frozenset(
+    {
+        "_call",
+        "_keeps_call",
+        "activation_quantizer",
+        "geometry",
+        "held_weight",
+        "plain_class",
+        "weight_quantizer",
+        "weights_rotated",
+    }
+)
+
+
+@dataclass(frozen=True)
+class InputCoding:
+    """How a packed layer codes its input: everything but the numbers that lie in its buffers."""
+
+    levels: Levels
+    """Grid and thresholds that a new layer begins with; the thresholds in use are its buffer `act_thresholds`."""
+    block: int = 1
+    """Rotation block."""
+    normalise: Literal["rms", "absmax", "static"] = "rms"
+    """What a row is divided by: its RMS, its largest magnitude, or a stored number."""
+    rescale: bool = False
+    """Whether the product is multiplied by it again."""
+    signs: bool = False
+    """Whether entries change sign before the rotation, as stored signs say."""
+
+
+class _DecodedWeight(WeightSource):
+    """The float weight that a packed layer's codes stand for, rotated back."""
+
+    def __init__(self, layer: PackedLayer) -> None:
+        self._layer = layer
+
+    def decode(self) -> Tensor:
+        """See `WeightSource`."""
+        return self._layer.decoded_weight()
+
+    def write(self, weight: Tensor) -> None:
+        """See `WeightSource`."""
+        del weight
+        raise BellboxError(
+            "the weight of a packed layer cannot be written: it is stored as codes; change the trained model, and "
+            "convert it again"
+        )
+
+    @property
+    def stored(self) -> Tensor:
+        """See `WeightSource`: a tensor with its device and no gradient."""
+        return self._layer.packed
+
+    def gradient(self) -> Tensor | None:
+        """See `WeightSource`."""
+        return None
+
+    def set_gradient(self, gradient: Tensor | None) -> None:
+        """See `WeightSource`."""
+        if gradient is not None:
+            self.write(gradient)
+
+
+class PackedLayer(nn.Module, ABC):
+    """A layer of integers: packed weight codes, and a rule for coding its input.
+
+    Its buffers are all that it depends on: `packed` uint8, the codes in the layout of `ops.weight_layout`;
+    `weight_scale` fp32 `[out]` and `act_scale` fp32 `[1]` (what one level is worth); `act_thresholds` fp32 `[n - 1]`;
+    `act_rstd` fp32 `[1]` (`static` only); `act_signs` int8 (where there are signs); `bias` fp32 `[out]`.
+    """
+
+    plain_kind: ClassVar[type[nn.Module]]
+    """Torch's own class."""
+    packed: Tensor
+    weight_scale: Tensor
+    act_scale: Tensor
+    act_thresholds: Tensor
+    act_rstd: Tensor | None
+    act_signs: Tensor | None
+    row_count: int
+    """Outputs: rows of the weight."""
+    row_length: int
+    """Weights of one output."""
+    places: int
+    """Places of a filter's window; 1 of a linear layer."""
+
+    def _set_up(
+        self, rows: int, columns: int, places: int, weight_levels: Grid, coding: InputCoding, bias: bool
+    ) -> None:
+        """Buffers of zeros. To be called after `nn.Module.__init__`."""
+        self.row_count, self.row_length, self.places = rows, columns, places
+        self.weight_levels, self.coding = weight_levels, coding
+        self.group = PackedGroup()
+        """Layers that are expected to read the same input."""
+        size = packed_size(rows, columns, weight_levels.n, places)
+        self.register_buffer("packed", torch.zeros(size, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.zeros(rows))
+        self.register_buffer("bias", torch.zeros(rows) if bias else None)
+        self.register_buffer("act_scale", torch.zeros(1))
+        self.register_buffer("act_thresholds", torch.tensor(coding.levels.thresholds))
+        self.register_buffer("act_rstd", torch.zeros(1) if coding.normalise == "static" else None)
+        self.register_buffer(
+            "act_signs", torch.ones(self.features, dtype=torch.int8) if coding.signs else None
+        )
+        self._bound: Any = None
+
+    @property
+    def features(self) -> int:
+        """Entries of an input that are rotated together at most, and have their own signs."""
+        return self.row_length // self.places
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """The numbers of the operation, from `in_features` to `rescale` (`ops.packed_linear`)."""
+        coding, levels = self.coding, self.weight_levels
+        return (
+            self.row_length, levels.n, levels.zero_point, coding.levels.zero_point, coding.block, coding.normalise,
+            coding.rescale,
+        )  # fmt: skip
+
+    @abstractmethod
+    def _bind(self) -> Any:
+        """The operation on this layer's own dictionary of buffers."""
+
+    @property
+    def bound(self) -> Any:
+        """The operation with all but the input fixed, made at its first use."""
+        if self._bound is None:
+            self._bound = self._bind()
+        return self._bound
+
+    def input_levels(self) -> Levels:
+        """Grid and thresholds of the input, as the buffers have them now.
+
+        Raises:
+            BellboxError: thresholds that do not rise.
+        """
+        grid = self.coding.levels
+        return Levels(grid.n, grid.zero_point, tuple(self.act_thresholds.tolist()))
+
+    # --- the weight ---
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The float weight that the codes stand for, decoded where somebody looks; it cannot be written."""
+        return LazyWeight.of(_DecodedWeight(self), self._weight_shape(), torch.float32)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            _DecodedWeight(self).write(value)
+        super().__setattr__(name, value)
+
+    @abstractmethod
+    def _weight_shape(self) -> tuple[int, ...]:
+        """Of the float weight."""
+
+    @abstractmethod
+    def _as_weight(self, rows: Tensor) -> Tensor:
+        """The float weight from the rows that are coded, in the rotated domain."""
+
+    @torch.no_grad()
+    def decoded_weight(self) -> Tensor:
+        """fp32, in the shape of the plain layer's weight, rotated back."""
+        levels = self.weight_levels.decode(self.weight_codes()) * self.weight_scale[:, None]
+        return self._as_weight(levels)
+
+    def weight_codes(self) -> Tensor:
+        """uint8 codes of the weight, `[row_count, row_length]`."""
+        return unpack(self.packed, self.row_count, self.row_length, self.weight_levels.n)
+
+    @property
+    def weight_packed(self) -> Tensor:
+        """The codes as files hold them: uint8 `[row_count, row bytes]` (docs/format.md)."""
+        return packing.pack(self.weight_codes(), self.weight_levels.n)
+
+    def fill_from_rows(self, rows: Tensor) -> None:
+        """Take codes as files hold them, a slab at a time."""
+        slabs = packing.unpack_slabs(rows, self.row_length, self.weight_levels.n)
+        self.packed = prepack_slabs(slabs, self.row_count, self.row_length, self.weight_levels.n, self.places)
+
+    # --- making one ---
+
+    @classmethod
+    def from_quantized(cls, layer: QuantizedLayer, group: PackedGroup | None = None) -> PackedLayer:
+        """Pack a trained layer.
+
+        Raises:
+            BellboxError: it cannot be packed; the message says why and what to do.
+        """
+        weight, activation = layer.weight_quantizer, layer.activation_quantizer
+        if weight is None or activation is None:
+            raise BellboxError("only layers with quantized weights and activations can be packed")
+        for quantizer in (weight, activation.quantizer):
+            if reason := quantizer.why_not_packed():
+                raise BellboxError(f"{quantizer.name or 'a layer'} cannot be packed: {reason}")
+        quantizer = activation.quantizer
+        assert quantizer.normalise != "tensor"
+        coding = InputCoding(
+            quantizer.levels,
+            quantizer.block,
+            quantizer.normalise,
+            quantizer.rescale,
+            quantizer.signs is not None,
+        )
+        with torch.device(layer.stored_weight.device):
+            made = cls.like(layer, weight.levels.grid, coding)
+        for name, value in layer.packed_buffers(layer.encoded_weight()).items():
+            made._buffers[name] = value
+        if group is not None:
+            made.join(group)
+        return made.train(layer.training)
+
+    @classmethod
+    @abstractmethod
+    def like(cls, layer: QuantizedLayer, weight_levels: Grid, coding: InputCoding) -> Self:
+        """An empty packed layer of the shape of a trained one."""
+
+    def take_over(self, layer: QuantizedLayer, memo: dict[int, Any]) -> None:
+        """Be the owner's layer: copies of its hooks, attributes, further modules and tensors, and its class.
+
+        Args:
+            layer: that this one was packed from.
+            memo: of the deep copy that it is part of.
+        """
+        own = set(self.__dict__)
+        for name, value in layer.__dict__.items():
+            if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
+                continue
+            if name not in _OF_TRAINING and (name not in own or name.endswith(("hooks", "kwargs", "called"))):
+                object.__setattr__(self, name, copy.deepcopy(value, memo))
+        for name, module in layer._modules.items():
+            if name not in _OF_TRAINING:
+                self._modules[name] = copy.deepcopy(module, memo)
+        for kind in ("_parameters", "_buffers"):
+            for name, value in getattr(layer, kind).items():
+                if name not in ("weight", "rotated_weight", "bias"):
+                    getattr(self, kind)[name] = copy.deepcopy(value, memo)
+        self.__class__ = class_for(type(self), layer.plain_class)
+
+    def join(self, group: PackedGroup) -> None:
+        """Be one of the layers that are expected to read the same input."""
+        self.group = group
+        group.layers.append(self)
+
+    # --- running ---
+
+    def _dtype_for(self, x: Tensor) -> torch.dtype:
+        return result_dtype(x)
+
+    @torch.no_grad()
+    def _input_codes_of(self, rows: Tensor) -> Tensor:
+        """uint8 codes of `[rows, features]`, signs not yet changed."""
+        coding = self.coding
+        return encode_input(
+            rows, self.act_thresholds, self.act_rstd, coding.block, coding.normalise, coding.rescale
+        )[0]
+
+    @abstractmethod
+    def input_codes(self, x: Tensor) -> Tensor:
+        """uint8 codes of an input, a row for each row (sample) that is coded."""
+
+    @abstractmethod
+    def explain(self) -> Choice:
+        """Which backend takes a call on one fp32 row (one small image), and why others do not."""
+
+    # --- state ---
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy binds its own buffers, and takes along no more memory than it needs."""
+        packed = self._buffers["packed"]
+        if packed is not None and packed.untyped_storage().nbytes() > packed.nbytes:
+            return {**self.__dict__, "_bound": None, "_buffers": {**self._buffers, "packed": packed.clone()}}
+        return {**self.__dict__, "_bound": None}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        rows = state_dict.pop(prefix + "weight_packed", None)  # before version 0.2: rows as files have them
+        if rows is not None:
+            slabs = packing.unpack_slabs(rows, self.row_length, self.weight_levels.n)
+            shape = self.row_count, self.row_length, self.weight_levels.n, self.places
+            state_dict[prefix + "packed"] = prepack_slabs(slabs, *shape)
+            state_dict.setdefault(prefix + "act_thresholds", torch.tensor(self.coding.levels.thresholds))
+        for old, name in (("act_rsigma", "act_rstd"), ("act_scale", "act_scale")):
+            value = state_dict.pop(prefix + old, None)
+            if value is not None:
+                state_dict[prefix + name] = value.reshape(1) if value.dim() == 0 else value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow moves between devices, never a change of dtype: the scales are part of an exact function."""
+        self._bound = None
+        return super()._apply(keeping_dtype(fn), recurse)

@@ -1,0 +1,503 @@
+"""What fake-quantized linear layers and convolutions share: quantizers, codes of the weight, two ways forward.
+
+In training the forward is that of fake-quantized floats. In evaluation it is the operation of the packed layer, on
+the same arguments that `convert` would store: that is what makes the prepared and the packed model one function.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.core.grid import Levels
+from bellbox.core.hadamard import hadamard
+from bellbox.errors import BellboxError
+from bellbox.nn.adopted import class_for, twin
+from bellbox.nn.input_cache import InputCache
+from bellbox.nn.lazy_weight import LazyWeight, WeightSource
+from bellbox.ops import native
+from bellbox.ops.dispatch import is_unwatched
+from bellbox.ops.encode import SIGMA_CEILING, SIGMA_FLOOR
+from bellbox.ops.weight_layout import prepack
+from bellbox.quantizers.base import Quantizer
+
+ROTATED = "rotated_weight"
+"""Name of a weight that is stored rotated: no reader of a state dict takes it for the plain one."""
+
+
+class ActivationQuantizer(nn.Module):
+    """An activation quantizer, what its readers share, and its observers."""
+
+    def __init__(self, quantizer: Quantizer, readers: int = 1) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.shared = InputCache(readers)
+        self.observers: list[Callable[[Tensor], None]] = []
+
+    @property
+    def levels(self) -> Levels:
+        """The integers that the quantizer uses."""
+        return self.quantizer.levels
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """The learned scale, where the method has one."""
+        return getattr(self.quantizer, "gamma", None)
+
+    def forward(self, x: Tensor, reader: object = None) -> Tensor:
+        """Fake-quantize `[..., features]` for a layer, differentiable."""
+        return self.shared.get_or_compute(reader, x, ("fake", self.training), self._state(), self._fake)
+
+    def observe(self, x: Tensor, reader: object = None) -> None:
+        """Show the codes of an input to the observers, once for all readers."""
+        if self.observers:
+            self.shared.get_or_compute(reader, x, ("codes",), self._state(), self._observe)
+
+    def _state(self) -> list[Tensor | None]:
+        return [*self.quantizer._parameters.values(), *self.quantizer._buffers.values()]
+
+    def _fake(self, x: Tensor) -> Tensor:
+        if self.observers:
+            self._observe(x)
+        return self.quantizer(x)
+
+    def _observe(self, x: Tensor) -> None:
+        codes = self.quantizer.codes(x)
+        for observer in self.observers:
+            observer(codes)
+
+
+class _RotatedWeight(WeightSource):
+    """The plain weight of a layer that stores it rotated."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self._layer = layer
+
+    def decode(self) -> Tensor:
+        """See `WeightSource`."""
+        return self._layer.turned(self.stored, back=True)
+
+    def write(self, weight: Tensor) -> None:
+        """See `WeightSource`."""
+        with torch.no_grad():
+            self.stored.copy_(self._layer.turned(weight.detach().to(self.stored)))
+
+    @property
+    def stored(self) -> Tensor:
+        """See `WeightSource`."""
+        return self._layer.stored_weight
+
+    def gradient(self) -> Tensor | None:
+        """See `WeightSource`."""
+        grad = self.stored.grad
+        return None if grad is None else self._layer.turned(grad, back=True)
+
+    def set_gradient(self, gradient: Tensor | None) -> None:
+        """See `WeightSource`."""
+        self.stored.grad = None if gradient is None else self._layer.turned(gradient)
+
+
+class QuantizedLayer(nn.Module, ABC):
+    """A fake-quantized layer: an owner's layer with quantizers, of another class.
+
+    Args:
+        layer: to take everything from, weight and bias, hooks and attributes; shared with it, not copied.
+        weight_quantizer: quantizer of the weight's rows, or None to leave it.
+        activation_quantizer: of the input, or None to leave it. One that another layer owns is passed with
+            `owned=False`, and then appears in the state dict under its owner only.
+        owned: whether this layer registers the activation quantizer.
+        weights_rotated: whether the weight is to be stored in the domain that the input is rotated into; its own
+            quantizer then does not rotate. It is turned by `rotate_stored_weight`.
+
+    Raises:
+        BellboxError: two rotations that do not cancel.
+    """
+
+    plain_kind: ClassVar[type[nn.Module]]
+    """Torch's own class."""
+    activation_quantizer: ActivationQuantizer | None
+    weight_quantizer: Quantizer | None
+    bias: Tensor | None
+    weights_rotated: bool
+    plain_class: type[nn.Module]
+    """The owner's class."""
+    held_weight: Tensor | None
+    """The fake-quantized weight's rows, while `nn.weights_quantized_once` holds them for several forwards."""
+    _call: tuple[Any, dict[str, Tensor | None], Callable[..., Tensor]] | None
+    """The packed layer's call of the last evaluation: what it was made from, its buffers, itself."""
+    _keeps_call: bool
+    """Whether nobody writes, see `weights_coded_once`."""
+
+    def __new__(cls, layer: nn.Module | None = None, *_: Any, **__: Any) -> Any:
+        """An object with all that `layer` has, of this class or, for a subclass of torch's, one derived from both."""
+        if layer is None:
+            return super().__new__(cls)
+        return twin(layer, class_for(cls, type(layer)))
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        weight_quantizer: Quantizer | None,
+        activation_quantizer: ActivationQuantizer | None,
+        owned: bool = True,
+        weights_rotated: bool = False,
+    ) -> None:
+        self.plain_class = type(layer)
+        self.weights_rotated = weights_rotated
+        self._modules["weight_quantizer"] = weight_quantizer
+        if owned:
+            self._modules["activation_quantizer"] = activation_quantizer
+        else:
+            # Past nn.Module's own bookkeeping: a borrowed quantizer must not be registered twice.
+            object.__setattr__(self, "activation_quantizer", activation_quantizer)
+        self._start()
+        if weights_rotated:
+            _require_no_rotation(weight_quantizer, activation_quantizer)
+        elif weight_quantizer is not None and activation_quantizer is not None:
+            _require_same_rotation(weight_quantizer, activation_quantizer.quantizer)
+
+    def _start(self) -> None:
+        """Nothing is remembered of earlier forwards."""
+        self.held_weight = None
+        self._call = None
+        self._keeps_call = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies remember nothing of forwards."""
+        return {**self.__dict__, "held_weight": None, "_call": None, "_keeps_call": False}
+
+    # --- the weight ---
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """The parameter: the weight, or the rotated weight where that is stored."""
+        parameters = self._parameters
+        found = parameters.get(ROTATED)
+        found = parameters.get("weight") if found is None else found
+        if found is None:
+            raise AttributeError("weight")
+        return found
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The plain weight, whoever asks: where it is stored rotated, a `LazyWeight` that reads and writes through."""
+        stored = self.stored_weight
+        if ROTATED not in self._parameters:
+            return stored
+        if not is_unwatched(stored):
+            return self.turned(stored, back=True)
+        return LazyWeight.of(_RotatedWeight(self), stored.shape, stored.dtype)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._set_weight(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # nn.Module would register a parameter before it looked for a property
+            self._set_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_weight(self, value: Any) -> None:
+        if ROTATED not in self._parameters:
+            super().__setattr__("weight", value)
+        elif isinstance(value, LazyWeight) and value._source.stored is self.stored_weight:
+            return
+        elif not isinstance(value, Tensor):
+            raise BellboxError("the weight of a low-bit layer can only be set to a tensor")
+        else:
+            plain = value.decoded() if isinstance(value, LazyWeight) else value.detach()
+            with torch.no_grad():
+                turned = self.turned(plain)
+            self._parameters[ROTATED] = nn.Parameter(turned, getattr(value, "requires_grad", True))
+
+    def rotate_stored_weight(self) -> None:
+        """Turn the stored weight into the domain of the input, under the name `rotated_weight`; once."""
+        if self.weights_rotated and ROTATED not in self._parameters:
+            weight = self._parameters["weight"]
+            assert weight is not None
+            with torch.no_grad():
+                weight.copy_(self.turned(weight))
+            renamed = {ROTATED if name == "weight" else name: p for name, p in self._parameters.items()}
+            self._parameters.clear()
+            self._parameters.update(renamed)
+
+    def rotate_stored_weight_back(self) -> None:
+        """The way back from `rotate_stored_weight`; the parameter stays the same object."""
+        if ROTATED in self._parameters:
+            weight = self._parameters[ROTATED]
+            assert weight is not None
+            with torch.no_grad():
+                weight.copy_(self.turned(weight, back=True))
+            renamed = {"weight" if name == ROTATED else name: p for name, p in self._parameters.items()}
+            self._parameters.clear()
+            self._parameters.update(renamed)
+
+    @property
+    def runs_on_integers(self) -> bool:
+        """Whether evaluation multiplies integers: both sides quantized to levels that fit int8."""
+        activation = self.activation_quantizer
+        pair = self.weight_quantizer, activation and activation.quantizer
+        return all(q is not None and q.on_grid and q.levels.fits_int8 for q in pair)
+
+    @property
+    def row_count(self) -> int:
+        """Outputs: rows of `weight_rows`."""
+        return self.stored_weight.shape[0]
+
+    @property
+    def row_length(self) -> int:
+        """Weights of one output: columns of `weight_rows`."""
+        return self.stored_weight[0].numel()
+
+    @property
+    def places(self) -> int:
+        """Places of a filter's window; 1 of a linear layer."""
+        return 1
+
+    @abstractmethod
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """A weight of this layer's shape as the matrix `[row_count, row_length]` that is quantized; differentiable."""
+
+    @abstractmethod
+    def turned(self, weight: Tensor, back: bool = False) -> Tensor:
+        """A weight, in its own shape, in the domain that the input is rotated into; or the way back. Differentiable."""
+
+    @abstractmethod
+    def _dequantized(self, x: Tensor) -> Tensor:
+        """The forward of training: fake-quantized floats."""
+
+    @abstractmethod
+    def _integer(self, x: Tensor) -> Tensor:
+        """The forward of evaluation: the operation of the packed layer."""
+
+    def vectors_of(self, x: Tensor) -> Tensor:
+        """The input as the activation quantizer takes it."""
+        return x
+
+    def weight_rows(self) -> Tensor:
+        """`rows_of` what is stored."""
+        return self.rows_of(self.stored_weight)
+
+    @property
+    def rotating_quantizer(self) -> Quantizer | None:
+        """The one whose rotation the layer works in: the input's, or the weight's where that alone is quantized."""
+        inputs = self.activation_quantizer
+        return self.weight_quantizer if inputs is None else inputs.quantizer
+
+    def unquantized(self) -> nn.Module:
+        """The owner's layer again, with this one's weight and bias, the same objects; a weight stays rotated or not."""
+        plain = twin(self, self.plain_class)
+        for name in ("weight_quantizer", "activation_quantizer"):
+            plain._modules.pop(name, None)
+            plain.__dict__.pop(name, None)
+        for name in ("plain_class", "weights_rotated", "held_weight", "_call", "_keeps_call"):
+            plain.__dict__.pop(name, None)
+        return plain
+
+    # --- codes ---
+
+    def input_codes(self, x: Tensor) -> Tensor:
+        """uint8 codes of an input, in the shape of `vectors_of`; the input must be quantized."""
+        assert self.activation_quantizer is not None
+        return self.activation_quantizer.quantizer.codes(self.vectors_of(x))
+
+    def weight_codes(self) -> Tensor:
+        """uint8 codes of the weight, `[row_count, row_length]`, in the rotated domain.
+
+        Raises:
+            BellboxError: the weight is not quantized, or holds NaN or infinity.
+        """
+        return self.encoded_weight()[0]
+
+    def encoded_weight(self) -> tuple[Tensor, Tensor]:
+        """`weight_codes`, and what the scale of each row is multiplied with: fp32 `[row_count, 1]`.
+
+        Raises:
+            BellboxError: the weight is not quantized, or holds NaN or infinity.
+        """
+        if self.weight_quantizer is None:
+            raise BellboxError("the weight of this layer is not quantized")
+        codes, row_scales = self.weight_quantizer.encode(self.weight_rows())
+        if bool(row_scales.isnan().any()):
+            raise BellboxError(
+                f"the weight of {self.weight_quantizer.name or 'a layer'} holds NaN or infinity"
+            )
+        return codes, row_scales
+
+    @torch.no_grad()
+    def packed_buffers(self, weight: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor | None]:
+        """What the packed layer stores, made from what is there now (`ops.packed_linear`).
+
+        Args:
+            weight: `encoded_weight`, where it is at hand.
+
+        Returns:
+            `packed` uint8, `weight_scale` fp32 `[rows]`, `bias` fp32 `[rows]` or None, `act_scale` fp32 `[1]`,
+            `act_thresholds` fp32 `[n - 1]`, `act_rstd` fp32 `[1]` or None, `act_signs` int8 or None.
+        """
+        inputs, quantizer = self.activation_quantizer, self.weight_quantizer
+        assert inputs is not None
+        assert quantizer is not None
+        codes, row_scales = quantizer.encode(self.weight_rows()) if weight is None else weight
+        activation, bias = inputs.quantizer, self.bias
+        device = self.stored_weight.device
+        return {
+            "packed": prepack(codes, quantizer.levels.n, self.places),
+            "weight_scale": (quantizer.scale() * row_scales).reshape(-1).to(torch.float32),
+            "bias": None if bias is None else bias.detach().to(torch.float32),
+            "act_scale": activation.scale().detach().reshape(1).to(torch.float32),
+            "act_thresholds": torch.tensor(activation.levels.thresholds, dtype=torch.float32, device=device),
+            "act_rstd": activation.rstd().detach().reshape(1) if activation.normalise == "static" else None,
+            "act_signs": activation.signs,
+        }
+
+    def packed_numbers(self) -> tuple[Any, ...]:
+        """The numbers of the packed layer's operation, from `in_features` to `rescale`."""
+        inputs, quantizer = self.activation_quantizer, self.weight_quantizer
+        assert inputs is not None
+        assert quantizer is not None
+        activation, levels = inputs.quantizer, quantizer.levels
+        normalise = "static" if activation.normalise == "tensor" else activation.normalise
+        return (
+            self.row_length, levels.n, levels.zero_point, activation.levels.zero_point, activation.block, normalise,
+            activation.rescale and activation.normalise != "tensor",
+        )  # fmt: skip
+
+    # --- forward ---
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The layer's output, in training from fake-quantized floats, in evaluation from integers."""
+        if self.training or not self.runs_on_integers:
+            return self._dequantized(x)
+        exact = self._integer(x)
+        if not torch.is_grad_enabled():
+            return exact
+        # Values of the integer path, gradient of the other: lin - lin is exactly zero.
+        smooth = self._dequantized(x)
+        return exact.detach() + (smooth - smooth.detach())
+
+    def _quantized_rows(self) -> Tensor:
+        """The fake-quantized rows of the weight; rotated only, where the input alone is quantized."""
+        if self.held_weight is not None:
+            return self.held_weight
+        if self.weight_quantizer is not None:
+            return self.weight_quantizer(self.weight_rows())
+        # the rotations must cancel: what is not quantized is rotated all the same
+        assert self.activation_quantizer is not None
+        rows = self.weight_rows()
+        quantizer = self.activation_quantizer.quantizer
+        return quantizer.rotate(rows.reshape(len(rows), -1, quantizer.features)).reshape(rows.shape)
+
+    @abstractmethod
+    def _bind(self, buffers: dict[str, Tensor | None]) -> Callable[..., Tensor]:
+        """The packed layer's call on these buffers."""
+
+    @torch.no_grad()
+    def packed_call(self, x: Tensor) -> Callable[..., Tensor]:
+        """The packed layer's call on the weight and scales as they are now.
+
+        The codes are kept from forward to forward where that can be done right: while `weights_coded_once` says that
+        nobody writes, or with a fingerprint of every tensor that they depend on. Else they are made anew.
+        """
+        inputs = self.activation_quantizer
+        assert inputs is not None
+        if not is_unwatched(x) or not inputs.quantizer.is_set:  # the first batch sets its scale
+            inputs.quantizer.see_first(inputs.quantizer.rows_of(self.vectors_of(x)))
+        if not is_unwatched(x):
+            return self._bind(self._buffers_for(x, self.packed_buffers()))
+        kept = self._call
+        key = kept[0] if kept is not None and self._keeps_call else native.fingerprint(self._state())
+        if kept is None or key is None or kept[0] != key:
+            buffers = self.packed_buffers()
+            kept = (key, buffers, self._bind(buffers))
+            self._call = kept if key is not None or self._keeps_call else None
+        if inputs.quantizer.normalise == "tensor":
+            return self._bind(self._buffers_for(x, kept[1]))
+        return kept[2]
+
+    def _buffers_for(self, x: Tensor, buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """With 1/sigma of this very input, where the whole tensor has one (training's `tensor` granularity)."""
+        inputs = self.activation_quantizer
+        assert inputs is not None
+        quantizer = inputs.quantizer
+        if quantizer.normalise != "tensor":
+            return buffers
+        sigma = quantizer.measure(quantizer.rows_of(self.vectors_of(x)))
+        inverse = torch.where(sigma <= SIGMA_CEILING, 1 / sigma.clamp(min=SIGMA_FLOOR), float("nan"))
+        scale = buffers["act_scale"]
+        if quantizer.rescale:  # the output follows sigma: one number for the whole tensor
+            assert scale is not None
+            scale = scale * sigma.clamp(min=SIGMA_FLOOR).to(torch.float32).reshape(1)
+        return {**buffers, "act_rstd": inverse.reshape(1), "act_scale": scale}
+
+    def _state(self) -> Iterator[Tensor | None]:
+        """Every tensor that the packed call depends on."""
+        yield self.stored_weight
+        yield self.bias
+        inputs = self.activation_quantizer
+        for quantizer in (self.weight_quantizer, inputs and inputs.quantizer):
+            if quantizer is not None:
+                yield from quantizer.parameters()
+                yield from quantizer.buffers()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training needs no codes of the weight: drop them."""
+        if mode:
+            self._call = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._call = None
+        return super()._apply(fn, recurse)
+
+
+@contextmanager
+def weights_coded_once(model: nn.Module) -> Iterator[None]:
+    """Evaluate with the codes of the weights kept from forward to forward; nobody may write to the model within."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)]
+    for layer in layers:
+        layer._call, layer._keeps_call = None, True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._call, layer._keeps_call = None, False
+
+
+def turned_vectors(vectors: Tensor, quantizer: Quantizer, back: bool = False) -> Tensor:
+    """`[..., features]` in the domain that the input of `quantizer` is rotated into, or the way back, up to rounding.
+
+    The rotation is its own inverse, and signs come before it.
+    """
+    if not back:
+        return quantizer.rotate(vectors)
+    vectors = hadamard(vectors, quantizer.block)
+    return vectors if quantizer.signs is None else vectors * quantizer.signs
+
+
+def _require_no_rotation(weight: Quantizer | None, activation: ActivationQuantizer | None) -> None:
+    if weight is None or activation is None:
+        raise BellboxError(
+            "weights_rotated needs both weight and input quantized: only a quantizer rotates inputs"
+        )
+    if weight.block != 1 or weight.signs is not None:
+        raise BellboxError(
+            "weights_rotated says that the weight is rotated: its quantizer must have block=1, no signs"
+        )
+
+
+def _require_same_rotation(weight: Quantizer, activation: Quantizer) -> None:
+    if weight.block != activation.block:
+        raise BellboxError(
+            f"weight and activation must be rotated alike, not by blocks {weight.block, activation.block}"
+        )
+    if (weight.signs is None) != (activation.signs is None):
+        raise BellboxError(
+            "weight and activation must both have random signs before the rotation, or neither"
+        )

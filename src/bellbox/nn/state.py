@@ -1,0 +1,226 @@
+"""What the state of a prepared layer says of itself, and how it is brought into another recipe.
+
+Each fake-quantized layer puts a record of 128 bytes into its state dict, beside its tensors: method, levels, zero point,
+rotation and granularity of weight and input, and whether the weight is stored rotated. A state dict is looked at as a
+whole, layer by layer, before anything is copied: what is equal is copied, what can be converted is converted, and what is
+another function is refused by name, `strict=False` or not.
+
+A weight that is stored rotated has another name, `rotated_weight`, so that no serializer can lose that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+import zlib
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.errors import BellboxError
+from bellbox.nn.quantized import EXTRA_STATE, ROTATED, QuantizedLayer
+from bellbox.quantizers.base import Quantizer
+from bellbox.quantizers.learned import LearnedQuantizer
+
+_SIDE = struct.Struct("<BB16sHhIB16sIB16x")
+SIZE = 2 * _SIDE.size
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Side:
+    """One quantizer, as a record has it."""
+
+    method: str
+    levels: int
+    twice_zero_point: int
+    block: int
+    signs: bool
+    granularity: str
+    options: int
+    """CRC-32 of the options that the function depends on."""
+
+    @classmethod
+    def of(cls, quantizer: Quantizer) -> Side:
+        """That of a quantizer."""
+        options = {
+            name: value
+            for name, value in dataclasses.asdict(quantizer.options).items()
+            if name not in quantizer.training_options and name != "signs"  # signs are a field of their own
+        }
+        text = json.dumps(options, sort_keys=True)
+        levels = quantizer.levels
+        return cls(
+            quantizer.method[:16], levels.n, round(2 * levels.zero_point), quantizer.block,
+            quantizer.signs is not None, quantizer.granularity, zlib.crc32(text.encode()),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a layer's state belongs to."""
+
+    weight: Side | None
+    input: Side | None
+    rotated: bool
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer) -> Record:
+        """That of a layer as it is."""
+        inputs, weight = layer.activation_quantizer, layer.weight_quantizer
+        return cls(
+            None if weight is None else Side.of(weight),
+            None if inputs is None else Side.of(inputs.quantizer),
+            ROTATED in layer._parameters,
+        )
+
+    def pack(self) -> Tensor:
+        """uint8 `[128]`."""
+        parts: list[bytes] = []
+        for side in (self.weight, self.input):
+            one = side or Side("", 0, 0, 0, False, "", 0)
+            numbers = one.levels, one.twice_zero_point, one.block, one.signs
+            texts = one.method.encode(), one.granularity.encode()
+            parts.append(
+                _SIDE.pack(_SCHEMA, side is not None, texts[0], *numbers, texts[1], one.options, self.rotated)
+            )
+        return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).clone()
+
+    @classmethod
+    def unpack(cls, value: object, name: str) -> Record:
+        """The inverse of `pack`.
+
+        Raises:
+            BellboxError: a tensor that is no record, or one of a newer version.
+        """
+        if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.shape != (SIZE,):
+            raise BellboxError(f"{name}: its record is none: uint8 [{SIZE}] is needed")
+        data = value.cpu().numpy().tobytes()
+        sides: list[Side | None] = []
+        rotated = False
+        for start in (0, _SIDE.size):
+            schema, there, method, levels, twice, block, signs, granularity, options, rotated = _SIDE.unpack_from(
+                data, start
+            )
+            if schema != _SCHEMA:
+                raise BellboxError(f"{name}: its record has version {schema}; this Bellbox reads {_SCHEMA}")
+            texts = [text.rstrip(b"\0").decode("ascii", "replace") for text in (method, granularity)]
+            side = Side(texts[0], levels, twice, block, bool(signs), texts[1], options)
+            sides.append(side if there else None)
+        return cls(sides[0], sides[1], bool(rotated))
+
+
+def _differences(mine: Side | None, given: Side | None, rotation: bool) -> list[str]:
+    """Fields that make another function, `name A there, B here`; block and signs only where `rotation`."""
+    if mine is None or given is None:
+        return [] if mine is given else [f"{'nothing' if given is None else given.method} there"]
+    found: list[str] = []
+    for each in dataclasses.fields(Side):
+        there, here = getattr(given, each.name), getattr(mine, each.name)
+        if there != here and (rotation or each.name not in ("block", "signs")):
+            label = {"twice_zero_point": "zero point", "options": "options"}.get(each.name, each.name)
+            if each.name == "twice_zero_point":
+                there, here = there / 2, here / 2
+            found.append("other options" if each.name == "options" else f"{label} {there} there, {here} here")
+    return found
+
+
+def adopt(layer: QuantizedLayer, state: MutableMapping[str, Any], prefix: str, name: str) -> None:
+    """Bring a layer's part of a state into this layer's form, in place; see the module.
+
+    Args:
+        layer: that the state is to be loaded into.
+        state: tensors by name, those of this layer beginning with `prefix`.
+        prefix: with its last dot.
+        name: of the layer, for messages.
+
+    Raises:
+        BellboxError: the state is that of another function.
+    """
+    mine, key, plain, turned = Record.of(layer), prefix + EXTRA_STATE, prefix + "weight", prefix + ROTATED
+    has_quantizer = any(
+        each.startswith((prefix + "weight_quantizer.", prefix + "activation_quantizer.")) for each in state
+    )
+    if key in state:
+        _adopt_recorded(layer, mine, Record.unpack(state[key], name), state, prefix, name)
+    elif plain in state and has_quantizer and mine.rotated:
+        state[turned] = state.pop(plain)  # before there were records, rotated weights were called `weight`
+    elif plain in state and not has_quantizer:
+        _adopt_plain(layer, mine, state, prefix)
+    elif turned in state and not mine.rotated:
+        raise BellboxError(f"{name}: the state's weight is rotated, without a record of how: load it as it was saved")
+    if plain in state or turned in state or key in state:
+        state[key] = mine.pack()
+
+
+def _adopt_recorded(
+    layer: QuantizedLayer, mine: Record, given: Record, state: MutableMapping[str, Any], prefix: str, name: str
+) -> None:
+    same_rotation = mine.rotated == given.rotated
+    for side, one, other in (("weight", mine.weight, given.weight), ("input", mine.input, given.input)):
+        found = _differences(one, other, rotation=same_rotation or side == "input")
+        if found:
+            raise BellboxError(
+                f"{name}: the state is of another recipe: {side}: {'; '.join(found)}; prepare the model with the recipe "
+                "that it was saved with"
+            )
+    if same_rotation:
+        return
+    there, here = prefix + (ROTATED if given.rotated else "weight"), prefix + (ROTATED if mine.rotated else "weight")
+    if there in state:
+        stored = layer.stored_weight
+        with torch.no_grad():
+            state[here] = layer.turned(state.pop(there).to(stored.device, stored.dtype), back=given.rotated)
+
+
+def _adopt_plain(layer: QuantizedLayer, mine: Record, state: MutableMapping[str, Any], prefix: str) -> None:
+    """A plain layer's weight: rotated where that is stored, and the scales are set anew from what comes."""
+    if mine.rotated:
+        stored = layer.stored_weight
+        with torch.no_grad():
+            weight = state.pop(prefix + "weight").to(stored.device, stored.dtype)
+            state[prefix + ROTATED] = layer.turned(weight)
+    owned = layer._modules.get("activation_quantizer")
+    for part, module in (("weight_quantizer", layer.weight_quantizer), ("activation_quantizer", owned)):
+        if module is None:
+            continue
+        for inner, quantizer in module.named_modules():
+            if isinstance(quantizer, Quantizer):
+                at = f"{prefix}{part}.{inner}." if inner else f"{prefix}{part}."
+                own = quantizer.own_scales() if isinstance(quantizer, LearnedQuantizer) else {}
+                for leaf, value in quantizer.state_dict().items():
+                    state.setdefault(at + leaf, torch.full_like(value, math.nan) if leaf in own else value)
+
+
+def adopt_all(model: nn.Module, state: MutableMapping[str, Any], prefix: str = "") -> None:
+    """`adopt` for every fake-quantized layer of a model.
+
+    Raises:
+        BellboxError: the first layer whose state is that of another function; nothing was copied yet.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            adopt(module, state, f"{prefix}{name}." if name else prefix, name or "the layer")
+
+
+def _before_loading(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    adopt_all(module, state_dict, prefix)
+
+
+def look_before_loading(model: nn.Module) -> None:
+    """Have a model look at a state dict as a whole before it takes anything of it."""
+    if "_bellbox_looks" not in model.__dict__:
+        handle = model.register_load_state_dict_pre_hook(_before_loading)
+        object.__setattr__(model, "_bellbox_looks", handle)
+
+
+def look_no_more(model: nn.Module) -> None:
+    """The way back from `look_before_loading`."""
+    handle = model.__dict__.pop("_bellbox_looks", None)
+    if handle is not None:
+        handle.remove()

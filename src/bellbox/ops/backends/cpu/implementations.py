@@ -1,0 +1,290 @@
+"""What the compiled kernels run: for each operation whether they take a call, and the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bellbox.core.grid import Grid
+from bellbox.core.packing import code_width
+from bellbox.errors import BellboxError
+from bellbox.ops import native
+from bellbox.ops.packed_linear import TENSORS, with_signs
+from bellbox.ops.weight_layout import TILED_LEVELS, packed_size
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One operation on the kernels."""
+
+    why_not: Callable[[Mapping[str, Any]], str | None]
+    """Of a call whose tensors lie on the CPU, by the arguments' names."""
+    run: Callable[..., Any]
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def plan_of(buffers: Mapping[str, Tensor | None], numbers: tuple[Any, ...]) -> Any:
+    """The compiled module's plan of a packed layer, or None where it does not take one.
+
+    Args:
+        buffers: a dictionary with `TENSORS`, the weight as `packed`; looked into again in every call.
+        numbers: from `in_features` to `rescale`, see `bellbox.ops.packed_linear`.
+    """
+    module = native.compiled()
+    assert module is not None
+    try:
+        return module.Plan(buffers, *numbers)
+    except ValueError:
+        return None
+
+
+def _why_not_packed(arguments: Mapping[str, Any]) -> str | None:
+    n = arguments["act_thresholds"].numel() + 1
+    inputs = Grid(n, arguments["act_zero_point"]).integers
+    if max(arguments["weight_levels"], n) > native.MAX_LEVELS:
+        return f"more than {native.MAX_LEVELS} levels"
+    if max(map(abs, (inputs[0], inputs[-1]))) > native.MAX_INTEGER:
+        return f"integers above {native.MAX_INTEGER}"
+    for name in ("weight_scale", "bias", "act_scale", "act_thresholds"):
+        tensor = arguments[name]
+        if tensor is not None and tensor.dtype != torch.float32:
+            return f"{name} is {tensor.dtype}"
+    if arguments["x"].dtype not in native.TYPES:
+        return f"the input is {arguments['x'].dtype}"
+    return None
+
+
+def _as_buffers(tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+    whole = (None if each is None else each.detach().contiguous() for each in tensors)
+    return dict(zip(("packed", *TENSORS[1:]), whole, strict=True))
+
+
+def _plan_or_refusal(kind: str, *arguments: Any) -> Any:
+    module = native.compiled()
+    assert module is not None
+    try:
+        return getattr(module, kind)(*arguments)
+    except ValueError as error:
+        raise BellboxError(f"packed layer: {error}") from None
+
+
+def _packed_linear(x: Tensor, *arguments: Any) -> Tensor:
+    tensors, numbers, dtype = arguments[:7], arguments[7:-1], arguments[-1]
+    plan = _plan_or_refusal("Plan", _as_buffers(tensors), *numbers)
+    if x.dim() == 0 or x.shape[-1] != numbers[0]:
+        raise BellboxError(
+            f"a packed layer of {numbers[0]} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
+        )
+    return _linear(plan, x.detach(), tensors[6], dtype)
+
+
+def _linear(plan: Any, x: Tensor, signs: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x = with_signs(x, signs)
+    wanted = dtype if dtype in native.TYPES else torch.float32
+    out = plan(x, wanted, _threads())
+    return out if wanted == dtype else out.to(dtype)
+
+
+def _bind_linear(
+    buffers: Mapping[str, Tensor | None], numbers: Mapping[str, Any]
+) -> Callable[[Tensor, torch.dtype], Tensor | None] | None:
+    plan = plan_of(buffers, numbers["numbers"])
+    if plan is None:
+        return None
+    types, get_threads = native.TYPES, torch.get_num_threads
+    if buffers["act_signs"] is None:
+
+        def call(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+            if x.is_cpu and x.dtype in types and dtype in types:
+                return plan(x, dtype, get_threads())
+            return None
+
+        return call
+
+    def call_with_signs(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        if not (x.is_cpu and x.dtype in types and dtype in types):
+            return None
+        return plan(with_signs(x, buffers["act_signs"]), dtype, get_threads())
+
+    return call_with_signs
+
+
+def _bind_group(
+    members: Mapping[str, Any], numbers: Mapping[str, Any]
+) -> Callable[[Tensor, torch.dtype], list[Tensor] | None] | None:
+    """`members`: ignored; `numbers["layers"]`: for each layer its buffers and numbers."""
+    del members
+    plans = [plan_of(buffers, each) for buffers, each in numbers["layers"]]
+    module = native.compiled()
+    if module is None or any(plan is None for plan in plans):
+        return None
+    group, types, get_threads = module.GroupPlan(plans), native.TYPES, torch.get_num_threads
+    buffers = numbers["layers"][0][0]
+
+    def call(x: Tensor, dtype: torch.dtype) -> list[Tensor] | None:
+        if not (x.is_cpu and x.dtype in types and dtype in types):
+            return None
+        return group(with_signs(x, buffers["act_signs"]), dtype, get_threads())
+
+    return call
+
+
+def _why_not_conv(arguments: Mapping[str, Any]) -> str | None:
+    if arguments["geometry"][-1] != 1:
+        return f"{arguments['geometry'][-1]} groups"
+    return _why_not_packed(arguments)
+
+
+def _packed_conv2d(x: Tensor, *arguments: Any) -> Tensor:
+    tensors, numbers, (channels, geometry, add, relu, dtype) = arguments[:7], arguments[7:-5], arguments[-5:]
+    plan = _plan_or_refusal("ConvPlan", _as_buffers(tensors), *numbers, channels, list(geometry[:-1]))
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise BellboxError(
+            f"a packed convolution of {channels} channels got shape {tuple(x.shape)}, dtype {x.dtype}"
+        )
+    outputs = tensors[1].numel()
+    return run_conv(plan, x.detach(), tensors[6], outputs, geometry, add, relu, dtype)
+
+
+def run_conv(
+    plan: Any,
+    x: Tensor,
+    signs: Tensor | None,
+    outputs: int,
+    geometry: list[int],
+    add: Tensor | None,
+    relu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One call of a plan: `[batch, channels, height, width]` to `[batch, outputs, ...]`, channels last."""
+    if signs is not None:
+        x = x * signs[:, None, None]
+    wanted = dtype if dtype in native.TYPES else torch.float32
+    kernel_h, kernel_w, stride_h, stride_w, left, right, top, bottom, dilation_h, dilation_w, _ = geometry
+    batch, _, height, width = x.shape
+    rows = (height + top + bottom - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+    columns = (width + left + right - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    if rows < 1 or columns < 1:
+        raise BellboxError(
+            f"an image of {height} x {width} is smaller than the convolution's window of "
+            f"{dilation_h * (kernel_h - 1) + 1} x {dilation_w * (kernel_w - 1) + 1}"
+        )
+    out = x.new_empty((batch, rows, columns, outputs), dtype=wanted)
+    image = x.permute(0, 2, 3, 1).contiguous()
+    fused = wanted == dtype == torch.float32 and (
+        add is None or (add.dtype == torch.float32 and add.shape == (batch, outputs, rows, columns))
+    )
+    beside = None if add is None or not fused else add.detach().permute(0, 2, 3, 1).contiguous()
+    plan(image, out, beside, relu and fused, batch, height, width, _threads())
+    result = out.permute(0, 3, 1, 2).to(dtype)
+    if fused:
+        return result
+    result = result if add is None else result + add
+    return result.relu() if relu else result
+
+
+def _bind_conv(
+    buffers: Mapping[str, Tensor | None], numbers: Mapping[str, Any]
+) -> Callable[..., Tensor | None] | None:
+    geometry, channels = numbers["geometry"], numbers["channels"]
+    module = native.compiled()
+    if module is None or geometry[-1] != 1:
+        return None
+    try:
+        plan = module.ConvPlan(buffers, *numbers["numbers"], channels, list(geometry[:-1]))
+    except ValueError:
+        return None
+    scale = buffers["weight_scale"]
+    assert scale is not None
+    outputs = scale.numel()
+
+    def call(x: Tensor, dtype: torch.dtype, add: Tensor | None, relu: bool) -> Tensor | None:
+        if not (x.is_cpu and x.dtype in native.TYPES) or not plan.holds():
+            return None
+        return run_conv(plan, x, buffers["act_signs"], outputs, geometry, add, relu, dtype)
+
+    return call
+
+
+def _groups(numbers: Mapping[str, Any]) -> list[Any] | None:
+    module = native.compiled()
+    assert module is not None
+    groups: list[Any] = []
+    for layers in numbers["layers"]:
+        plans = [plan_of(buffers, each) for buffers, each in layers]
+        if any(plan is None for plan in plans) or any(
+            buffers["act_signs"] is not None for buffers, _ in layers
+        ):
+            return None
+        groups.append(module.GroupPlan(plans))
+    return groups
+
+
+def _bind_llama_block(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]) -> Any:
+    module, groups = native.compiled(), _groups(numbers)
+    assert module is not None
+    if groups is None:
+        return None
+    norms = tensors["first_norm"], tensors["second_norm"]
+    try:
+        return module.LlamaBlock(*groups, numbers["head_dim"], *norms, numbers["eps"])
+    except ValueError:
+        return None
+
+
+def _bind_gpt_block(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]) -> Any:
+    del tensors
+    module, groups = native.compiled(), _groups(numbers)
+    assert module is not None
+    try:
+        return None if groups is None else module.Block(*groups, numbers["head_dim"])
+    except ValueError:
+        return None
+
+
+def _why_not_layout(arguments: Mapping[str, Any]) -> str | None:
+    return f"more than {TILED_LEVELS} levels" if arguments["levels"] > TILED_LEVELS else None
+
+
+def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
+    module = native.compiled()
+    assert module is not None
+    if codes.dim() != 2 or codes.dtype != torch.uint8:
+        raise BellboxError(f"codes are {codes.dtype} {tuple(codes.shape)}: uint8 [rows, columns] is needed")
+    rows, columns = codes.shape
+    out = codes.new_empty(packed_size(rows, columns, levels, places))
+    try:
+        module.prepack(codes.contiguous(), rows, columns, code_width(levels), places, out)
+    except ValueError as error:
+        raise BellboxError(f"codes cannot be packed: {error}") from None
+    return out
+
+
+def _unpack(weight: Tensor, rows: int, columns: int, levels: int) -> Tensor:
+    module = native.compiled()
+    assert module is not None
+    codes = weight.new_empty(rows, columns)
+    module.unpack(weight.contiguous(), rows, columns, code_width(levels), codes)
+    return codes
+
+
+TABLE: dict[str, Implementation] = {
+    "packed_linear": Implementation(_why_not_packed, _packed_linear),
+    "packed_conv2d": Implementation(_why_not_conv, _packed_conv2d),
+    "prepack": Implementation(_why_not_layout, _prepack),
+    "unpack": Implementation(_why_not_layout, _unpack),
+}
+BOUND: dict[str, Callable[..., Any]] = {
+    "packed_linear": _bind_linear,
+    "packed_linear_group": _bind_group,
+    "packed_conv2d": _bind_conv,
+    "llama_block": _bind_llama_block,
+    "gpt_block": _bind_gpt_block,
+}
