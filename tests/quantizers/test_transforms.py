@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 import bellbox as bb
 from bellbox.core.hadamard import hadamard
 from bellbox.errors import BellboxError
+from bellbox.nn import InputCache
 from bellbox.quantizers import METHODS, QuantizerSpec, build_quantizer
 
 RECIPES = {
@@ -210,3 +211,14 @@ def test_what_a_transform_cannot_do_is_said():
         vmap(running)(X[:, None])
     loop = torch.stack([running.eval()(one[None]) for one in X])
     torch.testing.assert_close(vmap(running)(X[:, None]), loop)
+
+
+def test_a_shared_input_is_coded_anew_with_numbers_that_functional_call_puts_in_place():
+    cache, one, two = InputCache(2), torch.ones(1), torch.full((1,), 2.0)
+    assert one._version == two._version
+    results = [
+        cache.get_or_compute(name, X, (), [t], lambda x, t=t: x * t) for name, t in (("q", one), ("k", two))
+    ]
+    assert torch.equal(results[1], 2 * X)
+    shared = [cache.get_or_compute(name, X, (), [one], lambda x: x * one) for name in ("q", "k")]
+    assert shared[0] is shared[1]
