@@ -10,6 +10,7 @@
 #pragma once
 
 #include "kernels/inline.h"
+#include "kernels/layout.h"
 #include "kernels/portable/encode.h"
 
 namespace bellbox {
@@ -71,8 +72,6 @@ BELLBOX_INLINE void copy(const uint8_t* from, uint8_t* to) {
         copy_even<U>(from, to);
 }
 
-inline int64_t at_most(int64_t limit, int64_t count) { return count < limit ? count : limit; }
-
 // ---- planes ----
 
 // Planes of samples [begin, end) from their codes.
@@ -86,7 +85,7 @@ inline void make_planes(const PixelArgs& a, int64_t begin, int64_t end) {
         uint8_t* planes = a.planes + sample * a.sample_bytes;
         memset(planes, 0, static_cast<size_t>(a.sample_bytes));
         for (int64_t first = 0; first < pixels; first += kLanes) {
-            const int64_t count = at_most(kLanes, pixels - first);
+            const int64_t count = smaller(kLanes, pixels - first);
             pack_pixels(a, codes + first * a.channels, count, packed, vectors);
             int64_t y = first / a.width, x = first % a.width;
             for (int64_t i = 0; i < count; i += unit) {
@@ -111,11 +110,11 @@ struct Tile {
     float row_scales[kLanes];
     int64_t count;
 
-    Tile(const PixelArgs& a, int64_t tile, int64_t unit) : count(at_most(kLanes, a.pixels - tile * kLanes)) {
+    Tile(const PixelArgs& a, int64_t tile, int64_t unit) : count(smaller(kLanes, a.pixels - tile * kLanes)) {
         const int64_t each = a.rows * a.columns;
         int64_t sample = tile * kLanes / each, pixel = tile * kLanes % each;
         for (int64_t i = 0, end; i < count; i = end, pixel = 0, ++sample) {
-            end = at_most(count, i + each - pixel);  // of the part in this sample
+            end = smaller(count, i + each - pixel);  // of the part in this sample
             memcpy(border + i, a.border + pixel, static_cast<size_t>(end - i) * 4);
             memcpy(less + i, a.shifts + pixel, static_cast<size_t>(end - i) * 4);
             for (int64_t j = i; j < end; ++j) row_scales[j] = a.product.row_scales[sample];
@@ -161,15 +160,15 @@ inline void prepare(const PixelArgs& a, Tile& tile, int64_t unit, uint8_t* out) 
 // Output pixels [64 begin, 64 end), numbered sample by sample.
 inline void convolve(const PixelArgs& a, int64_t begin, int64_t end) {
     const int64_t blocks = (a.product.weights->n + kOutputs - 1) / kOutputs, unit = unit_of(a.columns);
-    const int64_t pieces = a.stride_x == 1 ? unit : a.stride_x == 2 ? at_most(unit, 32) : 1;
+    const int64_t pieces = a.stride_x == 1 ? unit : a.stride_x == 2 ? smaller(unit, 32) : 1;
     const int64_t bytes = (a.lookups + a.places * a.sum_planes) * kLanes;
     const int64_t room = blocks * kOutputs * a.lookups * 2 <= kSmallWeights ? kNearRoom : kFarRoom;
-    const int64_t together = at_most(end - begin, room / bytes > 1 ? room / bytes : 1);
+    const int64_t together = smaller(end - begin, room / bytes > 1 ? room / bytes : 1);
     const Scratch operands(together * bytes / 4), tiles(together * static_cast<int64_t>(sizeof(Tile)) / 4 + 1);
     uint8_t* const data = reinterpret_cast<uint8_t*>(operands.data);
     Tile* const all = reinterpret_cast<Tile*>(tiles.data);
     for (; begin < end; begin += together) {
-        const int64_t count = at_most(together, end - begin);
+        const int64_t count = smaller(together, end - begin);
         for (int64_t i = 0; i < count; ++i) {
             all[i] = Tile(a, begin + i, pieces);
             prepare(a, all[i], pieces, data + i * bytes);

@@ -18,8 +18,6 @@ namespace {
 namespace amx {
 
 using avx512::product::Epilogue;
-using avx512::product::Layout;
-using avx512::product::smaller;
 
 constexpr int64_t kFewRows = 4;     // left to VNNI
 constexpr int64_t kGroup = 32;      // rows of two tiles

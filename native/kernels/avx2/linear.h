@@ -15,6 +15,7 @@
 #include <immintrin.h>
 
 #include "kernels/inline.h"
+#include "kernels/layout.h"
 #include "kernels/portable/linear.h"
 
 namespace bellbox {
@@ -32,17 +33,6 @@ constexpr int64_t kRun = 32 >> BITS;    // blocks added up in 16 bits
 
 // Addresses alone: they may lie past the end.
 BELLBOX_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// How the fields of a block of 16 outputs x 64 inputs lie. 3 bits go by the vectors of their low plane.
-template <int BITS>
-struct Layout {
-    static constexpr int width = BITS == 3 ? 2 : BITS;
-    static constexpr int vectors = 2 * width;
-    static constexpr int fields = 8 / width;
-    static constexpr int bytes = 128 * BITS;
-};
 
 BELLBOX_INLINE __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 BELLBOX_INLINE void store32(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }

@@ -111,7 +111,7 @@ inline void pack_pixels(const PixelArgs& a, const int8_t* codes, int64_t count, 
     const __m256i digit_sums = twice(kTable.row[1 + 4]);
     for (int64_t s = 0; s < a.sum_planes; ++s) {  // behind the pairs: what lay there is of no use
         __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-        for (int64_t q = kSumTuples * s; q < at_most(kSumTuples * (s + 1), pairs); ++q) {
+        for (int64_t q = kSumTuples * s; q < smaller(kSumTuples * (s + 1), pairs); ++q) {
             BELLBOX_UNROLL
             for (int half = 0; half < 2; ++half)
                 sum[half] = _mm256_add_epi8(sum[half], _mm256_shuffle_epi8(digit_sums, load32(vectors + 64 * q + 32 * half)));
@@ -187,7 +187,7 @@ inline void look_up(const uint8_t* operands, const uint16_t* addresses, int64_t 
     Words sums;
     memset(&sums, 0, sizeof(sums));
     for (int64_t done = 0; done < lookups; done += kRun)
-        add_run(operands + kLanes * done, addresses + 8 * done, at_most(kRun, lookups - done), sums);
+        add_run(operands + kLanes * done, addresses + 8 * done, smaller(kRun, lookups - done), sums);
     for (int r = 0; r < kRows; ++r)
         for (int half = 0; half < 2; ++half) {
             const __m256i odd = sums.odd[r][half], even = _mm256_sub_epi16(sums.both[r][half], _mm256_slli_epi16(odd, 8));
@@ -252,7 +252,7 @@ inline void multiply(const PixelArgs& a, const Tile& tile, const uint8_t* operan
     const uint16_t* addresses = a.addresses + 2 * block * 8 * a.lookups;
     const int64_t outputs = a.product.weights->n - kOutputs * block;
     for (int64_t done = 0; done < a.lookups; done += kPieceLookups) {
-        look_up_block(operands + done * kLanes, addresses + 8 * done, a.lookups, at_most(kPieceLookups, a.lookups - done), outputs,
+        look_up_block(operands + done * kLanes, addresses + 8 * done, a.lookups, smaller(kPieceLookups, a.lookups - done), outputs,
                       sums);
         for (int i = 0; !whole && i < kLanes * kOutputs; ++i) wide[i] = done == 0 ? sums[i] : wide[i] + sums[i];
     }

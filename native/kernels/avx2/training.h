@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "kernels/avx2/codes.h"
+#include "kernels/bell.h"
 
 namespace bellbox {
 namespace {
@@ -51,29 +52,18 @@ inline void forward_rows(const ForwardArgs& a, const Coder shared, const Rotatio
     }
 }
 
-// e^(-v^2/2), relative error below 2e-7 down to 2^-126, then 0; NaN stays NaN. y = v^2 is held as square + rest, exact
-// (rounding it alone would cost 5e-6 at large v), and -y/2 = n ln 2 - z/2 with |z| <= ln 2. The polynomial for
-// e^(-z/2) is a minimax fit made for this (reweighted least squares, error 4e-9).
-BELLBOX_INLINE __m256 bell(__m256 v) {
-    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
-    v = _mm256_min_ps(_mm256_set1_ps(13.27f), magnitude);  // there n is -127, and 2^n comes out as 0
-    const __m256 square = _mm256_mul_ps(v, v), rest = _mm256_fmsub_ps(v, v, square);
-    // n + 127 in the lowest bits of `shifted`, from where it moves into the exponent.
-    const __m256 magic = _mm256_set1_ps(12582912.0f + 127);
-    const __m256 shifted = _mm256_fmadd_ps(square, _mm256_set1_ps(-0.72134752f), magic);
-    const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
-    const __m256 n = _mm256_sub_ps(shifted, magic);
-    // 2 ln 2 in two parts, the first of 12 bits: n times it is exact.
-    const __m256 high = _mm256_fmadd_ps(n, _mm256_set1_ps(1.38623046875f), square);
-    const __m256 z = _mm256_add_ps(high, _mm256_fmadd_ps(n, _mm256_set1_ps(6.389237e-05f), rest));
-    const __m256 z2 = _mm256_mul_ps(z, z);  // Estrin's order: the chain of additions is what takes time here
-    const __m256 a = _mm256_fmadd_ps(z, _mm256_set1_ps(-0.5f), _mm256_set1_ps(1));
-    const __m256 b = _mm256_fmadd_ps(z, _mm256_set1_ps(-0.020833148f), _mm256_set1_ps(0.124999985f));
-    const __m256 c = _mm256_fmadd_ps(z, _mm256_set1_ps(-0.00026153325f), _mm256_set1_ps(0.0026042764f));
-    const __m256 tail = _mm256_fmadd_ps(z2, _mm256_set1_ps(2.1584188e-05f), c);
-    const __m256 p = _mm256_fmadd_ps(z2, _mm256_fmadd_ps(z2, tail, b), a);
-    return _mm256_mul_ps(p, power);
-}
+// What kernels/bell.h asks of a vector.
+struct Bell {
+    using Floats = __m256;
+    static BELLBOX_INLINE Floats all(float x) { return _mm256_set1_ps(x); }
+    static BELLBOX_INLINE Floats fmadd(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+    static BELLBOX_INLINE Floats fmsub(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
+    static BELLBOX_INLINE Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }  // NaN: b
+    static BELLBOX_INLINE Floats magnitude(Floats x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+    static BELLBOX_INLINE Floats to_exponent(Floats x) {  // the lowest bits
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+    }
+};
 
 // Sums of fp32 lanes are handed on to fp64 after each chunk, so their error does not grow with k.
 BELLBOX_INLINE __m256d add_wide(__m256d sum, __m256 v) {
@@ -106,7 +96,7 @@ inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, 
                 BELLBOX_UNROLL
                 for (int h = 0; h < 2; ++h) {
                     const __m256 v = load8<T>(element<T>(v_in, l + 8 * h));
-                    const __m256 g = _mm256_mul_ps(bell(v), load8<T>(element<T>(g_in, l + 8 * h)));
+                    const __m256 g = _mm256_mul_ps(bell<Bell>(v), load8<T>(element<T>(g_in, l + 8 * h)));
                     part[h] = _mm256_fmadd_ps(g, v, part[h]);
                     _mm256_store_ps(scratch + j + l + 8 * h, g);
                 }

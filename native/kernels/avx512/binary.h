@@ -107,10 +107,10 @@ void multiply_rows(const LinearArgs& a, const uint64_t* bits, int64_t blocks, in
 
 inline void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
     const int64_t blocks = (a.weights->k + 63) / 64, rounds = (m_end - m_begin + kRowBlock - 1) / kRowBlock;
-    const Scratch scratch(2 * blocks * product::smaller(m_end - m_begin, kRowBlock));
+    const Scratch scratch(2 * blocks * smaller(m_end - m_begin, kRowBlock));
     uint64_t* bits = reinterpret_cast<uint64_t*>(scratch.data);
     for (int64_t round = 0; round < rounds; ++round) {
-        const int64_t begin = m_begin + round * kRowBlock, end = product::smaller(begin + kRowBlock, m_end);
+        const int64_t begin = m_begin + round * kRowBlock, end = smaller(begin + kRowBlock, m_end);
         for (int64_t row = begin; row < end; ++row) make_bits(a, row, blocks, bits + (row - begin) * blocks);
         int64_t tile = tile_begin;
         if (end - begin > kRows)  // fewer read their weights once: tile by tile they come as one stream

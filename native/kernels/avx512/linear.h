@@ -21,6 +21,7 @@
 #include <immintrin.h>
 
 #include "kernels/inline.h"
+#include "kernels/layout.h"
 #include "kernels/portable/linear.h"
 
 namespace bellbox {
@@ -41,17 +42,6 @@ constexpr int kAhead = BITS == 1 ? 8192 : BITS == 3 ? 4096 : 2048;
 
 // An address alone: it may lie past the end.
 BELLBOX_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// How the fields of a block of 16 outputs x 64 inputs lie. 3 bits go by the vectors of their low plane.
-template <int BITS>
-struct Layout {
-    static constexpr int width = BITS == 3 ? 2 : BITS;
-    static constexpr int vectors = 2 * width;
-    static constexpr int fields = 8 / width;
-    static constexpr int bytes = 128 * BITS;
-};
 
 // The vector(s) that hold groups j, j + vectors, j + 2 vectors, ... of a block.
 struct Packed {

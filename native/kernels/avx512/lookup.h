@@ -171,16 +171,16 @@ inline void multiply_rows(const uint8_t* codes, const uint16_t* addresses, int64
 }
 
 inline void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
-    using L = product::Layout<2>;
+    using L = Layout<2>;
     const int64_t blocks = (a.weights->k + 63) / 64, tile_bytes = blocks * L::bytes;
     const int64_t pieces = (blocks + kDepth - 1) / kDepth, stride = pieces * kPiece;
     alignas(64) uint8_t codes[kPiece * 64] = {};  // those past the last lookup meet rows of zeros
     alignas(64) int32_t sums[kRowBlock * kTiles * 16];
-    const Scratch scratch((product::smaller(m_end - m_begin, kRowBlock) + kRows - 1) / kRows * kRows * stride / 2);
+    const Scratch scratch((smaller(m_end - m_begin, kRowBlock) + kRows - 1) / kRows * kRows * stride / 2);
     uint16_t* const addresses = reinterpret_cast<uint16_t*>(scratch.data);
     const __m512i shift = _mm512_set1_epi8(static_cast<char>(a.act_shift));
     for (int64_t begin = m_begin; begin < m_end; begin += kRowBlock) {
-        const int64_t end = product::smaller(begin + kRowBlock, m_end);
+        const int64_t end = smaller(begin + kRowBlock, m_end);
         memset(addresses, 0, static_cast<size_t>((end - begin + kRows - 1) / kRows * kRows * stride) * 2);
         for (int64_t row = begin; row < end; ++row)
             for (int64_t b = 0; b < blocks; ++b)
@@ -188,9 +188,9 @@ inline void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t 
                                addresses + (row - begin) / kRows * kRows * stride + (row - begin) % kRows +
                                    kRows * (b / kDepth * kPiece + b % kDepth * kLookups));
         for (int64_t tile = tile_begin; tile < tile_end; tile += kTiles) {
-            const int tiles = static_cast<int>(product::smaller(kTiles, tile_end - tile));
+            const int tiles = static_cast<int>(smaller(kTiles, tile_end - tile));
             for (int64_t i = 0; i < pieces; ++i) {
-                const int64_t from = i * kDepth, size = product::smaller(kDepth, blocks - from);
+                const int64_t from = i * kDepth, size = smaller(kDepth, blocks - from);
                 for (int64_t b = 0; b < size; ++b)
                     unpack(a.weights->data + tile * tile_bytes + (from + b) * L::bytes, tile_bytes, tiles,
                            codes + b * kLookups * 64);

@@ -79,7 +79,7 @@ inline void pack_pixels(const PixelArgs& a, const int8_t* codes, int64_t count, 
     }
     for (int64_t s = 0; s < a.sum_planes; ++s) {  // behind the triples: what lay there is of no use
         __m512i sum = _mm512_setzero_si512();
-        for (int64_t q = kSumTuples * s; q < at_most(kSumTuples * (s + 1), triples); ++q)
+        for (int64_t q = kSumTuples * s; q < smaller(kSumTuples * (s + 1), triples); ++q)
             sum = _mm512_add_epi8(sum, _mm512_permutexvar_epi8(_mm512_load_si512(vectors + 64 * q), digit_sums));
         _mm512_store_si512(vectors + 64 * (triples + s), sum);
     }
@@ -144,7 +144,7 @@ inline void multiply(const PixelArgs& a, const Tile& tile, const uint8_t* operan
         const uint16_t* addresses = a.addresses + (2 * block + half) * lookup::kRows * a.lookups;
         for (int64_t done = 0; done < a.lookups; done += kPieceLookups)
             lookup::multiply<lookup::kRows>(operands + done * kLanes, addresses + done * lookup::kRows,
-                                            at_most(kPieceLookups, a.lookups - done), done == 0,
+                                            smaller(kPieceLookups, a.lookups - done), done == 0,
                                             sums + half * lookup::kRows * kLanes);
     }
     LinearArgs p = a.product;

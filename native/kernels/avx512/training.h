@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernels/avx512/codes.h"
+#include "kernels/bell.h"
 
 namespace bellbox {
 namespace {
@@ -40,28 +41,18 @@ inline void forward_rows(const ForwardArgs& a, const Coder shared, float* scratc
     }
 }
 
-// e^(-v^2/2), relative error below 2e-7 down to 2^-126, then 0; NaN stays NaN. y = v^2 is held as square + rest, exact
-// (rounding it alone would cost 5e-6 at large v), and -y/2 = n ln 2 - z/2 with |z| <= ln 2. The polynomial for
-// e^(-z/2) is a minimax fit made for this (reweighted least squares, error 4e-9).
-BELLBOX_INLINE __m512 bell(__m512 v) {
-    v = _mm512_min_ps(_mm512_set1_ps(13.27f), _mm512_abs_ps(v));  // there n is -127, and 2^n comes out as 0
-    const __m512 square = _mm512_mul_ps(v, v), rest = _mm512_fmsub_ps(v, v, square);
-    // n + 127 in the lowest bits of `shifted`, from where it moves into the exponent.
-    const __m512 magic = _mm512_set1_ps(12582912.0f + 127);
-    const __m512 shifted = _mm512_fmadd_ps(square, _mm512_set1_ps(-0.72134752f), magic);
-    const __m512 power = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
-    const __m512 n = _mm512_sub_ps(shifted, magic);
-    // 2 ln 2 in two parts, the first of 12 bits: n times it is exact.
-    const __m512 high = _mm512_fmadd_ps(n, _mm512_set1_ps(1.38623046875f), square);
-    const __m512 z = _mm512_add_ps(high, _mm512_fmadd_ps(n, _mm512_set1_ps(6.389237e-05f), rest));
-    const __m512 z2 = _mm512_mul_ps(z, z);  // Estrin's order: the chain of additions is what takes time here
-    const __m512 a = _mm512_fmadd_ps(z, _mm512_set1_ps(-0.5f), _mm512_set1_ps(1));
-    const __m512 b = _mm512_fmadd_ps(z, _mm512_set1_ps(-0.020833148f), _mm512_set1_ps(0.124999985f));
-    const __m512 c = _mm512_fmadd_ps(z, _mm512_set1_ps(-0.00026153325f), _mm512_set1_ps(0.0026042764f));
-    const __m512 tail = _mm512_fmadd_ps(z2, _mm512_set1_ps(2.1584188e-05f), c);
-    const __m512 p = _mm512_fmadd_ps(z2, _mm512_fmadd_ps(z2, tail, b), a);
-    return _mm512_mul_ps(p, power);
-}
+// What kernels/bell.h asks of a vector.
+struct Bell {
+    using Floats = __m512;
+    static BELLBOX_INLINE Floats all(float x) { return _mm512_set1_ps(x); }
+    static BELLBOX_INLINE Floats fmadd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static BELLBOX_INLINE Floats fmsub(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
+    static BELLBOX_INLINE Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // NaN: b
+    static BELLBOX_INLINE Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
+    static BELLBOX_INLINE Floats to_exponent(Floats x) {  // the lowest bits
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+    }
+};
 
 // Sums of fp32 lanes are handed on to fp64 after each chunk, so their error does not grow with k.
 BELLBOX_INLINE __m512d add_wide(__m512d sum, __m512 v) {
@@ -97,7 +88,7 @@ inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, 
             __m512 part[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
             BELLBOX_UNROLL
             for (int l = 0; l < kRegisters; ++l) {
-                g[l] = _mm512_mul_ps(bell(v[l]), g[l]);
+                g[l] = _mm512_mul_ps(bell<Bell>(v[l]), g[l]);
                 part[l & 1] = _mm512_fmadd_ps(g[l], v[l], part[l & 1]);
             }
             dot = add_wide(dot, _mm512_add_ps(part[0], part[1]));
