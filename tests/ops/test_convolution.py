@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import bellbox as bb
+from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
 from bellbox.nn import PackedConv2d
-from bellbox.ops import native
+from bellbox.ops import convolution, native
 from bellbox.quantizers import METHODS
 from bellbox.recipe import Recipe
 
@@ -101,6 +102,31 @@ def test_two_bits_in_tiles_of_pixels_are_the_fake_quantized_ones(
     layer(x)
     with torch.no_grad():
         assert torch.equal(run(bb.convert(layer.eval()), x, path, monkeypatch), layer(x))
+
+
+@pytest.mark.parametrize("joined", [2, 3])
+def test_addresses_are_the_numbers_that_codes_of_some_channels_make(joined: int) -> None:
+    filters, places, channels = 9, 2, 7
+    codes = torch.randint(4, (filters, places, channels), dtype=torch.uint8)
+    tuples = -(-channels // joined)
+    addresses = convolution.pixel_addresses(codes, joined)
+    assert addresses.shape == (2, 8, 8)
+    expected = torch.zeros(16, 8, dtype=torch.int16)
+    for f in range(filters):
+        for place in range(places):
+            for c in range(channels):
+                at = place * tuples + c % tuples
+                expected[f, at] += int(codes[f, place, c]) * 4 ** (joined + c // tuples)
+    assert torch.equal(addresses.transpose(1, 2).reshape(16, -1), expected)
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_how_many_codes_each_instruction_set_joins(isa: str) -> None:
+    two, four, eight = map(Levels.gaussian, (2, 4, 8))
+    with native.use(isa):
+        assert convolution.convolves_pixels(four, four) == {"avx512": 3, "avx2": 2}.get(isa, 0)
+        assert convolution.convolves_pixels(two, four) == 0
+        assert convolution.convolves_pixels(four, eight) == 0
 
 
 def test_an_instruction_set_with_other_weights_in_memory_takes_over() -> None:
