@@ -40,7 +40,8 @@ bool has_avx512() {
 bool amx_agrees() {
     static const bool agrees = [] {
         if (same_products(amx_kernels, avx512_kernels)) return true;
-        std::fprintf(stderr, "bellbox: AMX gives other sums than AVX-512 on this processor, so AVX-512 is used: please report it\n");
+        std::fprintf(stderr,
+                     "bellbox: AMX gives other sums than AVX-512 on this processor, so AVX-512 is used: please report it\n");
         return false;
     }();
     return agrees;

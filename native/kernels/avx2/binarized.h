@@ -195,12 +195,14 @@ struct Block {
 
     // Adds the block to the outputs of ROWS rows, acc [ROWS][16]. smallest and sums: [ROWS][blocks][2], of this block on.
     template <int ROWS, bool KEPT>
-    BELLBOX_INLINE void multiply(int64_t stride, const int32_t* smallest, const int32_t* sums, int64_t blocks, float* acc) const {
+    BELLBOX_INLINE void multiply(int64_t stride, const int32_t* smallest, const int32_t* sums, int64_t blocks,
+                                 float* acc) const {
         Sums of_salient[ROWS], of_plain[ROWS];
         for (int r = 0; r < ROWS; ++r) {
             const int32_t* begin = smallest + 2 * r * blocks;
             begin_at(begin[0], of_salient[r].first), begin_at(begin[0], of_salient[r].second);
-            begin_at(begin[1], of_plain[r].first), begin_at(begin[1], of_plain[r].second), begin_at(begin[1], of_plain[r].common);
+            begin_at(begin[1], of_plain[r].first), begin_at(begin[1], of_plain[r].second);
+            begin_at(begin[1], of_plain[r].common);
         }
         salient.add_up<ROWS, false, KEPT>(stride, of_salient);
         plain.add_up<ROWS, true, KEPT>(stride, of_plain);

@@ -252,8 +252,8 @@ inline void multiply(const PixelArgs& a, const Tile& tile, const uint8_t* operan
     const uint16_t* addresses = a.addresses + 2 * block * 8 * a.lookups;
     const int64_t outputs = a.product.weights->n - kOutputs * block;
     for (int64_t done = 0; done < a.lookups; done += kPieceLookups) {
-        look_up_block(operands + done * kLanes, addresses + 8 * done, a.lookups, smaller(kPieceLookups, a.lookups - done), outputs,
-                      sums);
+        look_up_block(operands + done * kLanes, addresses + 8 * done, a.lookups, smaller(kPieceLookups, a.lookups - done),
+                      outputs, sums);
         for (int i = 0; !whole && i < kLanes * kOutputs; ++i) wide[i] = done == 0 ? sums[i] : wide[i] + sums[i];
     }
     LinearArgs p = a.product;

@@ -1,8 +1,8 @@
 // Quantizing rows with AVX-512.
 //
 // Floor: 15, 18 and 19 vector operations for 16 columns at 1, 2 and more bits (11 of the butterfly of 128, a product, a
-// check, 2 to 6 of the coder), two a cycle on Zen 4: 7.6, 9.1 and 9.6 cycles; 8.9, 10.6 and 12.5 reached. Where each row has its own statistic, 3 cycles more for sums of
-// squares in fp64; the row is then read twice, the second time from L1.
+// check, 2 to 6 of the coder), two a cycle on Zen 4: 7.6, 9.1 and 9.6 cycles; 8.9, 10.6 and 12.5 reached. Where each row
+// has its own statistic, 3 cycles more for sums of squares in fp64; the row is then read twice, the second time from L1.
 #pragma once
 
 #include <immintrin.h>

@@ -100,8 +100,9 @@ inline void sum_codes(const PixelArgs& a, const uint8_t* parts, Tile& tile) {
     const __m512i weights = _mm512_set1_epi32(a.product.weights->shift);
     BELLBOX_UNROLL
     for (int i = 0; i < 4; ++i) {             // of levels, at the places inside
-        const __m512i half = halves[i / 2];
-        const __m512i codes = _mm512_cvtepu16_epi32(i % 2 == 0 ? _mm512_castsi512_si256(half) : _mm512_extracti64x4_epi64(half, 1));
+        const __m512i both = halves[i / 2];
+        const __m256i half = i % 2 == 0 ? _mm512_castsi512_si256(both) : _mm512_extracti64x4_epi64(both, 1);
+        const __m512i codes = _mm512_cvtepu16_epi32(half);
         const __m512i shifts = _mm512_load_si512(tile.less + 16 * i);
         const __m512i levels = _mm512_sub_epi32(_mm512_mullo_epi32(codes, multiplier), shifts);
         _mm512_store_si512(tile.less + 16 * i, _mm512_mullo_epi32(levels, weights));
