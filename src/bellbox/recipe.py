@@ -210,7 +210,7 @@ class Recipe:
             bits: of weights and activations, 1 to 8 (2 where nothing is said).
             gamma_init: initial scale in units of the RMS of the whole tensor; the paper's 1.694 where None.
             gamma_lr: what the learning rate is multiplied with for gamma, as an optimizer over
-                `bellbox.training.optim.groups.parameter_groups` does; the paper's is 1.
+                `bellbox.optim.parameter_groups` does; the paper's is 1.
             weights_rotated: see `Recipe.of`. Where None, yes if activations are quantized.
             choices: as in `Recipe.of`.
 

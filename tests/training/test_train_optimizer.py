@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -8,9 +11,10 @@ from bellbox.convert import prepare
 from bellbox.errors import BellboxError
 from bellbox.models import build, preset
 from bellbox.nn import quantized_layers
+from bellbox.optim import parameter_groups
 from bellbox.recipe import Recipe
 from bellbox.runs.config import OptimizerSection
-from bellbox.training.optim.groups import ModelOptimizer, parameter_groups
+from bellbox.training.optim.groups import ModelOptimizer
 
 
 def small(name: str = "tiny", **changes: object) -> nn.Module:
@@ -27,7 +31,7 @@ def names_in(model: nn.Module, group: dict[str, list[nn.Parameter]]) -> set[str]
 @pytest.mark.parametrize("recipe", [Recipe.none(), Recipe.bbq(bits=2)])
 def test_only_the_matrices_of_linear_layers_decay(name: str, recipe: Recipe) -> None:
     model = prepare(small(name), recipe)
-    decay, *others = parameter_groups(model, 0.1)
+    decay, *others = parameter_groups(model, lr=1e-3, weight_decay=0.1)
     assert [decay["weight_decay"], *(group["weight_decay"] for group in others)] == [0.1] + [0.0] * len(
         others
     )
@@ -44,7 +48,7 @@ def test_only_the_matrices_of_linear_layers_decay(name: str, recipe: Recipe) -> 
 
 def test_a_head_that_is_tied_to_the_embedding_does_not_decay() -> None:
     model = small("tiny", tie_word_embeddings=True)
-    decay, plain = parameter_groups(model, 0.1)
+    decay, plain = parameter_groups(model, lr=1e-3, weight_decay=0.1)
     assert not [name for name in names_in(model, decay) if "embed" in name or "head" in name]
     assert any("embed" in name for name in names_in(model, plain))
 
@@ -52,12 +56,12 @@ def test_a_head_that_is_tied_to_the_embedding_does_not_decay() -> None:
 def test_a_quantizer_may_have_parameters_that_decay_or_learn_at_another_rate() -> None:
     for decays in (False, True):
         model = prepare(small(), Recipe.of("lsq", options={"decay_scale": decays}))
-        decay, _ = parameter_groups(model, 0.1)
+        decay, _ = parameter_groups(model, lr=1e-3, weight_decay=0.1)
         scales = {name for name, _ in model.named_parameters() if name.endswith("quantizer.a")}
         assert len(scales) == 11  # seven weights, four inputs: siblings share
         assert scales & names_in(model, decay) == (scales if decays else set())
     model = prepare(small(), Recipe.bbq(gamma_lr=10.0))
-    *_, fast = parameter_groups(model, 0.1)
+    *_, fast = parameter_groups(model, lr=1e-3, weight_decay=0.1)
     assert fast["lr_scale"] == 10.0
     assert fast["weight_decay"] == 0.0
     assert names_in(model, fast) == {name for name, _ in model.named_parameters() if "gamma" in name}
@@ -66,10 +70,32 @@ def test_a_quantizer_may_have_parameters_that_decay_or_learn_at_another_rate() -
     assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([1e-3, 1e-3, 1e-2])
 
 
+def test_any_optimizer_and_scheduler_takes_the_groups_with_their_rates() -> None:
+    model = prepare(nn.Sequential(nn.Linear(64, 64)), Recipe.bbq(bits=2))
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=1e-3, weight_decay=0.1), lr=5.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    groups = {tuple(sorted(names_in(model, group))): group for group in optimizer.param_groups}
+    gammas = next(group for names, group in groups.items() if all("gamma" in name for name in names))
+    weight, bias = groups["0.weight",], groups["0.bias",]
+    assert [each["weight_decay"] for each in (weight, bias, gammas)] == [0.1, 0.0, 0.0]
+    assert [each["lr"] for each in (weight, bias, gammas)] == pytest.approx([1e-3, 1e-3, 1e-4])
+    model(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert [each["lr"] for each in (weight, bias, gammas)] == pytest.approx([5e-4, 5e-4, 5e-5])
+    (only,) = parameter_groups(nn.LayerNorm(4), lr=1.0)
+    assert only["weight_decay"] == 0.0
+
+
+def test_groups_come_without_the_training_loop() -> None:
+    code = "import sys, bellbox.optim; print([m for m in sys.modules if m.startswith('bellbox.training')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
 def test_a_frozen_parameter_is_in_no_group() -> None:
     model = small()
     next(model.parameters()).requires_grad_(False)
-    groups = parameter_groups(model, 0.1)
+    groups = parameter_groups(model, lr=1e-3, weight_decay=0.1)
     total = sum(len(group["params"]) for group in groups)
     assert total == len(list(model.parameters())) - 1
 

@@ -1,11 +1,4 @@
-"""What trains a model: AdamW, or Muon for the matrices and AdamW for all else, perhaps with CEWT around them.
-
-Decay pulls only on the matrices of linear layers.
-
-Decaying a norm's gain, a bias, an embedding row or a quantizer's gamma pulls a *scale* towards zero: for
-gamma this shrinks the output grid of the layer itself, which the BBQ authors' baselines suffered from (see
-LSQ).
-"""
+"""What trains a model: AdamW, or Muon for the matrices and AdamW for all else, perhaps with CEWT around them."""
 
 from __future__ import annotations
 
@@ -18,47 +11,12 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import ROTATED
 from bellbox.nn.tools import stored_weight
+from bellbox.optim import multiplies, parameter_groups
 from bellbox.recipe import is_head
 from bellbox.runs.config import OptimizerSection
 from bellbox.training.optim.cewt import CEWT, constrained_weights
 
 _NORM = "cewt_norm"
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters: weights of linear layers and convolutions decay, everything else does not.
-
-    A weight that is tied to an embedding counts as the embedding's. A quantizer may name parameters of its own that
-    decay too (`decayed`), or learn at another rate (`learning_rates`): that is the group's `lr_scale`, for `set_lr`.
-    Each parameter appears once.
-
-    Args:
-        model: prepared or not.
-        weight_decay: the decay of the first group.
-    """
-    from bellbox.quantizers import Quantizer
-
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = (stored_weight(m) for m in model.modules() if _multiplies(m))
-    decayed = {id(weight) for weight in weights if weight is not None and id(weight) not in embeddings}
-    rates: dict[int, float] = {}
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            own = module._parameters
-            decayed.update(id(own[name]) for name in module.decayed)
-            rates.update((id(own[name]), rate) for name, rate in module.learning_rates.items() if name in own)
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
-    for p in model.parameters():
-        if p.requires_grad:
-            groups.setdefault((id(p) in decayed, rates.get(id(p), 1.0)), []).append(p)
-    return [
-        {"params": members, "weight_decay": weight_decay if decays else 0.0, "lr_scale": rate}
-        for (decays, rate), members in groups.items()
-    ]
-
-
-def _multiplies(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv2d)
 
 
 class ModelOptimizer:
@@ -74,7 +32,7 @@ class ModelOptimizer:
 
     def __init__(self, model: nn.Module, section: OptimizerSection) -> None:
         self.section = section
-        groups = parameter_groups(model, section.weight_decay)
+        groups = parameter_groups(model, lr=section.lr, weight_decay=section.weight_decay)
         self.parts: list[torch.optim.Optimizer] = []
         if section.kind == "muon":
             matrices, groups = _split(groups, block_matrices(model))
@@ -201,7 +159,7 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, Tensor] = {}
     for name, module in model.named_modules():
-        weight = stored_weight(module) if _multiplies(module) and not is_head(name) else None
+        weight = stored_weight(module) if multiplies(module) and not is_head(name) else None
         if weight is not None and weight.dim() == 2:
             found[id(weight)] = weight
     return [weight for key, weight in found.items() if key not in embeddings]
