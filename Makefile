@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test check unit held sanitize format bench clean
+.PHONY: setup demo test check unit held zoo zoo-packages sanitize format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train, pack and run a 2-bit language model on bundled books (about 5 minutes)"
 	@echo "make test    linter, types and tests (under 10 minutes)"
+	@echo "make zoo     78 architectures of transformers, torchvision and timm (about 6 minutes)"
 	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
 	@echo "make bench   the time of a training step and of a packed layer"
 
@@ -45,6 +46,13 @@ held: setup
 	  BELLBOX_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m pytest -q -n $(JOBS) tests/ops tests/nn tests/test_golden.py; \
 	else echo "not run held to AVX2: this processor has no more than that"; fi
+
+# Beside the environment, not in it: a torchvision whose compiled part does not load breaks the import of transformers.
+zoo-packages: setup
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/zoo timm==1.0.31 torchvision==0.28.0
+
+zoo: zoo-packages
+	BELLBOX_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/zoo
 
 sanitize:
 	cmake -S . -B build/checks/sanitize -DBELLBOX_CHECK=ON

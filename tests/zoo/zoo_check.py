@@ -1,0 +1,69 @@
+"""What holds for every model of the zoo: prepare, one step of training, convert, and the very same outputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo_models import Model
+
+import bellbox as bb
+from bellbox.coverage import plain_layers
+from bellbox.nn import quantized_layers
+from bellbox.optim import parameter_groups
+
+
+def tensors(outputs: Any) -> Iterator[Tensor]:
+    """The floating tensors in what a model returns, in order."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_floating_point():
+            yield outputs
+    elif isinstance(outputs, dict):
+        for value in outputs.values():
+            yield from tensors(value)
+    elif isinstance(outputs, (list, tuple)):
+        for value in outputs:
+            yield from tensors(value)
+
+
+def run(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The outputs for positional or named inputs."""
+    return list(tensors(model(**inputs) if isinstance(inputs, dict) else model(inputs)))
+
+
+def left(model: nn.Module) -> set[str]:
+    """The linear layers and convolutions of a prepared model that are not quantized."""
+    return {name for name, _ in plain_layers(model)}
+
+
+def check(about: Model) -> None:
+    """Raise AssertionError, naming what differs, where a promise does not hold for a model of the zoo."""
+    model, inputs = about.build(), about.inputs()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    unmatched = [pattern for pattern in about.kept if not any(fnmatchcase(name, pattern) for name in names)]
+    assert not unmatched, f"the model has no layers {sorted(unmatched)}"
+    kept = {name for name, _ in plain_layers(model) if about.is_kept(name)}
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # experts in one tensor and the like, which are not what is tested here
+        bb.prepare(model, bb.Recipe.bbq(2, granularity="token"))
+    assert left(model) == kept, f"left are {sorted(left(model))}"
+    assert any(quantized_layers(model))
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4, weight_decay=0.1))
+    sum(each.float().square().mean() for each in run(model.train(), inputs)).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    with torch.no_grad():
+        expected = run(model.eval(), inputs)
+        packed = run(bb.convert(model), inputs)
+    assert len(expected) == len(packed) > 0
+    for ours, theirs in zip(packed, expected, strict=True):
+        assert torch.isfinite(theirs).all()
+        same = (
+            torch.equal(ours, theirs) if about.exact else torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        )
+        assert same, f"outputs differ by {(ours - theirs).abs().max()}"
