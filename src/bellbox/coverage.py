@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bellbox.nn import PackedLayer, QuantizedLayer
 from bellbox.nn.tools import stored_weight
+from bellbox.quantizers import Quantizer
 from bellbox.recipe import LayerKind, Recipe
 from bellbox.structure import ends, is_transposed_linear
 
@@ -114,7 +115,7 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
         if isinstance(module, (QuantizedLayer, *_TABLES))
     }
     for name, module in model.named_modules():
-        if isinstance(module, (QuantizedLayer, PackedLayer, *_TABLES, *_NORMS)):
+        if isinstance(module, (QuantizedLayer, PackedLayer, Quantizer, *_TABLES, *_NORMS)):
             continue
         rule = None if recipe is None else recipe.rule_for(name, kind_of_layer(module), name in kept)
         if id(module) in plain:

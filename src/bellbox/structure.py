@@ -275,7 +275,7 @@ def _is_new(last: _Layer, layers: list[_Layer]) -> bool:
         return True
     if len(layers) < FEW and not _LAST_WORD.fullmatch(last.words[-1]):
         return False
-    fed = any(_takes(last, each) for each in others)
+    fed = bool(others) and _takes(last, others[-1])
     return fed and all(each.inputs != last.outputs or _reads_pictures(each) for each in others)
 
 
