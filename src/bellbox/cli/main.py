@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bellbox.errors import BellboxError
 
@@ -41,6 +42,8 @@ _MACHINE = {
     errno.ENOMEM,
 }
 
+_RUNS = ("train", "compare", "demo")
+
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
@@ -53,6 +56,38 @@ def _version() -> str:
     from bellbox.version import __version__
 
     return f"bellbox {__version__}, kernels: {native.describe()}"
+
+
+def _nobody_reads(command: str) -> int:
+    """The exit code where standard output was closed. A run ends by that, and says so; others were only read from."""
+    # Python would try once more to write what it holds, when it leaves.
+    with suppress(OSError, ValueError):  # a stream without a file has nothing to hold back
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if command not in _RUNS:
+        return 141
+    with suppress(OSError):  # the same pipe, perhaps
+        print(
+            "bellbox: error: standard output was closed, so it ends here; start it again to go on",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+    return 2
+
+
+def _warn_in_a_line() -> None:
+    """A checkpoint that had to be passed over is news for the user, not for a programmer."""
+    from bellbox.runs.checkpoint import CheckpointWarning
+
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, CheckpointWarning):
+            print(f"bellbox: warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *rest, **more)
+
+    warnings.simplefilter("always", CheckpointWarning)
+    warnings.showwarning = show
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,10 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
-        # Whoever reads our output has gone. What is still buffered would raise again at the interpreter's end.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        raise SystemExit(_nobody_reads(arguments[0] if arguments else "")) from None
     except UnicodeEncodeError:
         broken = next((one for one in arguments if not _is_utf8(one)), None)
         if broken is None:
@@ -105,7 +137,9 @@ def _run(arguments: list[str]) -> None:
         return
     if command not in COMMANDS:
         raise BellboxError(f"no command {command!r}; there are: {', '.join(COMMANDS)}")
-    importlib.import_module(f"bellbox.cli.{command}").main(rest)
+    with warnings.catch_warnings():
+        _warn_in_a_line()
+        importlib.import_module(f"bellbox.cli.{command}").main(rest)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

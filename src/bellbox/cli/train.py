@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,6 @@ from bellbox.convert import summary
 from bellbox.errors import BellboxError, require
 from bellbox.models import ResNet, ViT
 from bellbox.nn import quantized_layers
-from bellbox.runs.checkpoint import CheckpointWarning
 from bellbox.training import TrainConfig, Trainer, load_config
 from bellbox.utils.malloc import keep_freed_memory
 from bellbox.utils.yaml import parse_yaml
@@ -51,11 +49,7 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
     print(summary(trainer.model), flush=True)
-    with warnings.catch_warnings():
-        # A checkpoint that had to be passed over is news for the user, not for a programmer.
-        warnings.simplefilter("always", CheckpointWarning)
-        warnings.showwarning = _show_warning
-        result = trainer.run()
+    result = trainer.run()
     if result.stopped_by is not None:
         again = f"bellbox train --config {result.folder / 'config.yaml'}"
         print(
@@ -134,10 +128,6 @@ def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
         )
 
     return registry
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"bellbox: warning: {message}", file=sys.stderr)
 
 
 def _farewell(folder: Path, model: nn.Module) -> str:

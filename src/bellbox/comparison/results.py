@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import DEFAULT_STEPS, TrainConfig
-from bellbox.utils.files import one_line
+from bellbox.utils.files import named, one_line
 
 FILE = "results.jsonl"
 # Where a run lives, how it is watched and saved: they do not decide its numbers.
@@ -244,14 +244,21 @@ class Results:
         return [result for result, known in zip(self.all, self._keys, strict=True) if known == key]
 
     def add(self, result: Result) -> None:
-        """Append a line and have it on the disk."""
+        """Append a line and have it on the disk.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; half a line is cut away by the next one.
+        """
         whole = b"".join(self._whole_lines())
         line = json.dumps(dataclasses.asdict(result), allow_nan=False) + "\n"
-        with self.path.open("ab") as file:
-            file.truncate(len(whole))  # half a line that a kill left
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("ab") as file:
+                file.truncate(len(whole))  # half a line that a kill left
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise named(error, self.path) from None
         self._remember(result)
 
     def drop_failed(self, keys: set[str]) -> int:

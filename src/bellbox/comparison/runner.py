@@ -19,6 +19,7 @@ from bellbox.comparison.process import Process
 from bellbox.comparison.progress import GridProgress
 from bellbox.comparison.results import Result, Results
 from bellbox.comparison.selection import keep
+from bellbox.comparison.worker import SYSTEM
 from bellbox.errors import BellboxError
 from bellbox.runs.build import pick_device
 from bellbox.runs.environment import describe
@@ -109,10 +110,12 @@ class _Runner:
                 self.progress.update(self.active)
                 self._collect()
         finally:
-            if self.active:
-                self.progress.note(f"stopping: {len(self.active)} run(s) save and leave")
-            for process in self.active:
-                process.stop()
+            try:
+                if self.active:
+                    self.progress.note(f"stopping: {len(self.active)} run(s) save and leave")
+            finally:  # also where nobody reads the note any more
+                for process in self.active:
+                    process.stop()
             # One that had just finished when the signal came has its result all the same.
             self.active = [process for process in self.active if process.poll() == 0]
             self._collect()
@@ -146,6 +149,8 @@ class _Runner:
                 self._add(run, process.measured(), None, process)
                 if not self.keep_runs:
                     shutil.rmtree(process.folder)
+            elif status == SYSTEM:
+                raise BellboxError(f"{run.cell.label}: {process.complaint()}; once put right, start it again")
             elif status in (1, 2):
                 self._add(run, {"error": process.complaint()}, None, process)
             else:

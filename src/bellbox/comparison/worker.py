@@ -23,13 +23,15 @@ from bellbox.utils.files import write_text
 from bellbox.utils.malloc import keep_freed_memory
 
 MEASURED = "measured.json"
+SYSTEM = 3
+"""Exit status where the system refused something, such as space on the disk: no fault of the run."""
 
 
 def main(argv: list[str]) -> None:
     """Run the configuration of a file; what came out stands in `measured.json` in its folder.
 
     Raises:
-        SystemExit: 2 for what cannot be trained, 128 + signal where it was stopped.
+        SystemExit: 2 for what cannot be trained, `SYSTEM` where the system refuses, 128 + signal where it was stopped.
     """
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -41,6 +43,9 @@ def main(argv: list[str]) -> None:
     except BellboxError as error:
         print(f"bellbox: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        print(f"bellbox: error: {error.filename or 'the run'}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(SYSTEM) from None
     if result.stopped_by is not None:
         raise SystemExit(128 + result.stopped_by)
     found = measure(trainer.model, result.folder)

@@ -9,11 +9,12 @@ checkpoints/step-00000100/
   model.safetensors       the model's state dict, each shared tensor once
   optimizer.safetensors   the optimizers' moments, `<parameter>/exp_avg` and so on; the norms that CEWT keeps
   state.json              step, tokens, best, random states
-  manifest.json           format version, bytes and SHA-256 of the other three
+  manifest.json           format version, bytes and SHA-256 of the other three; configuration and tokenizer of the run
 ```
 
 Which checkpoint is the last and which the best is not written anywhere: it is found by looking, so it cannot
-be wrong. The last two are kept, and the best. There is no pickle in any of it.
+be wrong. The last two are kept, and the best. There is no pickle in any of it. What is no damage, such as the format
+of a newer version, is never passed over: going on from an earlier checkpoint would train over it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 from torch import Tensor
 
 from bellbox.errors import BellboxError
-from bellbox.utils.files import read_json, sha256_file, sync
+from bellbox.utils.files import named, read_json, sha256_file, sync
 
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -41,6 +42,10 @@ _SAVING, _OLD, _DAMAGED = ".saving-", ".old-", ".damaged-"
 
 class CheckpointWarning(UserWarning):
     """A checkpoint had to be passed over."""
+
+
+class CheckpointRefusedError(BellboxError):
+    """A checkpoint that is whole, but not one to be taken for what its place says."""
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Checkpoint:
 
     path: Path
     state: State
+    run: dict[str, Any] = field(default_factory=dict)
+    """What it belongs to: `config` and `tokenizer` of `save`; empty in those of earlier versions."""
 
     @property
     def step(self) -> int:
@@ -110,8 +117,8 @@ class Checkpoints:
         """Steps that have a folder, ascending; nothing is said about the folders' health."""
         if not self.folder.is_dir():
             return []
-        found = (_STEP.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
-        return sorted(int(match[1]) for match in found if match)
+        found = (_step_of(entry) for entry in self.folder.iterdir() if entry.is_dir())
+        return sorted(step for step in found if step is not None)
 
     def last(self) -> Checkpoint | None:
         """The newest sound checkpoint; damaged ones are passed over with a `CheckpointWarning`."""
@@ -134,14 +141,39 @@ class Checkpoints:
             raise BellboxError(f"{self.folder}: no checkpoint of step {step}; there are: {have}")
         return open_checkpoint(self.path(step))
 
-    def save(self, state: State, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> Path:
+    def save(
+        self,
+        state: State,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        run: dict[str, Any] | None = None,
+    ) -> Path:
         """Write a checkpoint, then drop those that are no longer wanted.
 
         Args:
             state: its `step` names the folder. An older folder of the same step is replaced.
             model: tensors that share no memory with each other.
             optimizer: likewise.
+            run: what binds it to its run, see `bellbox.runs.binding`.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; the checkpoints before it stay as they are.
         """
+        from safetensors import SafetensorError
+
+        try:
+            return self._save(state, model, optimizer, run or {})
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self.folder / (_SAVING + self.path(state.step).name), ignore_errors=True)
+            raise named(error, self.path(state.step)) from None
+
+    def _save(
+        self,
+        state: State,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        run: dict[str, Any],
+    ) -> Path:
         from safetensors.torch import save_file
 
         target = self.path(state.step)
@@ -158,6 +190,7 @@ class Checkpoints:
                 name: {"bytes": (saving / name).stat().st_size, "sha256": sha256_file(saving / name)}
                 for name in FILES
             },
+            "run": run,
         }
         (saving / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for name in (*FILES, MANIFEST):
@@ -195,12 +228,20 @@ class Checkpoints:
             self.path(later).rename(aside)
 
     def _first_sound(self, steps: Any) -> Checkpoint | None:
+        damaged: list[str] = []
+        found: Checkpoint | None = None
         for step in steps:
             try:
-                return open_checkpoint(self.path(step))
+                found = open_checkpoint(self.path(step))
+                break
+            except CheckpointRefusedError:
+                raise
             except BellboxError as error:
-                warnings.warn(f"passed over: {error}", CheckpointWarning, stacklevel=3)
-        return None
+                damaged.append(str(error))
+        if damaged:
+            taken = "no other one can be read" if found is None else f"{found.path} is taken in its place"
+            warnings.warn(f"passed over: {'; '.join(damaged)}; {taken}", CheckpointWarning, stacklevel=4)
+        return found
 
     def _scored(self, steps: list[int]) -> list[tuple[tuple[int, float], int]]:
         """Validated steps with what to sort them by, the best first: the latest phase, then the lowest loss."""
@@ -230,11 +271,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Check a checkpoint folder against its manifest.
 
     Raises:
-        BellboxError: a file is missing, has other bytes than were written, or another format version.
+        CheckpointRefusedError: a newer format, or the folder's name is another step's.
+        BellboxError: a file is missing, has other bytes than were written, or an unknown format.
     """
     manifest = read_json(path / MANIFEST)
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointRefusedError(
+            f"{path}: checkpoint format {version} is of a newer bellbox, this one reads up to {FORMAT_VERSION}; "
+            "install that version, or choose another checkpoint or folder"
+        )
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise BellboxError(
             f"{path}: checkpoint format {version!r}, this version of bellbox reads {FORMAT_VERSION}"
         )
@@ -252,7 +299,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
         state = State(**values)
     except TypeError:
         raise BellboxError(f"{path / 'state.json'}: must hold {', '.join(State.__annotations__)}") from None
-    return Checkpoint(path, state)
+    run = manifest.get("run", {})
+    if not isinstance(run, dict):
+        raise BellboxError(f"{path / MANIFEST}: 'run' must be an object")
+    named = _step_of(path)
+    if named is not None and state.step != named:
+        raise CheckpointRefusedError(
+            f"{path}: holds the checkpoint of step {state.step}, not of the step that the folder is named for; give it "
+            "its name back"
+        )
+    return Checkpoint(path, state, run)
+
+
+def _step_of(folder: Path) -> int | None:
+    """The step that a folder is named for; None for any other folder."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match and folder.name == f"step-{int(match[1]):08d}" else None
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, get_origin, get_type_hints
 
 from bellbox.errors import BellboxError, require
 from bellbox.quantizers.spec import with_present_names
-from bellbox.runs.config import TrainConfig
+from bellbox.runs.config import PhasesSection, TrainConfig
 from bellbox.utils.files import write_text
 from bellbox.utils.yaml import read_yaml
 
@@ -91,7 +91,8 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
     """Keys that decide a run's numbers and differ: `["optimizer.lr is 0.001 there, 0.002 here"]`.
 
     Where a run and its data live, how often it is measured and saved, and how it is watched do not decide its numbers
-    (that the data are the same is seen from their checksum).
+    (that the data are the same is seen from their checksum). More steps are no difference either: a run may go on to
+    them, unless its phases begin and end with them.
     """
     free = {
         "folder",
@@ -103,12 +104,15 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
         "tensorboard",
         "debug",
     }
+    longer = asked.total_steps > saved.total_steps and asked.phases == PhasesSection()
     found: list[str] = []
 
     def compare(left: dict[str, Any], right: dict[str, Any], prefix: str) -> None:
         for key, there in left.items():
             here, name = right[key], prefix + key
             if name in free or there == here:
+                continue
+            if name == "steps" and longer:
                 continue
             if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
                 compare(there, here, name + ".")

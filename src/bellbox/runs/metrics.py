@@ -26,11 +26,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from bellbox.errors import BellboxError
-from bellbox.utils.files import write_text
+from bellbox.utils.files import named, write_text
 
 WALL_CLOCK = ("tokens_per_s", "seconds")
 
@@ -91,9 +92,18 @@ class MetricsWriter:
         self._board = _tensorboard(Path(folder) / "tensorboard", step) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record and flush it to the operating system."""
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one record and flush it to the operating system.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk.
+        """
+        try:
+            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):  # it tries once more to write what it holds
+                self._file.close()
+            raise named(error, self.path) from None
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(name, value, record["step"])

@@ -10,6 +10,7 @@ from torch import nn
 
 from bellbox.errors import BellboxError
 from bellbox.runs.average import averaged_tensors
+from bellbox.runs.binding import refuse_changed, refuse_other_tokenizer
 from bellbox.runs.build import load_model_tensors, make_model
 from bellbox.runs.checkpoint import Checkpoint, Checkpoints
 from bellbox.runs.config import ResolvedConfig
@@ -54,14 +55,17 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
         checkpoint: `last`, `best` (lowest validation loss), or a step.
 
     Raises:
-        BellboxError: no run there, no such checkpoint, or one that is damaged or does not fit the
-            configuration.
+        BellboxError: no run there, no such checkpoint, or one that is damaged or was made with another configuration
+            or tokenizer than lie there now.
     """
     root = Path(folder)
     if not (root / CONFIG_FILE).is_file():
         raise BellboxError(f"'{folder}' is no run folder: it has no {CONFIG_FILE}")
     config = load_resolved(root / CONFIG_FILE)
     found = _find(Checkpoints(root / "checkpoints"), checkpoint)
+    refuse_changed(found, config, root / CONFIG_FILE)
+    if config.task == "language":
+        refuse_other_tokenizer(found, root / TOKENIZER_FILE)
     phase = phase_after(phases_of(config), found.step)
     model = make_model(config, phase.quantization)
     tensors = averaged_tensors(found.optimizer_tensors()) if config.averaging else {}

@@ -30,6 +30,7 @@ from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers, weights_quantized_once
 from bellbox.runs.average import Average
+from bellbox.runs.binding import binding, refuse_changed
 from bellbox.runs.build import (
     load_model_tensors,
     make_model,
@@ -55,6 +56,7 @@ from bellbox.training.modes import debug_mode, determinism
 from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.progress import Progress
 from bellbox.training.schedule import one_cycle
+from bellbox.training.shards import DATA_FILE, refuse_other_shards, remember_shards
 from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
 from bellbox.utils.files import lock, write_text
@@ -103,9 +105,9 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         config, self._why_precision = _with_precision(config.check())
-        dataset = open_data(config)
-        self.config = resolve(config, dataset)
-        self.task = make_task(self.config, dataset)
+        self.dataset = open_data(config)
+        self.config = resolve(config, self.dataset)
+        self.task = make_task(self.config, self.dataset)
         self.folder = Path(self.config.folder)
         self.device = pick_device(self.config.device)
         self.resume, self.show = resume, show
@@ -122,6 +124,7 @@ class Trainer:
         teacher = self.teacher.checksum if self.teacher else ""
         self.state = State(0, 0, 0.0, data=self.task.checksum, teacher=teacher)
         self.saved_step = 0
+        self._begun_for = self.config.total_steps
         self.signals = StopSignals()
         self._timed_tokens, self._timed_seconds = 0, 0.0
 
@@ -203,6 +206,7 @@ class Trainer:
             self._restore(checkpoint)
         save_config(self.config, self.folder / CONFIG_FILE)
         write_text(self.folder / "environment.json", json.dumps(describe(self.device), indent=1) + "\n")
+        remember_shards(self.dataset, self.folder / DATA_FILE)
         if self.task.tokenizer is not None:
             write_text(self.folder / TOKENIZER_FILE, self.task.tokenizer)
         state = self.state
@@ -219,6 +223,11 @@ class Trainer:
         )
         if self.teacher and self.teacher.unchecked:
             self.progress.note(f"distill.teacher: {self.teacher.unchecked}")
+        if step and self._begun_for < config.total_steps:
+            self.progress.note(
+                f"steps: {self._begun_for} before, {config.total_steps} now; from here on the learning rate follows "
+                "the longer schedule"
+            )
         if len(self.phases) > 1:
             self.progress.note(
                 "phases: "
@@ -232,12 +241,14 @@ class Trainer:
         if self.resume is None:
             raise BellboxError(f"'{self.folder}' already holds a run; choose another folder, or resume it")
         saved = self.folder / CONFIG_FILE
-        different = differences(load_config(saved), self.config)
+        begun = load_config(saved)
+        different = differences(begun, self.config)
         if different:
             raise BellboxError(
                 f"'{self.folder}' holds a run with another configuration: {'; '.join(different[:3])}; "
                 f"choose another folder, or go on with --config {saved}"
             )
+        self._begun_for = begun.total_steps
         checkpoint = self.checkpoints.last()
         self.checkpoints.set_aside_after(checkpoint.step if checkpoint else 0)
         return checkpoint
@@ -251,6 +262,8 @@ class Trainer:
             raise BellboxError(
                 f"distill.teacher '{self.config.distill.teacher}' is not what '{self.folder}' was begun with"
             )
+        refuse_changed(checkpoint, self.config, self.folder / CONFIG_FILE)
+        refuse_other_shards(self.dataset, self.folder / DATA_FILE)
         phase = phase_after(self.phases, checkpoint.step)
         if phase != self.phase:
             self._enter(phase)
@@ -416,7 +429,12 @@ class Trainer:
         state.random = random_state.capture()
         self.metrics.sync()
         moments = self.optimizer.tensors(self.model.named_parameters())
-        self.checkpoints.save(state, model_tensors(self.model), {**moments, **self.average.tensors()})
+        self.checkpoints.save(
+            state,
+            model_tensors(self.model),
+            {**moments, **self.average.tensors()},
+            binding(self.config, self.task.tokenizer),
+        )
         self.saved_step = state.step
         state.seconds += time.monotonic() - begun
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -123,6 +124,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def named(error: Exception, path: Path) -> OSError:
+    """What the system refused, with the file that it was about: errors of writing (a full disk) do not say which."""
+    number = error.errno if isinstance(error, OSError) else None
+    told = re.search(r"os error (\d+)", str(error))  # as libraries in Rust spell it
+    if number is None and told:
+        number = int(told[1])
+    return OSError(number or errno.EIO, os.strerror(number) if number else str(error), str(path))
 
 
 def sha256_file(path: Path) -> str:
