@@ -10,6 +10,22 @@ from bellbox.runs.config import TrainConfig
 from bellbox.runs.config_file import config_from_dict, differences, load_config, save_config
 
 
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"seed": 10**40}, "seed is 1000.*, must be from -9223372036854775808 to 9223372036854775807"),
+        ({"seed": 1e40}, "'seed' is 1e\\+40"),
+        ({"data": {"seed": -5}}, "data.seed is -5, must be from 0"),
+        ({"threads": 100_000}, "threads is 100000, must be from 1 to 1024"),
+        ({"steps": 10**20}, "steps is 1000.*, must be at most 1000000000000"),
+    ],
+)
+def test_numbers_beyond_all_bounds_are_one_line(keys, says):
+    with pytest.raises(BellboxError, match=says) as refused:
+        config_from_dict(keys)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_defaults_are_the_papers_recipe() -> None:
     config = TrainConfig().check()
     assert config.optimizer.betas == (0.9, 0.95)

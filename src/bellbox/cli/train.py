@@ -14,7 +14,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from bellbox.convert import summary
 from bellbox.errors import BellboxError, require
 from bellbox.models import ResNet, ViT
 from bellbox.nn import quantized_layers
+from bellbox.runs.config import ModelSection
 from bellbox.training import TrainConfig, Trainer, load_config
 from bellbox.utils.malloc import keep_freed_memory
 from bellbox.utils.yaml import parse_yaml
@@ -75,9 +76,30 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
         raise BellboxError("--config needs a YAML file after it") from None
     base = TrainConfig() if path is None else load_config(path)
     default = TrainFlags(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}, config=path)
+    model = base.model
+    from_flag = tyro.conf.arg(
+        name="from", help="Begin with the weights of this folder (a Hugging Face model or a run)."
+    )
+    named = dataclasses.make_dataclass(
+        "ModelSection",
+        [("pretrained", Annotated[str | None, from_flag], None)],
+        bases=(ModelSection,),
+        frozen=True,
+        namespace={"__doc__": ModelSection.__doc__},
+    )
+    default = dataclasses.replace(default, model=named(model.preset, model.overrides, model.pretrained))
+    kind = dataclasses.make_dataclass(
+        "TrainFlags",
+        [("model", named, dataclasses.field(default_factory=named))],
+        bases=(TrainFlags,),
+        frozen=True,
+        namespace={"__doc__": TrainFlags.__doc__},
+    )
     registry = _mapping_flags(tyro, base)
-    flags = parse_flags(TrainFlags, argv, "bellbox train", __doc__, default=default, registry=registry)
+    flags = parse_flags(kind, argv, "bellbox train", __doc__, default=default, registry=registry)
     values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)}
+    chosen = flags.model
+    values["model"] = ModelSection(chosen.preset, chosen.overrides, chosen.pretrained)
     return TrainConfig(**values), flags.resume
 
 

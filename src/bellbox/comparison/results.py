@@ -123,7 +123,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
         config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as their present defaults
             (`precision` as bf16).
     """
-    full = _filled(config, dataclasses.asdict(TrainConfig(precision="bf16")))  # the default before `auto`
+    full = _filled(config, TrainConfig(precision="bf16").to_dict())  # the default before `auto`
     if full["tokens"] is not None:
         full["steps"], full["tokens"] = -(-full["tokens"] // per_step(full)), None
     for key in FREE:

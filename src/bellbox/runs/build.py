@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,14 +70,22 @@ def make_recipe(section: QuantizationSection) -> Recipe:
     return Recipe.of(section.method, weights_rotated=rotated, **choices)
 
 
-def make_model(config: ResolvedConfig, quantization: QuantizationSection | None = None) -> nn.Module:
+def make_model(
+    config: ResolvedConfig,
+    quantization: QuantizationSection | None = None,
+    load: Callable[[nn.Module], object] | None = None,
+) -> nn.Module:
     """Build and prepare the model of a resolved configuration, on the CPU; weights follow `seed`.
 
     Args:
         config: the configuration.
         quantization: that of the phase; the final one where None.
+        load: puts other weights than random ones into the model before it is prepared.
     """
-    return prepare(_network(config, config.seed), make_recipe(quantization or config.quantization))
+    model = _network(config, config.seed)
+    if load is not None:
+        load(model)
+    return prepare(model, make_recipe(quantization or config.quantization))
 
 
 def pick_device(name: str) -> torch.device:

@@ -25,9 +25,11 @@ from typing import Any, ClassVar, Literal
 
 from bellbox.core.grid import levels_from_bits
 from bellbox.errors import BellboxError
+from bellbox.utils.processor import MAX_THREADS
 
 _FORBID: dict[str, Any] = {"extra": "forbid"}
 DEFAULT_STEPS = 1000
+MOST_STEPS = 10**12
 
 
 PAPER = "bbq_paper"
@@ -43,6 +45,9 @@ class ModelSection:
     """Name of a preset of `bellbox.models`: tiny, small, 95M, 125M, 200M, 300M, gpt-95M, ...; resnet-small, ..."""
     overrides: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Fields of the preset to change, by name. Vocabulary, classes, channels and image size follow the data."""
+    pretrained: str | None = None
+    """`from` in files and `--model.from`: begin with the weights of this folder, a Hugging Face model or a run, in
+    place of random ones. Preset and overrides must describe the same network."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +313,9 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts and lists, as YAML and JSON hold them."""
-        return _plain(dataclasses.asdict(self))
+        values = _plain(dataclasses.asdict(self))
+        values["model"]["from"] = values["model"].pop("pretrained")  # a word that no field of Python may have
+        return values
 
     def check(self) -> TrainConfig:
         """Refuse values that cannot be trained with; returns self.
@@ -330,10 +337,15 @@ class TrainConfig:
             ("eval_every", self.eval_every, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("log_every", self.log_every, 1),
-            ("threads", 1 if self.threads is None else self.threads, 1),
         ):
-            if value < low:
-                raise BellboxError(f"{name} is {value}, must be at least {low}")
+            if not low <= value <= MOST_STEPS:
+                limit = f"at least {low}" if value < low else f"at most {MOST_STEPS}"
+                raise BellboxError(f"{name} is {value}, must be {limit}")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise BellboxError(f"threads is {self.threads}, must be from 1 to {MAX_THREADS}")
+        for name, value, low in (("seed", self.seed, -(2**63)), ("data.seed", self.data.seed, 0)):
+            if not low <= value < 2**63:
+                raise BellboxError(f"{name} is {value}, must be from {low} to {2**63 - 1}")
         optimizer, schedule, phases = self.optimizer, self.schedule, self.phases
         quantized, taught = phases.quantized, self.distill.teacher is not None
         for name, ok, limit in (

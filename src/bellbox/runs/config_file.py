@@ -34,13 +34,21 @@ def config_from_dict(data: object, where: str = "config") -> TrainConfig:
     if not isinstance(data, dict):
         raise BellboxError(f"{where}: holds {type(data).__name__}, must be a mapping of keys to values")
     try:
-        config = TypeAdapter(TrainConfig).validate_python(with_present_names(data))
+        config = TypeAdapter(TrainConfig).validate_python(_with_field_names(with_present_names(data)))
     except ValidationError as error:
         raise BellboxError(f"{where}: {_explain(error.errors()[0])}") from None
     try:
         return config.check()
     except BellboxError as error:
         raise BellboxError(f"{where}: {error}") from None
+
+
+def _with_field_names(data: dict[str, Any]) -> dict[str, Any]:
+    """`model.from` under the name of its field."""
+    model = data.get("model")
+    if not isinstance(model, dict) or "from" not in model:
+        return data
+    return {**data, "model": {"pretrained" if key == "from" else key: value for key, value in model.items()}}
 
 
 def _explain(error: Any) -> str:
@@ -56,7 +64,7 @@ def _explain(error: Any) -> str:
             break
     if get_origin(section) is dict:
         known = parts[: len(known) + 1]
-    dotted = ".".join(known)
+    dotted = ".".join(known).replace("model.pretrained", "model.from")
     if error["type"] == "unexpected_keyword_argument":
         owner: Any = TrainConfig
         for part in parts[:-1]:

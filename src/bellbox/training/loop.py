@@ -18,13 +18,14 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
@@ -54,6 +55,7 @@ from bellbox.training.measures import quantization_measures
 from bellbox.training.mec import EntropyTerm, SpectrumMeter
 from bellbox.training.modes import debug_mode, determinism
 from bellbox.training.optim.groups import ModelOptimizer
+from bellbox.training.pretrained import pretrained_weights
 from bellbox.training.progress import Progress
 from bellbox.training.schedule import one_cycle
 from bellbox.training.shards import DATA_FILE, refuse_other_shards, remember_shards
@@ -116,17 +118,25 @@ class Trainer:
         self.phases = phases_of(self.config)
         check_trainable(self.config)
         self.phase = self.phases[0]
-        self.model = make_model(self.config, self.phase.quantization).to(self.device)
-        self.task.start(self.model)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        load = self._first_weights()
+        self.model = make_model(self.config, self.phase.quantization, load).to(self.device)
+        if load is None:  # else given weights bring along what they know of their data
+            self.task.start(self.model)
         self.entropy: EntropyTerm | None = None
         self._build_around_model()
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
         teacher = self.teacher.checksum if self.teacher else ""
         self.state = State(0, 0, 0.0, data=self.task.checksum, teacher=teacher)
         self.saved_step = 0
         self._begun_for = self.config.total_steps
         self.signals = StopSignals()
         self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    def _first_weights(self) -> Callable[[nn.Module], None] | None:
+        """Those of `model.from`; None where they are random, or a checkpoint has all of them already."""
+        if self.config.model.pretrained is None or self.checkpoints.last() is not None:
+            return None
+        return pretrained_weights(self.config)
 
     def _build_around_model(self) -> None:
         """The optimizer and the training forward, for the layers that the model has in this phase."""
