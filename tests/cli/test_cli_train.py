@@ -177,3 +177,17 @@ def test_ctrl_c_in_a_real_process_saves_and_exits_with_130(tmp_path: Path) -> No
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def test_a_closed_pipe_ends_a_run_in_a_line_and_exit_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from bellbox.cli.main import main; main()", "train"]
+    command += ["--folder", str(tmp_path / "run"), "--steps", "100000", "--log-every", "1", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    _, error = finish(process)
+    assert process.returncode == 2
+    assert error.count("\n") == 1, error
+    assert error.startswith("bellbox: error: standard output was closed")

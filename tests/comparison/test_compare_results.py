@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,18 @@ def test_what_a_line_says_is_no_path_and_no_markup(
     with pytest.raises(BellboxError, match="line 1 is not a result") as caught:
         Results(tmp_path)
     assert said in str(caught.value)
+
+
+def test_a_full_disk_names_the_file_and_half_a_line_is_no_result(tmp_path: Path, result, monkeypatch) -> None:
+    results = Results(tmp_path)
+    results.add(result())
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            results.add(result(seed=1))
+    assert caught.value.filename == str(results.path)
+    assert results.all == [result()]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def test_an_edited_configuration_does_not_load_a_wrong_model(tiny: Tiny) -> None
     saved = Path(config.folder) / "config.yaml"
     text = saved.read_text()
     saved.write_text(text.replace("intermediate_size: 64", "intermediate_size: 32"))
+    with pytest.raises(BellboxError, match=r"model.overrides.intermediate_size is 64 there, 32 here"):
+        load_run(config.folder)
+    # The tensors say it too, of a checkpoint that does not know its configuration.
+    manifest = Path(config.folder) / "checkpoints" / "step-00000001" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["run"]
+    manifest.write_text(json.dumps(content))
     with pytest.raises(BellboxError, match=r"gate_proj.weight' is torch.float32 \(64, 32\)"):
         load_run(config.folder)
     saved.write_text(text.replace("method: bbq", "method: none"))
