@@ -804,7 +804,12 @@ def prepare_format(name: str, root: Path) -> Path:
 
 
 def run(
-    formats: list[str], count: int, seed: int, first: int = 0, limit: float = SECONDS
+    formats: list[str],
+    count: int,
+    seed: int,
+    first: int = 0,
+    limit: float = SECONDS,
+    tell: Callable[[str, Verdicts], None] | None = None,
 ) -> dict[str, Verdicts]:
     """Judge `count` mutations, spread evenly over the formats."""
     torch.set_num_threads(1)
@@ -815,6 +820,8 @@ def run(
         for name in formats:
             good = prepare_format(name, Path(root))
             found[name] = run_format(name, good, seed, list(range(first, first + share)), limit)
+            if tell is not None:
+                tell(name, found[name])
     return found
 
 
@@ -833,15 +840,11 @@ def replay(name: str, seed: int, number: int) -> None:
         print("the same" if content == FORMATS[name].content else f"read: {content[:600]}")
 
 
-def show(found: dict[str, Verdicts]) -> None:
-    """A line a format, and what failed."""
-    names = (*GOOD, *BAD)
-    print("format".ljust(12) + "".join(name.rjust(10) for name in names))
-    for kind, verdicts in found.items():
-        print(kind.ljust(12) + "".join(f"{verdicts.counts[name]:10,}" for name in names))
-    for kind, verdicts in found.items():
-        for said, numbers in sorted(verdicts.examples.items(), key=lambda item: -len(item[1])):
-            print(f"{kind}: {len(numbers):5,} x {said[:240]}   (--replay {numbers[0]})")
+def show(name: str, verdicts: Verdicts) -> None:
+    """A format's line, and what failed."""
+    print(name.ljust(12) + "".join(f"{verdicts.counts[each]:10,}" for each in (*GOOD, *BAD)), flush=True)
+    for said, numbers in sorted(verdicts.examples.items(), key=lambda item: -len(item[1])):
+        print(f"    {len(numbers):5,} x {said[:240]}   (--formats {name} --replay {numbers[0]})", flush=True)
 
 
 def main() -> None:
@@ -856,8 +859,8 @@ def main() -> None:
         replay(command.formats[0], command.seed, command.replay)
         return
     begun = time.monotonic()
-    found = run(command.formats, command.count, command.seed, command.first)
-    show(found)
+    print("format".ljust(12) + "".join(each.rjust(10) for each in (*GOOD, *BAD)), flush=True)
+    found = run(command.formats, command.count, command.seed, command.first, tell=show)
     total = sum(sum(each.counts.values()) for each in found.values())
     print(f"{total:,} mutations, seed {command.seed}, {time.monotonic() - begun:.0f} s")
     sys.exit(any(each.failures for each in found.values()))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from bellbox.cli.eval import first_sequences
-from bellbox.cli.output import parse_flags, refuse_flags
+from bellbox.cli.output import parse_flags, refuse_file_name, refuse_flags
 from bellbox.convert import convert
 from bellbox.data.images.batches import chosen
 from bellbox.errors import BellboxError, require
@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
     command = parse_flags(Convert, argv, "bellbox convert", __doc__)
     if not command.check:
         refuse_flags(command, ("data",), "--no-check")
+    refuse_file_name(command.out)
     opened = open_model(command.run, command.checkpoint)
     if opened.run is None:
         raise BellboxError(f"{opened.path}: is a {opened.kind} model; convert takes a run folder")

@@ -8,11 +8,13 @@ bellbox data info data/books --verify
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from bellbox.cli.output import parse_flags
+from bellbox.cli.output import parse_flags, refuse_file_name
+from bellbox.data.sources import Skipped
 from bellbox.errors import require
 
 require("tyro", "cli")
@@ -22,7 +24,6 @@ import tyro  # noqa: E402  (named before, so that its absence is one line; this 
 if TYPE_CHECKING:
     from bellbox.data.prepare import Progress
     from bellbox.data.shards import TokenDataset
-    from bellbox.data.sources import Skipped
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> None:
 def _prepare(command: Prepare) -> None:
     from bellbox.data.prepare import prepare
 
+    refuse_file_name(command.out)
     with _Bars() as bars:
         dataset = prepare(
             command.inputs,
@@ -93,7 +95,7 @@ def _prepare(command: Prepare) -> None:
             progress=bars.update,
         )
     _print(dataset)
-    if bars.skipped is not None and (bars.skipped.blank or bars.skipped.null):
+    if bars.skipped.blank or bars.skipped.null:
         print(f"rows without a document: {bars.skipped.blank:,} blank, {bars.skipped.null:,} null")
     asked = command.vocab_size
     if asked is not None and dataset.vocab_size < asked:
@@ -124,15 +126,23 @@ def _print(dataset: TokenDataset) -> None:
         )
 
 
+def _counts(state: Progress) -> str:
+    return f"{state.documents:,} docs, {state.tokens / 1e6:.2f}M tokens"
+
+
 _LABELS = {"survey": "survey", "tokenizer": "tokenizer", "encode": "encoding"}
 
 
 class _Bars:
-    """One bar a phase, on standard error: bytes, rate, documents, tokens, time left where it is known."""
+    """One bar a phase, on standard error: bytes, rate, documents, tokens, time left where it is known.
+
+    Where that is no terminal, one line at the end: an error then stands alone.
+    """
 
     def __init__(self) -> None:
         progress: Any = require("rich.progress", "cli")
         console: Any = require("rich.console", "cli").Console(stderr=True)
+        self._live: bool = console.is_terminal
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=12),
@@ -143,19 +153,28 @@ class _Bars:
             console=console,
         )
         self._tasks: dict[str, Any] = {}
-        self.skipped: Skipped | None = None
-        """Of the last state."""
+        self._state: Progress | None = None
 
     def __enter__(self) -> _Bars:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._tasks:
             self._bar.stop()
+        elif kind is None and self._state is not None:
+            state = self._state
+            print(f"{_LABELS[state.phase]}: {state.bytes_read:,} bytes, {_counts(state)}", file=sys.stderr)
+
+    @property
+    def skipped(self) -> Skipped:
+        """Rows that gave no document."""
+        return Skipped() if self._state is None else self._state.skipped
 
     def update(self, state: Progress) -> None:
         """Show a state; the bar of its phase appears with the first."""
-        self.skipped = state.skipped
+        self._state = state
+        if not self._live:
+            return
         if state.phase not in self._tasks:
             self._bar.start()  # not before there is something to show: an error line then stands alone
             if "survey" in self._tasks:  # it stops early, as a rule; a bar that never fills would puzzle
@@ -163,5 +182,5 @@ class _Bars:
             self._tasks[state.phase] = self._bar.add_task(
                 _LABELS[state.phase], total=state.bytes_total, counts=""
             )
-        counts = f"{state.documents:,} docs, {state.tokens / 1e6:.2f}M tokens" if state.tokens else ""
+        counts = _counts(state) if state.tokens else ""
         self._bar.update(self._tasks[state.phase], completed=state.bytes_read, counts=counts)

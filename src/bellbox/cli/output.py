@@ -112,6 +112,26 @@ def require_writable(path: Path) -> None:
         raise BellboxError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+# What names a file of another program, so that a folder of that name would be taken for one.
+_FILES = (
+    ".onnx", ".gguf", ".ggml", ".safetensors", ".pt", ".pth", ".pte", ".ckpt", ".bin", ".pkl", ".h5", ".tflite", ".npz",
+    ".npy", ".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".parquet", ".zip", ".tar", ".gz", ".html",
+)  # fmt: skip
+
+
+def refuse_file_name(folder: Path) -> None:
+    """Refuse a name for a folder that speaks of a file.
+
+    Raises:
+        BellboxError: it ends so, and no such folder is there.
+    """
+    if folder.suffix.lower() in _FILES and not folder.is_dir():
+        raise BellboxError(
+            f"{folder}: a folder is made, and {folder.suffix} is the name of a file; name it {folder.with_suffix('')}, "
+            "or end it otherwise"
+        )
+
+
 def write_file(path: Path, text: str) -> None:
     """Write a text file; a kill leaves the old one or the new one.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bellbox.cli.output import parse_flags, refuse_flags
+from bellbox.cli.output import parse_flags, refuse_file_name, refuse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.ptq import Job, Settings, binarize_folder, load, stored_size
 from bellbox.utils.memory import peak_memory
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
     """
     command = parse_flags(Ptq, argv, "bellbox ptq", __doc__)
+    refuse_file_name(command.out)
     for name, value in (("samples", command.samples), ("context", command.context), ("batch", command.batch)):
         if value < 1:
             raise BellboxError(f"--{name} is {value}, must be at least 1")

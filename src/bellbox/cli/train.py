@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, both with a checkpoint saved.
     """
     config, resume = parse(argv)
+    _refuse_folder(Path(config.folder))
     keep_freed_memory()
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
     print(summary(trainer.model), flush=True)
@@ -58,6 +59,19 @@ def main(argv: list[str]) -> None:
         )
         raise SystemExit(128 + result.stopped_by)
     print(_farewell(result.folder, trainer.model))
+
+
+def _refuse_folder(folder: Path) -> None:
+    """Refuse to train into a folder that is something else of ours; other people's files in it do not matter.
+
+    Raises:
+        BellboxError: it holds a model or a dataset.
+    """
+    other = next((name for name in ("config.json", "manifest.json") if (folder / name).exists()), None)
+    if other is not None and not (folder / "config.yaml").exists():
+        raise BellboxError(
+            f"{folder}: holds a model or a dataset ({other}), not a run; name another --folder"
+        )
 
 
 def parse(argv: list[str]) -> tuple[TrainConfig, str]:

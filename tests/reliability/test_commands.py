@@ -1,0 +1,72 @@
+"""Some of the hostile command lines of `benchmarks/reliability/commands.py`, forked from one process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bellbox.data.bundled import TOKENIZER
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "reliability"
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork") or sys.platform == "darwin", reason="forks, as Linux can"
+)
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield importlib.import_module("commands")
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_hostile_commands_are_refused_in_one_line_and_change_nothing(commands: ModuleType) -> None:
+    assert len(commands.SHORT) >= 25
+    commands.preload()
+    faults: list[str] = []
+
+    def tell(command: str, outcome: object, fault: str | None) -> None:
+        if fault is not None:
+            faults.append(f"bellbox {command}: {fault}")
+
+    assert commands.try_all(commands.SHORT, commands.forked, tell) == len(faults)
+    assert not faults, faults
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_preparation_leaves_no_folder(tmp_path: Path, number: signal.Signals) -> None:
+    """Stopped once its hidden folder is there: while text is encoded."""
+    text = tmp_path / "text"
+    text.write_text("It was a dark and cold night; nobody knew the way home. " * 60_000)
+    words = [
+        "data",
+        "prepare",
+        str(text),
+        "--out",
+        str(tmp_path / "out" / "set"),
+        "--tokenizer",
+        str(TOKENIZER),
+    ]
+    code = "from bellbox.cli.main import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob(".set*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    error = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == (130 if number == signal.SIGINT else 128 + number)
+    assert "Traceback" not in error
+    assert list((tmp_path / "out").iterdir()) == []
