@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bellbox.errors import BellboxError, require
+from bellbox.utils.files import parsing, read_bytes
 
 _SPACE = "\u2581"
+_MOST_BYTES, _LONGEST_PIECE = 64 << 20, 512
 _PROBES = (
     "Once upon a time, there was a little girl named Lily.",
     "  two spaces, then three   and a tail  ",
@@ -35,18 +37,23 @@ def translate(path: Path) -> str:
     """
     sentencepiece = require("sentencepiece", "transformers")
     tokenizers = require("tokenizers", "cli")
+    content = read_bytes(path, _MOST_BYTES)
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (OSError, RuntimeError, ValueError) as error:
         raise BellboxError(f"{path}: not a sentencepiece model that can be read") from error
-    size: int = model.vocab_size()
-    if not any(model.is_byte(number) for number in range(size)):
+    with parsing(path, "a sentencepiece model"):
+        size: int = model.vocab_size()
+        known = any(model.is_byte(number) for number in range(size))
+        longest = max((len(model.id_to_piece(number)) for number in range(size)), default=0)
+    if not known or longest > _LONGEST_PIECE:  # each piece is cut at every place
         raise BellboxError(f"{path}: {_REFUSAL}")
-    text = json.dumps(_specification(model, size), ensure_ascii=False)
-    backend = tokenizers.Tokenizer.from_str(text)
-    for probe in _PROBES:
-        if backend.encode(probe, add_special_tokens=False).ids != model.encode(probe):
-            raise BellboxError(f"{path}: {_REFUSAL}")
+    with parsing(path, "a sentencepiece model"):
+        text = json.dumps(_specification(model, size), ensure_ascii=False)
+        backend = tokenizers.Tokenizer.from_str(text)
+        pairs = [(backend.encode(one, add_special_tokens=False).ids, model.encode(one)) for one in _PROBES]
+    if any(ours != theirs for ours, theirs in pairs):
+        raise BellboxError(f"{path}: {_REFUSAL}")
     return text
 
 

@@ -31,7 +31,7 @@ from typing import Any
 from torch import Tensor
 
 from bellbox.errors import BellboxError
-from bellbox.utils.files import named, read_json, sha256_file, sync
+from bellbox.utils.files import named, read_json, read_tensors, sha256_file, sync
 
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -322,10 +322,4 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BellboxError(f"{path}: cannot be read: {error}") from None
+    return read_tensors(path)
