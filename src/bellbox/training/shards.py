@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from bellbox.data.shards import ShardEntry, TokenDataset
 from bellbox.errors import BellboxError
-from bellbox.utils.files import write_text
-from bellbox.utils.files import read_json, sha256_file
+from bellbox.utils.files import read_json, sha256_file, write_text
 
 if TYPE_CHECKING:
     from bellbox.data.images import ImageDataset
