@@ -85,9 +85,11 @@ def test_what_is_loaded_is_what_was_fitted_bit_for_bit(places, tmp_path, monkeyp
     from bellbox.ptq import driver
 
     kept = {}
-    save = driver._save
+    save = driver.write_tensors
     monkeypatch.setattr(
-        driver, "_save", lambda path, tensors, *rest: (kept.update(tensors), save(path, tensors, *rest))
+        driver,
+        "write_tensors",
+        lambda path, tensors, *rest: (kept.update(tensors), save(path, tensors, *rest)),
     )
     binarize_folder(job(places, tmp_path / "out"), show=False)
     model = load(tmp_path / "out")
