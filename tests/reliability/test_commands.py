@@ -48,7 +48,7 @@ def test_hostile_commands_are_refused_in_one_line_and_change_nothing(commands: M
 def test_a_stopped_preparation_leaves_no_folder(tmp_path: Path, number: signal.Signals) -> None:
     """Stopped once its hidden folder is there: while text is encoded."""
     text = tmp_path / "text"
-    text.write_text("It was a dark and cold night; nobody knew the way home. " * 60_000)
+    text.write_text("It was a dark and cold night; nobody knew the way home. " * 200_000)
     words = [
         "data",
         "prepare",
@@ -67,6 +67,6 @@ def test_a_stopped_preparation_leaves_no_folder(tmp_path: Path, number: signal.S
         time.sleep(0.005)
     process.send_signal(number)
     error = process.communicate(timeout=120)[1].decode()
-    assert process.returncode == (130 if number == signal.SIGINT else 128 + number)
+    assert process.returncode == (130 if number == signal.SIGINT else 128 + number), error
     assert "Traceback" not in error
     assert list((tmp_path / "out").iterdir()) == []
