@@ -83,8 +83,8 @@ def _adopt_recorded(
         found = _differences(one, other, rotation=same_rotation or side == "input")
         if found:
             raise BellboxError(
-                f"{name}: the state is of another recipe: {side}: {'; '.join(found)}; prepare the model with the recipe "
-                "that it was saved with"
+                f"{name}: the state is of another recipe: {side}: {'; '.join(found)}; prepare the model with the "
+                "recipe that it was saved with"
             )
     if same_rotation:
         return
