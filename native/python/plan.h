@@ -147,10 +147,17 @@ class GroupPlan {
         for (const nb::object& each : kept_) plans_.push_back(nb::cast<const Plan*>(each));
         for (const Plan* each : plans_) require(each->weights().k() == plans_[0]->weights().k(), "layers of different width");
     }
+    // Whether each buffer is the tensor that it was, and all layers code their input alike, number for number.
     bool holds() const {
+        const Coding first = plans_[0]->coding();
         for (const Plan* each : plans_)
-            if (!each->holds()) return false;
+            if (!each->holds() || !same(first, each->coding())) return false;
         return true;
+    }
+    static bool same(const Coding& a, const Coding& b) {
+        return a.block == b.block && a.n == b.n && a.normalise == b.normalise && a.rstd == b.rstd && a.rescale == b.rescale &&
+               a.multiplier == b.multiplier && a.shift == b.shift &&
+               std::equal(a.thresholds, a.thresholds + a.n - 1, b.thresholds);
     }
     Group now() const {
         Group group{plans_[0]->coding(), {}, {}};

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -33,6 +34,7 @@ from bellbox.nn import (
 from bellbox.nn.adopted import become
 from bellbox.nn.compact import Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.nn.pretrained import have_plain_weights_saved, stop_saving_plain_weights
 from bellbox.nn.state import look_before_loading, look_no_more
 from bellbox.quantizers import METHODS, Quantizer, build_quantizer
 from bellbox.recipe import INPUT_GROUPS, QuantizerSpec, Recipe, Rule
@@ -42,7 +44,7 @@ Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger("bellbox")
 
 
-def prepare(model: Model, recipe: Recipe) -> Model:
+def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
     """Replace linear layers and convolutions by fake-quantized ones, in place, as the recipe says.
 
     Train the result as usual: weights stay full precision, each forward quantizes them and the inputs.
@@ -52,6 +54,9 @@ def prepare(model: Model, recipe: Recipe) -> Model:
             everything else is left, and one line says what (a warning where that is much, else the log "bellbox").
             Layers whose weight a hook or a parametrization makes are left too.
         recipe: which layers, and how.
+        example: inputs for one forward (a tensor, a tuple of arguments or a mapping of keyword arguments): layers that
+            read the very same tensor in it share one activation quantizer. Without it, only those share whose module
+            says so in its attribute `input_groups`, as the models of `bellbox.models` do.
 
     Returns:
         The same model (a new layer where `model` is itself one such layer).
@@ -61,7 +66,7 @@ def prepare(model: Model, recipe: Recipe) -> Model:
             cannot have the quantizers of its rule, or `recipe` is no recipe.
     """
     model = cast(Model, unwrapped(model))
-    layers = new_layers(model, recipe, deferred=True)
+    layers = new_layers(model, recipe, deferred=True, example=example)
     _warn_of_idle_rules(model, recipe)
     _say_what_is_left(model, recipe, layers)
     _warn_of_what_cannot_be_packed(layers)
@@ -73,11 +78,12 @@ def prepare(model: Model, recipe: Recipe) -> Model:
             changed.weight_quantizer.initialize(changed.weight_rows().detach())
     without_fused_paths(model)
     look_before_loading(model)
+    have_plain_weights_saved(model)
     return model
 
 
 def new_layers(
-    model: nn.Module, recipe: Recipe, deferred: bool = False
+    model: nn.Module, recipe: Recipe, deferred: bool = False, example: Any = None
 ) -> list[tuple[Plain, QuantizedLayer]]:
     """Each layer that `prepare` would replace, and what by; nothing is changed yet and no scale is set.
 
@@ -87,6 +93,7 @@ def new_layers(
         model: not prepared.
         recipe: which layers, and how.
         deferred: weights on the meta device come later: they are rotated in each forward, which gives the same codes.
+        example: see `prepare`.
 
     Raises:
         BellboxError: see `prepare`.
@@ -100,7 +107,7 @@ def new_layers(
         raise BellboxError(coverage.why_nothing(model, recipe))
     layers: list[tuple[Plain, QuantizedLayer]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
-    groups = _input_groups(decided) if recipe.share_inputs else {}
+    groups = _input_groups(model, decided, example) if recipe.share_inputs else {}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for name, plain, rule in decided:
         # Weights that are still to come cannot be rotated now.
@@ -151,6 +158,7 @@ def unprepare(model: Model) -> Model:
         layer.rotate_stored_weight_back()
         become(layer, layer.unquantized())
     look_no_more(model)
+    stop_saving_plain_weights(model)
     return model
 
 
@@ -174,7 +182,7 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
             raise BellboxError("the model is packed already; save it, or use it as it is")
         raise BellboxError("nothing to convert: the model has no quantized layers; call prepare first")
     require_causal(model, "converting")
-    groups: dict[int, PackedGroup] = {}
+    groups = _hinted_groups(layers)
     memo: dict[int, Any] = {}
     _give_scales_to_idle(layers)
     for name, layer in layers.items():
@@ -187,11 +195,11 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
             raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
         kind = PackedConv2d if isinstance(layer, QuantizedConv2d) else PackedLinear
-        group = groups.setdefault(id(activation), PackedGroup())
-        memo[id(layer)] = kind.from_quantized(layer, None if kind is PackedConv2d else group)
+        memo[id(layer)] = kind.from_quantized(layer, groups.get(id(layer)))
     for layer in layers.values():  # only now: an attribute may lead to any other layer
         cast(PackedLayer, memo[id(layer)]).take_over(layer, memo)
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
+    stop_saving_plain_weights(packed)
     compact(packed, embeddings)
     gather_in_huge_pages(packed)
     return packed
@@ -337,7 +345,8 @@ def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer
     spec = dataclasses.replace(spec, block=block)
     quantizer = build_quantizer(spec, pixels * depth, layer.out_channels, name=where)
     if quantizer.signs is not None:  # those of the input, pixel by pixel
-        quantizer.signs = build_quantizer(spec, depth, None, name=where).signs.repeat(pixels)  # type: ignore[union-attr]
+        quantizer.signs = build_quantizer(spec, depth, None, name=where).signs.repeat(pixels)  # type:
+        ignore[union - attr]
     return quantizer.to(layer.weight.device)
 
 
@@ -346,20 +355,77 @@ def rotated_weights(model: nn.Module) -> frozenset[Tensor]:
     return frozenset(layer.stored_weight for _, layer in quantized_layers(model) if layer.weights_rotated)
 
 
-def _input_groups(decided: list[tuple[str, Plain, Rule]]) -> dict[str, tuple[str, ...]]:
-    """Layer name -> names of all siblings (itself included) that share its activation quantizer."""
-    linear = [(name, layer, rule) for name, layer, rule in decided if isinstance(layer, nn.Linear)]
-    rules = {name: (layer.in_features, rule.activations) for name, layer, rule in linear}
+def _input_groups(
+    model: nn.Module, decided: list[tuple[str, Plain, Rule]], example: Any
+) -> dict[str, tuple[str, ...]]:
+    """Layer name -> names of all layers (itself included) that are known to read one tensor and quantize it alike.
+
+    Known is what a module says in its attribute `input_groups`, a tuple of tuples of names below it, or what a run
+    on the example showed.
+    """
+    rules = {
+        name: (layer.in_features, rule.activations)
+        for name, layer, rule in decided
+        if isinstance(layer, nn.Linear) and rule.activations is not None
+    }
+    candidates: list[tuple[str, ...]] = []
+    for parent, module in model.named_modules():
+        for names in getattr(module, "input_groups", ()):
+            candidates.append(tuple(f"{parent}.{name}" if parent else name for name in names))
+    if example is not None:
+        candidates += _seen_together(model, {name: model.get_submodule(name) for name in rules}, example)
     groups: dict[str, tuple[str, ...]] = {}
-    for name in rules:
-        parent, _, leaf = name.rpartition(".")
-        for names in INPUT_GROUPS:
-            if leaf == names[0]:
-                full = tuple(f"{parent}.{other}" if parent else other for other in names)
-                alike = tuple(other for other in full if rules.get(other) == rules[name])
-                if len(alike) > 1 and rules[name][1] is not None:
-                    groups.update(dict.fromkeys(alike, alike))
+    for names in candidates:
+        present = [name for name in names if name in rules and name not in groups]
+        for first in present:
+            alike = tuple(name for name in present if rules[name] == rules[first])
+            if len(alike) > 1 and first not in groups:
+                groups.update(dict.fromkeys(alike, alike))
     return groups
+
+
+def _seen_together(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> list[tuple[str, ...]]:
+    """Names of layers that got the very same tensor in every forward of a run on the example."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}  # kept, so that no identity is used twice
+
+    def hook(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[name].extend(args[:1])
+
+    handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            if isinstance(example, Mapping):
+                model.eval()(**example)
+            else:
+                model.eval()(*(example if isinstance(example, tuple | list) else (example,)))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    together: dict[tuple[int, ...], list[str]] = {}
+    for name, seen in inputs.items():
+        if seen:
+            together.setdefault(tuple(map(id, seen)), []).append(name)
+    return [tuple(names) for names in together.values() if len(names) > 1]
+
+
+def _hinted_groups(layers: Mapping[str, QuantizedLayer]) -> dict[int, PackedGroup]:
+    """Layer id -> the packed group that it may belong to: by a shared quantizer, or by name and equal coding."""
+    groups: dict[Any, PackedGroup] = {}
+    found: dict[int, PackedGroup] = {}
+    for name, layer in layers.items():
+        activation = layer.activation_quantizer
+        if not isinstance(layer, QuantizedLinear) or activation is None:
+            continue
+        key: Any = id(activation)
+        if activation.shared.readers == 1:
+            parent, _, leaf = name.rpartition(".")
+            hint = next((names for names in INPUT_GROUPS if leaf in names), None)
+            if hint is not None:
+                key = parent, hint, layer.packed_numbers()[3:], layer.row_length, activation.levels
+        found[id(layer)] = groups.setdefault(key, PackedGroup())
+    return found
 
 
 def _label(levels: Grid) -> str:

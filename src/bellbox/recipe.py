@@ -46,7 +46,8 @@ INPUT_GROUPS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-"""Names of layers that, under one parent, read the same tensor. Sharing is checked at run time by identity."""
+"""Names of layers that, under one parent, usually read the same tensor: a hint for packed layers, which look at run
+time whether they do. (In cross-attention they do not, so that no learned scale is shared by name.)"""
 
 
 def is_head(name: str) -> bool:

@@ -30,6 +30,9 @@ class LayerNorm(nn.LayerNorm):
 class GPTAttention(nn.Module):
     """Multi-head self-attention."""
 
+    input_groups = (("q_proj", "k_proj", "v_proj"),)
+    """Layers that read the very same tensor."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         width = config.hidden_size

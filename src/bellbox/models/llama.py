@@ -102,6 +102,9 @@ class RotaryEmbedding(nn.Module):
 class LlamaAttention(nn.Module):
     """Grouped-query self-attention."""
 
+    input_groups = (("q_proj", "k_proj", "v_proj"),)
+    """Layers that read the very same tensor."""
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_size
@@ -134,6 +137,9 @@ class LlamaAttention(nn.Module):
 
 class LlamaMLP(nn.Module):
     """SwiGLU: one projection, gated by the SiLU of another."""
+
+    input_groups = (("gate_proj", "up_proj"),)
+    """Layers that read the very same tensor."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

@@ -18,6 +18,9 @@ from bellbox.models.image import DropPath, Normalise, rising
 class Attention(nn.Module):
     """Self-attention over the patches."""
 
+    input_groups = (("q_proj", "k_proj", "v_proj"),)
+    """Layers that read the very same tensor."""
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads

@@ -125,13 +125,14 @@ def _bind_group(
     module = native.compiled()
     if module is None or any(plan is None for plan in plans):
         return None
+    if any(buffers["act_signs"] is not None for buffers, _ in numbers["layers"]):
+        return None
     group, types, get_threads = module.GroupPlan(plans), native.TYPES, torch.get_num_threads
-    buffers = numbers["layers"][0][0]
 
     def call(x: Tensor, dtype: torch.dtype) -> list[Tensor] | None:
         if not (x.is_cpu and x.dtype in types and dtype in types):
             return None
-        return group(with_signs(x, buffers["act_signs"]), dtype, get_threads())
+        return group(x, dtype, get_threads())
 
     return call
 

@@ -1,0 +1,82 @@
+"""What transformers' `save_pretrained` writes of a prepared model: the plain model, as `from_pretrained` reads it.
+
+A prepared model's own state has rotated weights and quantizers, of which `from_pretrained` would only report
+missing keys and go on with random weights. So a prepared `PreTrainedModel` is given a quantizer in transformers'
+sense that hands out the plain weights. `torch.save(model.state_dict())`, safetensors and `bellbox.save` keep what
+they kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from bellbox.nn.quantized import QuantizedLayer
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as the model would have it without quantizers: plain weights under their plain names."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
+    own = tuple(
+        f"{name}.{part}" if name else part
+        for name in layers
+        for part in ("weight_quantizer.", "activation_quantizer.", "_extra_state", "rotated_weight")
+    )
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
+    for name, layer in layers.items():
+        key = f"{name}.weight" if name else "weight"
+        if key not in state:
+            state[key] = layer.turned(layer.stored_weight.detach(), back=True)
+    return state
+
+
+def have_plain_weights_saved(model: nn.Module) -> None:
+    """Have a `PreTrainedModel` written by `save_pretrained` as the plain model that it was; others are left alone."""
+    transformers = sys.modules.get("transformers")
+    kind = getattr(transformers, "PreTrainedModel", None)
+    if kind is None or not isinstance(model, kind) or getattr(model, "hf_quantizer", None) is not None:
+        return
+    model.hf_quantizer = _plain_weights()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def stop_saving_plain_weights(model: nn.Module) -> None:
+    """The way back from `have_plain_weights_saved`."""
+    if type(getattr(model, "hf_quantizer", None)).__name__ == "PlainWeights":
+        del model.hf_quantizer
+
+
+def _plain_weights() -> Any:
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class PlainWeights(HfQuantizer):
+        """Hands out the weights of a prepared model as if it were not prepared."""
+
+        def __init__(self) -> None:
+            super().__init__(QuantizationConfigMixin(quant_method="bellbox"))  # pyright: ignore[reportArgumentType]
+
+        def is_serializable(self) -> bool:
+            """Yes: as the plain model."""
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            """Yes: a prepared model is there to be trained."""
+            return True
+
+        @property
+        def is_qat_trainable(self) -> bool:
+            """Likewise."""
+            return True
+
+        def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+            """The plain state."""
+            return plain_state(model), {}
+
+        def __reduce__(self) -> Any:
+            """A copy is made anew: the class is no attribute of a module."""
+            return _plain_weights, ()
+
+    return PlainWeights()
