@@ -91,7 +91,7 @@ def _reference(
     depth, outputs = channels // shape.groups, weight_scale.numel()
     check(
         x, weight, weight_scale, bias, act_scale, act_thresholds, act_rstd, act_signs, in_features, weight_levels,
-        weight_zero_point, act_zero_point, block, normalise, depth,
+        weight_zero_point, act_zero_point, block, normalise, rescale, depth,
     )  # fmt: skip
     if in_features != shape.kernel[0] * shape.kernel[1] * depth or outputs % shape.groups:
         raise BellboxError(f"packed convolution: {in_features} weights a filter do not fit the geometry")

@@ -71,7 +71,7 @@ def encode_input(
 def check(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, act_scale: Tensor, act_thresholds: Tensor,
     act_rstd: Tensor | None, act_signs: Tensor | None, in_features: int, weight_levels: int,
-    weight_zero_point: float, act_zero_point: float, block: int, normalise: str, features: int,
+    weight_zero_point: float, act_zero_point: float, block: int, normalise: str, rescale: bool, features: int,
 ) -> None:  # fmt: skip
     """Refuse arguments that do not fit together; shared with packed convolutions (`features`: entries of a rotation).
 
@@ -106,6 +106,7 @@ def check(
             normalise != "static" or (act_rstd is not None and act_rstd.numel() == 1),
             "static needs act_rstd [1]",
         ),
+        (normalise != "static" or not rescale, "static has no rescale: its sigma is the same for every row"),
         (
             normalise != "absmax" or block == 1,
             f"absmax needs block 1, not {block}: it is taken before a rotation",
@@ -122,7 +123,7 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     check(
         x, weight, weight_scale, bias, act_scale, act_thresholds, act_rstd, act_signs, in_features, weight_levels,
-        weight_zero_point, act_zero_point, block, normalise, in_features,
+        weight_zero_point, act_zero_point, block, normalise, rescale, in_features,
     )  # fmt: skip
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise BellboxError(

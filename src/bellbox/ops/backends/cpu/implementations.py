@@ -62,7 +62,10 @@ def _why_not_packed(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _as_buffers(tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
-    whole = (None if each is None else each.detach().contiguous() for each in tensors)
+    whole = [None if each is None else each.detach().contiguous() for each in tensors]
+    packed = whole[0]
+    if packed is not None and packed.data_ptr() % 4:  # the sums behind the tiles are int32
+        whole[0] = packed.clone()
     return dict(zip(("packed", *TENSORS[1:]), whole, strict=True))
 
 
