@@ -17,7 +17,7 @@ from torch import Tensor
 from bellbox.core.grid import Grid
 from bellbox.core.hadamard import butterfly
 from bellbox.errors import BellboxError
-from bellbox.ops.dispatch import Operation, bind, is_direct
+from bellbox.ops.dispatch import Operation, bind, circumstances, is_direct
 from bellbox.ops.encode import (
     MEASURES,
     compute_dtype,
@@ -27,7 +27,7 @@ from bellbox.ops.encode import (
     static_normaliser,
 )
 from bellbox.ops.integer import scaled_product
-from bellbox.ops.weight_layout import packed_size, unpack
+from bellbox.ops.weight_layout import packed_size, unpack, unpack_operation
 
 SCHEMA = (
     "Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor act_scale, Tensor act_thresholds, "
@@ -136,7 +136,7 @@ def _reference(
     weights = Grid(weight_levels, weight_zero_point)
     product = scaled_product(
         inputs.decode_int8(codes),
-        weights.decode_int8(unpack(weight, outputs, in_features, weight_levels)),
+        weights.decode_int8(unpack_operation.reference(weight, outputs, in_features, weight_levels)),
         weight_scale.reshape(-1) / weights.multiplier,
         act_scale.reshape(()).to(torch.float32) / inputs.multiplier,
         row_scales,
@@ -241,6 +241,7 @@ class Bound:
     def __init__(self, buffers: dict[str, Tensor | None], numbers: tuple[Any, ...]) -> None:
         self._buffers, self._numbers = buffers, numbers
         self._plan: Callable[..., Tensor | None] | None = None
+        self._circumstances: object = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the schema after the input."""
@@ -250,11 +251,13 @@ class Bound:
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`[..., in_features]` to `[..., out_features]` in `dtype`."""
         if is_direct(x):
-            if self._plan is not None:
+            now = circumstances()
+            if self._plan is not None and now == self._circumstances:
                 out = self._plan(x, dtype)
                 if out is not None:  # else one of the buffers lies elsewhere now
                     return out
             self._plan = bind("packed_linear", self._buffers, {"numbers": self._numbers})
+            self._circumstances = now
             out = None if self._plan is None else self._plan(x, dtype)
             if out is not None:
                 return out

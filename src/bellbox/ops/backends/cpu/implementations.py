@@ -13,8 +13,8 @@ from bellbox.core.grid import Grid
 from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops import native
-from bellbox.ops.packed_linear import TENSORS, with_signs
-from bellbox.ops.weight_layout import TILED_LEVELS, packed_size
+from bellbox.ops.packed_linear import TENSORS, check, with_signs
+from bellbox.ops.weight_layout import TILED_LEVELS, check_codes, check_packed, packed_size
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def _plan_or_refusal(kind: str, *arguments: Any) -> Any:
 
 def _packed_linear(x: Tensor, *arguments: Any) -> Tensor:
     tensors, numbers, dtype = arguments[:7], arguments[7:-1], arguments[-1]
+    check(x, *tensors, *numbers, numbers[0])
     plan = _plan_or_refusal("Plan", _as_buffers(tensors), *numbers)
     if x.dim() == 0 or x.shape[-1] != numbers[0]:
         raise BellboxError(
@@ -147,6 +148,7 @@ def _why_not_conv(arguments: Mapping[str, Any]) -> str | None:
 
 def _packed_conv2d(x: Tensor, *arguments: Any) -> Tensor:
     tensors, numbers, (channels, geometry, add, relu, dtype) = arguments[:7], arguments[7:-5], arguments[-5:]
+    check(x, *tensors, *numbers, channels)
     plan = _plan_or_refusal("ConvPlan", _as_buffers(tensors), *numbers, channels, list(geometry[:-1]))
     if x.dim() != 4 or x.shape[1] != channels:
         raise BellboxError(
@@ -259,8 +261,7 @@ def _why_not_layout(arguments: Mapping[str, Any]) -> str | None:
 def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
     module = native.compiled()
     assert module is not None
-    if codes.dim() != 2 or codes.dtype != torch.uint8:
-        raise BellboxError(f"codes are {codes.dtype} {tuple(codes.shape)}: uint8 [rows, columns] is needed")
+    check_codes(codes, levels, places)
     rows, columns = codes.shape
     out = codes.new_empty(packed_size(rows, columns, levels, places))
     try:
@@ -273,6 +274,7 @@ def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
 def _unpack(weight: Tensor, rows: int, columns: int, levels: int) -> Tensor:
     module = native.compiled()
     assert module is not None
+    check_packed(weight, rows, columns, levels)
     codes = weight.new_empty(rows, columns)
     module.unpack(weight.contiguous(), rows, columns, code_width(levels), codes)
     return codes
