@@ -81,7 +81,10 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     for at, value in (
         (0, 0), (0, -3), (1, HUGE), (2, 0), (3, -1), (4, -1), (8, 0), (9, HUGE), (10, 0), (10, 3), (0, 30), (10, -1),
     ):  # fmt: skip
-        yield f"conv geometry {at} {value}", lambda a=at, v=value: conv(geometry=[*plain[:a], v, *plain[a + 1 :]])
+        yield (
+            f"conv geometry {at} {value}",
+            lambda a=at, v=value: conv(geometry=[*plain[:a], v, *plain[a + 1 :]]),
+        )
     yield "conv geometry short", lambda: conv(geometry=plain[:4])
     yield "conv add", lambda: conv(add=torch.ones(2, 5, 6, 8))
     if native.available():
@@ -114,7 +117,8 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "Plan without buffers", lambda: module.Plan({}, *numbers)
     yield "Plan of None", lambda: module.Plan(None, *numbers)
     for at, values in {0: (0, -1, 63, HUGE, OVERFLOW), 1: (1, 17, -2), 2: (0.3, 1e30, float("nan")),
-                       3: (0.3, 1e30, float("nan")), 4: (0, -8, 3, 128), 5: ("l2", None, "static"), 6: (None,)}.items():  # fmt: skip
+                       3: (0.3, 1e30, float("nan")), 4: (0, -8, 3, 128),
+                       5: ("l2", None, "static"), 6: (None,)}.items():  # fmt: skip
         for value in values:
             changed = *numbers[:at], value, *numbers[at + 1 :]
             yield f"Plan number {at} {value}", lambda c=changed: module.Plan(buffers(), *c)
@@ -157,10 +161,16 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
             f"attend {i}",
             lambda s=sizes: module.attend(small, small, small, None, None, cache, cache, *s, small, 1),
         )
-    yield "attend sines", lambda: module.attend(small, small, small, cache, None, cache, cache, 1, 1, 1, 8, 4, 0, small, 1)
+    yield (
+        "attend sines",
+        lambda: module.attend(small, small, small, cache, None, cache, cache, 1, 1, 1, 8, 4, 0, small, 1),
+    )
     i8 = torch.zeros(5, 64, dtype=torch.int8)
     for columns in (0, -1, 63, 9000, OVERFLOW):
-        yield f"int8_linear {columns}", lambda c=columns: module.int8_linear(f, i8, torch.ones(5), c, torch.ones(4, 5), 1)
+        yield (
+            f"int8_linear {columns}",
+            lambda c=columns: module.int8_linear(f, i8, torch.ones(5), c, torch.ones(4, 5), 1),
+        )
     yield "int8_linear scale", lambda: module.int8_linear(f, i8, torch.ones(6), 64, torch.ones(4, 6), 1)
     yield "int8_linear out", lambda: module.int8_linear(f, i8, torch.ones(5), 64, torch.ones(5), 1)
     one = torch.ones(1)
@@ -214,7 +224,7 @@ def main() -> None:
             call()
         except (bb.BellboxError, ValueError, TypeError, RuntimeError):
             continue
-        except BaseException as error:  # noqa: BLE001 (said below)
+        except BaseException as error:
             print(f"{name}: {type(error).__name__}: {error}")
         else:
             print(f"{name}: was not refused")

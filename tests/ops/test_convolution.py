@@ -118,7 +118,13 @@ def test_an_instruction_set_with_other_weights_in_memory_takes_over() -> None:
         packed.packed.data.bitwise_not_()  # addresses of pixels were made of the codes: they follow
         other = packed(x)
         assert not torch.equal(other, expected)
-        fixed = packed.in_channels, packed_conv2d.geometry_numbers(packed.geometry), None, False, torch.float32
+        fixed = (
+            packed.in_channels,
+            packed_conv2d.geometry_numbers(packed.geometry),
+            None,
+            False,
+            torch.float32,
+        )
         arguments = x, *packed.bound.tensors(), *packed.numbers, *fixed
         assert torch.equal(packed_conv2d.operation(*arguments), other)
         packed.packed.data.copy_(codes)

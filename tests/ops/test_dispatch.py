@@ -136,8 +136,13 @@ def test_the_environment_forces_and_refuses(layer, toy, monkeypatch):
     with pytest.raises(BellboxError, match=r"BELLBOX_BACKEND=toy does not take packed_linear: the input is"):
         layer(X.bfloat16())
     monkeypatch.setenv("BELLBOX_BACKEND", "abacus")
-    for call in (lambda: layer(X), lambda: bb.ops.weight_layout.prepack(torch.zeros(1, 4, dtype=torch.uint8), 4)):
-        with pytest.raises(BellboxError, match="BELLBOX_BACKEND=abacus does not take .*: there is no such backend"):
+    for call in (
+        lambda: layer(X),
+        lambda: bb.ops.weight_layout.prepack(torch.zeros(1, 4, dtype=torch.uint8), 4),
+    ):
+        with pytest.raises(
+            BellboxError, match=r"BELLBOX_BACKEND=abacus does not take .*: there is no such backend"
+        ):
             call()
     monkeypatch.setenv("BELLBOX_BACKEND", "")
     assert torch.equal(layer(X), expected)
@@ -150,7 +155,7 @@ def test_a_forced_backend_says_what_it_has_no_kernel_for(monkeypatch):
     x = torch.ones(1, 8, 5, 5)
     conv(x)
     monkeypatch.setenv("BELLBOX_BACKEND", "cpu")
-    with pytest.raises(BellboxError, match="BELLBOX_BACKEND=cpu does not take packed_conv2d: 2 groups"):
+    with pytest.raises(BellboxError, match=r"BELLBOX_BACKEND=cpu does not take packed_conv2d: 2 groups"):
         conv(x)
 
 

@@ -71,7 +71,13 @@ def coded(x, levels, block, normalise, rstd=0.0, rescale=False):
     features = x.shape[-1]
     weight = torch.cat((torch.eye(features), torch.ones(1, features))).to(torch.uint8)
     act_rstd = torch.tensor([rstd]) if normalise == "static" else None
-    tensors = prepack(weight, 2), torch.ones(features + 1), None, torch.ones(1), torch.tensor(levels.thresholds)
+    tensors = (
+        prepack(weight, 2),
+        torch.ones(features + 1),
+        None,
+        torch.ones(1),
+        torch.tensor(levels.thresholds),
+    )
     numbers = features, 2, PLAIN.zero_point, levels.zero_point, block, normalise, rescale
     return packed_linear.operation(x, *tensors, act_rstd, None, *numbers, torch.float32)
 
@@ -307,7 +313,7 @@ def test_matrices_may_share_one_piece_of_memory_which_outlives_its_maker():
     whole = torch.cat([prepack(each, 4) for each in codes])
     parts = whole.split([packed_size(*each.shape, 4) for each in codes])
     group = module.GroupPlan([plan_of(c, levels, 2, p) for c, p in zip(codes, parts, strict=True)])
-    with pytest.raises(ValueError, match="packed has .* numbers"):
+    with pytest.raises(ValueError, match=r"packed has .* numbers"):
         plan_of(codes[1], levels, 2, parts[1][4:])
     x = torch.randn(3, 130)
     for c, y in zip(codes, group(x, torch.float32, 1), strict=True):
@@ -331,7 +337,9 @@ def test_weights_may_begin_anywhere_in_memory(isa, offset):
     buffers = {**buffers_of(codes, levels, levels), "packed": shifted}
     numbers = 130, 4, levels.zero_point, levels.zero_point, 2, "rms", False
     x = torch.randn(3, 130)
-    assert torch.equal(packed_linear.Bound(buffers, numbers)(x, torch.float32), product_of(x, codes, levels, 2))
+    assert torch.equal(
+        packed_linear.Bound(buffers, numbers)(x, torch.float32), product_of(x, codes, levels, 2)
+    )
 
 
 def test_small_matrices_are_kept_by_their_plans_when_others_go():

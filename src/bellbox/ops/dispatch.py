@@ -179,7 +179,7 @@ def register(backend: Backend) -> None:
 
 def unregister(name: str) -> None:
     """Ask a backend no longer."""
-    global _changes  # noqa: PLW0603 (counts changes of the registry beside it)
+    global _changes
     _changes += 1
     _backends[:] = [each for each in _backends if each.name != name]
 

@@ -91,7 +91,7 @@ def check_packed(weight: Tensor, rows: int, columns: int, levels: int) -> None:
     fits = weight.dtype == torch.uint8 and weight.dim() == 1 and rows >= 0 and columns >= 1
     if not fits or weight.numel() < packed_size(rows, columns, levels):
         raise BellboxError(
-            f"packed weights {weight.dtype} {tuple(weight.shape)} do not hold {rows} x {columns} codes of {levels} levels"
+            f"packed weights {weight.dtype} {tuple(weight.shape)} hold no {rows} x {columns} codes of {levels} levels"
         )
 
 
@@ -99,7 +99,9 @@ def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
     check_codes(codes, levels, places)
     width = code_width(levels)
     if codes.numel() and width < 8 and int(codes.max()) >> width:
-        raise BellboxError(f"codes cannot be packed: a code needs more than the {width} bits of {levels} levels")
+        raise BellboxError(
+            f"codes cannot be packed: a code needs more than the {width} bits of {levels} levels"
+        )
     rows, columns = codes.shape
     if levels > TILED_LEVELS:
         return codes.reshape(-1).clone()

@@ -80,7 +80,7 @@ def _plan_or_refusal(kind: str, *arguments: Any) -> Any:
 
 def _packed_linear(x: Tensor, *arguments: Any) -> Tensor:
     tensors, numbers, dtype = arguments[:7], arguments[7:-1], arguments[-1]
-    check(x, *tensors, *numbers, numbers[0])
+    check(x, *tensors, *numbers, features=numbers[0])
     plan = _plan_or_refusal("Plan", _as_buffers(tensors), *numbers)
     if x.dim() == 0 or x.shape[-1] != numbers[0]:
         raise BellboxError(
@@ -148,7 +148,7 @@ def _why_not_conv(arguments: Mapping[str, Any]) -> str | None:
 
 def _packed_conv2d(x: Tensor, *arguments: Any) -> Tensor:
     tensors, numbers, (channels, geometry, add, relu, dtype) = arguments[:7], arguments[7:-5], arguments[-5:]
-    check(x, *tensors, *numbers, channels)
+    check(x, *tensors, *numbers, features=channels)
     plan = _plan_or_refusal("ConvPlan", _as_buffers(tensors), *numbers, channels, list(geometry[:-1]))
     if x.dim() != 4 or x.shape[1] != channels:
         raise BellboxError(
