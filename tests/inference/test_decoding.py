@@ -76,7 +76,9 @@ def test_other_models_keep_to_their_layers() -> None:
     assert served(alone)  # inputs are coded alike, number for number
     alone.model.layers[0].self_attn.v_proj.act_thresholds.mul_(0.5)
     assert not served(alone)
-    assert not served(packed(bb.Recipe.bbq(2, share_inputs=False, granularity="ema")))
+    static = packed(bb.Recipe.bbq(2, share_inputs=False, granularity="ema"))
+    static.model.layers[0].self_attn.v_proj.act_rstd.mul_(3)
+    assert not served(static)
     assert not served(packed(bb.Recipe.bbq(2, keep=("*.layers.0.mlp.*",))))
     exact = packed()
     exact.exact_attention = True
