@@ -34,6 +34,7 @@ void encode(nb::handle x, nb::handle r, nb::handle thresholds, int64_t rows, int
     require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
     std::vector<float> normalisers;
     const float* each = read<float>(r, "r", {Kind::f32}, 1);
+    require(numel_of(r) == 1 || numel_of(r) >= rows, "r has neither one number nor one for each row");
     if (numel_of(r) < rows) normalisers.assign(static_cast<size_t>(rows), each[0]), each = normalisers.data();
     EncodeArgs a{};
     a.x = read<void>(x, "x", kFloats, rows * k), a.x_type = type_of_tensor(x, "x");

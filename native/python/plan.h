@@ -126,6 +126,7 @@ class Plan {
         const nb::object key = nb::steal(interned(name));
         PyObject* const found = PyDict_GetItem(buffers_.ptr(), key.ptr());
         const nb::object tensor = found == nullptr ? nb::object(nb::none()) : nb::borrow(found);
+        require(tensor.is_none() || is_tensor(tensor), std::string(name) + " is no tensor");
         held_.push_back({key, tensor, tensor.is_none() ? 0 : address_of(tensor)});
         return tensor;
     }
@@ -144,6 +145,7 @@ class GroupPlan {
   public:
     explicit GroupPlan(std::vector<nb::object> plans) : kept_(std::move(plans)) {
         require(!kept_.empty(), "a group without layers");
+        for (const nb::object& each : kept_) require(nb::isinstance<Plan>(each), "a group consists of plans");
         for (const nb::object& each : kept_) plans_.push_back(nb::cast<const Plan*>(each));
         for (const Plan* each : plans_) require(each->weights().k() == plans_[0]->weights().k(), "layers of different width");
     }

@@ -56,6 +56,7 @@ inline bool truth(nb::handle of, PyObject* name) { return attribute(of, name).is
 
 // The dtype of a tensor, where it is one of those.
 inline Kind kind_of(nb::handle tensor, const char* what, std::initializer_list<Kind> wanted) {
+    if (!is_tensor(tensor)) refuse(std::string(what) + " is no tensor");
     static PyObject* const name = interned("dtype");
     const nb::object dtype = attribute(tensor, name);
     for (const Kind kind : wanted)
@@ -64,6 +65,7 @@ inline Kind kind_of(nb::handle tensor, const char* what, std::initializer_list<K
 }
 
 inline int64_t numel_of(nb::handle tensor) {
+    if (!is_tensor(tensor)) refuse("what should be a tensor is none");
     static PyObject* const name = interned("numel");
     return nb::cast<int64_t>(checked(PyObject_CallMethodNoArgs(tensor.ptr(), name)));
 }
@@ -128,7 +130,9 @@ struct Input {
 
     Input(nb::handle x, int64_t k) {
         static PyObject *const shape_of = interned("shape"), *const dtype_of = interned("dtype"),
-                               *const contiguous = interned("contiguous");
+                               *const contiguous = interned("contiguous"), *const is_cpu = interned("is_cpu");
+        if (!is_tensor(x)) refuse("the input is no tensor");
+        if (!truth(x, is_cpu)) refuse("the input is not on the CPU");
         dtype = attribute(x, dtype_of);
         dense = checked(PyObject_CallMethodNoArgs(x.ptr(), contiguous));
         type = type_of(dtype);

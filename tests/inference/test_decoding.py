@@ -72,7 +72,13 @@ def test_other_models_keep_to_their_layers() -> None:
     assert not served(build(preset("tiny")))
     assert served(packed(name="gpt-tiny"))
     assert not served(packed(bb.Recipe.bbq(2, keep=("*.h.1.mlp.*",)), name="gpt-tiny"))
-    assert not served(packed(bb.Recipe.bbq(2, share_inputs=False)))
+    alone = packed(bb.Recipe.bbq(2, share_inputs=False))
+    assert served(alone)  # inputs are coded alike, number for number
+    alone.model.layers[0].self_attn.v_proj.act_thresholds.mul_(0.5)
+    assert not served(alone)
+    static = packed(bb.Recipe.bbq(2, share_inputs=False, granularity="ema"))
+    static.model.layers[0].self_attn.v_proj.act_rstd.mul_(3)
+    assert not served(static)
     assert not served(packed(bb.Recipe.bbq(2, keep=("*.layers.0.mlp.*",))))
     exact = packed()
     exact.exact_attention = True

@@ -103,23 +103,32 @@ def test_norms_are_not_folded_into_what_a_fused_convolution_does_besides() -> No
 def test_a_gradient_still_passes_through_a_shortcut() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 16, 5, 6)
-    fused = bb.fuse_convolutions(packed_of(Convolutions(lambda a, b, x: b(a(x)) + x), x))
-    given = x.clone().requires_grad_()
-    fused(given).sum().backward()
-    assert torch.equal(given.grad, torch.ones_like(x))  # type: ignore[arg-type]
+    packed = packed_of(Convolutions(lambda a, b, x: b(a(x)) + x), x)
+    gradients = []
+    for model in (packed, bb.fuse_convolutions(packed)):
+        given = x.clone().requires_grad_()
+        model(given).sum().backward()
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)  # type: ignore[arg-type]
+    # the shortcut's, and what comes through the convolutions
+    assert gradients[0].ne(1).any()  # type: ignore[union-attr]
+    through = x.clone().requires_grad_()
+    packed.second(packed.first(through)).sum().backward()  # type: ignore[operator]
+    torch.testing.assert_close(gradients[0], through.grad + 1)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("path", ["reference", *native.instruction_sets()])
 @pytest.mark.parametrize("use", FUSED)
-def test_sums_and_relus_go_into_the_convolutions_without_a_bit_changed(use: str, path: str) -> None:
+def test_sums_and_relus_go_into_the_convolutions_without_a_bit_changed(
+    use: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 16, 9, 8)
     packed = packed_of(Convolutions(FUSED[use]), x)
     fused = bb.fuse_convolutions(packed)
     assert steps(fused) == []
     if path == "reference":
-        for layer in (packed.first, packed.second):
-            layer.compiled = False  # type: ignore[assignment]
+        monkeypatch.setenv("BELLBOX_BACKEND", "reference")
     for given in (x, x.bfloat16(), torch.where(x > 3, torch.nan, x)):
         with torch.no_grad(), nullcontext() if path == "reference" else native.use(path):
             expected = packed(given)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import bellbox as bb
-from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
 from bellbox.nn import PackedConv2d
-from bellbox.ops import convolution, native
+from bellbox.ops import native, packed_conv2d
 from bellbox.quantizers import METHODS
 from bellbox.recipe import Recipe
 
@@ -50,8 +49,12 @@ def run(packed: nn.Module, x: Tensor, path: str, monkeypatch: pytest.MonkeyPatch
     assert isinstance(packed, PackedConv2d)
     with torch.no_grad():
         if path == "reference":
-            monkeypatch.setattr(packed, "compiled", False)
-            return packed(x)
+            monkeypatch.setenv("BELLBOX_BACKEND", "reference")
+            assert packed.explain().backend == "reference"
+            try:
+                return packed(x)
+            finally:
+                monkeypatch.delenv("BELLBOX_BACKEND")
         with native.use(path):
             return packed(x)
 
@@ -104,36 +107,27 @@ def test_two_bits_in_tiles_of_pixels_are_the_fake_quantized_ones(
         assert torch.equal(run(bb.convert(layer.eval()), x, path, monkeypatch), layer(x))
 
 
-@pytest.mark.parametrize("joined", [2, 3])
-def test_addresses_are_the_numbers_that_codes_of_some_channels_make(joined: int) -> None:
-    filters, places, channels = 9, 2, 7
-    codes = torch.randint(4, (filters, places, channels), dtype=torch.uint8)
-    tuples = -(-channels // joined)
-    addresses = convolution.pixel_addresses(codes, joined)
-    assert addresses.shape == (2, 8, 8)
-    expected = torch.zeros(16, 8, dtype=torch.int16)
-    for f in range(filters):
-        for place in range(places):
-            for c in range(channels):
-                at = place * tuples + c % tuples
-                expected[f, at] += int(codes[f, place, c]) * 4 ** (joined + c // tuples)
-    assert torch.equal(addresses.transpose(1, 2).reshape(16, -1), expected)
-
-
-@pytest.mark.parametrize("isa", native.instruction_sets())
-def test_how_many_codes_each_instruction_set_joins(isa: str) -> None:
-    two, four, eight = map(Levels.gaussian, (2, 4, 8))
-    with native.use(isa):
-        assert convolution.convolves_pixels(four, four) == {"avx512": 3, "avx2": 2}.get(isa, 0)
-        assert convolution.convolves_pixels(two, four) == 0
-        assert convolution.convolves_pixels(four, eight) == 0
-
-
 def test_an_instruction_set_with_other_weights_in_memory_takes_over() -> None:
     layer, x = trained(Recipe.bbq(), "plain")
     packed = bb.convert(layer)
+    assert isinstance(packed, PackedConv2d)
     with torch.no_grad():
         expected = layer(x)
+        assert torch.equal(packed(x), expected)
+        codes = packed.packed.clone()
+        packed.packed.data.bitwise_not_()  # addresses of pixels were made of the codes: they follow
+        other = packed(x)
+        assert not torch.equal(other, expected)
+        fixed = (
+            packed.in_channels,
+            packed_conv2d.geometry_numbers(packed.geometry),
+            None,
+            False,
+            torch.float32,
+        )
+        arguments = x, *packed.bound.tensors(), *packed.numbers, *fixed
+        assert torch.equal(packed_conv2d.operation(*arguments), other)
+        packed.packed.data.copy_(codes)
         for path in [*native.instruction_sets()[::-1], *native.instruction_sets()]:
             with native.use(path):
                 assert torch.equal(packed(x), expected)

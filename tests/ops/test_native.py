@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bellbox as bb
-from bellbox.core.grid import Levels
+from bellbox.core.grid import Grid, Levels
 from bellbox.core.hadamard import block_size, butterfly
 from bellbox.nn import PackedLinear
 from bellbox.ops import fake_quantize as bbq
-from bellbox.ops import native
+from bellbox.ops import native, packed_linear
 from bellbox.ops.encode import encode, normaliser, row_scale, row_sigma, static_normaliser
 from bellbox.ops.rotate import reference_rotate, rotate
+from bellbox.ops.weight_layout import packed_size, prepack
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built"),
@@ -55,6 +57,65 @@ def reference_codes(x, levels, block, normalise, rstd=0.0, rescale=False):
     if rescale:
         row_scales *= sigma.clamp(min=1e-8).float()
     return encode(rows, r, levels.thresholds, block), row_scales
+
+
+PLAIN = Grid(2, -1.0)
+"""Its integers are its codes, 0 and 1."""
+
+
+def coded(x, levels, block, normalise, rstd=0.0, rescale=False):
+    """Integers of rows as a packed layer codes them, and their sum, times the row's scale: `[rows, features + 1]`.
+
+    The weights are the identity and a row of ones, and everything else is worth 1.
+    """
+    features = x.shape[-1]
+    weight = torch.cat((torch.eye(features), torch.ones(1, features))).to(torch.uint8)
+    act_rstd = torch.tensor([rstd]) if normalise == "static" else None
+    tensors = (
+        prepack(weight, 2),
+        torch.ones(features + 1),
+        None,
+        torch.ones(1),
+        torch.tensor(levels.thresholds),
+    )
+    numbers = features, 2, PLAIN.zero_point, levels.zero_point, block, normalise, rescale
+    return packed_linear.operation(x, *tensors, act_rstd, None, *numbers, torch.float32)
+
+
+def expected_of(x, levels, block, *rule, **options):
+    """What `coded` has to give."""
+    codes, row_scales = reference_codes(x, levels, block, *rule, **options)
+    integers = levels.decode(codes).to(torch.float32)
+    return torch.cat((integers, integers.sum(-1, keepdim=True)), -1) * row_scales
+
+
+def buffers_of(codes, levels, inputs, bias=None) -> dict[str, Any]:
+    """Buffers of a packed layer whose scales are 1."""
+    return {
+        "packed": prepack(codes, levels.n),
+        "weight_scale": torch.ones(len(codes)),
+        "bias": bias,
+        "act_scale": torch.ones(1),
+        "act_thresholds": torch.tensor(inputs.thresholds),
+        "act_rstd": None,
+        "act_signs": None,
+    }
+
+
+def plan_of(codes, levels, block, packed=None):
+    """A plan whose weights and inputs have the same levels."""
+    module, buffers = native.compiled(), buffers_of(codes, levels, levels)
+    assert module is not None
+    if packed is not None:
+        buffers["packed"] = packed
+    numbers = codes.shape[1], levels.n, levels.zero_point, levels.zero_point, block, "rms", False
+    return module.Plan(buffers, *numbers)
+
+
+def product_of(x, codes, levels, block):
+    """Of integers: exact in fp32 here."""
+    integers = levels.decode(reference_codes(x, levels, block, "rms")[0])
+    return integers @ levels.decode(codes).t()
 
 
 def same(a, b):
@@ -100,13 +161,11 @@ def packed_layer(inputs, outputs, weight_levels, activation_levels, granularity,
 def test_codes_and_marks_are_those_of_the_reference(rows, features, n, largest, rule, size, dtype, seed):
     x = torch.randn(rows, features, generator=torch.Generator().manual_seed(seed)).mul_(size).to(dtype)
     levels, block = Levels.gaussian(n), 1 if rule[0] == "absmax" else block_size(features, largest)
-    codes, row_scales = reference_codes(x, levels, block, *rule)
+    expected = expected_of(x, levels, block, *rule)
     for name in ISAS:
         with native.use(name):
-            integers, sums, native_marks = native.encode(x, levels, block, *rule)
-        assert torch.equal(integers, levels.decode_int8(codes)), name
-        assert torch.equal(sums, integers.sum(-1, dtype=torch.int32)), name
-        assert same(native_marks, row_scales.reshape(-1)), name
+            assert same(coded(x, levels, block, *rule), expected), name
+            assert same(coded(x[:1], levels, block, *rule), expected[:1]), name
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 11, 16])
@@ -114,9 +173,10 @@ def test_a_value_on_a_threshold_goes_up(isa, n):
     levels = Levels.gaussian(n)
     below = [float(torch.nextafter(torch.tensor(t), torch.tensor(-9.0))) for t in levels.thresholds]
     x = torch.tensor([[*levels.thresholds, *below]])
-    integers, _, _ = native.encode(x, levels, 1, "static", 1.0)
     expected = [*range(1, n), *range(n - 1)]
-    assert integers.tolist() == [[levels.integers[code] for code in expected]]
+    assert native.encode(x, torch.ones(1, 1), levels.thresholds, 1).tolist() == [expected]
+    levels_of = levels.decode(torch.tensor(expected))
+    assert torch.equal(coded(x, levels, 1, "static", 1.0)[0, :-1], levels_of)
 
 
 def test_zeros_denormals_and_huge_values_are_coded_as_the_reference_does(isa):
@@ -126,10 +186,9 @@ def test_zeros_denormals_and_huge_values_are_coded_as_the_reference_does(isa):
     for n in (2, 4, 8, 16):
         levels = Levels.gaussian(n)
         for block, normalise in ((128, "rms"), (1, "absmax")):
-            codes, row_scales = reference_codes(x, levels, block, normalise, rescale=True)
-            integers, _, native_marks = native.encode(x, levels, block, normalise, rescale=True)
-            assert torch.equal(integers, levels.decode_int8(codes))
-            assert same(native_marks, row_scales.reshape(-1))
+            expected = expected_of(x, levels, block, normalise, rescale=True)
+            assert same(coded(x, levels, block, normalise, rescale=True), expected)
+            assert same(coded(x[4:], levels, block, normalise, rescale=True), expected[4:])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -138,17 +197,20 @@ def test_zeros_denormals_and_huge_values_are_coded_as_the_reference_does(isa):
 def test_the_mark_of_a_row_that_is_not_finite_is_nan(isa, bad, rule, place):
     x = torch.randn(4, 192)
     x[1, place], x[3, :] = bad, 3e38
-    row_scales = native.encode(x, Levels.gaussian(8), 1, *rule)[2]
-    assert row_scales.isnan().tolist() == [False, True, False, True]
+    found = coded(x, Levels.gaussian(8), 1, *rule)
+    assert found.isnan().tolist() == [[row in (1, 3)] * 193 for row in range(4)]
 
 
-def test_rules_that_contradict_themselves_are_refused():
-    with pytest.raises(bb.BellboxError, match=r"absmax.*block=1"):
-        native.Coding(Levels.gaussian(4), 128, "absmax")
-    with pytest.raises(bb.BellboxError, match=r"static.*rescale"):
-        native.Coding(Levels.gaussian(4), 128, "static", 1.0, rescale=True)
-    with pytest.raises(bb.BellboxError, match="at most 16 levels"):
-        native.Coding(Levels.gaussian(17), 128, "rms")
+def test_rules_that_contradict_themselves_are_refused(monkeypatch):
+    x, levels = torch.ones(2, 128), Levels.gaussian(4)
+    for backend in ("", "reference"):
+        monkeypatch.setenv("BELLBOX_BACKEND", backend)
+        with pytest.raises(bb.BellboxError, match=r"absmax.*block"):
+            coded(x, levels, 128, "absmax")
+        with pytest.raises(bb.BellboxError, match=r"static.*rescale"):
+            coded(x, levels, 128, "static", 1.0, rescale=True)
+    with pytest.raises(ValueError, match="2 to 16 levels"):
+        plan_of(torch.zeros(2, 128, dtype=torch.uint8), Levels.gaussian(17), 128)
 
 
 @settings(max_examples=60, deadline=None)
@@ -220,65 +282,77 @@ def test_very_few_levels_on_both_sides_give_the_bits_of_the_reference(
 
 
 def test_siblings_of_different_widths_share_one_call_on_two_threads(isa):
-    levels = Levels.gaussian(4)
-    coding = native.Coding(levels, 64, "rms")
+    levels, module = Levels.gaussian(4), native.compiled()
     codes = [torch.randint(0, 4, (n, 192), dtype=torch.uint8) for n in (700, 5, 330)]
-    weights = [native.Weights([c], c.shape[1], levels, torch.ones(len(c)), None) for c in codes]
-    siblings = native.Siblings(coding, weights, [1.0, 1.0, 1.0])
+    plans = [plan_of(each, levels, 64) for each in codes]
+    group = module.GroupPlan(plans)
     for rows in (1, 3, 60, 127, 128, 301):
         x = torch.randn(rows, 192)
-        integers = native.encode(x, levels, 64, "rms")[0].float()
-        for c, y in zip(codes, siblings.call(x, torch.float32, 2), strict=True):
-            assert torch.equal(y, integers @ levels.decode_int8(c).float().t())
-    del weights, coding  # what they were made of is kept by them
+        for c, y in zip(codes, group(x, torch.float32, 2), strict=True):
+            assert torch.equal(y, product_of(x, c, levels, 64))
+    del plans  # what it was made of is kept by it
     gc.collect()
-    assert torch.equal(siblings.call(x, torch.float32, 1)[2], y)
+    assert torch.equal(group(x, torch.float32, 1)[2], y)
 
 
 def test_inputs_that_do_not_fit_are_refused_before_memory_is_touched():
-    levels = Levels.gaussian(4)
-    weights = native.Weights([torch.zeros(5, 64, dtype=torch.uint8)], 64, levels, torch.ones(5), None)
-    call = native.Siblings(native.Coding(levels, 64, "rms"), [weights], [1.0]).call
-    for x in (torch.ones(3, 63), torch.tensor(1.0), torch.ones(2, 64, 1)):
-        with pytest.raises(ValueError, match="last dimension"):
-            call(x, torch.float32, 1)
-    for dtype, wanted in ((torch.float64, torch.float32), (torch.float32, torch.float16)):
-        with pytest.raises(ValueError, match="float32 and bfloat16"):
-            call(torch.ones(3, 64, dtype=dtype), wanted, 1)
-    assert call(torch.ones(0, 2, 64), torch.bfloat16, 1)[0].shape == (0, 2, 5)
+    plan = plan_of(torch.zeros(5, 64, dtype=torch.uint8), Levels.gaussian(4), 64)
+    for call in (plan, native.compiled().GroupPlan([plan])):
+        for x in (torch.ones(3, 63), torch.tensor(1.0), torch.ones(2, 64, 1)):
+            with pytest.raises(ValueError, match="last dimension"):
+                call(x, torch.float32, 1)
+        for dtype, wanted in ((torch.float64, torch.float32), (torch.float32, torch.float16)):
+            with pytest.raises(ValueError, match="float32 and bfloat16"):
+                call(torch.ones(3, 64, dtype=dtype), wanted, 1)
+    assert plan(torch.ones(0, 2, 64), torch.bfloat16, 1).shape == (0, 2, 5)
 
 
 def test_matrices_may_share_one_piece_of_memory_which_outlives_its_maker():
-    levels, shapes = Levels.gaussian(4), [(33, 130), (1, 130), (700, 130)]
-    codes = [torch.randint(0, 4, shape, dtype=torch.uint8) for shape in shapes]
-    arena = native.Arena(sum(native.packed_size(levels.grid, *shape) for shape in shapes))
-    weights = [native.Weights([c], 130, levels, torch.ones(len(c)), None, arena) for c in codes]
-    with pytest.raises(MemoryError):
-        native.Weights([codes[1]], 130, levels, torch.ones(1), None, arena)
-    del arena
+    levels, module = Levels.gaussian(4), native.compiled()
+    codes = [torch.randint(0, 4, shape, dtype=torch.uint8) for shape in [(33, 130), (1, 130), (700, 130)]]
+    whole = torch.cat([prepack(each, 4) for each in codes])
+    parts = whole.split([packed_size(*each.shape, 4) for each in codes])
+    group = module.GroupPlan([plan_of(c, levels, 2, p) for c, p in zip(codes, parts, strict=True)])
+    with pytest.raises(ValueError, match=r"packed has .* numbers"):
+        plan_of(codes[1], levels, 2, parts[1][4:])
     x = torch.randn(3, 130)
-    coding = native.Coding(levels, 2, "rms")
-    integers = native.encode(x, levels, 2, "rms")[0].float()
-    outs = native.Siblings(coding, weights, [1.0, 1.0, 1.0]).call(x, torch.float32, 1)
-    for c, y in zip(codes, outs, strict=True):
-        assert torch.equal(y, integers @ levels.decode_int8(c).float().t())
-
-
-def test_small_matrices_share_pages_and_none_notices_that_others_go():
-    levels = Levels.gaussian(4)
-    coding, x = native.Coding(levels, 64, "rms"), torch.randn(2, 512)
-    integers = native.encode(x, levels, 64, "rms")[0].float()
-    kept = []
-    for i in range(60):  # of 64 KB: several pieces of 2 MB
-        codes = torch.randint(0, 4, (500 + i % 12, 512), dtype=torch.uint8)
-        weights = native.Weights([codes], 512, levels, torch.ones(len(codes)), None)
-        if i % 7 == 0:
-            kept.append((native.Siblings(coding, [weights], [1.0]), codes))
-    del weights
+    for c, y in zip(codes, group(x, torch.float32, 1), strict=True):
+        assert torch.equal(y, product_of(x, c, levels, 2))
+    whole.zero_()  # nothing was copied: who writes into the memory is seen
+    for c, y in zip(codes, group(x, torch.float32, 1), strict=True):
+        assert not torch.equal(y, product_of(x, c, levels, 2))
+    whole.copy_(torch.cat([prepack(each, 4) for each in codes]))
+    del whole, parts
     gc.collect()
-    for siblings, codes in kept:
-        (y,) = siblings.call(x, torch.float32, 1)
-        assert torch.equal(y, integers @ levels.decode_int8(codes).float().t())
+    for c, y in zip(codes, group(x, torch.float32, 1), strict=True):
+        assert torch.equal(y, product_of(x, c, levels, 2))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 4])
+def test_weights_may_begin_anywhere_in_memory(isa, offset):
+    levels = Levels.gaussian(4)
+    codes = torch.randint(0, 4, (33, 130), dtype=torch.uint8)
+    packed = prepack(codes, 4)
+    shifted = torch.empty(len(packed) + 8, dtype=torch.uint8)[offset : offset + len(packed)].copy_(packed)
+    buffers = {**buffers_of(codes, levels, levels), "packed": shifted}
+    numbers = 130, 4, levels.zero_point, levels.zero_point, 2, "rms", False
+    x = torch.randn(3, 130)
+    assert torch.equal(
+        packed_linear.Bound(buffers, numbers)(x, torch.float32), product_of(x, codes, levels, 2)
+    )
+
+
+def test_small_matrices_are_kept_by_their_plans_when_others_go():
+    levels, x, kept = Levels.gaussian(4), torch.randn(2, 512), []
+    for i in range(60):
+        codes = torch.randint(0, 4, (500 + i % 12, 512), dtype=torch.uint8)
+        plan = plan_of(codes, levels, 64)
+        if i % 7 == 0:
+            kept.append((plan, codes))
+    del plan
+    gc.collect()
+    for plan, codes in kept:
+        assert torch.equal(plan(x, torch.float32, 1), product_of(x, codes, levels, 64))
 
 
 def test_kernels_of_another_source_are_refused_with_the_way_out(monkeypatch):
@@ -300,17 +374,14 @@ def test_a_shifted_grid_gives_the_bits_of_the_reference(isa, n, zero_point):
 
 
 def test_long_rows_and_extreme_levels_do_not_overflow(isa):
-    levels = Levels.gaussian(16)
-    inputs = 40000
-    codes = torch.full((3, inputs), 15, dtype=torch.uint8)
-    weights = native.Weights([codes], codes.shape[1], levels, torch.ones(3), None)
-    x = torch.full((2, inputs), 9.0)
-    coding = native.Coding(levels, 1, "static", 1.0)
-    (y,) = native.Siblings(coding, [weights], [1.0]).call(x, torch.float32, 1)
-    assert y.tolist() == [[float(7 * 7 * inputs)] * 3] * 2
-    low = native.Weights([torch.zeros_like(codes)], codes.shape[1], levels, torch.ones(3), None)
-    (y,) = native.Siblings(coding, [low], [1.0]).call(-x, torch.float32, 1)
-    assert y.tolist() == [[float(8 * 8 * inputs)] * 3] * 2
+    levels, inputs = Levels.gaussian(16), 40000
+    for code, sign, largest in ((15, 1, 7), (0, -1, 8)):
+        codes = torch.full((3, inputs), code, dtype=torch.uint8)
+        buffers = {**buffers_of(codes, levels, levels), "act_rstd": torch.ones(1)}
+        numbers = inputs, 16, levels.zero_point, levels.zero_point, 1, "static", False
+        for rows in (1, 2, 40):
+            y = packed_linear.Bound(buffers, numbers)(torch.full((rows, inputs), 9.0 * sign), torch.float32)
+            assert y.tolist() == [[float(largest * largest * inputs)] * 3] * rows
 
 
 @settings(max_examples=60, deadline=None)

@@ -32,6 +32,10 @@ REFERENCE = "reference"
 OPERATIONS: dict[str, Operation] = {}
 """Every operation by its name."""
 _backends: list[Backend] = []
+_changes = 0
+# What os.environ reads, without the two microseconds of coding names: a packed layer asks in every call.
+_environment: Mapping[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+_BACKEND: Any = os.environ.encodekey("BELLBOX_BACKEND")
 
 
 class Backend(ABC):
@@ -64,6 +68,11 @@ class Backend(ABC):
         """
         del operation, tensors, numbers
         return None
+
+    def may_take(self, operation: str, tensors: Mapping[str, Tensor | None]) -> bool:
+        """Whether it might take a call on these tensors though it bound none; it has to be asked at each call then."""
+        del operation, tensors
+        return True
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,11 @@ class Operation:
         self.call: Callable[..., Any] = getattr(torch.ops.bellbox, self.name).default
         """By way of torch's dispatcher: what compilers, tracers, modes and transforms see."""
         self._names = [each.name for each in self.call._schema.arguments]  # pyright: ignore[reportFunctionMemberAccess]
+        self._required = [
+            i
+            for i, each in enumerate(self.call._schema.arguments)  # pyright: ignore[reportFunctionMemberAccess]
+            if str(each.type) == "Tensor"
+        ]
         OPERATIONS[self.name] = self
 
     def __call__(self, *arguments: Any) -> Any:
@@ -130,6 +144,9 @@ class Operation:
         if len(arguments) < len(self._names):  # torch leaves out trailing defaults
             defaults = self.call._schema.arguments[len(arguments) :]  # pyright: ignore[reportFunctionMemberAccess]
             filled = (*arguments, *(each.default_value for each in defaults))
+        for i in self._required:  # torch takes None for any tensor
+            if filled[i] is None:
+                raise BellboxError(f"{self.name}: {self._names[i]} is None, a tensor is needed")
         backend, _ = self.choose(filled)
         run = self.reference if backend is None else backend.implementation(self.name)
         return run(*filled)
@@ -138,14 +155,22 @@ class Operation:
 def bind(
     operation: str, tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]
 ) -> Callable[..., Any] | None:
-    """A backend's call of an operation with all but the input fixed; None where none has one."""
+    """A backend's call of an operation with all but the input fixed; None where backends have to be asked each time.
+
+    It holds while `circumstances()` are what they were.
+    """
     only = forced()
     for backend in _backends:
         if only is None or backend.name == only:
             bound = backend.bind(operation, tensors, numbers)
-            if bound is not None:
+            if bound is not None or backend.may_take(operation, tensors):
                 return bound
     return None
+
+
+def circumstances() -> tuple[int, object]:
+    """What the choice of a backend depends on besides the call."""
+    return _changes, _environment.get(_BACKEND)
 
 
 def register(backend: Backend) -> None:
@@ -157,6 +182,8 @@ def register(backend: Backend) -> None:
 
 def unregister(name: str) -> None:
     """Ask a backend no longer."""
+    global _changes
+    _changes += 1
     _backends[:] = [each for each in _backends if each.name != name]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bellbox.core.geometry import ConvGeometry, pixels_of
 from bellbox.core.grid import Grid
 from bellbox.errors import BellboxError
-from bellbox.ops.dispatch import Operation, bind, is_direct
+from bellbox.ops.dispatch import Operation, bind, circumstances, is_direct
 from bellbox.ops.integer import float_matmul, scaled_product
 from bellbox.ops.packed_linear import (
     SCHEMA,
@@ -26,7 +26,7 @@ from bellbox.ops.packed_linear import (
     with_gradient,
     with_signs,
 )
-from bellbox.ops.weight_layout import unpack
+from bellbox.ops.weight_layout import unpack, unpack_operation
 
 
 def geometry_numbers(geometry: ConvGeometry) -> list[int]:
@@ -91,7 +91,7 @@ def _reference(
     depth, outputs = channels // shape.groups, weight_scale.numel()
     check(
         x, weight, weight_scale, bias, act_scale, act_thresholds, act_rstd, act_signs, in_features, weight_levels,
-        weight_zero_point, act_zero_point, block, normalise, depth,
+        weight_zero_point, act_zero_point, block, normalise, rescale, depth,
     )  # fmt: skip
     if in_features != shape.kernel[0] * shape.kernel[1] * depth or outputs % shape.groups:
         raise BellboxError(f"packed convolution: {in_features} weights a filter do not fit the geometry")
@@ -100,7 +100,7 @@ def _reference(
     inputs, weights = Grid(act_thresholds.numel() + 1, act_zero_point), Grid(weight_levels, weight_zero_point)
     product = integer_convolution(
         inputs.decode_int8(codes).view(len(x), *x.shape[2:], channels),
-        weights.decode_int8(unpack(weight, outputs, in_features, weight_levels)),
+        weights.decode_int8(unpack_operation.reference(weight, outputs, in_features, weight_levels)),
         weight_scale.reshape(-1) / weights.multiplier,
         act_scale.reshape(()).to(torch.float32) / inputs.multiplier,
         row_scales,
@@ -115,10 +115,11 @@ def _reference(
 
 def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
     del weight
-    geometry, dtype = _geometry(list(rest[-4])), rest[-1]
+    geometry, add, dtype = _geometry(list(rest[-4])), rest[-3], rest[-1]
     height, width = geometry.output_size(x.shape[2], x.shape[3])
     shape = x.shape[0], height, width, weight_scale.numel()
-    return x.new_empty(shape, dtype=dtype).permute(0, 3, 1, 2)
+    out = x.new_empty(shape, dtype=dtype).permute(0, 3, 1, 2)
+    return out if add is None else out + add  # may be broader and of a wider dtype
 
 
 operation = Operation(
@@ -143,6 +144,7 @@ class BoundConv:
     ) -> None:
         self._buffers, self._numbers, self._channels, self._geometry = buffers, numbers, channels, geometry
         self._plan: Callable[..., Tensor | None] | None = None
+        self._circumstances: object = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the schema after the input."""
@@ -153,13 +155,14 @@ class BoundConv:
     ) -> Tensor:
         """`[batch, channels, height, width]` to `[batch, out_channels, out height, out width]` in `dtype`."""
         if x.dim() == 4 and x.shape[1] == self._channels and is_direct(x) and (add is None or is_direct(add)):
+            now = circumstances()
             for _ in range(2):  # once more where one of the buffers lies elsewhere now
-                if self._plan is not None:
+                if self._plan is not None and now == self._circumstances:
                     out = self._plan(x, dtype, add, relu)
                     if out is not None:
                         return out
                 fixed = {"numbers": self._numbers, "channels": self._channels, "geometry": self._geometry}
-                self._plan = bind("packed_conv2d", self._buffers, fixed)
+                self._plan, self._circumstances = bind("packed_conv2d", self._buffers, fixed), now
                 if self._plan is None:
                     break
         if (

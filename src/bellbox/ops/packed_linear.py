@@ -17,7 +17,7 @@ from torch import Tensor
 from bellbox.core.grid import Grid
 from bellbox.core.hadamard import butterfly
 from bellbox.errors import BellboxError
-from bellbox.ops.dispatch import Operation, bind, is_direct
+from bellbox.ops.dispatch import Operation, bind, circumstances, is_direct
 from bellbox.ops.encode import (
     MEASURES,
     compute_dtype,
@@ -27,7 +27,7 @@ from bellbox.ops.encode import (
     static_normaliser,
 )
 from bellbox.ops.integer import scaled_product
-from bellbox.ops.weight_layout import packed_size, unpack
+from bellbox.ops.weight_layout import packed_size, unpack, unpack_operation
 
 SCHEMA = (
     "Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor act_scale, Tensor act_thresholds, "
@@ -71,7 +71,7 @@ def encode_input(
 def check(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, act_scale: Tensor, act_thresholds: Tensor,
     act_rstd: Tensor | None, act_signs: Tensor | None, in_features: int, weight_levels: int,
-    weight_zero_point: float, act_zero_point: float, block: int, normalise: str, features: int,
+    weight_zero_point: float, act_zero_point: float, block: int, normalise: str, rescale: bool, features: int,
 ) -> None:  # fmt: skip
     """Refuse arguments that do not fit together; shared with packed convolutions (`features`: entries of a rotation).
 
@@ -106,6 +106,7 @@ def check(
             normalise != "static" or (act_rstd is not None and act_rstd.numel() == 1),
             "static needs act_rstd [1]",
         ),
+        (normalise != "static" or not rescale, "static has no rescale: its sigma is the same for every row"),
         (
             normalise != "absmax" or block == 1,
             f"absmax needs block 1, not {block}: it is taken before a rotation",
@@ -122,7 +123,7 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     check(
         x, weight, weight_scale, bias, act_scale, act_thresholds, act_rstd, act_signs, in_features, weight_levels,
-        weight_zero_point, act_zero_point, block, normalise, in_features,
+        weight_zero_point, act_zero_point, block, normalise, rescale, in_features,
     )  # fmt: skip
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise BellboxError(
@@ -135,7 +136,7 @@ def _reference(
     weights = Grid(weight_levels, weight_zero_point)
     product = scaled_product(
         inputs.decode_int8(codes),
-        weights.decode_int8(unpack(weight, outputs, in_features, weight_levels)),
+        weights.decode_int8(unpack_operation.reference(weight, outputs, in_features, weight_levels)),
         weight_scale.reshape(-1) / weights.multiplier,
         act_scale.reshape(()).to(torch.float32) / inputs.multiplier,
         row_scales,
@@ -240,6 +241,7 @@ class Bound:
     def __init__(self, buffers: dict[str, Tensor | None], numbers: tuple[Any, ...]) -> None:
         self._buffers, self._numbers = buffers, numbers
         self._plan: Callable[..., Tensor | None] | None = None
+        self._circumstances: object = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the schema after the input."""
@@ -249,11 +251,13 @@ class Bound:
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`[..., in_features]` to `[..., out_features]` in `dtype`."""
         if is_direct(x):
-            if self._plan is not None:
+            now = circumstances()
+            if self._plan is not None and now == self._circumstances:
                 out = self._plan(x, dtype)
                 if out is not None:  # else one of the buffers lies elsewhere now
                     return out
             self._plan = bind("packed_linear", self._buffers, {"numbers": self._numbers})
+            self._circumstances = now
             out = None if self._plan is None else self._plan(x, dtype)
             if out is not None:
                 return out

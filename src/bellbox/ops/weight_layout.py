@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bellbox.core.grid import check_levels
 from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops.dispatch import Operation
@@ -67,9 +68,40 @@ def _values(vectors: Tensor, bits: int) -> Tensor:
     return split.permute(0, 4, 1, 2, 3, 5).reshape(tiles, 16, blocks, 64)
 
 
-def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
-    if codes.dim() != 2 or codes.dtype != torch.uint8 or codes.shape[1] % max(1, places):
+def check_codes(codes: Tensor, levels: int, places: int) -> None:
+    """Refuse what is no matrix of codes.
+
+    Raises:
+        BellboxError: naming what does not fit.
+    """
+    check_levels(levels)
+    if codes.dim() != 2 or codes.dtype != torch.uint8:
         raise BellboxError(f"codes are {codes.dtype} {tuple(codes.shape)}: uint8 [rows, columns] is needed")
+    if places < 1 or codes.shape[1] % places or not codes.shape[1]:
+        raise BellboxError(f"codes of {codes.shape[1]} columns have no {places} places")
+
+
+def check_packed(weight: Tensor, rows: int, columns: int, levels: int) -> None:
+    """Refuse what does not hold such a matrix.
+
+    Raises:
+        BellboxError: naming what does not fit.
+    """
+    check_levels(levels)
+    fits = weight.dtype == torch.uint8 and weight.dim() == 1 and rows >= 0 and columns >= 1
+    if not fits or weight.numel() < packed_size(rows, columns, levels):
+        raise BellboxError(
+            f"packed weights {weight.dtype} {tuple(weight.shape)} hold no {rows} x {columns} codes of {levels} levels"
+        )
+
+
+def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
+    check_codes(codes, levels, places)
+    width = code_width(levels)
+    if codes.numel() and width < 8 and int(codes.max()) >> width:
+        raise BellboxError(
+            f"codes cannot be packed: a code needs more than the {width} bits of {levels} levels"
+        )
     rows, columns = codes.shape
     if levels > TILED_LEVELS:
         return codes.reshape(-1).clone()
@@ -87,10 +119,11 @@ def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
 
 
 def _unpack(weight: Tensor, rows: int, columns: int, levels: int) -> Tensor:
+    check_packed(weight, rows, columns, levels)
     if levels > TILED_LEVELS:
-        return weight.view(rows, columns).clone()
+        return weight[: rows * columns].reshape(rows, columns).clone()
     bits, tiles = code_width(levels), -(-rows // 16)
-    vectors = weight[: tiles_size(rows, columns, levels)].view(tiles, -(-columns // 64), 2 * bits, 64)
+    vectors = weight[: tiles_size(rows, columns, levels)].reshape(tiles, -(-columns // 64), 2 * bits, 64)
     codes = _values(vectors[:, :, :4], 2) if bits == 3 else _values(vectors, bits)
     if bits == 3:
         codes |= _values(vectors[:, :, 4:], 1) << 2
@@ -132,12 +165,8 @@ def unpack(weight: Tensor, rows: int, columns: int, levels: int) -> Tensor:
     """uint8 codes `[rows, columns]` of what `prepack` gave.
 
     Raises:
-        BellboxError: a tensor that is too short for them.
+        BellboxError: a tensor that does not hold them.
     """
-    if weight.numel() < packed_size(rows, columns, levels) or weight.dim() != 1:
-        raise BellboxError(
-            f"packed weights of shape {tuple(weight.shape)} do not hold {rows} x {columns} codes of {levels} levels"
-        )
     return unpack_operation(weight, rows, columns, levels)
 
 

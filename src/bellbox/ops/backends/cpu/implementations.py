@@ -13,8 +13,8 @@ from bellbox.core.grid import Grid
 from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops import native
-from bellbox.ops.packed_linear import TENSORS, with_signs
-from bellbox.ops.weight_layout import TILED_LEVELS, packed_size
+from bellbox.ops.packed_linear import TENSORS, check, with_signs
+from bellbox.ops.weight_layout import TILED_LEVELS, check_codes, check_packed, packed_size
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ def _why_not_packed(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _as_buffers(tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
-    whole = (None if each is None else each.detach().contiguous() for each in tensors)
+    whole = [None if each is None else each.detach().contiguous() for each in tensors]
+    packed = whole[0]
+    if packed is not None and packed.data_ptr() % 4:  # the sums behind the tiles are int32
+        whole[0] = packed.clone()
     return dict(zip(("packed", *TENSORS[1:]), whole, strict=True))
 
 
@@ -77,6 +80,7 @@ def _plan_or_refusal(kind: str, *arguments: Any) -> Any:
 
 def _packed_linear(x: Tensor, *arguments: Any) -> Tensor:
     tensors, numbers, dtype = arguments[:7], arguments[7:-1], arguments[-1]
+    check(x, *tensors, *numbers, features=numbers[0])
     plan = _plan_or_refusal("Plan", _as_buffers(tensors), *numbers)
     if x.dim() == 0 or x.shape[-1] != numbers[0]:
         raise BellboxError(
@@ -145,6 +149,7 @@ def _why_not_conv(arguments: Mapping[str, Any]) -> str | None:
 
 def _packed_conv2d(x: Tensor, *arguments: Any) -> Tensor:
     tensors, numbers, (channels, geometry, add, relu, dtype) = arguments[:7], arguments[7:-5], arguments[-5:]
+    check(x, *tensors, *numbers, features=channels)
     plan = _plan_or_refusal("ConvPlan", _as_buffers(tensors), *numbers, channels, list(geometry[:-1]))
     if x.dim() != 4 or x.shape[1] != channels:
         raise BellboxError(
@@ -257,8 +262,7 @@ def _why_not_layout(arguments: Mapping[str, Any]) -> str | None:
 def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
     module = native.compiled()
     assert module is not None
-    if codes.dim() != 2 or codes.dtype != torch.uint8:
-        raise BellboxError(f"codes are {codes.dtype} {tuple(codes.shape)}: uint8 [rows, columns] is needed")
+    check_codes(codes, levels, places)
     rows, columns = codes.shape
     out = codes.new_empty(packed_size(rows, columns, levels, places))
     try:
@@ -271,6 +275,7 @@ def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
 def _unpack(weight: Tensor, rows: int, columns: int, levels: int) -> Tensor:
     module = native.compiled()
     assert module is not None
+    check_packed(weight, rows, columns, levels)
     codes = weight.new_empty(rows, columns)
     module.unpack(weight.contiguous(), rows, columns, code_width(levels), codes)
     return codes
