@@ -98,7 +98,7 @@ def test_weights_learned_unrotated_are_projected_in_the_domain_of_their_codes(
     before = [layer.weight.detach().clone() for layer in model]
     cewt.step(lr=0.02)
     for layer, norm, old in zip(model, norms, before, strict=True):
-        turned = layer.rotated_weight().flatten().double().sort().values
+        turned = layer.weight_quantizer.rotate(layer.weight_rows().detach()).flatten().double().sort().values
         scores = torch.special.ndtri(
             (torch.arange(turned.numel(), dtype=torch.float64) + 0.5) / turned.numel()
         )

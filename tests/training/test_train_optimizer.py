@@ -38,7 +38,7 @@ def test_only_the_matrices_of_linear_layers_decay(name: str, recipe: Recipe) -> 
     decayed, kept = names_in(model, decay), set[str]().union(*(names_in(model, group) for group in others))
     assert decayed | kept == {name for name, _ in model.named_parameters()}
     assert not decayed & kept
-    assert all(name.endswith(("proj.weight", "fc.weight", "lm_head.weight", ".weight")) for name in decayed)
+    assert all(name.endswith((".weight", ".rotated_weight")) for name in decayed)
     words = ("norm", "ln_", "embed", "wte", "wpe", "gamma", "bias")
     assert not [name for name in decayed if any(word in name for word in words)]
     assert any("head" in name for name in decayed)
@@ -76,7 +76,7 @@ def test_any_optimizer_and_scheduler_takes_the_groups_with_their_rates() -> None
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     groups = {tuple(sorted(names_in(model, group))): group for group in optimizer.param_groups}
     gammas = next(group for names, group in groups.items() if all("gamma" in name for name in names))
-    weight, bias = groups["0.weight",], groups["0.bias",]
+    weight, bias = groups["0.rotated_weight",], groups["0.bias",]
     assert [each["weight_decay"] for each in (weight, bias, gammas)] == [0.1, 0.0, 0.0]
     assert [each["lr"] for each in (weight, bias, gammas)] == pytest.approx([1e-3, 1e-3, 1e-4])
     model(torch.randn(2, 64)).sum().backward()
@@ -137,7 +137,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else(name: str) -> N
     (group,) = muon.param_groups
     matrices = names_in(model, group)
     rest = set().union(*(names_in(model, part) for part in adamw.param_groups))
-    assert matrices == {f"{layer}.weight" for layer, _ in quantized_layers(model)}
+    assert matrices == {f"{layer}.rotated_weight" for layer, _ in quantized_layers(model)}
     assert matrices | rest == {name for name, _ in model.named_parameters()}
     assert not matrices & rest
     assert any("head" in name for name in rest)

@@ -356,13 +356,12 @@ class QuantizedLayer(nn.Module, ABC):
         assert quantizer is not None
         codes, row_scales = quantizer.encode(self.weight_rows()) if weight is None else weight
         activation, bias = inputs.quantizer, self.bias
-        device = self.stored_weight.device
         return {
             "packed": prepack(codes, quantizer.levels.n, self.places),
             "weight_scale": (quantizer.scale() * row_scales).reshape(-1).to(torch.float32),
             "bias": None if bias is None else bias.detach().to(torch.float32),
             "act_scale": activation.scale().detach().reshape(1).to(torch.float32),
-            "act_thresholds": torch.tensor(activation.levels.thresholds, dtype=torch.float32, device=device),
+            "act_thresholds": activation.thresholds(self.stored_weight.device),
             "act_rstd": activation.rstd().detach().reshape(1) if activation.normalise == "static" else None,
             "act_signs": activation.signs,
         }

@@ -146,6 +146,10 @@ class Quantizer(nn.Module, ABC):
         """The integers that codes stand for, and the thresholds between them."""
         return self._levels
 
+    def thresholds(self, device: torch.device) -> Tensor:
+        """The thresholds between codes: fp32 `[n - 1]`."""
+        return torch.tensor(self.levels.thresholds, dtype=torch.float32, device=device)
+
     @property
     def is_set(self) -> bool:
         """Whether everything that it learns has a value; see `LearnedQuantizer`."""

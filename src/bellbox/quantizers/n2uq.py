@@ -101,6 +101,12 @@ class N2UQ(LearnedQuantizer):
             return super().codes_of(rows, r)
         return learned_encode(rows, r, self._thresholds())
 
+    def thresholds(self, device: torch.device) -> Tensor:
+        """See `Quantizer.thresholds`; in a compiled graph those that are learned by the time it runs."""
+        if self.rows is not None or not torch.compiler.is_compiling():
+            return super().thresholds(device)
+        return self._thresholds().to(device, torch.float32)
+
     @torch.no_grad()
     def _thresholds(self) -> Tensor:
         a = self._widths()

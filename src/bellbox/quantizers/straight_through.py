@@ -95,7 +95,8 @@ class _StraightThrough(TransformableFunction):
                 g_x = rotation(inside.contiguous(), ctx.block**-0.5, ctx.block, ctx.input_dtype)
             else:
                 g_x = inside.to(ctx.input_dtype)
-        if grad_v is not None:  # of v = butterfly(x) r
+        # Where nothing is clipped v has no gradient; a compiler gives zeros for it all the same.
+        if grad_v is not None and clip_range is not None:  # of v = butterfly(x) r
             wide = grad_v.to(r.dtype)
             through = rotation((wide * r).contiguous(), 1.0, ctx.block, ctx.input_dtype)
             g_x = through if g_x is None else g_x + through
