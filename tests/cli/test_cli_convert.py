@@ -12,6 +12,7 @@ from bellbox.cli.main import main
 from bellbox.evaluation.codes import agreement, low_bit_layers
 from bellbox.formats import packed as io
 from bellbox.formats.auto import open_model
+from bellbox.nn import PackedLayer
 
 
 def test_it_packs_prints_sizes_and_compares_every_code(
@@ -41,6 +42,14 @@ def test_the_size_table_adds_up(run: Path) -> None:
     assert rest[4] == rest[2]
 
 
+def turn_over(layer: torch.nn.Module, row: int, byte: int, bits: int) -> None:
+    """Change bits of one byte of a packed layer's codes, as files hold them."""
+    assert isinstance(layer, PackedLayer)
+    rows = layer.weight_packed
+    rows[row, byte] ^= bits
+    layer.fill_from_rows(rows)
+
+
 def test_a_spoilt_code_is_found_and_exits_with_1(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,7 +57,7 @@ def test_a_spoilt_code_is_found_and_exits_with_1(
 
     def spoilt(folder: Path) -> torch.nn.Module:
         model = whole(folder)
-        next(iter(low_bit_layers(model).values())).get_buffer("weight_packed")[0, 0] ^= 1
+        turn_over(next(iter(low_bit_layers(model).values())), 0, 0, 1)
         return model
 
     monkeypatch.setattr(io, "load", spoilt)
@@ -67,7 +76,7 @@ def test_agreement_counts_single_differences(run: Path, packed: Path) -> None:
     equal = agreement(trained, small, [ids])
     assert (equal.mismatches, equal.logit_difference, equal.holds) == (0, 0.0, True)
     layer = low_bit_layers(small)["model.layers.0.mlp.down_proj"]  # the last one: no later input changes
-    layer.get_buffer("weight_packed")[5, 3] ^= 0b11  # one code of four in the byte, turned over
+    turn_over(layer, 5, 3, 0b11)  # one code of four in the byte
     differing = agreement(trained, small, [ids])
     assert differing.mismatches == 1
     assert differing.logit_difference > 0

@@ -68,7 +68,7 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(
     (tmp_path / "a.yaml").write_text("optimizer: {lrr: 1}\n")
     for arguments, message in (
         (["--config", str(tmp_path / "a.yaml")], "unknown key 'optimizer.lrr'"),
-        (["--config", str(tmp_path / "none.yaml")], "cannot read '"),
+        (["--config", str(tmp_path / "none.yaml")], "none.yaml: cannot be read"),
         (["--batch.tokens", "1000"], "batch.tokens is 1000"),
         (["--model.preset", "huge", "--folder", str(tmp_path / "r")], "no model preset 'huge'"),
         (["--quantization.bits", "99", "--folder", str(tmp_path / "r")], "99"),

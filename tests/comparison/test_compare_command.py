@@ -137,7 +137,7 @@ def test_what_cannot_be_compared_is_refused_in_a_line(
         ([tmp_path, "--tables"], "holds no results yet"),
         ([file, "--tables"], "--tables takes the folder"),
         ([tmp_path, "--tables", "--retry"], "--retry does not apply to --tables"),
-        ([tmp_path / "none.yaml", "--out", tmp_path / "o"], "cannot read"),
+        ([tmp_path / "none.yaml", "--out", tmp_path / "o"], "cannot be read"),
         ([file, "--out", tmp_path / "o", "--jobs", 0], "jobs is 0"),
     ):
         with pytest.raises(SystemExit) as caught:

@@ -80,7 +80,7 @@ def test_a_base_may_stand_in_a_file_beside_the_grid(grid, tmp_path: Path) -> Non
             {"rows": {"a": {"quantization": {"method": "none"}, "bits": [2]}}},
             "row 'a' is in full precision, so",
         ),
-        ({"rows": {"a": {}}, "base": "nowhere.yaml"}, "cannot read"),
+        ({"rows": {"a": {}}, "base": "nowhere.yaml"}, "cannot be read"),
         ({"rows": {"a": {}}, "base": 3}, "base must be a mapping"),
     ],
 )
