@@ -345,8 +345,9 @@ def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer
     spec = dataclasses.replace(spec, block=block)
     quantizer = build_quantizer(spec, pixels * depth, layer.out_channels, name=where)
     if quantizer.signs is not None:  # those of the input, pixel by pixel
-        quantizer.signs = build_quantizer(spec, depth, None, name=where).signs.repeat(pixels)  # type:
-        ignore[union - attr]
+        once = build_quantizer(spec, depth, None, name=where).signs
+        assert once is not None
+        quantizer.signs = once.repeat(pixels)
     return quantizer.to(layer.weight.device)
 
 
@@ -370,8 +371,10 @@ def _input_groups(
     }
     candidates: list[tuple[str, ...]] = []
     for parent, module in model.named_modules():
-        for names in getattr(module, "input_groups", ()):
-            candidates.append(tuple(f"{parent}.{name}" if parent else name for name in names))
+        prefix = f"{parent}." if parent else ""
+        candidates += [
+            tuple(prefix + name for name in names) for names in getattr(module, "input_groups", ())
+        ]
     if example is not None:
         candidates += _seen_together(model, {name: model.get_submodule(name) for name in rules}, example)
     groups: dict[str, tuple[str, ...]] = {}

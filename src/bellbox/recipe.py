@@ -152,7 +152,9 @@ class Recipe:
         granularity = granularity or statistic
         weight_granularity = weight_granularity or weight_statistic
         if method == "none":
-            return cls(rules, share_inputs, keep_ends and bool(rules))  # without rules there is nothing to keep
+            return cls(
+                rules, share_inputs, keep_ends and bool(rules)
+            )  # without rules there is nothing to keep
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
         common = levels if bits is None else levels_from_bits(bits)

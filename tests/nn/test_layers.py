@@ -27,6 +27,8 @@ WIDTH = 32
 class Attention(nn.Module):
     """Three siblings and what they are siblings for."""
 
+    input_groups = (("q_proj", "k_proj", "v_proj"),)
+
     def __init__(self) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(4))

@@ -33,7 +33,9 @@ def an_input() -> Tensor:
 
 def made(seed: int = 0, rotated: bool = True, method: str = "lsq", **changes: Any) -> nn.Module:
     """A prepared model whose scales are set."""
-    recipe = Recipe.of(method, **{"levels": 4, "block": 8, **changes}, weights_rotated=rotated, keep_ends=False)
+    recipe = Recipe.of(
+        method, **{"levels": 4, "block": 8, **changes}, weights_rotated=rotated, keep_ends=False
+    )
     model = bb.prepare(plain(seed), recipe)
     model(an_input() * (1 + seed))
     return model
@@ -70,7 +72,9 @@ def through_a_distributed_checkpoint(state: dict[str, Tensor], folder: Path) -> 
 
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(
-    "through", [through_torch_save, through_safetensors, through_a_distributed_checkpoint], ids=lambda f: f.__name__
+    "through",
+    [through_torch_save, through_safetensors, through_a_distributed_checkpoint],
+    ids=lambda f: f.__name__,
 )
 def test_a_state_of_the_same_recipe_is_copied_bit_for_bit(
     through: Callable[..., dict[str, Tensor]], rotated: bool, tmp_path: Path

@@ -265,7 +265,9 @@ def test_the_packed_layer_is_the_trained_one_code_for_code(
     if path == "reference":
         monkeypatch.setattr(native, "available", lambda: False)
     torch.manual_seed(n)
-    model = bb.prepare(Two(), Recipe.of(method, levels=n, granularity=granularity, options=options, keep_ends=False))
+    model = bb.prepare(
+        Two(), Recipe.of(method, levels=n, granularity=granularity, options=options, keep_ends=False)
+    )
     x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(1))
     model(3 * x)
     with torch.no_grad():
@@ -311,7 +313,11 @@ def test_weights_alone_with_8_bit_inputs_are_packed_too(method, tmp_path):
     with pytest.raises(BellboxError, match=r"q_proj: the state is of another recipe: input: .* there"):
         alone.load_state_dict(state, strict=False)
     # Its tensors alone, as states were before they had records.
-    old = {name: t for name, t in state.items() if "_extra_state" not in name and "activation_quantizer" not in name}
+    old = {
+        name: t
+        for name, t in state.items()
+        if "_extra_state" not in name and "activation_quantizer" not in name
+    }
     alone.load_state_dict(old, strict=False)
     assert (alone(x) - before).norm() < 0.05 * before.norm()
 

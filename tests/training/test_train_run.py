@@ -83,7 +83,9 @@ def test_an_edited_configuration_does_not_load_a_wrong_model(tiny: Tiny) -> None
     content = json.loads(manifest.read_text())
     del content["run"]
     manifest.write_text(json.dumps(content))
-    with pytest.raises(BellboxError, match=r"down_proj: the state is of another recipe: input: block 64 there, 32 here"):
+    with pytest.raises(
+        BellboxError, match=r"down_proj: the state is of another recipe: input: block 64 there, 32 here"
+    ):
         load_run(config.folder)
     saved.write_text(text.replace("method: bbq", "method: none"))
     with pytest.raises(BellboxError, match=r"q_proj.weight' is missing; was config.yaml changed"):
