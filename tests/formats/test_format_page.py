@@ -16,6 +16,7 @@ from bellbox.core.grid import Grid, Levels
 from bellbox.core.hadamard import butterfly
 from bellbox.core.packing import pack, unpack
 from bellbox.formats.packed import FORMAT, VERSIONS
+from bellbox.formats.schema import stored_buffers
 from bellbox.nn import InputCoding, PackedConv2d, PackedLinear
 from bellbox.ops.encode import normaliser, row_sigma
 
@@ -40,7 +41,7 @@ def numbers(text: str) -> list[float]:
 
 def fill(layer: PackedLinear, words: re.Match[str]) -> None:
     """Give a layer the bytes and scales that the page names."""
-    layer.weight_packed.copy_(torch.tensor([list(bytes.fromhex(words[1]))]))
+    layer.fill_from_rows(torch.tensor([list(bytes.fromhex(words[1]))], dtype=torch.uint8))
     layer.weight_scale.fill_(float(words[2]))
     layer.act_scale.fill_(float(words[3]))
 
@@ -93,7 +94,7 @@ def test_the_worked_function():
     sigma, r = steps["sigma, r"]
     assert float(row_sigma(x)) == pytest.approx(sigma, rel=1e-13)
     assert float(normaliser(row_sigma(x), 4).float()) == r
-    codes, _ = layer.coding.encode(x, None, None)
+    codes = layer.input_codes(x)
     assert codes.tolist() == [steps["codes"]]
     assert layer.coding.levels.decode_int8(codes).tolist() == [steps["integers"]]
     weights = layer.weight_levels.decode_int8(unpack(layer.weight_packed, 8, 4))
@@ -114,9 +115,9 @@ def test_every_stored_field_is_explained(tmp_path):
         *layer,
         *layer["weight"],
         *layer["activation"],
-        *PackedLinear(
-            8, 1, Grid(4, -0.5), InputCoding(Levels.gaussian(4), 1, "static", signs=True), True
-        )._buffers,
+        *stored_buffers(
+            PackedLinear(8, 1, Grid(4, -0.5), InputCoding(Levels.gaussian(4), 1, "static", signs=True), True)
+        ),
     ):
         assert re.search(rf"[`.]{name}[`.]", PAGE), name
 
@@ -150,7 +151,7 @@ def test_the_worked_convolution():
     sigma, r = steps["sample's sigma, r"]
     assert float(row_sigma(x)) == sigma
     assert float(normaliser(row_sigma(x), 2).float()) == r
-    codes, _ = layer.coding.encode(x, None, None)
+    codes = layer.input_codes(x)
     assert codes.tolist() == [steps["sample's codes"]]
     integers = layer.coding.levels.decode_int8(codes)[0].tolist()
     assert integers == steps["sample's integers"]

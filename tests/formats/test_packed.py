@@ -21,7 +21,7 @@ from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
 from bellbox.formats.packed import sizes, tokenizer_path
 from bellbox.models import LlamaConfig, build
-from bellbox.nn import InputCache, InputCoding, PackedLinear
+from bellbox.nn import PackedGroup, InputCoding, PackedLinear
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 IDS = torch.arange(7)[None]
@@ -68,15 +68,17 @@ def rewrite(folder: Path, change, files: bool = False) -> None:
 def tiny() -> nn.Sequential:
     """Two siblings' worth of packed numbers that fit a page: 2 bits, ternary, one with a bias."""
     coding = InputCoding(Levels.gaussian(4), 2, "static")
-    shared = InputCache(2)
-    first = PackedLinear(6, 2, Levels.gaussian(4), coding, True, shared)
-    second = PackedLinear(6, 1, Levels.gaussian(3), coding, False, shared)
-    first.weight_packed.copy_(torch.tensor([[0b00_11_10_01, 0b0001], [0xFF, 0x0F]]))
+    group = PackedGroup()
+    first = PackedLinear(6, 2, Levels.gaussian(4), coding, True)
+    second = PackedLinear(6, 1, Levels.gaussian(3), coding, False)
+    first.join(group)
+    second.join(group)
+    first.fill_from_rows(torch.tensor([[0b00_11_10_01, 0b0001], [0xFF, 0x0F]], dtype=torch.uint8))
     first.weight_scale.copy_(torch.tensor([1.0, 2.0]))
     first.act_scale.fill_(0.5)
     first.act_rstd.fill_(0.25)  # type: ignore[union-attr]
     first.bias.copy_(torch.tensor([-1.0, 1.0]))  # type: ignore[union-attr]
-    second.weight_packed.copy_(torch.tensor([[0 + 3 * 1 + 9 * 2 + 81 * 1, 2]]))
+    second.fill_from_rows(torch.tensor([[0 + 3 * 1 + 9 * 2 + 81 * 1, 2]], dtype=torch.uint8))
     second.weight_scale.fill_(4.0)
     second.act_scale.fill_(0.5)
     second.act_rstd.fill_(0.25)  # type: ignore[union-attr]
@@ -160,8 +162,8 @@ def test_a_loaded_model_is_the_saved_one(original):
         assert torch.equal(loaded.state_dict()[name], value)
         assert loaded.state_dict()[name].dtype == value.dtype
     attention = loaded.model.layers[0].self_attn  # type: ignore[union-attr]
-    assert attention.q_proj.shared is attention.k_proj.shared is attention.v_proj.shared
-    assert attention.q_proj.shared is not attention.o_proj.shared
+    assert attention.q_proj.group is attention.k_proj.group is attention.v_proj.group
+    assert attention.q_proj.group is not attention.o_proj.group
     assert tokenizer_path(original) == original / TOKENIZER
 
 

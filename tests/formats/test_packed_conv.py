@@ -42,7 +42,7 @@ def test_exact_bytes_of_the_tensors(tmp_path: Path) -> None:
     geometry = ConvGeometry((1, 2), (1, 2), (1, 1, 0, 0), (1, 1), 2)
     coding = InputCoding(Levels.gaussian(4), 2, signs=True)
     layer = PackedConv2d(4, 2, geometry, Grid(4, -0.5), coding, True)
-    layer.weight_packed.copy_(pack(torch.tensor([[0, 1, 2, 3], [3, 3, 0, 1]], dtype=torch.uint8), 4))
+    layer.fill_from_rows(pack(torch.tensor([[0, 1, 2, 3], [3, 3, 0, 1]], dtype=torch.uint8), 4))
     layer.weight_scale.copy_(torch.tensor([1.0, 2.0]))
     layer.act_signs.copy_(torch.tensor([1, -1]))  # type: ignore[union-attr]
     bb.save(nn.ModuleDict({"c": layer}), tmp_path / "m")

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import DEFAULT_STEPS, TrainConfig
+from bellbox.runs.config_file import with_field_names
 from bellbox.utils.files import named, one_line
 
 FILE = "results.jsonl"
@@ -189,7 +190,7 @@ def _parsed(line: bytes) -> Result:
         if unknown := set(values) - {each.name for each in dataclasses.fields(Result)}:
             raise BellboxError(f"unknown key {min(unknown)!r}")
         result: Result = result_of.validate_json(json.dumps(values), strict=True)
-        config_of.validate_python(_filled(result.config, dataclasses.asdict(TrainConfig())))
+        config_of.validate_python(with_field_names(_filled(result.config, TrainConfig().to_dict())))
         history_of.validate_python(result.history)
         gamma_of.validate_python(result.gamma)
     except BellboxError:

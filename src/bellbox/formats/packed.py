@@ -169,7 +169,8 @@ def load(
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a packed model as files have them, each once, by name."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)}
-    inside = tuple(f"{name}." if name else "" for name in layers)
+    everywhere = model.named_modules(remove_duplicate=False)
+    inside = tuple(f"{name}." for name, module in everywhere if isinstance(module, PackedLayer))
     found = unique_tensors(model, leave_out=inside) if "" not in layers else {}
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""

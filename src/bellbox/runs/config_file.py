@@ -34,7 +34,7 @@ def config_from_dict(data: object, where: str = "config") -> TrainConfig:
     if not isinstance(data, dict):
         raise BellboxError(f"{where}: holds {type(data).__name__}, must be a mapping of keys to values")
     try:
-        config = TypeAdapter(TrainConfig).validate_python(_with_field_names(with_present_names(data)))
+        config = TypeAdapter(TrainConfig).validate_python(with_field_names(with_present_names(data)))
     except ValidationError as error:
         raise BellboxError(f"{where}: {_explain(error.errors()[0])}") from None
     try:
@@ -43,7 +43,7 @@ def config_from_dict(data: object, where: str = "config") -> TrainConfig:
         raise BellboxError(f"{where}: {error}") from None
 
 
-def _with_field_names(data: dict[str, Any]) -> dict[str, Any]:
+def with_field_names(data: dict[str, Any]) -> dict[str, Any]:
     """`model.from` under the name of its field."""
     model = data.get("model")
     if not isinstance(model, dict) or "from" not in model:
