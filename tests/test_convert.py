@@ -141,6 +141,8 @@ def test_siblings_that_differ_do_not_share():
             super().__init__()
             self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(16, 4)
 
+        input_groups = (("q_proj", "k_proj", "v_proj"),)
+
     spec = QuantizerSpec(granularity="row")
     everything = Rule("*", spec, QuantizerSpec())
     model = bb.prepare(Attention(), Recipe((everything,)))
@@ -310,7 +312,7 @@ def test_a_hugging_face_llama(transformers):
     model = transformers.LlamaForCausalLM(config)
     head = model.lm_head.weight
     ids = torch.randint(0, 64, (2, 7))
-    bb.prepare(model, Recipe.bbq(2))
+    bb.prepare(model, Recipe.bbq(2), example={"input_ids": ids})
     assert len(names(model)) == 14
     assert model.lm_head.weight is head
     assert type(model.lm_head) is nn.Linear
@@ -340,7 +342,7 @@ def test_a_hugging_face_bert_with_a_tied_head(transformers, tmp_path):
     torch.manual_seed(0)
     model = transformers.BertForMaskedLM(config)
     fresh = copy.deepcopy(model)
-    bb.prepare(model, Recipe.bbq(2, granularity="ema"))
+    bb.prepare(model, Recipe.bbq(2, granularity="ema"), example=torch.randint(0, 64, (2, 7)))
     assert type(model.cls.predictions.decoder) is nn.Linear
     attention = model.bert.encoder.layer[0].attention.self
     assert attention.query.activation_quantizer is attention.key.activation_quantizer

@@ -63,7 +63,7 @@ from bellbox.formats.auto import open_model
 from bellbox.models import LlamaConfig, build, load_hf, save_hf
 from bellbox.report.record import read_record
 from bellbox.runs.checkpoint import Checkpoints, State
-from bellbox.runs.config import TrainConfig
+from bellbox.runs.config import BatchSection, DataSection, ModelSection, TrainConfig
 from bellbox.runs.config_file import load_config
 from bellbox.utils.files import checksum, describe_file, sha256_file
 
@@ -592,16 +592,19 @@ def seal_checkpoint(folder: Path) -> None:
 def make_run(folder: Path) -> None:
     from bellbox.training import train
 
-    config = TrainConfig(folder=str(folder / "run"), steps=2, eval_every=1, checkpoint_every=1, log_every=1)
-    config.model.overrides = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config.data.source, config.data.context = str(make_tokens(folder)), 16
-    config.batch.tokens, config.batch.micro_sequences = 32, 2
-    config.precision, config.tensorboard = "fp32", False
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = TrainConfig(
+        folder=str(folder / "run"),
+        model=ModelSection(overrides=dict(sizes)),
+        data=DataSection(source=str(make_tokens(folder)), context=16),
+        batch=BatchSection(tokens=32, micro_sequences=2),
+        steps=2,
+        eval_every=1,
+        checkpoint_every=1,
+        log_every=1,
+        precision="fp32",
+        tensorboard=False,
+    )
     train(config, show=False)
     shutil.rmtree(folder / "run" / "checkpoints" / "step-00000001")
 

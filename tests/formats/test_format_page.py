@@ -151,7 +151,7 @@ def test_the_worked_convolution():
     sigma, r = steps["sample's sigma, r"]
     assert float(row_sigma(x)) == sigma
     assert float(normaliser(row_sigma(x), 2).float()) == r
-    codes = layer.input_codes(x)
+    codes = layer.input_codes(x.view(1, 1, 2, 2).permute(0, 3, 1, 2))
     assert codes.tolist() == [steps["sample's codes"]]
     integers = layer.coding.levels.decode_int8(codes)[0].tolist()
     assert integers == steps["sample's integers"]

@@ -21,7 +21,7 @@ from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
 from bellbox.formats.packed import sizes, tokenizer_path
 from bellbox.models import LlamaConfig, build
-from bellbox.nn import PackedGroup, InputCoding, PackedLinear
+from bellbox.nn import InputCoding, PackedGroup, PackedLinear
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 IDS = torch.arange(7)[None]

@@ -101,11 +101,11 @@ def test_copies_and_averages_keep_the_state(rotated: bool) -> None:
 @pytest.mark.parametrize(
     ("there", "here", "says"),
     [
-        ({}, {"method": "rtn"}, "method lsq there, rtn here"),
+        ({}, {"method": "quest"}, "method lsq there, quest here"),
         ({}, {"levels": 3}, "levels 4 there, 3 here"),
         ({}, {"zero_point": 0.0}, "zero point -0.5 there, 0.0 here"),
         ({"method": "bbq"}, {"method": "bbq", "granularity": "ema"}, "granularity token there, ema here"),
-        ({"method": "quest"}, {"method": "quest", "options": {"rule": "clip"}}, "other options"),
+        ({"method": "bbq"}, {"method": "bbq", "options": {"rms": False}}, "other options"),
         ({}, {"block": 4}, "block 8 there, 4 here"),
         ({}, {"weight_only": "float"}, "lsq there"),
     ],

@@ -34,6 +34,10 @@ _AUGMENTED = frozenset((
     "__iadd__", "__iand__", "__ifloordiv__", "__ilshift__", "__imod__", "__imul__", "__ior__",
     "__ipow__", "__irshift__", "__isub__", "__itruediv__", "__ixor__",
 ))
+_VIEWS = frozenset((
+    "__getitem__", "diagonal", "expand", "expand_as", "flatten", "movedim", "narrow", "permute", "reshape", "select",
+    "squeeze", "t", "transpose", "unflatten", "unsqueeze", "view", "view_as",
+))
 # fmt: on
 
 
@@ -75,6 +79,7 @@ class LazyWeight(Tensor):
 
     _source: WeightSource
     _detached: bool
+    _is_param: bool
 
     @staticmethod
     def of(
@@ -138,12 +143,18 @@ class LazyWeight(Tensor):
             if name == "requires_grad_":
                 first._source.stored.requires_grad_(*args[1:], **kwargs)
                 return first
+            if name in _VIEWS and (first._detached or not torch.is_grad_enabled()):
+                return _view(first, func, args, kwargs)
             if (
                 name in _AUGMENTED
                 or name == "__setitem__"
                 or (name.endswith("_") and not name.endswith("__"))
             ):
                 return _written(first, func, args, kwargs)
+        given = kwargs.get("tensor")  # as torch.nn.init hands it on
+        if isinstance(given, LazyWeight) and name.endswith("_") and not name.endswith("__"):
+            del kwargs["tensor"]
+            return _written(given, lambda plain, **rest: func(tensor=plain, **rest), (given, *args), kwargs)
         if isinstance(kwargs.get("out"), LazyWeight):
             target: LazyWeight = kwargs.pop("out")
             target._source.write(func(*_plain(args), **_plain(kwargs)))
@@ -161,6 +172,52 @@ class LazyWeight(Tensor):
         """What comes past `__torch_function__`, from C++ or a tool that switched it off: the decoded weight again."""
         del types
         return func(*_plain(args), **_plain(dict(kwargs or {})))
+
+
+class _ViewSource(WeightSource):
+    """A part or another shape of a lazy weight, for what writes into it."""
+
+    def __init__(self, base: LazyWeight, look: Callable[[Tensor], Tensor]) -> None:
+        self._base, self._look = base, look
+
+    def decode(self) -> Tensor:
+        """See `WeightSource`."""
+        return self._look(self._base.decoded())
+
+    def write(self, weight: Tensor) -> None:
+        """See `WeightSource`."""
+        with torch.no_grad():
+            plain = self._base.decoded().detach().clone()
+            self._look(plain).copy_(weight)
+        self._base._source.write(plain)
+
+    @property
+    def stored(self) -> Tensor:
+        """See `WeightSource`."""
+        return self._base._source.stored
+
+    def gradient(self) -> Tensor | None:
+        """See `WeightSource`."""
+        grad = self._base._source.gradient()
+        return None if grad is None else self._look(grad)
+
+    def set_gradient(self, gradient: Tensor | None) -> None:
+        """See `WeightSource`."""
+        del gradient
+        raise BellboxError("the gradient of a part of a weight cannot be set")
+
+
+def _view(weight: LazyWeight, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function that gives views gives of a lazy weight: one that writes go through, where it is one tensor."""
+    rest, named = _plain(args[1:]), _plain(kwargs)
+
+    def look(plain: Tensor) -> Any:
+        return func(plain, *rest, **named)
+
+    found = look(weight.decoded())
+    if not isinstance(found, Tensor):
+        return found
+    return LazyWeight.of(_ViewSource(weight, look), found.shape, found.dtype, detached=True)
 
 
 def _attribute(

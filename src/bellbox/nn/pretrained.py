@@ -57,12 +57,12 @@ def _plain_weights() -> Any:
         def __init__(self) -> None:
             super().__init__(QuantizationConfigMixin(quant_method="bellbox"))  # pyright: ignore[reportArgumentType]
 
-        def is_serializable(self) -> bool:
+        def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
             """Yes: as the plain model."""
             return True
 
         @property
-        def is_trainable(self) -> bool:
+        def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
             """Yes: a prepared model is there to be trained."""
             return True
 
@@ -71,7 +71,9 @@ def _plain_weights() -> Any:
             """Likewise."""
             return True
 
-        def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        def get_state_dict_and_metadata(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, model: Any
+        ) -> tuple[dict[str, Tensor], dict[str, Any]]:
             """The plain state."""
             return plain_state(model), {}
 
