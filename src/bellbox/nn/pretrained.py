@@ -62,7 +62,7 @@ def _plain_weights() -> Any:
             return True
 
         @property
-        def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        def is_trainable(self) -> bool:  # pyright: ignore
             """Yes: a prepared model is there to be trained."""
             return True
 
