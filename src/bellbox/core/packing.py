@@ -110,7 +110,7 @@ def unpack(packed: Tensor, columns: int, n: int) -> Tensor:
     return (bits << torch.arange(width, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)
 
 
-def unpack_slabs(packed: Tensor, columns: int, n: int, codes: int = 1 << 20) -> Iterator[Tensor]:
+def unpack_slabs(packed: Tensor, columns: int, n: int, codes: int = 1 << 18) -> Iterator[Tensor]:
     """`unpack`, some rows at a time: a multiple of 16 rows, about `codes` codes, the last slab with what is left."""
     rows = max(16, codes // columns // 16 * 16)
     for first in range(0, len(packed), rows):

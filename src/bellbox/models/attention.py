@@ -49,7 +49,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, exact: bool) 
             scores = scores.masked_fill(~_causal_mask(queries, keys, query.device), float("-inf"))
         return (scores.softmax(dim=-1) @ value.double()).to(query.dtype)
     if queries == keys:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=queries > 1)
+        if queries > 1:  # a branch, so that a compiler that keeps the number open settles it here
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return F.scaled_dot_product_attention(query, key, value)
     # One query sees every key, so it needs no mask; a block of them after a cached prefix does.
     mask = _causal_mask(queries, keys, query.device) if queries > 1 else None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
