@@ -15,6 +15,7 @@ from bellbox.errors import BellboxError
 from bellbox.formats.packed import load, save
 from bellbox.inference.folding import fold_batch_norms
 from bellbox.inference.fusing import fuse_convolutions
+from bellbox.nn.backend_report import backend_report
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
 from bellbox.version import __version__
 
@@ -24,6 +25,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "__version__",
+    "backend_report",
     "calibrate",
     "convert",
     "fold_batch_norms",

@@ -28,6 +28,9 @@ class Toy(dispatch.Backend):
             return "knows one operation"
         return None if arguments["x"].dtype == torch.float32 else f"the input is {arguments['x'].dtype}"
 
+    def has(self, operation: str) -> bool:
+        return operation == "packed_linear"
+
     def implementation(self, operation: str) -> Callable[..., Tensor]:
         def run(*arguments: Any) -> Tensor:
             self.calls += 1
@@ -78,6 +81,8 @@ def test_a_backend_of_higher_priority_is_asked_first_and_no_more_once_it_is_gone
         assert torch.equal(layer(X), expected)  # a layer that has run already asks again
         assert toy.calls == 1
         assert str(layer.explain()) == "packed_linear: toy"
+        assert bb.backend_report(nn.Sequential(layer)) == "0  packed_linear: toy"
+        assert dispatch.kernels_of("packed_linear") == ["toy", *dispatch.kernels_of("unpack")]
         with torch.no_grad():
             assert torch.equal(layer(X.bfloat16()), layer(X.bfloat16().float()).bfloat16())
         assert toy.calls == 2  # it does not take bf16
@@ -165,3 +170,7 @@ def test_a_backend_of_the_same_name_replaces_the_other(toy, layer):
     layer(X)
     assert dispatch.backends().count("toy") == 1
     assert (toy.calls, other.calls) == (0, 1)
+
+
+def test_a_model_without_packed_layers_has_nothing_to_report():
+    assert bb.backend_report(nn.Linear(2, 2)) == "no packed layer: convert the model first"

@@ -58,6 +58,29 @@ def _version() -> str:
     return f"bellbox {__version__}, kernels: {native.describe()}"
 
 
+def _details() -> str:
+    """What decides how fast things run here: processor, versions, and which backend has a kernel for an operation."""
+    import platform
+
+    import torch
+
+    from bellbox.nn import PackedLayer  # what defines the operations of layers
+    from bellbox.ops import binarized, dispatch, native
+    from bellbox.utils.processor import choose_precision
+
+    del PackedLayer, binarized
+    precision, why = choose_precision(torch.device("cpu"))
+    lines = [
+        _version(),
+        f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}",
+        f"instruction sets: {', '.join(native.instruction_sets()) or 'kernels were not built'}",
+        f"precision auto on the CPU: {precision}, {why}",
+        f"backends, first asked first: {', '.join((*dispatch.backends(), dispatch.REFERENCE))}",
+    ]
+    lines += [f"  {name}: {', '.join(dispatch.kernels_of(name))}" for name in sorted(dispatch.OPERATIONS)]
+    return "\n".join(lines)
+
+
 def _nobody_reads(command: str) -> int:
     """The exit code where standard output was closed. A run ends by that, and says so; others were only read from."""
     # Python would try once more to write what it holds, when it leaves.
@@ -133,7 +156,7 @@ def _run(arguments: list[str]) -> None:
         raise SystemExit(0 if arguments else 2)
     command, rest = arguments[0], arguments[1:]
     if command in ("-V", "--version"):
-        print(_version())
+        print(_details() if rest in (["-v"], ["--verbose"]) else _version())
         return
     if command not in COMMANDS:
         raise BellboxError(f"no command {command!r}; there are: {', '.join(COMMANDS)}")

@@ -26,6 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Method = Literal["rtn", "billm", "dbellquant"]
+"""Rounding to nearest, BiLLM, or BiLLM on weights that LTDB has transformed."""
 Variant = Literal["released", "clean"]
 BLOCK = 128
 """Columns of a block."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from bellbox.errors import BellboxError
+from bellbox.formats import binarized
 from bellbox.formats import packed as io
 from bellbox.models import ResNet, ResNetConfig, ViT, ViTConfig
 from bellbox.nn.compact import Precision
@@ -95,9 +96,7 @@ def open_model(
             root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"
         )
     if kind == "binarized":
-        from bellbox import ptq
-
-        model, tokenizer = io.load(root, embeddings=embeddings), ptq.tokenizer_path(root)
+        model, tokenizer = io.load(root, embeddings=embeddings), binarized.tokenizer_path(root)
         about = f"binarized model {root}: {_shape(model)}"
         return OpenedModel(root, model, "binarized", tokenizer, _longest(model), about)
     from bellbox.models import load_hf
@@ -114,7 +113,6 @@ def kind_of(path: str | Path) -> Kind:
     Raises:
         BellboxError: no such folder, or none of a model.
     """
-    from bellbox import ptq
     from bellbox.runs.open import CONFIG_FILE
 
     root = Path(path)
@@ -124,7 +122,7 @@ def kind_of(path: str | Path) -> Kind:
         return "run"
     if io.is_packed(root):
         return "packed"
-    if ptq.is_binarized(root):
+    if binarized.is_binarized(root):
         return "binarized"
     if (root / "config.json").is_file():
         return "huggingface"

@@ -131,14 +131,14 @@ def load(
         BellboxError: missing, truncated, altered, of another version, or not fitting the model; embeddings that
             are no longer fp32.
     """
-    from bellbox import ptq
-
     root = Path(folder)
-    if ptq.is_binarized(root):
+    if says_format(root / CONFIG, "bellbox-binarized"):
+        from bellbox.formats import binarized as one_bit
+
         if into is not None:
             raise BellboxError(f"{root}: a binarized model loads by itself; leave out into=")
-        binarized = ptq.load(root)
-        return binarized if embeddings is None else compact(binarized, embeddings)
+        model = one_bit.load(root)
+        return model if embeddings is None else compact(model, embeddings)
     config = read_config(root)
     if into is None and config["model"] is None:
         raise BellboxError(

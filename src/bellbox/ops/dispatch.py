@@ -56,6 +56,10 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def has(self, operation: str) -> bool:
+        """Whether it has a kernel for an operation at all."""
+
+    @abstractmethod
     def implementation(self, operation: str) -> Callable[..., Any]:
         """What runs a call that was taken: the operation's arguments in the order of its schema."""
 
@@ -190,6 +194,11 @@ def unregister(name: str) -> None:
 def backends() -> list[str]:
     """Names, those asked first in front."""
     return [each.name for each in _backends]
+
+
+def kernels_of(operation: str) -> list[str]:
+    """Names of the backends that have a kernel for an operation, the reference last."""
+    return [each.name for each in _backends if each.has(operation)] + [REFERENCE]
 
 
 def forced() -> str | None:

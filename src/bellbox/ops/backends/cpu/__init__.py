@@ -31,6 +31,10 @@ class CpuBackend(Backend):
             return f"a tensor is on {elsewhere[0].device}"
         return known.why_not(arguments)
 
+    def has(self, operation: str) -> bool:
+        """See `Backend.has`."""
+        return operation in implementations.TABLE and native.available()
+
     def implementation(self, operation: str) -> Callable[..., Any]:
         """See `Backend.implementation`."""
         return implementations.TABLE[operation].run

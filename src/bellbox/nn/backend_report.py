@@ -1,0 +1,28 @@
+"""Which backend runs each packed layer of a model, and why not another."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bellbox.nn.packed import PackedLayer
+
+
+def backend_report(model: nn.Module) -> str:
+    """A line for each packed layer: its name, its operation, the backend that takes it, and why others do not.
+
+    Args:
+        model: what `convert` or `load` gave.
+
+    Returns:
+        Lines such as `layers.0.q_proj  packed_linear: cpu`; one line where there is no packed layer.
+
+    Raises:
+        BellboxError: `BELLBOX_BACKEND` names a backend that does not take a layer.
+    """
+    found = {
+        name or "(model)": layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)
+    }
+    if not found:
+        return "no packed layer: convert the model first"
+    width = max(map(len, found))
+    return "\n".join(f"{name:<{width}}  {layer.explain()}" for name, layer in found.items())
