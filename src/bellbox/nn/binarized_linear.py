@@ -43,7 +43,7 @@ class BinarizedLinear(nn.Module):
     Its buffers are what is stored: `signs` and `bits` uint8 `[out, ceil(in / 8)]`, `salient` uint8 `[1, ceil(in / 8)]`,
     `scales` fp16 `[out, blocks, 7 or 2]`, `bias` fp32 `[out]`.
 
-    With inputs of at most 8 bits and few rows (a decode step) the compiled kernel of `kernels/binarized.py` multiplies
+    With inputs of at most 8 bits and few rows (a decode step) the compiled kernel of `ops/binarized.py` multiplies
     signs and bits as they are. Else the weights are decoded at the first use and kept in fp32. The two agree to
     rounding in fp32.
     """

@@ -2,7 +2,7 @@
 
 Which phase a step belongs to is a pure function of the configuration and the step, like the learning rate: there
 is nothing to save, and nothing that a resumed run could get wrong. At the border between two phases the
-layers are prepared anew with the weights that they have (`surgery.unprepare`, `surgery.prepare`), so every method
+layers are prepared anew with the weights that they have (`convert.unprepare`, `convert.prepare`), so every method
 can be scheduled without knowing of it: the scales of weights start as `prepare` sets them, those of activations
 with the first batch of the phase.
 """
