@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 Variant = Literal["released", "clean"]
+Method = Literal["rtn", "billm", "dbellquant"]
+"""Rounding to nearest, BiLLM, or BiLLM on weights that LTDB has transformed."""
 BLOCK = 128
 """Columns of a block."""
 MOST_SALIENT = 50

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from bellbox.errors import BellboxError
+from bellbox.formats import BINARIZED
 from bellbox.formats import packed as io
 from bellbox.models import ResNet, ResNetConfig, ViT, ViTConfig
 from bellbox.nn.compact import Precision
+from bellbox.utils.files import says_format
 
 if TYPE_CHECKING:
     from bellbox.data.images import ImageDataset
@@ -95,9 +97,9 @@ def open_model(
             root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"
         )
     if kind == "binarized":
-        from bellbox import ptq
+        from bellbox.formats import binarized
 
-        model, tokenizer = io.load(root, embeddings=embeddings), ptq.tokenizer_path(root)
+        model, tokenizer = io.load(root, embeddings=embeddings), binarized.tokenizer_path(root)
         about = f"binarized model {root}: {_shape(model)}"
         return OpenedModel(root, model, "binarized", tokenizer, _longest(model), about)
     from bellbox.models import load_hf
@@ -114,7 +116,6 @@ def kind_of(path: str | Path) -> Kind:
     Raises:
         BellboxError: no such folder, or none of a model.
     """
-    from bellbox import ptq
     from bellbox.runs.open import CONFIG_FILE
 
     root = Path(path)
@@ -124,7 +125,7 @@ def kind_of(path: str | Path) -> Kind:
         return "run"
     if io.is_packed(root):
         return "packed"
-    if ptq.is_binarized(root):
+    if says_format(root / "config.json", BINARIZED):
         return "binarized"
     if (root / "config.json").is_file():
         return "huggingface"

@@ -24,8 +24,8 @@ class WeightOnlyLinear(CodedLayer, nn.Linear):  # pyright: ignore[reportIncompat
     """A linear layer that multiplies its input, rotated where the weight is, with the decoded weight.
 
     Its buffers: `packed` uint8 `[out, row bytes]`, codes as files hold them; `weight_scale` fp32 `[out]`, or
-    `[out, groups]` where columns share scales in groups; `weight_table` fp32 `[n]`, the values of the codes where they are not evenly spaced;
-    `act_signs` int8 `[in]` (where there are signs); `bias` fp32 `[out]`.
+    `[out, groups]` where columns share scales in groups; `weight_table` fp32 `[n]`, the values of the codes where they
+    are not evenly spaced; `act_signs` int8 `[in]` (where there are signs); `bias` fp32 `[out]`.
 
     Args:
         in_features: length of the last dimension of the input.

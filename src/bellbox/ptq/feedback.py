@@ -9,8 +9,6 @@ block, which they were not.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -58,9 +56,6 @@ def _carried(error: Tensor, corner: Tensor, variant: Variant) -> Tensor:
     if variant == "released":
         return error / corner.diagonal()
     return torch.linalg.solve_triangular(corner, error, upper=True, left=False)
-
-
-Method = Literal["rtn", "billm", "dbellquant"]
 
 
 def output_error(weight: Tensor, stands_for: Tensor, hessian: Tensor) -> float:

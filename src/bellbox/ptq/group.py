@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bellbox.core.binarize import BLOCK, Variant
+from bellbox.core.binarize import BLOCK, Method, Variant
 from bellbox.errors import BellboxError
 from bellbox.formats.binarized import Quantization
 from bellbox.models.blocks import Group
 from bellbox.nn.binarized_linear import BinarizedLinear
-from bellbox.ptq.feedback import Method, binarize_matrix, output_error
+from bellbox.ptq.feedback import binarize_matrix, output_error
 from bellbox.ptq.hessian import InputStatistics, inverse_factor
 from bellbox.ptq.ltdb import bells, double_bell, fold, learn_scale
 
