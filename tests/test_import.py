@@ -47,3 +47,29 @@ def test_the_public_names_are_there():
 
     assert all(hasattr(bellbox, name) for name in bellbox.__all__)
     assert {"prepare", "convert", "save", "load", "Recipe", "BellboxError"} <= set(bellbox.__all__)
+
+
+LOADED_BY_LOAD = (
+    "calibrate", "convert", "core", "coverage", "errors", "formats", "inference", "models", "nn", "ops", "quantizers",
+    "recipe", "structure", "utils", "version",
+)  # fmt: skip
+
+
+def test_loading_a_packed_model_imports_nothing_of_training(tmp_path):
+    import torch
+
+    import bellbox as bb
+    from bellbox.models import LlamaConfig, build
+
+    model = bb.prepare(build(LlamaConfig(13, 16, 24, 1, 2, 1, max_position_embeddings=8)), bb.Recipe.bbq(2))
+    model(torch.arange(7)[None])
+    bb.save(bb.convert(model), tmp_path / "m")
+    code = (
+        f"import sys, bellbox; bellbox.load({str(tmp_path / 'm')!r}); "
+        "print(*sorted(m for m in sys.modules if m.startswith('bellbox.')))"
+    )
+    modules = run(code).split()
+    assert {name.split(".")[1] for name in modules if not name.startswith("bellbox._")} <= set(LOADED_BY_LOAD)
+    formats = [name.rpartition(".")[2] for name in modules if name.startswith("bellbox.formats.")]
+    assert formats == ["description", "packed", "schema"]
+    assert "bellbox.models.llama" in modules

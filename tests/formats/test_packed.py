@@ -20,7 +20,7 @@ import bellbox as bb
 from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
 from bellbox.formats.packed import sizes, tokenizer_path
-from bellbox.models import LlamaConfig, build
+from bellbox.models import GPTConfig, LlamaConfig, build, load_hf
 from bellbox.nn import InputCoding, PackedGroup, PackedLinear
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -772,3 +772,27 @@ def test_sizes_count_the_bytes_of_the_file(original):
     assert counted.quantized_parameters == 2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24
     assert counted.bf16_bytes == 2 * counted.quantized_parameters
     assert counted.ratio == counted.bf16_bytes / counted.packed_bytes
+
+
+def test_transformers_reads_the_configuration(original, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(original, local_files_only=True)
+    assert type(config) is transformers.LlamaConfig
+    assert (config.hidden_size, config.num_key_value_heads, config.vocab_size) == (16, 1, 13)
+    assert config.quantization_config["quant_method"] == "bellbox"
+    assert config.quantization_config["layers"][Q[:-1]]["method"] == "bbq"
+    model = build(GPTConfig(13, 16, 32, 1, 2, max_position_embeddings=8), seed=0)
+    bb.prepare(model, bb.Recipe.bbq(2))(IDS)
+    bb.save(bb.convert(model), tmp_path / "gpt")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "gpt", local_files_only=True)
+    assert type(config) is transformers.GPT2Config
+    with pytest.raises(BellboxError, match=r"packed Bellbox model; open its folder with bellbox\.load"):
+        load_hf(original)
+
+
+def test_the_checksum_covers_what_transformers_reads(spoilt):
+    config = json.loads((spoilt / CONFIG).read_text())
+    config["hidden_size"] = 17
+    (spoilt / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(BellboxError, match="checksum"):
+        bb.load(spoilt)

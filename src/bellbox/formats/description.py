@@ -269,21 +269,19 @@ def _schema(kind: str) -> Any:
         input: str
         convolution: StoredGeometry | None = None
 
-    Method = Annotated[str, Field(max_length=32, pattern=f"^{METHOD_NAME}$")]
+    class Named(Strict):
+        method: str = Field(max_length=32, pattern=f"^{METHOD_NAME}$")
 
-    class Linear(Coded):
+    class Linear(Coded, Named):
         function: Literal["packed_linear"]
-        method: Method
         input: str
 
-    class Convolution(Coded):
+    class Convolution(Coded, Named):
         function: Literal["packed_conv2d"]
-        method: Method
         convolution: StoredGeometry
 
-    class WeightOnly(Sized):
+    class WeightOnly(Sized, Named):
         function: Literal["weight_only_linear"]
-        method: Method
         weight: StoredValues
 
     class StoredFile(Strict):

@@ -86,8 +86,8 @@ def _empty_layer(entry: Mapping[str, Any]) -> CodedLayer:
         return _empty_weight_only(entry)
     weight = Grid(entry["weight"]["levels"], entry["weight"]["zero_point"])
     activation, block = _read_levels(entry["activation"]), entry["hadamard_block"]
-    stored, conv = entry.get("convolution"), entry["function"] == "packed_conv2d"
-    _check_block(block, _check_geometry(stored, entry) if conv else entry["in_features"])
+    conv = entry.get("convolution")
+    _check_block(block, entry["in_features"] if conv is None else _check_geometry(conv, entry))
     if entry["normalise"] == "absmax" and block != 1:
         raise BellboxError(f"normalise 'absmax' goes with hadamard_block 1, not {block}")
     if entry["normalise"] == "static" and entry["rescale"]:
@@ -97,11 +97,11 @@ def _empty_layer(entry: Mapping[str, Any]) -> CodedLayer:
     coding = InputCoding(activation, block, entry["normalise"], entry["rescale"], entry["signs"])
     outputs, bias = entry["out_features"], entry["bias"]
     with torch.device("meta"):
-        if not conv:
+        if conv is None:
             return PackedLinear(entry["in_features"], outputs, weight, coding, bias)
-        sizes = (tuple(stored[name]) for name in ("kernel", "stride", "padding", "dilation"))
-        geometry = ConvGeometry(*sizes, stored["groups"])  # type: ignore[arg-type]
-        return PackedConv2d(stored["channels"], outputs, geometry, weight, coding, bias)
+        sizes = (tuple(conv[name]) for name in ("kernel", "stride", "padding", "dilation"))
+        geometry = ConvGeometry(*sizes, conv["groups"])  # type: ignore[arg-type]
+        return PackedConv2d(conv["channels"], outputs, geometry, weight, coding, bias)
 
 
 def _empty_weight_only(entry: Mapping[str, Any]) -> WeightOnlyLinear:
