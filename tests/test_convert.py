@@ -203,10 +203,10 @@ def test_what_cannot_be_packed_says_why_and_names_the_layer():
         require_causal(trained(Nested(), IDS, granularity="tensor"), "generating")
     with pytest.raises(BellboxError, match=r"blocks\.0\.fc\.0\.input.*run one batch"):
         bb.convert(bb.prepare(Nested(), Recipe.bbq(2)))
-    weights_only = bb.prepare(Nested(), Recipe((Rule("*.fc.*", QuantizerSpec(granularity="row", block=1)),)))
-    weights_only(IDS)
-    with pytest.raises(BellboxError, match=r"blocks\.0\.fc\.0 cannot be packed: only its weights"):
-        bb.convert(weights_only)
+    inputs_only = bb.prepare(Nested(), Recipe((Rule("*.fc.*", None, QuantizerSpec()),)))
+    inputs_only(IDS)
+    with pytest.raises(BellboxError, match=r"blocks\.0\.fc\.0 cannot be packed: only its inputs"):
+        bb.convert(inputs_only)
     wide = Rule("*.fc.*", QuantizerSpec(levels=256, granularity="row", zero_point=-0.5), QuantizerSpec())
     with pytest.warns(
         UserWarning, match=r"trained, but not packed: blocks\.0\.fc\.0: 256 levels.* do not fit int8"
@@ -427,7 +427,7 @@ def test_a_tied_weight_is_not_rotated_under_the_other_layer(options: dict[str, b
     [
         (Recipe.bbq_paper(2), "granularity='tensor' looks at future tokens"),
         (Recipe.of("nf", 4), "not evenly spaced"),
-        (Recipe.of("bbq", 2, weight_only="float"), "only its weights are quantized"),
+        (Recipe((Rule("*", None, QuantizerSpec()),)), "only its inputs are quantized"),
         (Recipe.of("pact", 8), "but 255 about zero or 128 above it do"),
     ],
 )

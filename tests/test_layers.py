@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import bellbox as bb
 
@@ -44,9 +40,6 @@ MAY_KNOW = {
     "report": "errors utils runs comparison",
     "comparison": "errors utils core quantizers recipe nn convert data formats runs training report",
 }  # fmt: skip
-
-# What reading a packed model into a module may bring in beyond `import bellbox`.
-LOADING_MAY_IMPORT = {"_native", "utils"}
 
 
 def name_of(path: Path) -> str:
@@ -101,19 +94,3 @@ def test_a_part_may_know_what_it_does_know():
         known.setdefault(part(module), set()).update(map(part, others))
     spare = {p: set(may.split()) - known[p] for p, may in MAY_KNOW.items()}
     assert {p: s for p, s in spare.items() if s} == {}
-
-
-def test_loading_a_packed_model_imports_no_training(tmp_path):
-    model = bb.prepare(nn.Sequential(nn.Linear(64, 64)), bb.Recipe.bbq(2))
-    with torch.no_grad():
-        model.eval()(torch.randn(4, 64))
-    bb.save(bb.convert(model), tmp_path / "packed")
-    code = (
-        "import sys, bellbox as bb; from torch import nn; before = set(sys.modules); "
-        "bb.load(sys.argv[1], into=nn.Sequential(nn.Linear(64, 64))); print(*(set(sys.modules) - before))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "packed"], capture_output=True, text=True, check=True
-    )
-    brought = {part(m) for m in done.stdout.split() if m.startswith("bellbox.")}
-    assert brought <= LOADING_MAY_IMPORT

@@ -60,12 +60,13 @@ from bellbox.data.sources import resolve
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError
 from bellbox.formats.auto import open_model
+from bellbox.formats.description import SECTION, seal
 from bellbox.models import LlamaConfig, build, load_hf, save_hf
 from bellbox.report.record import read_record
 from bellbox.runs.checkpoint import Checkpoints, State
 from bellbox.runs.config import BatchSection, DataSection, ModelSection, TrainConfig
 from bellbox.runs.config_file import load_config
-from bellbox.utils.files import checksum, describe_file, sha256_file
+from bellbox.utils.files import describe_file, sha256_file
 
 SECONDS = 10.0
 MEMORY = 256 << 20
@@ -449,10 +450,11 @@ def read_packed(folder: Path) -> Any:
 def seal_packed(folder: Path) -> None:
     path = folder / "packed" / "config.json"
     config = json.loads(path.read_bytes())
-    for name in config["files"]:
+    section = config[SECTION]
+    for name in section["files"]:
         if os.path.basename(name) == name:
-            config["files"][name] = describe_file(path.parent / name)
-    config["sha256"] = checksum(config)
+            section["files"][name] = describe_file(path.parent / name)
+    section["sha256"] = seal(config)
     path.write_text(json.dumps(config))
 
 

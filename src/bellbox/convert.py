@@ -21,6 +21,7 @@ from bellbox.coverage import Plain, kind_of_layer, plain_layers
 from bellbox.errors import BellboxError
 from bellbox.nn import (
     ActivationQuantizer,
+    CodedLayer,
     PackedConv2d,
     PackedGroup,
     PackedLayer,
@@ -28,6 +29,7 @@ from bellbox.nn import (
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
+    WeightOnlyLinear,
     quantized_layers,
     without_fused_paths,
 )
@@ -100,7 +102,7 @@ def new_layers(
     """
     if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BellboxError(f"the recipe is {recipe!r}: give a Recipe, such as bb.Recipe.bbq(bits=2)")
-    if any(isinstance(module, (QuantizedLayer, PackedLayer)) for module in model.modules()):
+    if any(isinstance(module, (QuantizedLayer, CodedLayer)) for module in model.modules()):
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
     decided = decide(model, recipe)
     if recipe.rules and not decided:
@@ -178,7 +180,7 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     model = cast(Model, unwrapped(model))
     layers = dict(quantized_layers(model))
     if not layers:
-        if any(isinstance(module, PackedLayer) for module in model.modules()):
+        if any(isinstance(module, CodedLayer) for module in model.modules()):
             raise BellboxError("the model is packed already; save it, or use it as it is")
         raise BellboxError("nothing to convert: the model has no quantized layers; call prepare first")
     require_causal(model, "converting")
@@ -187,17 +189,18 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     _give_scales_to_idle(layers)
     for name, layer in layers.items():
         activation = layer.activation_quantizer
+        if _is_weight_only(layer):
+            memo[id(layer)] = WeightOnlyLinear.from_quantized(layer)
+            continue
         if layer.weight_quantizer is not None and not layer.weight_quantizer.on_grid:
-            raise BellboxError(
-                f"{name or 'the layer'} cannot be packed: {layer.weight_quantizer.why_not_packed()}"
-            )
+            raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         if activation is None or layer.weight_quantizer is None:
             raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
         kind = PackedConv2d if isinstance(layer, QuantizedConv2d) else PackedLinear
         memo[id(layer)] = kind.from_quantized(layer, groups.get(id(layer)))
     for layer in layers.values():  # only now: an attribute may lead to any other layer
-        cast(PackedLayer, memo[id(layer)]).take_over(layer, memo)
+        cast(CodedLayer, memo[id(layer)]).take_over(layer, memo)
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
     stop_saving_plain_weights(packed)
     compact(packed, embeddings)
@@ -296,8 +299,21 @@ def _warn_of_what_cannot_be_packed(layers: list[tuple[Plain, QuantizedLayer]]) -
             return
 
 
+def can_be_packed(layer: QuantizedLayer) -> bool:
+    """Whether `convert` will take a layer once it is trained."""
+    return _why_never_packed(layer) is None
+
+
+def _is_weight_only(layer: QuantizedLayer) -> bool:
+    """Whether a layer is packed with floats as inputs."""
+    quantized = layer.weight_quantizer is not None and layer.activation_quantizer is None
+    return quantized and isinstance(layer, QuantizedLinear)
+
+
 def _why_never_packed(layer: QuantizedLayer) -> str | None:
     """Why `convert` will refuse a layer whatever is trained; None where it will not."""
+    if _is_weight_only(layer):
+        return None
     activation = layer.activation_quantizer and layer.activation_quantizer.quantizer
     weight = layer.weight_quantizer
     for each in (weight, activation):
@@ -455,6 +471,10 @@ def summary(model: nn.Module) -> str:
                 str((activation.quantizer if activation else weight).block),  # type: ignore[union-attr]
                 "shared" if activation is not None and activation.shared.readers > 1 else "own",
             )
+        elif isinstance(layer, WeightOnlyLinear):
+            inside[id(layer)] = layer.row_length * layer.row_count
+            shape = layer.row_count, layer.row_length
+            cells = _label(layer.weight_levels), "float", "-", str(layer.block), "own"
         elif isinstance(layer, PackedLayer):
             inside[id(layer)] = layer.row_length * layer.row_count
             shape = layer.row_count, layer.row_length
@@ -487,7 +507,7 @@ def summary(model: nn.Module) -> str:
     ]
     floats: dict[int, Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():  # what is a parameter before packing counts as one after it
-        if isinstance(module, PackedLayer) and isinstance(module.bias, Tensor):
+        if isinstance(module, CodedLayer) and isinstance(module.bias, Tensor):
             floats[id(module.bias)] = module.bias
     rest = sum(p.numel() for key, p in floats.items() if key not in inside)
     left = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.MultiheadAttention)})

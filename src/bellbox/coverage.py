@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from bellbox.nn import PackedLayer, QuantizedLayer
+from bellbox.nn import CodedLayer, QuantizedLayer
 from bellbox.nn.tools import stored_weight
 from bellbox.quantizers import Quantizer
 from bellbox.recipe import LayerKind, Recipe
@@ -115,7 +115,7 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
         if isinstance(module, (QuantizedLayer, *_TABLES))
     }
     for name, module in model.named_modules():
-        if isinstance(module, (QuantizedLayer, PackedLayer, Quantizer, *_TABLES, *_NORMS)):
+        if isinstance(module, (QuantizedLayer, CodedLayer, Quantizer, *_TABLES, *_NORMS)):
             continue
         rule = None if recipe is None else recipe.rule_for(name, kind_of_layer(module), name in kept)
         if id(module) in plain:

@@ -132,7 +132,7 @@ def test_it_trains_and_says_what_to_do_next(
         ({"method": "none"}, ["eval", "report", "generate"]),
         ({"granularity": "tensor"}, ["eval", "report"]),
         ({"method": "nf"}, ["eval", "report", "generate"]),
-        ({"weight_only": "float"}, ["eval", "report", "generate"]),
+        ({"weight_only": "float"}, ["eval", "report", "convert", "generate"]),
         ({}, ["eval", "report", "convert", "generate"]),
     ],
 )

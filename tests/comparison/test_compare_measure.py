@@ -16,7 +16,7 @@ CODES = 32 * 128 // 4
         (bb.Recipe.of("rtn", 2), CODES + 4 * 32 + 4, True),
         (bb.Recipe.of("nf", 2), CODES + 4 * 32, False),
         (bb.Recipe.of("nf", 2, options={"group": 64}), CODES + 4 * 32 * 2, False),
-        (bb.Recipe.of("kmeans", 2, weight_only="float"), CODES + 4 * 32 * 2, False),
+        (bb.Recipe.of("kmeans", 2, weight_only="float"), CODES + 4 * (32 * 2 + 4), True),
     ],
 )
 def test_every_scale_counts_packed_or_not(recipe: bb.Recipe, bytes_: int, packs: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from bellbox.core.geometry import ConvGeometry
 from bellbox.core.grid import Grid, Levels
 from bellbox.core.hadamard import butterfly
 from bellbox.core.packing import pack, unpack
-from bellbox.formats.packed import FORMAT, VERSIONS
+from bellbox.formats.description import VERSIONS
 from bellbox.formats.schema import stored_buffers
-from bellbox.nn import InputCoding, PackedConv2d, PackedLinear
+from bellbox.nn import InputCoding, PackedConv2d, PackedLinear, WeightOnlyLinear
 from bellbox.ops.encode import normaliser, row_sigma
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
@@ -55,6 +56,7 @@ def example_layer() -> nn.Module:
     assert words
     fill(layer, words)
     layer.bias.fill_(float(words[4]))  # type: ignore[union-attr]
+    layer.quantization_method = "bbq"
     return nn.ModuleDict({"fc": layer})
 
 
@@ -73,16 +75,21 @@ def test_thresholds():
         assert [t for t in levels.thresholds if t >= 0] == numbers(upper)
 
 
+def entries() -> list[Any]:
+    """What the page shows in JSON."""
+    return [json.loads(text) for text in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
+
+
 def test_configuration(tmp_path):
     bb.save(example_layer(), tmp_path / "m")
-    text = re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)
-    assert text
-    shown, written = json.loads(text[1]), json.loads((tmp_path / "m" / "config.json").read_text())
-    shown["sha256"] = written["sha256"]
-    assert set(shown["files"]["model.safetensors"]) == {"bytes", "sha256"}
-    shown["files"] = written["files"]
+    shown, written = entries()[0], json.loads((tmp_path / "m" / "config.json").read_text())
+    ours, theirs = shown["quantization_config"], written["quantization_config"]
+    ours["sha256"] = theirs["sha256"]
+    assert set(ours["files"]["model.safetensors"]) == {"bytes", "sha256"}
+    assert ours["files"]["model.safetensors"]["bytes"] == theirs["files"]["model.safetensors"]["bytes"]
+    ours["files"] = theirs["files"]
     assert shown == written
-    assert (FORMAT, VERSIONS) == ("bellbox-packed", (2, 3))
+    assert (2, 3, ours["version"]) == VERSIONS
 
 
 def test_the_worked_function():
@@ -108,16 +115,17 @@ def test_the_worked_function():
 
 def test_every_stored_field_is_explained(tmp_path):
     bb.save(example_layer(), tmp_path / "m")
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    layer = config["quantization"]["layers"]["fc"]
+    section = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    layer = section["layers"]["fc"]
     for name in (
-        *config,
+        *section,
         *layer,
         *layer["weight"],
         *layer["activation"],
         *stored_buffers(
             PackedLinear(8, 1, Grid(4, -0.5), InputCoding(Levels.gaussian(4), 1, "static", signs=True), True)
         ),
+        *stored_buffers(WeightOnlyLinear(8, 1, Grid(4, -0.5), True, table=True)),
     ):
         assert re.search(rf"[`.]{name}[`.]", PAGE), name
 
@@ -136,10 +144,9 @@ def example_convolution() -> PackedConv2d:
 
 def test_the_entry_of_a_convolution(tmp_path):
     bb.save(nn.ModuleDict({"conv": example_convolution()}), tmp_path / "m")
-    written = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert written["version"] == 3
-    shown = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])
-    assert shown == written["quantization"]["layers"]["conv"]
+    written = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    shown = entries()[1]
+    assert shown == written["layers"]["conv"]
     for name in shown["convolution"]:
         assert re.search(rf"`{name}`", PAGE), name
 
@@ -162,6 +169,32 @@ def test_the_worked_convolution():
     assert [alone, both] == steps["sums"]
     out = layer(x.view(1, 1, 2, 2).permute(0, 3, 1, 2))
     assert out.flatten().tolist() == steps["outputs"]
+
+
+def example_weight_only() -> WeightOnlyLinear:
+    layer = WeightOnlyLinear(4, 1, Grid(4, -0.5), True, group=2, table=True, block=2)
+    words = re.search(
+        r"bytes `([0-9a-f ]+)` .*`weight_table` ([-\d. ]+), `weight_scale` ([\d. ]+), `bias` ([\d.]+):", PAGE
+    )
+    assert words
+    layer.fill_from_rows(torch.tensor([list(bytes.fromhex(words[1]))], dtype=torch.uint8))
+    layer.weight_table.copy_(torch.tensor(numbers(words[2])))  # type: ignore[union-attr]
+    layer.weight_scale.copy_(torch.tensor([numbers(words[3])]))
+    layer.bias.fill_(float(words[4]))
+    layer.quantization_method = "nf"
+    return layer
+
+
+def test_the_worked_weight_only_layer(tmp_path):
+    layer = example_weight_only()
+    bb.save(nn.ModuleDict({"only": layer}), tmp_path / "m")
+    written = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert entries()[2] == written["layers"]["only"]
+    steps = {row[0]: numbers(row[1]) for row in table("| step | numbers |\n|---|---|\n| features |")}
+    x = torch.tensor([steps["features"]])
+    assert butterfly(x, 2).tolist() == [steps["features rotated, times sqrt(2)"]]
+    assert layer.decoded_rows().tolist() == [steps["decoded row"]]
+    assert layer(x).item() == pytest.approx(steps["result"][0], rel=1e-6)
 
 
 def canonical(value: object) -> str:
@@ -191,7 +224,7 @@ def test_the_checksum_of_the_configuration_can_be_computed_from_the_page(tmp_pat
     layer = PackedLinear(8, 1, levels, InputCoding(levels, 4), False)
     bb.save(nn.ModuleDict({'größe_\U0001d54f "\\ \t\n\x7f\x01/': layer}), tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    stated = config.pop("sha256")
+    stated = config["quantization_config"].pop("sha256")
     assert hashlib.sha256(canonical(config).encode("ascii")).hexdigest() == stated
     assert {"1e-05": 1e-5, "0.0": 0.0, "1e+16": 1e16}.items() == {
         repr(v): v for v in (1e-5, 0.0, 1e16)

@@ -20,7 +20,7 @@ import bellbox as bb
 from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
 from bellbox.formats.packed import sizes, tokenizer_path
-from bellbox.models import LlamaConfig, build
+from bellbox.models import GPTConfig, LlamaConfig, build, load_hf
 from bellbox.nn import InputCoding, PackedGroup, PackedLinear
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -28,8 +28,15 @@ IDS = torch.arange(7)[None]
 
 
 def canonical(config: dict[str, Any]) -> str:
-    content = {key: value for key, value in config.items() if key != "sha256"}
+    """The checksum of a configuration of version 4."""
+    section = {key: value for key, value in config["quantization_config"].items() if key != "sha256"}
+    content = {**config, "quantization_config": section}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def section_of(folder: Path) -> dict[str, Any]:
+    """Our part of a folder's configuration."""
+    return json.loads((folder / CONFIG).read_text())["quantization_config"]
 
 
 def packed_llama(seed: int = 0, n: int = 4) -> nn.Module:
@@ -54,14 +61,15 @@ def spoilt(original, tmp_path) -> Path:
 
 
 def rewrite(folder: Path, change, files: bool = False) -> None:
-    """Change the configuration and make its checksum right again."""
+    """Change our section of the configuration and make its checksum right again."""
     config = json.loads((folder / CONFIG).read_text())
-    change(config)
+    section = config["quantization_config"]
+    change(section)
     if files:
-        for name, entry in config["files"].items():
+        for name, entry in section["files"].items():
             data = (folder / name).read_bytes()
             entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    config["sha256"] = canonical(config)
+    section["sha256"] = canonical(config)
     (folder / CONFIG).write_text(json.dumps(config))
 
 
@@ -93,13 +101,13 @@ def test_exact_bytes_of_the_tensors(tmp_path):
     expected = {
         "0.weight_packed": ("U8", [2, 2], bytes([0b00_11_10_01, 0b0001, 0xFF, 0x0F])),
         "0.weight_scale": ("F32", [2], struct.pack("<2f", 1, 2)),
-        "0.act_scale": ("F32", [], struct.pack("<f", 0.5)),
-        "0.act_rsigma": ("F32", [], struct.pack("<f", 0.25)),
+        "0.act_scale": ("F32", [1], struct.pack("<f", 0.5)),
+        "0.act_rstd": ("F32", [1], struct.pack("<f", 0.25)),
         "0.bias": ("F32", [2], struct.pack("<2f", -1, 1)),
         "1.weight_packed": ("U8", [1, 2], bytes([102, 2])),
         "1.weight_scale": ("F32", [1], struct.pack("<f", 4)),
-        "1.act_scale": ("F32", [], struct.pack("<f", 0.5)),
-        "1.act_rsigma": ("F32", [], struct.pack("<f", 0.25)),
+        "1.act_scale": ("F32", [1], struct.pack("<f", 0.5)),
+        "1.act_rstd": ("F32", [1], struct.pack("<f", 0.25)),
     }
     assert set(header) == set(expected)
     for name, (dtype, shape, content) in expected.items():
@@ -117,6 +125,8 @@ def test_exact_configuration(tmp_path):
     data = (tmp_path / "m" / TENSORS).read_bytes()
     quaternary = {"levels": 4, "zero_point": -0.5}
     common = {
+        "function": "packed_linear",
+        "method": "",
         "in_features": 6,
         "hadamard_block": 2,
         "normalise": "static",
@@ -126,18 +136,18 @@ def test_exact_configuration(tmp_path):
         "input": "0",
     }
     assert config == {
-        "format": "bellbox-packed",
-        "version": 2,
-        "model": None,
-        "quantization": {
+        "quantization_config": {
+            "quant_method": "bellbox",
+            "version": 4,
+            "model": None,
             "layers": {
                 "0": {**common, "out_features": 2, "bias": True, "weight": quaternary},
                 "1": {**common, "out_features": 1, "bias": False, "weight": {**quaternary, "levels": 3}},
             },
             "embeddings": {},
-        },
-        "files": {TENSORS: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
-        "sha256": canonical(config),
+            "files": {TENSORS: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
+            "sha256": canonical(config),
+        }
     }
 
 
@@ -145,7 +155,7 @@ def test_thresholds_of_ones_own_are_stored(tmp_path):
     levels = Levels(3, -0.5, (-1.0, 0.1))
     layer = PackedLinear(4, 1, levels, InputCoding(levels), False)
     bb.save(nn.Sequential(layer), tmp_path / "m")
-    stored = json.loads((tmp_path / "m" / CONFIG).read_text())["quantization"]["layers"]["0"]
+    stored = section_of(tmp_path / "m")["layers"]["0"]
     assert stored["activation"]["thresholds"] == [-1.0, 0.10000000149011612]
     assert stored["weight"] == {"levels": 3, "zero_point": -0.5}
     loaded = bb.load(tmp_path / "m", into=nn.Sequential(nn.Linear(4, 1, bias=False)))
@@ -565,9 +575,7 @@ def change_somewhere(config: dict[str, Any], draw: random.Random) -> None:
     elif kind == 1:
         parent[draw.choice(["unknown", "a.b", "", *map(str, path)])] = parent[path[-1]]
     elif kind == 2:
-        parent[path[-1]] = copy.deepcopy(
-            draw.choice([config["quantization"], config["model"], config["files"]])
-        )
+        parent[path[-1]] = copy.deepcopy(draw.choice([config["layers"], config["model"], config["files"]]))
     else:
         parent[path[-1]] = copy.deepcopy(draw.choice(POOL))
 
@@ -585,11 +593,12 @@ def test_a_changed_configuration_with_a_right_checksum_is_refused_or_is_what_it_
             refused += 1
             continue
         bb.save(loaded, tmp_path / "again")
-        ours, theirs = (json.loads((f / CONFIG).read_text()) for f in (spoilt, tmp_path / "again"))
-        for layers in (ours["quantization"]["layers"], theirs["quantization"]["layers"]):
+        ours, theirs = map(section_of, (spoilt, tmp_path / "again"))
+        for layers in (ours["layers"], theirs["layers"]):
             for layer in layers.values():  # a list of the very Gaussian thresholds is the word for them
                 layer.pop("input")
-        assert theirs["quantization"] == ours["quantization"]
+        assert theirs["layers"] == ours["layers"]
+        assert theirs["embeddings"] == ours["embeddings"]
         assert theirs["model"] == {**theirs["model"], **ours["model"]}
         assert (tmp_path / "again" / TENSORS).read_bytes() == (spoilt / TENSORS).read_bytes()
         out = loaded(IDS[:, : loaded.config.max_position_embeddings])  # type: ignore[union-attr]
@@ -600,7 +609,7 @@ def test_a_changed_configuration_with_a_right_checksum_is_refused_or_is_what_it_
 
 
 def layer_of(config: dict[str, Any], name: str = "model.layers.0.self_attn.q_proj") -> dict[str, Any]:
-    return config["quantization"]["layers"][name]
+    return config["layers"][name]
 
 
 @pytest.mark.parametrize(
@@ -608,8 +617,30 @@ def layer_of(config: dict[str, Any], name: str = "model.layers.0.self_attn.q_pro
     [
         (lambda c: c.update(version=1), "version 1"),
         (lambda c: c.update(version=None), "version None"),
-        (lambda c: c.update(version="2"), "version '2'"),
-        (lambda c: c.update(format="gguf"), "not a packed Bellbox model"),
+        (lambda c: c.update(version="4"), "version '4'"),
+        (lambda c: c.update(version=5), "format version 5; this Bellbox reads 2, 3 and 4"),
+        (lambda c: c.update(version=3), "format version 3 does not stand in this place"),
+        (lambda c: c.update(quant_method="gguf"), "not a packed Bellbox model"),
+        (lambda c: layer_of(c).update(function="packed_conv2d"), "convolution"),
+        (lambda c: layer_of(c).update(function="magic"), "magic"),
+        (lambda c: layer_of(c).update(method="x" * 33), "method"),
+        (lambda c: layer_of(c).update(method="\u00e9"), "method"),
+        (lambda c: layer_of(c).update(method="a\nb"), "method"),
+        (lambda c: layer_of(c).pop("method"), "method"),
+        (
+            lambda c: layer_of(c, "model.layers.0.mlp.down_proj").update(input="model.layers.0.mlp.up_proj"),
+            "down_proj': its input is that of layer 'model.layers.0.mlp.up_proj', which",
+        ),
+        (
+            lambda c: layer_of(c, "model.layers.0.mlp.down_proj").update(
+                input="model.layers.0.self_attn.q_proj"
+            ),
+            "down_proj': its input is that of layer '.*q_proj', which has 16 in_features, not 24",
+        ),
+        (
+            lambda c: layer_of(c).update(input="model.layers.0.self_attn.k_proj"),
+            "shares that of layer '.*q_proj'",
+        ),
         (lambda c: layer_of(c).update(in_features=32), "16"),
         (lambda c: layer_of(c).update(out_features=8), "8"),
         (lambda c: layer_of(c)["weight"].update(levels=16), "weight_packed"),
@@ -631,9 +662,9 @@ def layer_of(config: dict[str, Any], name: str = "model.layers.0.self_attn.q_pro
         (lambda c: layer_of(c).update(bias=True), "bias"),
         (lambda c: layer_of(c).update(normalise="rms"), "act_rstd"),
         (lambda c: layer_of(c).update(input="nobody"), "nobody"),
-        (lambda c: c["quantization"]["layers"].pop("model.layers.0.mlp.up_proj"), "up_proj"),
-        (lambda c: c["quantization"]["layers"].update({"model.nothing": layer_of(c)}), "nothing"),
-        (lambda c: c["quantization"]["layers"].clear(), "layers"),
+        (lambda c: c["layers"].pop("model.layers.0.mlp.up_proj"), "up_proj"),
+        (lambda c: c["layers"].update({"model.nothing": layer_of(c)}), "nothing"),
+        (lambda c: c["layers"].clear(), "layers"),
         (lambda c: c["model"].update(hidden_size=32), "hidden|32|16"),
         (lambda c: c["model"].update(num_hidden_layers=0), "num_hidden_layers"),
         (lambda c: c["model"].update(architecture="mamba"), "mamba"),
@@ -671,7 +702,7 @@ Q = "model.layers.0.self_attn.q_proj."
         (lambda t: t.update({Q + "weight_scale": t[Q + "weight_scale"][:-1]}), "weight_scale"),
         (lambda t: t[Q + "weight_scale"].fill_(float("nan")), "NaN"),
         (lambda t: t[Q + "act_scale"].fill_(float("inf")), "NaN or infinity"),
-        (lambda t: t[Q + "act_rsigma"].fill_(3.0), "shares an input"),
+        (lambda t: t[Q + "act_rstd"].fill_(3.0), "shares an input"),
         (lambda t: t.pop(Q + "act_scale"), "missing"),
         (lambda t: t.update(extra=torch.zeros(1)), "'extra' is not in the model"),
         (lambda t: t.update({Q + "weight_packed": t[Q + "weight_packed"].to(torch.int8)}), "int8"),
@@ -741,3 +772,27 @@ def test_sizes_count_the_bytes_of_the_file(original):
     assert counted.quantized_parameters == 2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24
     assert counted.bf16_bytes == 2 * counted.quantized_parameters
     assert counted.ratio == counted.bf16_bytes / counted.packed_bytes
+
+
+def test_transformers_reads_the_configuration(original, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(original, local_files_only=True)
+    assert type(config) is transformers.LlamaConfig
+    assert (config.hidden_size, config.num_key_value_heads, config.vocab_size) == (16, 1, 13)
+    assert config.quantization_config["quant_method"] == "bellbox"
+    assert config.quantization_config["layers"][Q[:-1]]["method"] == "bbq"
+    model = build(GPTConfig(13, 16, 32, 1, 2, max_position_embeddings=8), seed=0)
+    bb.prepare(model, bb.Recipe.bbq(2))(IDS)
+    bb.save(bb.convert(model), tmp_path / "gpt")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "gpt", local_files_only=True)
+    assert type(config) is transformers.GPT2Config
+    with pytest.raises(BellboxError, match=r"packed Bellbox model; open its folder with bellbox\.load"):
+        load_hf(original)
+
+
+def test_the_checksum_covers_what_transformers_reads(spoilt):
+    config = json.loads((spoilt / CONFIG).read_text())
+    config["hidden_size"] = 17
+    (spoilt / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(BellboxError, match="checksum"):
+        bb.load(spoilt)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_packed import rewrite
+from test_packed import rewrite, section_of
 from torch import nn
 
 import bellbox as bb
@@ -52,7 +52,7 @@ def test_exact_bytes_of_the_tensors(tmp_path: Path) -> None:
     expected = {
         "c.weight_packed": ("U8", [2, 1], bytes([0b11_10_01_00, 0b01_00_11_11])),
         "c.weight_scale": ("F32", [2], struct.pack("<2f", 1, 2)),
-        "c.act_scale": ("F32", [], struct.pack("<f", 0)),
+        "c.act_scale": ("F32", [1], struct.pack("<f", 0)),
         "c.act_signs": ("I8", [2], struct.pack("<2b", 1, -1)),
         "c.bias": ("F32", [2], struct.pack("<2f", 0, 0)),
     }
@@ -62,7 +62,8 @@ def test_exact_bytes_of_the_tensors(tmp_path: Path) -> None:
         assert (header[name]["dtype"], header[name]["shape"], body[start:end]) == (dtype, shape, content), (
             name
         )
-    entry = json.loads((tmp_path / "m" / "config.json").read_text())["quantization"]["layers"]["c"]
+    entry = section_of(tmp_path / "m")["layers"]["c"]
+    assert entry["function"] == "packed_conv2d"
     assert entry["in_features"] == 4
     assert entry["convolution"] == {
         "channels": 4, "groups": 2, "kernel": [1, 2], "stride": [1, 2], "padding": [1, 1, 0, 0], "dilation": [1, 1],
@@ -89,8 +90,7 @@ def test_a_loaded_model_is_the_saved_one(
 ) -> None:
     model = packed(make(), **choices)
     bb.save(model, tmp_path / "m")
-    version = json.loads((tmp_path / "m" / "config.json").read_text())["version"]
-    assert version == (3 if isinstance(model, ResNet) else 2)
+    assert section_of(tmp_path / "m")["version"] == 4
     with torch.no_grad():
         expected = model(IMAGES)
         assert torch.equal(bb.load(tmp_path / "m")(IMAGES), expected)
@@ -101,14 +101,13 @@ def test_a_loaded_model_is_the_saved_one(
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], None]:
-    return lambda config: change(config["quantization"]["layers"][CONV]) and None
+    return lambda config: change(config["layers"][CONV]) and None
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(version=2), "is a convolution, which version 2 does not have"),
-        (lambda c: c.update(version=4), "format version 4; this Bellbox reads 2 and 3"),
+        (lambda c: c.update(version=5), "format version 5; this Bellbox reads 2, 3 and 4"),
         (edit(lambda e: e["convolution"].update(groups=3)), "3 groups do not divide 8 and 8 channels"),
         (edit(lambda e: e["convolution"].update(kernel=[3, 2])), "in_features is 72, which is not kernel"),
         (edit(lambda e: e["convolution"].update(stride=[0, 1])), "stride is"),
@@ -116,7 +115,11 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]
         (edit(lambda e: e["convolution"].update(surprise=1)), "surprise"),
         (edit(lambda e: e["convolution"].update(stride=[2, 1])), "in the file and .* in the model"),
         (edit(lambda e: e.update(hadamard_block=16)), "must be a power of two that divides 8"),
-        (edit(lambda e: e.pop("convolution")), "is Conv2d in the model, not a linear layer"),
+        (edit(lambda e: e.pop("convolution")), "convolution"),
+        (
+            edit(lambda e: (e.pop("convolution"), e.update(function="packed_linear", input=CONV))),
+            "is Conv2d in the model, not a linear layer",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(

@@ -19,12 +19,13 @@ from bellbox import data, ptq
 from bellbox.cli.convert import packed_sizes, size_rows
 from bellbox.cli.generate import continue_text, speed_of
 from bellbox.cli.output import parse_flags, refuse_flags, require_writable, write_file
+from bellbox.convert import can_be_packed
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import unigram
 from bellbox.evaluation.codes import Agreement
 from bellbox.formats import packed as io
 from bellbox.formats.auto import OpenedModel, open_model
-from bellbox.nn import PackedLayer, QuantizedLayer, quantized_layers
+from bellbox.nn import CodedLayer, QuantizedLayer, quantized_layers
 from bellbox.ops.encode import normaliser, rotate_normalise, row_sigma
 from bellbox.quantizers.bbq import BBQ
 from bellbox.report import (
@@ -104,7 +105,7 @@ def _open_packed(folder: Path, run: OpenedModel) -> OpenedModel:
         raise BellboxError(f"{folder}: is no packed model; make one with bellbox convert")
     trained = dict(quantized_layers(run.model))
     modules = {
-        name: module for name, module in packed.model.named_modules() if isinstance(module, PackedLayer)
+        name: module for name, module in packed.model.named_modules() if isinstance(module, CodedLayer)
     }
     if trained.keys() != modules.keys() or not all(
         torch.equal(trained[name].weight_codes().flatten(), module.weight_codes().flatten())
@@ -235,7 +236,7 @@ def _sizes(model: nn.Module, packed: OpenedModel | None) -> list[SizeRow]:
         sizes = io.sizes(packed.model)
     else:
         layers = [layer for _, layer in quantized_layers(model)]
-        if not layers or not _is_causal(model) or not all(layer.runs_on_integers for layer in layers):
+        if not layers or not _is_causal(model) or not all(map(can_be_packed, layers)):
             return []
         sizes = packed_sizes(model)
     return [SizeRow(*row) for row in size_rows(sizes)]

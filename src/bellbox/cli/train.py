@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from torch import nn
 
 from bellbox.cli.output import parse_flags
-from bellbox.convert import summary
+from bellbox.convert import can_be_packed, summary
 from bellbox.errors import BellboxError, require
 from bellbox.models import ResNet, ViT
 from bellbox.nn import quantized_layers
@@ -173,7 +173,7 @@ def _farewell(folder: Path, model: nn.Module) -> str:
     if all(
         quantizer.granularity != "tensor" for quantizer in inputs
     ):  # else: to train with and measure, no more
-        if layers and all(layer.runs_on_integers for layer in layers):
+        if layers and all(map(can_be_packed, layers)):
             commands.append(f"bellbox convert {folder} --out {folder}-packed")
         if not isinstance(model, ResNet | ViT):
             commands.append(f'bellbox generate {folder} --prompt "Once upon a time"')

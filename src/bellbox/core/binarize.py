@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Variant = Literal["released", "clean"]
 Method = Literal["rtn", "billm", "dbellquant"]
 """Rounding to nearest, BiLLM, or BiLLM on weights that LTDB has transformed."""
-Variant = Literal["released", "clean"]
 BLOCK = 128
 """Columns of a block."""
 MOST_SALIENT = 50

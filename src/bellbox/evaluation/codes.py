@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from bellbox.core.entropy import code_counts, entropy_bits
 from bellbox.errors import BellboxError
-from bellbox.nn import PackedLayer, QuantizedLayer
+from bellbox.nn import CodedLayer, PackedLayer, QuantizedLayer
 
-LowBitLayer = QuantizedLayer | PackedLayer
+LowBitLayer = QuantizedLayer | CodedLayer
 
 
 def low_bit_layers(model: nn.Module) -> dict[str, LowBitLayer]:
     """Every fake-quantized or packed layer by its dotted name."""
     found = model.named_modules()
-    return {name: module for name, module in found if isinstance(module, QuantizedLayer | PackedLayer)}
+    return {name: module for name, module in found if isinstance(module, QuantizedLayer | CodedLayer)}
 
 
 @dataclass(frozen=True)
@@ -188,14 +188,17 @@ def _input_owners(layers: dict[str, LowBitLayer]) -> list[str]:
     """The first name of each group of siblings that share an input."""
     first: dict[int, str] = {}
     for name, layer in layers.items():
-        shared = layer.group if isinstance(layer, PackedLayer) else layer.activation_quantizer
+        if isinstance(layer, QuantizedLayer):
+            shared = layer.activation_quantizer
+        else:
+            shared = layer.group if isinstance(layer, PackedLayer) else None
         if shared is not None:
             first.setdefault(id(shared), name)
     return list(first.values())
 
 
 def _weight_n(layer: LowBitLayer) -> int | None:
-    if isinstance(layer, PackedLayer):
+    if isinstance(layer, CodedLayer):
         return layer.weight_levels.n
     return None if layer.weight_quantizer is None else layer.weight_quantizer.levels.n
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from bellbox.errors import BellboxError
-from bellbox.formats import binarized
+from bellbox.formats import BINARIZED
 from bellbox.formats import packed as io
 from bellbox.models import ResNet, ResNetConfig, ViT, ViTConfig
 from bellbox.nn.compact import Precision
+from bellbox.utils.files import says_format
 
 if TYPE_CHECKING:
     from bellbox.data.images import ImageDataset
@@ -96,6 +97,8 @@ def open_model(
             root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"
         )
     if kind == "binarized":
+        from bellbox.formats import binarized
+
         model, tokenizer = io.load(root, embeddings=embeddings), binarized.tokenizer_path(root)
         about = f"binarized model {root}: {_shape(model)}"
         return OpenedModel(root, model, "binarized", tokenizer, _longest(model), about)
@@ -122,7 +125,7 @@ def kind_of(path: str | Path) -> Kind:
         return "run"
     if io.is_packed(root):
         return "packed"
-    if binarized.is_binarized(root):
+    if says_format(root / "config.json", BINARIZED):
         return "binarized"
     if (root / "config.json").is_file():
         return "huggingface"

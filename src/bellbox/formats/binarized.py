@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bellbox.core.binarize import Method, Variant
 from bellbox.errors import BellboxError
+from bellbox.formats import BINARIZED
 from bellbox.models import GPT, Llama, ModelConfig, build, config_from_dict
 from bellbox.models.blocks import layer_names
 from bellbox.models.hf import filled
@@ -28,7 +29,7 @@ from bellbox.nn.binarized_linear import BinarizedLinear
 from bellbox.utils.files import checksum, describe_file, listed_file, read_json, read_tensors, says_format
 
 CONFIG, REST, RECORD, TOKENIZER = "config.json", "rest.safetensors", "ptq.json", "tokenizer.json"
-FORMAT, VERSION = "bellbox-binarized", 1
+FORMAT, VERSION = BINARIZED, 1
 
 
 @dataclass(frozen=True)

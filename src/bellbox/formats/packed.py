@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -18,16 +17,14 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from bellbox.core.grid import Grid, Levels
 from bellbox.errors import BellboxError
-from bellbox.formats import schema as stored
-from bellbox.formats.schema import CONFIG, TENSORS
-from bellbox.nn import PackedConv2d, PackedLayer, QuantizedLayer, replace_layer, without_fused_paths
+from bellbox.formats import BINARIZED, description, schema
+from bellbox.formats.description import CONFIG, TENSORS, TOKENIZER
+from bellbox.nn import CodedLayer, PackedConv2d, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import (
-    checksum,
     describe_file,
     listed_file,
     new_folder,
@@ -35,13 +32,6 @@ from bellbox.utils.files import (
     read_tensors,
     says_format,
 )
-
-FORMAT = "bellbox-packed"
-VERSIONS = (2, 3)
-"""What is read. Convolutions came with 3; a model without any is still written as 2."""
-TOKENIZER = "tokenizer.json"
-STORED_NAMES = {"act_rstd": "act_rsigma"}
-"""Buffers that versions 2 and 3 call otherwise."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,7 +53,7 @@ def save(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, CodedLayer)}
     if not layers:
         raise BellboxError("save takes a packed model: call bellbox.convert(model) first")
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
@@ -76,10 +66,7 @@ def save(
     with new_folder(target, replaces=CONFIG) as writing:
         if (target / CONFIG).is_file() and not is_packed(target):
             raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
-        tensors = {
-            _renamed(name, STORED_NAMES): value.detach().contiguous().cpu()
-            for name, value in tensors_of(model).items()
-        }
+        tensors = {name: value.detach().contiguous().cpu() for name, value in tensors_of(model).items()}
         memory: set[int] = set()
         for name, value in tensors.items():
             start = value.untyped_storage().data_ptr()
@@ -90,17 +77,11 @@ def save(
             save_file(tensors, writing / TENSORS)
         except SafetensorError as error:
             raise BellboxError(f"{target}: cannot be written ({error})") from None
-        config: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSIONS[any(isinstance(layer, PackedConv2d) for layer in layers.values())],
-            "model": _describe_model(model),
-            "quantization": {"layers": _describe_layers(layers), "embeddings": _describe_tables(model)},
-            "files": {TENSORS: describe_file(writing / TENSORS)},
-        }
+        files = {TENSORS: describe_file(writing / TENSORS)}
         if tokenizer is not None:
             shutil.copyfile(tokenizer, writing / TOKENIZER)
-            config["files"][TOKENIZER] = describe_file(writing / TOKENIZER)
-        config["sha256"] = checksum(config)
+            files[TOKENIZER] = describe_file(writing / TOKENIZER)
+        config = description.describe(model, layers, files)
         (writing / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -122,7 +103,7 @@ def load(
         folder: what `save` or `bellbox ptq` wrote.
         into: a module of the same shape (full precision, prepared or packed) whose layers are replaced, for
             models that Bellbox does not know how to build. It is changed only after everything was checked.
-        embeddings: `bf16` or `int8` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is stored.
+        embeddings: `bf16` or `int8` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is schema.
 
     Returns:
         The model in evaluation mode, without gradients; `into` itself where it is given.
@@ -132,13 +113,13 @@ def load(
             are no longer fp32.
     """
     root = Path(folder)
-    if says_format(root / CONFIG, "bellbox-binarized"):
-        from bellbox.formats import binarized as one_bit
+    if says_format(root / CONFIG, BINARIZED):
+        from bellbox.formats import binarized
 
         if into is not None:
             raise BellboxError(f"{root}: a binarized model loads by itself; leave out into=")
-        model = one_bit.load(root)
-        return model if embeddings is None else compact(model, embeddings)
+        found = binarized.load(root)
+        return found if embeddings is None else compact(found, embeddings)
     config = read_config(root)
     if into is None and config["model"] is None:
         raise BellboxError(
@@ -149,16 +130,15 @@ def load(
     tensors = _read_tensors(root, config)
     model = _build(root, config["model"]) if into is None else into
     device = None if into is None else next((t.device for t in (*into.parameters(), *into.buffers())), None)
-    described = config["quantization"]
     replaced = {
-        **stored.packed_layers(root, described["layers"]),
-        **stored.compact_tables(root, model, described["embeddings"]),
+        **schema.packed_layers(root, config["layers"]),
+        **schema.compact_tables(root, model, config["embeddings"]),
     }
-    stored.check_fit(root, model, replaced, tensors)
+    schema.check_fit(root, model, replaced, tensors)
     for name, layer in replaced.items():
         model = replace_layer(model, model.get_submodule(name), layer)
     without_fused_paths(model)
-    stored.assign(model, replaced, tensors, device)
+    schema.assign(model, replaced, tensors, device)
     del tensors
     gather_in_huge_pages(model)
     if embeddings is not None:
@@ -168,19 +148,23 @@ def load(
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a packed model as files have them, each once, by name."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, CodedLayer)}
     everywhere = model.named_modules(remove_duplicate=False)
-    inside = tuple(f"{name}." for name, module in everywhere if isinstance(module, PackedLayer))
+    inside = tuple(f"{name}." for name, module in everywhere if isinstance(module, CodedLayer))
     found = unique_tensors(model, leave_out=inside) if "" not in layers else {}
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
-        found.update({prefix + key: value for key, value in stored.stored_buffers(layer).items()})
+        found.update({prefix + key: value for key, value in schema.stored_buffers(layer).items()})
     return found
 
 
 def is_packed(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder says that it is a packed model (its content is not looked at)."""
-    return says_format(Path(folder) / CONFIG, FORMAT)
+    config = Path(folder) / CONFIG
+    try:
+        return config.is_file() and description.is_description(read_json(config))
+    except BellboxError:
+        return False
 
 
 def tokenizer_path(folder: str | os.PathLike[str]) -> Path | None:
@@ -195,23 +179,14 @@ def tokenizer_path(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """`config.json` with its format, version and checksum verified.
+    """`config.json`, verified, as `description.read` gives it.
 
     Raises:
-        BellboxError: otherwise.
+        BellboxError: no such folder, or what `description.read` refuses.
     """
     if not root.is_dir():
         raise BellboxError(f"{root}: no such folder")
-    path = root / CONFIG
-    config = read_json(path)
-    if config.get("format") != FORMAT:
-        raise BellboxError(f"{path}: not a packed Bellbox model")
-    if config.get("version") not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
-        raise BellboxError(f"{path}: format version {config.get('version')!r}; this Bellbox reads {known}")
-    if config.get("sha256") != checksum(config):
-        raise BellboxError(f"{path}: damaged, its checksum does not match; save the model again")
-    return stored.validated(path, config)
+    return description.read(root / CONFIG)
 
 
 @dataclass(frozen=True)
@@ -225,7 +200,7 @@ class Sizes:
     other_parameters: int
     """Everything else: embeddings, head, norms, biases."""
     other_bytes: int
-    """As stored."""
+    """As schema."""
 
     @property
     def bf16_bytes(self) -> int:
@@ -244,10 +219,11 @@ def sizes(model: nn.Module) -> Sizes:
     packed_names = {
         f"{prefix}.{name}" if prefix else name
         for prefix, layer in model.named_modules()
-        if isinstance(layer, PackedLayer)
-        for name in ("weight_packed", "weight_scale", "act_scale", "act_rstd", "act_signs")
+        if isinstance(layer, CodedLayer)
+        for name in schema.stored_buffers(layer)
+        if name != "bias"
     }
-    quantized = sum(m.row_length * m.row_count for m in model.modules() if isinstance(m, PackedLayer))
+    quantized = sum(m.row_length * m.row_count for m in model.modules() if isinstance(m, CodedLayer))
     inside = sum(t.numel() * t.element_size() for name, t in tensors.items() if name in packed_names)
     rest = [t for name, t in tensors.items() if name not in packed_names]
     scales = {id(m.scale) for m in model.modules() if isinstance(m, Compact)}  # bytes, but no parameters
@@ -255,74 +231,37 @@ def sizes(model: nn.Module) -> Sizes:
     return Sizes(quantized, inside, other, sum(t.numel() * t.element_size() for t in rest))
 
 
-# --- writing ---
-
-
-def _describe_model(model: nn.Module) -> dict[str, Any] | None:
-    from bellbox.models import GPT, Llama, ResNet, ViT
-
-    return model.config.to_dict() if isinstance(model, (Llama, GPT, ResNet, ViT)) else None
-
-
-def _describe_levels(levels: Levels) -> dict[str, Any]:
-    gaussian = Levels.gaussian(levels.n, levels.zero_point) == levels
-    thresholds = "gaussian" if gaussian else list(levels.thresholds)
-    return {**_describe_grid(levels), "thresholds": thresholds}
-
-
-def _describe_grid(grid: Grid) -> dict[str, Any]:
-    return {"levels": grid.n, "zero_point": grid.zero_point}
-
-
-def _describe_layers(layers: Mapping[str, PackedLayer]) -> dict[str, Any]:
-    owners: dict[int, str] = {}
-    return {
-        name: {
-            "in_features": layer.row_length,
-            "out_features": layer.row_count,
-            "bias": layer.bias is not None,
-            "hadamard_block": layer.coding.block,
-            "normalise": layer.coding.normalise,
-            "rescale": layer.coding.rescale,
-            "signs": layer.coding.signs,
-            "weight": _describe_grid(layer.weight_levels),
-            "activation": _describe_levels(layer.input_levels()),
-            "input": owners.setdefault(id(layer.group), name),
-            **({"convolution": _describe_geometry(layer)} if isinstance(layer, PackedConv2d) else {}),
-        }
-        for name, layer in layers.items()
-    }
-
-
-def _describe_geometry(layer: PackedConv2d) -> dict[str, Any]:
-    geometry = layer.geometry
-    return {
-        "channels": layer.in_channels,
-        "groups": geometry.groups,
-        "kernel": list(geometry.kernel),
-        "stride": list(geometry.stride),
-        "padding": list(geometry.padding),
-        "dilation": list(geometry.dilation),
-    }
-
-
-def _describe_tables(model: nn.Module) -> dict[str, str]:
-    return {name: module.precision for name, module in model.named_modules() if isinstance(module, Compact)}
-
-
 # --- reading ---
 
 
 def _read_tensors(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    present = {stored: name for name, stored in STORED_NAMES.items()}
     tensors = read_tensors(listed_file(root, config["files"], TENSORS, CONFIG))
-    return {_renamed(name, present): value for name, value in tensors.items()}
+    if config["version"] < 4:
+        for name in config["layers"]:
+            _upgrade(root, f"{name}." if name else "", tensors)
+    return tensors
 
 
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """A dotted name with its last part as `names` has it."""
-    parent, dot, leaf = name.rpartition(".")
-    return parent + dot + names.get(leaf, leaf)
+def _upgrade(root: Path, prefix: str, tensors: dict[str, Tensor]) -> None:
+    """A layer's tensors of versions 2 and 3 as version 4 has them: numbers were of shape [], one had another name.
+
+    Raises:
+        BellboxError: they are as version 4 has them already.
+    """
+    if prefix + "act_rstd" in tensors:
+        raise BellboxError(
+            f"{root / TENSORS}: tensor {prefix + 'act_rstd'!r} is of a later version than the folder"
+        )
+    for former, present in (("act_rsigma", "act_rstd"), ("act_scale", "act_scale")):
+        value = tensors.pop(prefix + former, None)
+        if value is None:
+            continue
+        if value.dim():
+            shape = tuple(value.shape)
+            raise BellboxError(
+                f"{root / TENSORS}: tensor {prefix + former!r} is {shape}, this version has one of ()"
+            )
+        tensors[prefix + present] = value.reshape(1)
 
 
 def _build(root: Path, description: dict[str, Any]) -> nn.Module:

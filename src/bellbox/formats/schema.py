@@ -1,14 +1,13 @@
-"""What a packed folder says against what a model is: everything is checked before anything is changed.
+"""A packed folder's description against what a model is: everything is checked before anything is changed.
 
-`io` reads and writes the files; here a configuration becomes empty layers, the tensors are compared with them, and at
-the end put in their places.
+A description becomes empty layers, the tensors are compared with them, and at the end put in their places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,85 +16,19 @@ from bellbox.core.geometry import ConvGeometry
 from bellbox.core.grid import Grid, Levels
 from bellbox.core.packing import row_bytes, unpack_slabs
 from bellbox.errors import BellboxError
+from bellbox.formats.description import CONFIG, TENSORS
 from bellbox.nn import (
+    CodedLayer,
     InputCoding,
     PackedConv2d,
     PackedGroup,
     PackedLayer,
     PackedLinear,
+    WeightOnlyLinear,
 )
 from bellbox.nn.compact import Compact, Precision, empty_like
 from bellbox.nn.huge_pages import may_leave_memory
 from bellbox.nn.tools import unique_tensors
-
-CONFIG, TENSORS = "config.json", "model.safetensors"
-
-
-def validated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with every key known and every value of its type.
-
-    Raises:
-        BellboxError: naming the first field that is not.
-    """
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-    class Strict(BaseModel):
-        model_config = ConfigDict(extra="forbid", strict=True)
-
-    class StoredGrid(Strict):
-        levels: int = Field(ge=2, le=256)
-        zero_point: float
-
-    class StoredLevels(StoredGrid):
-        thresholds: Literal["gaussian"] | list[float]
-
-    class StoredGeometry(Strict):
-        channels: int = Field(ge=1, le=1 << 24)
-        groups: int = Field(ge=1, le=1 << 24)
-        kernel: list[int] = Field(min_length=2, max_length=2)
-        stride: list[int] = Field(min_length=2, max_length=2)
-        padding: list[int] = Field(min_length=4, max_length=4)
-        dilation: list[int] = Field(min_length=2, max_length=2)
-
-    class StoredLayer(Strict):
-        in_features: int = Field(ge=1, le=1 << 24)
-        out_features: int = Field(ge=1, le=1 << 24)
-        bias: bool
-        hadamard_block: int = Field(ge=1, le=1 << 16)
-        normalise: Literal["rms", "absmax", "static"]
-        rescale: bool
-        signs: bool
-        weight: StoredGrid
-        activation: StoredLevels
-        input: str
-        convolution: StoredGeometry | None = None
-
-    class StoredQuantization(Strict):
-        layers: dict[str, StoredLayer] = Field(min_length=1)
-        embeddings: dict[str, Literal["bf16", "int8"]]
-
-    class StoredFile(Strict):
-        bytes: int = Field(ge=0)
-        sha256: str
-
-    class StoredConfig(Strict):
-        format: str
-        version: int
-        model: dict[str, Any] | None
-        quantization: StoredQuantization
-        files: dict[Literal["model.safetensors", "tokenizer.json"], StoredFile]
-        sha256: str
-
-    try:
-        read = StoredConfig.model_validate(config).model_dump()
-        for name, layer in read["quantization"]["layers"].items():
-            if read["version"] < 3 and layer["convolution"] is not None:
-                raise BellboxError(f"{path}: layer {name!r} is a convolution, which version 2 does not have")
-        return read
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BellboxError(f"{path}: field {where!r}: {first['msg']}") from None
 
 
 def _read_levels(stored: Mapping[str, Any]) -> Levels:
@@ -104,39 +37,90 @@ def _read_levels(stored: Mapping[str, Any]) -> Levels:
     return Levels(stored["levels"], stored["zero_point"], tuple(stored["thresholds"]))
 
 
-def packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, PackedLayer]:
-    """Empty layers, without memory, as the configuration describes them.
+def packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, CodedLayer]:
+    """Empty layers, without memory, as the description has them.
 
     Raises:
         BellboxError: a description that no layer can have.
     """
     groups: dict[str, PackedGroup] = {}
-    layers: dict[str, PackedLayer] = {}
+    layers: dict[str, CodedLayer] = {}
     for name, entry in stored.items():
         try:
-            weight = Grid(entry["weight"]["levels"], entry["weight"]["zero_point"])
-            activation, block = _read_levels(entry["activation"]), entry["hadamard_block"]
-            geometry, rotated = entry["convolution"], entry["in_features"]
-            if geometry is not None:
-                rotated = _check_geometry(geometry, entry)
-            if block & (block - 1) or rotated % block:
-                raise BellboxError(f"Hadamard block {block}: must be a power of two that divides {rotated}")
-            if entry["normalise"] == "absmax" and block != 1:
-                raise BellboxError(f"normalise 'absmax' goes with hadamard_block 1, not {block}")
-            if entry["normalise"] == "static" and entry["rescale"]:
-                raise BellboxError("rescale needs a sigma that follows the input, not normalise 'static'")
-            if entry["input"] not in stored:
-                raise BellboxError(f"its input is that of layer {entry['input']!r}, which is not in the file")
-            if not (weight.fits_int8 and activation.fits_int8):
-                raise BellboxError("levels do not fit int8")
+            layers[name] = layer = _empty_layer(entry)
+            layer.quantization_method = entry["method"]
+            if isinstance(layer, PackedLinear):
+                _check_owner(entry, stored)
+                layer.join(groups.setdefault(entry["input"], PackedGroup()))
         except BellboxError as error:
             raise BellboxError(f"{root / CONFIG}: layer {name!r}: {error}") from None
-        coding = InputCoding(activation, block, entry["normalise"], entry["rescale"], entry["signs"])
-        with torch.device("meta"):
-            layers[name] = layer = _empty_layer(entry, entry["out_features"], weight, coding, entry["bias"])
-        if isinstance(layer, PackedLinear):
-            layer.join(groups.setdefault(entry["input"], PackedGroup()))
     return layers
+
+
+def _check_owner(entry: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """The layer whose input this one shares: there, of the same kind and width, and its own owner."""
+    owner = stored.get(entry["input"])
+    where = f"its input is that of layer {entry['input']!r}, which"
+    if owner is None:
+        raise BellboxError(f"{where} is not in the file")
+    if owner["function"] != "packed_linear":
+        raise BellboxError(f"{where} is a {owner['function']}, not a packed_linear")
+    if owner["input"] != entry["input"]:
+        raise BellboxError(f"{where} shares that of layer {owner['input']!r} itself")
+    if owner["in_features"] != entry["in_features"]:
+        raise BellboxError(f"{where} has {owner['in_features']} in_features, not {entry['in_features']}")
+
+
+def _check_block(block: int, features: int) -> None:
+    if block & (block - 1) or features % block:
+        raise BellboxError(f"Hadamard block {block}: must be a power of two that divides {features}")
+
+
+def _empty_layer(entry: Mapping[str, Any]) -> CodedLayer:
+    """A layer without memory.
+
+    Raises:
+        BellboxError: numbers that do not fit together.
+    """
+    if entry["function"] == "weight_only_linear":
+        return _empty_weight_only(entry)
+    weight = Grid(entry["weight"]["levels"], entry["weight"]["zero_point"])
+    activation, block = _read_levels(entry["activation"]), entry["hadamard_block"]
+    conv = entry.get("convolution")
+    _check_block(block, entry["in_features"] if conv is None else _check_geometry(conv, entry))
+    if entry["normalise"] == "absmax" and block != 1:
+        raise BellboxError(f"normalise 'absmax' goes with hadamard_block 1, not {block}")
+    if entry["normalise"] == "static" and entry["rescale"]:
+        raise BellboxError("rescale needs a sigma that follows the input, not normalise 'static'")
+    if not (weight.fits_int8 and activation.fits_int8):
+        raise BellboxError("levels do not fit int8")
+    coding = InputCoding(activation, block, entry["normalise"], entry["rescale"], entry["signs"])
+    outputs, bias = entry["out_features"], entry["bias"]
+    with torch.device("meta"):
+        if conv is None:
+            return PackedLinear(entry["in_features"], outputs, weight, coding, bias)
+        sizes = (tuple(conv[name]) for name in ("kernel", "stride", "padding", "dilation"))
+        geometry = ConvGeometry(*sizes, conv["groups"])  # type: ignore[arg-type]
+        return PackedConv2d(conv["channels"], outputs, geometry, weight, coding, bias)
+
+
+def _empty_weight_only(entry: Mapping[str, Any]) -> WeightOnlyLinear:
+    columns, group, zero_point = entry["in_features"], entry["weight"]["group"], entry["weight"]["zero_point"]
+    _check_block(entry["hadamard_block"], columns)
+    if group is not None and columns % group:
+        raise BellboxError(f"group {group}: must divide the {columns} in_features")
+    levels = Grid(entry["weight"]["levels"], -0.5 if zero_point is None else zero_point)
+    with torch.device("meta"):
+        return WeightOnlyLinear(
+            columns,
+            entry["out_features"],
+            levels,
+            entry["bias"],
+            group=group,
+            table=zero_point is None,
+            block=entry["hadamard_block"],
+            signs=entry["signs"],
+        )
 
 
 def _check_geometry(geometry: Mapping[str, Any], entry: Mapping[str, Any]) -> int:
@@ -153,17 +137,6 @@ def _check_geometry(geometry: Mapping[str, Any], entry: Mapping[str, Any]) -> in
             f"in_features is {entry['in_features']}, which is not kernel {geometry['kernel']} times {depth} channels"
         )
     return depth
-
-
-def _empty_layer(
-    entry: Mapping[str, Any], outputs: int, weight: Grid, coding: InputCoding, bias: bool
-) -> PackedLayer:
-    stored = entry["convolution"]
-    if stored is None:
-        return PackedLinear(entry["in_features"], outputs, weight, coding, bias)
-    sizes = (tuple(stored[name]) for name in ("kernel", "stride", "padding", "dilation"))
-    geometry = ConvGeometry(*sizes, stored["groups"])  # type: ignore[arg-type]
-    return PackedConv2d(stored["channels"], outputs, geometry, weight, coding, bias)
 
 
 def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Precision]) -> dict[str, Compact]:
@@ -188,7 +161,7 @@ def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Precision]
 def check_fit(
     root: Path,
     model: nn.Module,
-    replaced: Mapping[str, PackedLayer | Compact],
+    replaced: Mapping[str, CodedLayer | Compact],
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Names, shapes and dtypes against the model, and values that no packed layer can have; changes nothing.
@@ -196,24 +169,27 @@ def check_fit(
     Raises:
         BellboxError: the first thing that does not fit.
     """
-    packed = {name: layer for name, layer in replaced.items() if isinstance(layer, PackedLayer)}
-    _check_places(root, model, packed)
+    coded = {name: layer for name, layer in replaced.items() if isinstance(layer, CodedLayer)}
+    _check_places(root, model, coded)
     _check_tensors(root, model, replaced, tensors)
-    _check_inputs(root, packed, tensors)
+    _check_inputs(root, coded, tensors)
     for name, layer in replaced.items():
         prefix = f"{name}." if name else ""
         signs = tensors.get(prefix + "act_signs")
         if signs is not None and not bool((signs.abs() == 1).all()):
             raise BellboxError(f"{root / TENSORS}: tensor {prefix + 'act_signs'!r} holds more than 1 and -1")
-        for buffer in ("weight_scale", "act_scale", "act_rstd", "bias", "scale"):
+        for buffer in ("weight_scale", "weight_table", "act_scale", "act_rstd", "bias", "scale"):
             value = tensors.get(prefix + buffer)
             if value is not None and not bool(value.isfinite().all()):
                 raise BellboxError(f"{root / TENSORS}: tensor {prefix + buffer!r} holds NaN or infinity")
-        if isinstance(layer, PackedLayer):
+        table = tensors.get(prefix + "weight_table")
+        if isinstance(layer, WeightOnlyLinear) and table is not None and bool((table.diff() < 0).any()):
+            raise BellboxError(f"{root / TENSORS}: tensor {prefix + 'weight_table'!r} does not rise")
+        if isinstance(layer, CodedLayer):
             _check_codes(root, prefix, layer, tensors)
 
 
-def _check_codes(root: Path, prefix: str, layer: PackedLayer, tensors: Mapping[str, Tensor]) -> None:
+def _check_codes(root: Path, prefix: str, layer: CodedLayer, tensors: Mapping[str, Tensor]) -> None:
     levels = layer.weight_levels
     if levels.n & (levels.n - 1) == 0:  # bytes cannot hold codes that do not exist
         return
@@ -222,9 +198,9 @@ def _check_codes(root: Path, prefix: str, layer: PackedLayer, tensors: Mapping[s
         raise BellboxError(f"{root / TENSORS}: {prefix + 'weight_packed'!r} has codes above {levels.n - 1}")
 
 
-def _check_places(root: Path, model: nn.Module, packed: Mapping[str, PackedLayer]) -> None:
+def _check_places(root: Path, model: nn.Module, coded: Mapping[str, CodedLayer]) -> None:
     places = dict(model.named_modules())
-    for name, layer in packed.items():
+    for name, layer in coded.items():
         place = places.get(name)
         conv = isinstance(layer, PackedConv2d)
         if not isinstance(place, nn.Conv2d if conv else nn.Linear):
@@ -247,7 +223,7 @@ def _shape(layer: nn.Module) -> tuple[Any, ...]:
 def _check_tensors(
     root: Path,
     model: nn.Module,
-    replaced: Mapping[str, PackedLayer | Compact],
+    replaced: Mapping[str, CodedLayer | Compact],
     tensors: Mapping[str, Tensor],
 ) -> None:
     places = dict(model.named_modules(remove_duplicate=False))
@@ -278,27 +254,25 @@ def _check_tensors(
 
 
 def stored_buffers(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a packed layer or a compact table as files have them; of an empty one their shapes and dtypes."""
+    """The tensors of a layer of codes or a compact table as files have them; of an empty one shapes and dtypes."""
     buffers = dict(layer.named_buffers())
-    if isinstance(layer, PackedLayer):
-        device = layer.packed.device
+    if not isinstance(layer, CodedLayer):
+        return buffers
+    rows = buffers.pop("packed")
+    buffers.pop("act_thresholds", None)
+    if not rows.is_meta:
+        rows = layer.weight_packed
+    elif isinstance(layer, PackedLayer):
         size = row_bytes(layer.row_length, layer.weight_levels.n)
-        rows = (
-            torch.empty(layer.row_count, size, dtype=torch.uint8, device=device)
-            if device.type == "meta"
-            else None
-        )
-        del buffers["packed"], buffers["act_thresholds"]
-        buffers = {"weight_packed": layer.weight_packed if rows is None else rows, **buffers}
-        for name in ("act_scale", "act_rstd"):
-            if name in buffers:
-                buffers[name] = buffers[name].reshape(())
-    return buffers
+        rows = torch.empty(layer.row_count, size, dtype=torch.uint8, device="meta")
+    return {"weight_packed": rows, **buffers}
 
 
-def _check_inputs(root: Path, packed: Mapping[str, PackedLayer], tensors: Mapping[str, Tensor]) -> None:
+def _check_inputs(root: Path, coded: Mapping[str, CodedLayer], tensors: Mapping[str, Tensor]) -> None:
     owners: dict[int, tuple[InputCoding, list[Tensor | None]]] = {}
-    for name, layer in packed.items():
+    for name, layer in coded.items():
+        if not isinstance(layer, PackedLayer):
+            continue
         prefix = f"{name}." if name else ""
         mine = [tensors.get(prefix + buffer) for buffer in ("act_rstd", "act_signs")]
         coding, numbers = owners.setdefault(id(layer.group), (layer.coding, mine))
@@ -311,14 +285,14 @@ def _check_inputs(root: Path, packed: Mapping[str, PackedLayer], tensors: Mappin
 
 def assign(
     model: nn.Module,
-    replaced: Mapping[str, PackedLayer | Compact],
+    replaced: Mapping[str, CodedLayer | Compact],
     tensors: Mapping[str, Tensor],
     device: torch.device | None,
 ) -> None:
     """Put the stored tensors in the model's places; ties stay ties. Codes are laid out for the kernels."""
     inside: set[int] = set()
     for name, layer in replaced.items():
-        if isinstance(layer, PackedLayer):
+        if isinstance(layer, CodedLayer):
             prefix = f"{name}." if name else ""
             inside.add(id(layer))
             _fill(layer, {key: tensors.get(prefix + key) for key in stored_buffers(layer)}, device)
@@ -345,14 +319,16 @@ def assign(
             module.to_empty(device=device or "cpu", recurse=False)
 
 
-def _fill(layer: PackedLayer, stored: Mapping[str, Tensor | None], device: torch.device | None) -> None:
+def _fill(layer: CodedLayer, stored: Mapping[str, Tensor | None], device: torch.device | None) -> None:
     rows = stored["weight_packed"]
     assert rows is not None
-    layer.act_thresholds = torch.tensor(layer.coding.levels.thresholds, device=device)
     for name, value in stored.items():
         if name != "weight_packed" and value is not None:
-            value = value.reshape(1) if name in ("act_scale", "act_rstd") else value
             layer._buffers[name] = value.to(device or value.device)
+    if not isinstance(layer, PackedLayer):
+        layer.fill_from_rows(rows.to(device or rows.device))
+        return
+    layer.act_thresholds = torch.tensor(layer.coding.levels.thresholds, device=device)
     layer.fill_from_rows(rows)
     layer.packed = layer.packed.to(device or rows.device)
     may_leave_memory(rows)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bellbox.errors import BellboxError
-from bellbox.nn import PackedConv2d, PackedLayer
+from bellbox.nn import CodedLayer, PackedConv2d
 
 if TYPE_CHECKING:
     from torch import fx
@@ -34,7 +34,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     class Tracer(fx.Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             # Packed layers are looked at from outside.
-            return isinstance(m, PackedLayer) or super().is_leaf_module(m, module_qualified_name)
+            return isinstance(m, CodedLayer) or super().is_leaf_module(m, module_qualified_name)
 
     if model.training:
         raise BellboxError(

@@ -39,6 +39,9 @@ def read_config(path: Path) -> tuple[ModelConfig, str]:
     if not isinstance(kind, str) or kind not in _READERS:
         known = ", ".join(map(repr, _READERS))
         raise BellboxError(f"{path}: model_type is {kind!r}; Bellbox reads {known}")
+    quantized = values.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") == "bellbox":
+        raise BellboxError(f"{path}: is of a packed Bellbox model; open its folder with bellbox.load")
     _refuse_unless(path, values, "quantization_config", None)
     try:
         return _READERS[kind](path, values), kind

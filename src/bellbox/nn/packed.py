@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bellbox.core import packing
 from bellbox.core.grid import Grid, Levels
 from bellbox.errors import BellboxError
-from bellbox.nn.adopted import class_for
+from bellbox.nn.coded import CodedLayer
 from bellbox.nn.input_cache import PackedGroup, keeping_dtype
-from bellbox.nn.lazy_weight import LazyWeight, WeightSource
 from bellbox.nn.quantized import QuantizedLayer
 from bellbox.ops.dispatch import Choice
 from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import encode_input
 from bellbox.ops.weight_layout import packed_size, prepack_slabs, unpack
-
-_OF_TRAINING = frozenset(
-    {
-        "_call",
-        "_keeps_call",
-        "_bellbox_looks",
-        "activation_quantizer",
-        "geometry",
-        "held_weight",
-        "plain_class",
-        "weight_quantizer",
-        "weights_rotated",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -54,40 +38,7 @@ class InputCoding:
     """Whether entries change sign before the rotation, as stored signs say."""
 
 
-class _DecodedWeight(WeightSource):
-    """The float weight that a packed layer's codes stand for, rotated back."""
-
-    def __init__(self, layer: PackedLayer) -> None:
-        self._layer = layer
-
-    def decode(self) -> Tensor:
-        """See `WeightSource`."""
-        return self._layer.decoded_weight()
-
-    def write(self, weight: Tensor) -> None:
-        """See `WeightSource`."""
-        del weight
-        raise BellboxError(
-            "the weight of a packed layer cannot be written: it is stored as codes; change the trained model, and "
-            "convert it again"
-        )
-
-    @property
-    def stored(self) -> Tensor:
-        """See `WeightSource`: a tensor with its device and no gradient."""
-        return self._layer.packed
-
-    def gradient(self) -> Tensor | None:
-        """See `WeightSource`."""
-        return None
-
-    def set_gradient(self, gradient: Tensor | None) -> None:
-        """See `WeightSource`."""
-        if gradient is not None:
-            self.write(gradient)
-
-
-class PackedLayer(nn.Module, ABC):
+class PackedLayer(CodedLayer):
     """A layer of integers: packed weight codes, and a rule for coding its input.
 
     Its buffers are all that it depends on: `packed` uint8, the codes in the layout of `ops.weight_layout`;
@@ -95,18 +46,12 @@ class PackedLayer(nn.Module, ABC):
     `act_rstd` fp32 `[1]` (`static` only); `act_signs` int8 (where there are signs); `bias` fp32 `[out]`.
     """
 
-    plain_kind: ClassVar[type[nn.Module]]
-    """Torch's own class."""
     packed: Tensor
     weight_scale: Tensor
     act_scale: Tensor
     act_thresholds: Tensor
     act_rstd: Tensor | None
     act_signs: Tensor | None
-    row_count: int
-    """Outputs: rows of the weight."""
-    row_length: int
-    """Weights of one output."""
     places: int
     """Places of a filter's window; 1 of a linear layer."""
 
@@ -166,20 +111,6 @@ class PackedLayer(nn.Module, ABC):
 
     # --- the weight ---
 
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The float weight that the codes stand for, decoded where somebody looks; it cannot be written."""
-        return LazyWeight.of(_DecodedWeight(self), self._weight_shape(), torch.float32)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            _DecodedWeight(self).write(value)
-        super().__setattr__(name, value)
-
-    @abstractmethod
-    def _weight_shape(self) -> tuple[int, ...]:
-        """Of the float weight."""
-
     @abstractmethod
     def _as_weight(self, rows: Tensor) -> Tensor:
         """The float weight from the rows that are coded, in the rotated domain."""
@@ -190,8 +121,13 @@ class PackedLayer(nn.Module, ABC):
         levels = self.weight_levels.decode(self.weight_codes()) * self.weight_scale[:, None]
         return self._as_weight(levels)
 
+    @property
+    def stored_codes(self) -> Tensor:
+        """See `CodedLayer`."""
+        return self.packed
+
     def weight_codes(self) -> Tensor:
-        """uint8 codes of the weight, `[row_count, row_length]`."""
+        """See `CodedLayer`."""
         return unpack(self.packed, self.row_count, self.row_length, self.weight_levels.n)
 
     @property
@@ -232,6 +168,7 @@ class PackedLayer(nn.Module, ABC):
             made = cls.like(layer, weight.levels.grid, coding)
         for name, value in layer.packed_buffers(layer.encoded_weight()).items():
             made._buffers[name] = value
+        made.quantization_method = weight.method
         if group is not None:
             made.join(group)
         return made.train(layer.training)
@@ -240,28 +177,6 @@ class PackedLayer(nn.Module, ABC):
     @abstractmethod
     def like(cls, layer: QuantizedLayer, weight_levels: Grid, coding: InputCoding) -> Self:
         """An empty packed layer of the shape of a trained one."""
-
-    def take_over(self, layer: QuantizedLayer, memo: dict[int, Any]) -> None:
-        """Be the owner's layer: copies of its hooks, attributes, further modules and tensors, and its class.
-
-        Args:
-            layer: that this one was packed from.
-            memo: of the deep copy that it is part of.
-        """
-        own = set(self.__dict__)
-        for name, value in layer.__dict__.items():
-            if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
-                continue
-            if name not in _OF_TRAINING and (name not in own or name.endswith(("hooks", "kwargs", "called"))):
-                object.__setattr__(self, name, copy.deepcopy(value, memo))
-        for name, module in layer._modules.items():
-            if name not in _OF_TRAINING:
-                self._modules[name] = copy.deepcopy(module, memo)
-        for kind in ("_parameters", "_buffers"):
-            for name, value in getattr(layer, kind).items():
-                if name not in ("weight", "rotated_weight", "bias"):
-                    getattr(self, kind)[name] = copy.deepcopy(value, memo)
-        self.__class__ = class_for(type(self), layer.plain_class)
 
     def join(self, group: PackedGroup) -> None:
         """Be one of the layers that are expected to read the same input."""

@@ -243,6 +243,21 @@ class Quantizer(nn.Module, ABC):
         """`[..., features]` in the rotated domain and not quantized: the other side of a product with this one."""
         return rotate_vectors(self.rows_of(x), self.block).reshape(x.shape)
 
+    def table(self) -> Tensor | None:
+        """The values of the codes, rising, `[n]`, where they are not evenly spaced."""
+        return None
+
+    @torch.no_grad()
+    def packed_scales(self, x: Tensor, row_scales: Tensor) -> Tensor:
+        """What levels of a weight are worth, as a packed layer stores it: fp32 `[rows]`, or `[rows, groups]`.
+
+        Args:
+            x: the weight, `[rows, features]`.
+            row_scales: what `encode` gave for it.
+        """
+        del x
+        return (self.scale() * row_scales).reshape(-1).to(torch.float32)
+
     def codes(self, x: Tensor) -> Tensor:
         """Only the codes of `encode`."""
         return self.encode(x)[0]
@@ -250,7 +265,10 @@ class Quantizer(nn.Module, ABC):
     def why_not_packed(self) -> str | None:
         """None where it can be packed into integers and run causally, else the reason and the way out."""
         if not self.on_grid:
-            return f"{self.method} needs a float product: its levels are not evenly spaced"
+            return (
+                f"{self.method} needs a float product: its levels are not evenly spaced; linear layers have one with "
+                "weight_only='float'"
+            )
         if self.granularity == "tensor" and self.rows is None:
             return (
                 "granularity='tensor' looks at future tokens and at the rest of the batch; "

@@ -80,6 +80,14 @@ class Codebook(Quantizer):
         row_scales = row_scale(norm.r, len(rows)).reshape(*shape[:-1], groups).mean(-1)
         return codes.reshape(x.shape), row_scales.reshape(shape)
 
+    @torch.no_grad()
+    def packed_scales(self, x: Tensor, row_scales: Tensor) -> Tensor:  # noqa: ARG002
+        """See `Quantizer.packed_scales`: one a group."""
+        rows = self.rows_of(x)
+        norm = self.normaliser(rows, training=False)
+        scales = row_scale(norm.r, len(rows), norm.sigma).reshape(-1, self.scales_a_row)
+        return scales.reshape(-1) if self.scales_a_row == 1 else scales
+
     def scale(self) -> Tensor:
         """The table has the scale of the data."""
         return torch.ones(())

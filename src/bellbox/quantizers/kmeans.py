@@ -61,6 +61,8 @@ class KMeans(Codebook, LearnedQuantizer):
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
         """Thresholds halfway between centroids; of evenly spaced ones until they are fitted."""
         self.group = math.gcd(self.features, GROUP)
+        if self.block != 1:
+            raise BellboxError("kmeans fits its levels to the weight as it is, without a rotation: block=1")
         if zero_point is not None:
             raise BellboxError("kmeans has no zero point to choose: its levels are fitted")
         return levels_between(torch.linspace(-1, 1, n).tolist())

@@ -207,7 +207,11 @@ def says_format(config: Path, name: str) -> bool:
 
 def checksum(config: Mapping[str, Any]) -> str:
     """SHA-256 of a configuration's canonical text, its own key `sha256` left out."""
-    content = {key: value for key, value in config.items() if key != "sha256"}
+    return canonical_sha256({key: value for key, value in config.items() if key != "sha256"})
+
+
+def canonical_sha256(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON text of `content` (docs/format.md, checksums)."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

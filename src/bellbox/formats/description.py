@@ -1,0 +1,325 @@
+"""The `config.json` of a packed folder: what a model says of itself in version 4, and all versions read into one form.
+
+Version 4 is a section of the configuration that transformers reads; versions 2 and 3 were a file of their own. What is
+read is validated field by field and comes out as version 4 has it, so that nobody else needs to know of the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from bellbox.core.grid import Grid, Levels
+from bellbox.errors import BellboxError
+from bellbox.nn import CodedLayer, PackedConv2d, PackedLayer, WeightOnlyLinear
+from bellbox.nn.compact import Compact
+from bellbox.utils.files import canonical_sha256, checksum, read_json
+
+CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+VERSION = 4
+"""What is written."""
+VERSIONS = (2, 3, 4)
+"""What is read."""
+SECTION, QUANT_METHOD = "quantization_config", "bellbox"
+"""Where version 4 stands in `config.json`, and its `quant_method`."""
+FORMER_FORMAT = "bellbox-packed"
+"""`format` of versions 2 and 3."""
+METHOD_NAME = r"[\x20-\x7e]{0,32}"
+"""What a method may be called in a file: printable ASCII."""
+
+
+# --- writing ---
+
+
+def describe(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole `config.json` of a packed model, sealed with its checksum.
+
+    Args:
+        model: packed.
+        layers: its layers of codes, by name.
+        files: size and checksum of every other file (`utils.files.describe_file`).
+
+    Raises:
+        BellboxError: a layer whose method has a name that no file can hold.
+    """
+    section = {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "model": _describe_model(model),
+        "layers": _describe_layers(layers),
+        "embeddings": {name: m.precision for name, m in model.named_modules() if isinstance(m, Compact)},
+        "files": dict(files),
+    }
+    config = {**_fields_of_transformers(model), SECTION: section}
+    section["sha256"] = seal(config)
+    return config
+
+
+def seal(config: Mapping[str, Any]) -> str:
+    """The checksum of a configuration of version 4: of all of it but the checksum itself."""
+    section = {key: value for key, value in config[SECTION].items() if key != "sha256"}
+    return canonical_sha256({**config, SECTION: section})
+
+
+def _describe_model(model: nn.Module) -> dict[str, Any] | None:
+    from bellbox.models import GPT, Llama, ResNet, ViT
+
+    return model.config.to_dict() if isinstance(model, (Llama, GPT, ResNet, ViT)) else None
+
+
+def _fields_of_transformers(model: nn.Module) -> dict[str, Any]:
+    from bellbox.models import GPT, Llama
+    from bellbox.models.hf_config import write_config
+
+    return write_config(model.config, "float32") if isinstance(model, (Llama, GPT)) else {}
+
+
+def _describe_layers(layers: Mapping[str, CodedLayer]) -> dict[str, Any]:
+    owners: dict[int, str] = {}
+    return {name: _describe_layer(name, layer, owners) for name, layer in layers.items()}
+
+
+def _describe_layer(name: str, layer: CodedLayer, owners: dict[int, str]) -> dict[str, Any]:
+    method = layer.quantization_method
+    if not re.fullmatch(METHOD_NAME, method):
+        raise BellboxError(
+            f"layer {name!r}: a method called {method!r} cannot be stored; names have at most 32 characters of ASCII"
+        )
+    common: dict[str, Any] = {
+        "method": method,
+        "in_features": layer.row_length,
+        "out_features": layer.row_count,
+        "bias": layer.bias is not None,
+    }
+    if isinstance(layer, WeightOnlyLinear):
+        levels = _describe_grid(layer.weight_levels)
+        if layer.weight_table is not None:
+            levels["zero_point"] = None
+        return {
+            "function": "weight_only_linear",
+            **common,
+            "hadamard_block": layer.block,
+            "signs": layer.act_signs is not None,
+            "weight": {**levels, "group": layer.scale_group},
+        }
+    assert isinstance(layer, PackedLayer)
+    common |= {
+        "hadamard_block": layer.coding.block,
+        "normalise": layer.coding.normalise,
+        "rescale": layer.coding.rescale,
+        "signs": layer.coding.signs,
+        "weight": _describe_grid(layer.weight_levels),
+        "activation": _describe_levels(layer.input_levels()),
+    }
+    if isinstance(layer, PackedConv2d):
+        return {"function": "packed_conv2d", **common, "convolution": _describe_geometry(layer)}
+    return {"function": "packed_linear", **common, "input": owners.setdefault(id(layer.group), name)}
+
+
+def _describe_grid(grid: Grid) -> dict[str, Any]:
+    return {"levels": grid.n, "zero_point": grid.zero_point}
+
+
+def _describe_levels(levels: Levels) -> dict[str, Any]:
+    gaussian = Levels.gaussian(levels.n, levels.zero_point) == levels
+    return {**_describe_grid(levels), "thresholds": "gaussian" if gaussian else list(levels.thresholds)}
+
+
+def _describe_geometry(layer: PackedConv2d) -> dict[str, Any]:
+    geometry = layer.geometry
+    return {
+        "channels": layer.in_channels,
+        "groups": geometry.groups,
+        "kernel": list(geometry.kernel),
+        "stride": list(geometry.stride),
+        "padding": list(geometry.padding),
+        "dilation": list(geometry.dilation),
+    }
+
+
+# --- reading ---
+
+
+def is_description(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` says that it is of a packed model, of whatever version."""
+    return config.get("format") == FORMER_FORMAT or _is_section(config.get(SECTION))
+
+
+def _is_section(section: Any) -> bool:
+    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A `config.json`, its version and checksum verified, with every field known and every value of its type.
+
+    Returns:
+        `version`, `model`, `layers`, `embeddings` and `files` as docs/format.md has them in version 4.
+
+    Raises:
+        BellboxError: otherwise; of a field, by its name.
+    """
+    config = read_json(path)
+    if not is_description(config):
+        raise BellboxError(f"{path}: not a packed Bellbox model")
+    former = config.get("format") == FORMER_FORMAT
+    section = config if former else config[SECTION]
+    version = section.get("version")
+    if type(version) is not int or version not in VERSIONS:
+        *others, last = map(str, VERSIONS)
+        raise BellboxError(
+            f"{path}: format version {version!r}; this Bellbox reads {', '.join(others)} and {last}"
+        )
+    if former != (version < VERSION):
+        raise BellboxError(f"{path}: format version {version} does not stand in this place of the file")
+    if section.get("sha256") != (checksum(config) if former else seal(config)):
+        raise BellboxError(f"{path}: damaged, its checksum does not match; save the model again")
+    return (
+        _upgraded(path, _validated(path, _FORMER, section)) if former else _validated(path, _PRESENT, section)
+    )
+
+
+_FORMER, _PRESENT = "former", "present"
+
+
+def _validated(path: Path, kind: str, section: dict[str, Any]) -> dict[str, Any]:
+    from pydantic import ValidationError
+
+    try:
+        return _schema(kind).model_validate(section).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BellboxError(f"{path}: field {where!r}: {first['msg']}") from None
+
+
+def _upgraded(path: Path, former: dict[str, Any]) -> dict[str, Any]:
+    """Versions 2 and 3 as version 4 has them."""
+    layers: dict[str, Any] = {}
+    for name, entry in former["quantization"]["layers"].items():
+        entry["method"] = ""
+        if entry["convolution"] is None:
+            del entry["convolution"]
+            layers[name] = {"function": "packed_linear", **entry}
+            continue
+        if former["version"] < 3:
+            raise BellboxError(f"{path}: layer {name!r} is a convolution, which version 2 does not have")
+        if entry.pop("input") not in former["quantization"]["layers"]:
+            raise BellboxError(
+                f"{path}: layer {name!r}: its input is that of a layer that is not in the file"
+            )
+        layers[name] = {"function": "packed_conv2d", **entry}
+    return {
+        "version": former["version"],
+        "model": former["model"],
+        "layers": layers,
+        "embeddings": former["quantization"]["embeddings"],
+        "files": former["files"],
+    }
+
+
+@cache
+def _schema(kind: str) -> Any:
+    """The pydantic model of the whole file (versions 2 and 3), or of the section (version 4)."""
+    from typing import Annotated
+
+    from pydantic import BaseModel, ConfigDict, Field
+
+    class Strict(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+
+    class StoredGrid(Strict):
+        levels: int = Field(ge=2, le=256)
+        zero_point: float
+
+    class StoredLevels(StoredGrid):
+        thresholds: Literal["gaussian"] | list[float]
+
+    class StoredValues(Strict):
+        levels: int = Field(ge=2, le=256)
+        zero_point: float | None
+        group: Annotated[int, Field(ge=1, le=1 << 24)] | None
+
+    class StoredGeometry(Strict):
+        channels: int = Field(ge=1, le=1 << 24)
+        groups: int = Field(ge=1, le=1 << 24)
+        kernel: list[int] = Field(min_length=2, max_length=2)
+        stride: list[int] = Field(min_length=2, max_length=2)
+        padding: list[int] = Field(min_length=4, max_length=4)
+        dilation: list[int] = Field(min_length=2, max_length=2)
+
+    class Sized(Strict):
+        in_features: int = Field(ge=1, le=1 << 24)
+        out_features: int = Field(ge=1, le=1 << 24)
+        bias: bool
+        hadamard_block: int = Field(ge=1, le=1 << 16)
+        signs: bool
+
+    class Coded(Sized):
+        normalise: Literal["rms", "absmax", "static"]
+        rescale: bool
+        weight: StoredGrid
+        activation: StoredLevels
+
+    class FormerLayer(Coded):
+        input: str
+        convolution: StoredGeometry | None = None
+
+    class Named(Strict):
+        method: str = Field(max_length=32, pattern=f"^{METHOD_NAME}$")
+
+    class Linear(Coded, Named):
+        function: Literal["packed_linear"]
+        input: str
+
+    class Convolution(Coded, Named):
+        function: Literal["packed_conv2d"]
+        convolution: StoredGeometry
+
+    class WeightOnly(Sized, Named):
+        function: Literal["weight_only_linear"]
+        weight: StoredValues
+
+    class StoredFile(Strict):
+        bytes: int = Field(ge=0)
+        sha256: str
+
+    class Common(Strict):
+        version: int
+        model: dict[str, Any] | None
+        files: dict[Literal["model.safetensors", "tokenizer.json"], StoredFile]
+        sha256: str
+
+    class FormerQuantization(Strict):
+        layers: dict[str, FormerLayer] = Field(min_length=1)
+        embeddings: dict[str, Literal["bf16", "int8"]]
+
+    class Former(Common):
+        format: str
+        quantization: FormerQuantization
+
+    class Present(Common):
+        quant_method: str
+        layers: dict[str, Annotated[Linear | Convolution | WeightOnly, Field(discriminator="function")]] = (
+            Field(min_length=1)
+        )
+        embeddings: dict[str, Literal["bf16", "int8"]]
+
+    # Annotations are strings here, and these names are of this function.
+    for each in (
+        FormerLayer,
+        Linear,
+        Convolution,
+        WeightOnly,
+        FormerQuantization,
+        Former,
+        Present,
+        Common,
+        Coded,
+    ):
+        each.model_rebuild(_types_namespace={**globals(), **locals()})
+    return Former if kind == _FORMER else Present

@@ -1,0 +1,136 @@
+"""Layers for inference with a weight of codes: the weight to look at, and what they take over from the owner's."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bellbox.core.grid import Grid
+from bellbox.errors import BellboxError
+from bellbox.nn.adopted import class_for
+from bellbox.nn.lazy_weight import LazyWeight, WeightSource
+from bellbox.nn.quantized import QuantizedLayer
+
+_OF_TRAINING = frozenset(
+    {
+        "_call",
+        "_keeps_call",
+        "_bellbox_looks",
+        "activation_quantizer",
+        "geometry",
+        "held_weight",
+        "plain_class",
+        "weight_quantizer",
+        "weights_rotated",
+    }
+)
+
+
+class _DecodedWeight(WeightSource):
+    """The float weight that a layer's codes stand for, rotated back."""
+
+    def __init__(self, layer: CodedLayer) -> None:
+        self._layer = layer
+
+    def decode(self) -> Tensor:
+        """See `WeightSource`."""
+        return self._layer.decoded_weight()
+
+    def write(self, weight: Tensor) -> None:
+        """See `WeightSource`."""
+        del weight
+        raise BellboxError(
+            "the weight of a packed layer cannot be written: it is stored as codes; change the trained model, and "
+            "convert it again"
+        )
+
+    @property
+    def stored(self) -> Tensor:
+        """See `WeightSource`: a tensor with its device and no gradient."""
+        return self._layer.stored_codes
+
+    def gradient(self) -> Tensor | None:
+        """See `WeightSource`."""
+        return None
+
+    def set_gradient(self, gradient: Tensor | None) -> None:
+        """See `WeightSource`."""
+        if gradient is not None:
+            self.write(gradient)
+
+
+class CodedLayer(nn.Module, ABC):
+    """A layer whose weight is stored as codes, with scales."""
+
+    plain_kind: ClassVar[type[nn.Module]]
+    """Torch's own class."""
+    row_count: int
+    """Outputs: rows of the weight."""
+    row_length: int
+    """Weights of one output."""
+    weight_levels: Grid
+    """How many levels codes have, and which integers they stand for."""
+    quantization_method: str = ""
+    """Name of the method that the weight was trained with; empty where nobody knows."""
+
+    @property
+    @abstractmethod
+    def stored_codes(self) -> Tensor:
+        """The buffer that holds the codes, uint8."""
+
+    @property
+    @abstractmethod
+    def weight_packed(self) -> Tensor:
+        """The codes as files hold them: uint8 `[row_count, row bytes]` (docs/format.md)."""
+
+    @abstractmethod
+    def fill_from_rows(self, rows: Tensor) -> None:
+        """Take codes as files hold them."""
+
+    @abstractmethod
+    def weight_codes(self) -> Tensor:
+        """uint8 codes of the weight, `[row_count, row_length]`."""
+
+    @abstractmethod
+    def decoded_weight(self) -> Tensor:
+        """fp32, in the shape of the plain layer's weight, rotated back."""
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The float weight that the codes stand for, decoded where somebody looks; it cannot be written."""
+        return LazyWeight.of(_DecodedWeight(self), self._weight_shape(), torch.float32)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            _DecodedWeight(self).write(value)
+        super().__setattr__(name, value)
+
+    @abstractmethod
+    def _weight_shape(self) -> tuple[int, ...]:
+        """Of the float weight."""
+
+    def take_over(self, layer: QuantizedLayer, memo: dict[int, Any]) -> None:
+        """Be the owner's layer: copies of its hooks, attributes, further modules and tensors, and its class.
+
+        Args:
+            layer: that this one was packed from.
+            memo: of the deep copy that it is part of.
+        """
+        own = set(self.__dict__)
+        for name, value in layer.__dict__.items():
+            if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
+                continue
+            if name not in _OF_TRAINING and (name not in own or name.endswith(("hooks", "kwargs", "called"))):
+                object.__setattr__(self, name, copy.deepcopy(value, memo))
+        for name, module in layer._modules.items():
+            if name not in _OF_TRAINING:
+                self._modules[name] = copy.deepcopy(module, memo)
+        for kind in ("_parameters", "_buffers"):
+            for name, value in getattr(layer, kind).items():
+                if name not in ("weight", "rotated_weight", "bias"):
+                    getattr(self, kind)[name] = copy.deepcopy(value, memo)
+        self.__class__ = class_for(type(self), layer.plain_class)
