@@ -9,7 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bellbox as bb
 from bellbox.errors import BellboxError
 from bellbox.models import build, preset
-from bellbox.ops import decoder, native
+from bellbox.ops import native
+from bellbox.ops.attend import attend
+from bellbox.ops.int8_linear import INT8_COLUMNS, int8_linear
+from bellbox.ops.int8_linear import operation as int8_operation
+from bellbox.ops.rms_norm import rms_norm
 
 SETS = native.instruction_sets()
 needs_kernels = pytest.mark.skipif(not SETS, reason="the compiled kernels were not built")
@@ -29,12 +33,12 @@ def test_norm_has_the_bits_of_the_reference_on_every_path(isa, rows, features):
     weight = torch.randn(features)
     mean = x.double().square().mean(-1, keepdim=True)
     expected = x * (1 / (mean + 1e-5).sqrt()).float() * weight
-    assert torch.equal(decoder.rms_norm(x, weight, 1e-5), expected)
+    assert torch.equal(rms_norm(x, weight, 1e-5), expected)
 
 
 def test_norm_of_what_is_not_finite_or_zero(isa):
     x = torch.tensor([[0.0, 0.0], [1.0, float("nan")], [1.0, float("inf")], [1e-30, 0.0], [3e38, 3e38]])
-    y = decoder.rms_norm(x, torch.ones(2), 1e-5)
+    y = rms_norm(x, torch.ones(2), 1e-5)
     assert y[0].tolist() == [0.0, 0.0]
     assert bool(y[1].isnan().all())
     assert y[4].tolist() == pytest.approx([1.0, 1.0])
@@ -70,7 +74,7 @@ def test_attention_of_one_token_is_that_of_float64(batch, kv_heads, groups, half
     results = []
     for isa in SETS:
         with native.use(isa):
-            results.append(decoder.attend(query, key, value, tables, keys, values, start))
+            results.append(attend(query, key, value, tables, keys, values, start))
     assert all(torch.equal(each, results[0]) for each in results)
     assert torch.equal(keys[:, :, start], turn(key))
     assert torch.equal(values[:, :, start], value.view(batch, kv_heads, size))
@@ -83,12 +87,12 @@ def test_attention_of_one_token_is_that_of_float64(batch, kv_heads, groups, half
 
 
 def test_int8_product_is_exact_and_equal_on_every_path(isa):
-    for rows, columns, outputs in ((1, 640, 100), (7, 333, 33), (4, decoder.INT8_COLUMNS, 5), (1, 1, 1)):
+    for rows, columns, outputs in ((1, 640, 100), (7, 333, 33), (4, INT8_COLUMNS, 5), (1, 1, 1)):
         x = torch.randn(rows, columns) * 10
         weight = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8)
         scale = torch.rand(outputs) + 0.01
-        found = decoder.int8_linear(x, weight, scale)
-        assert torch.equal(found, decoder._int8_reference(x, weight, scale))
+        found = int8_linear(x, weight, scale)
+        assert torch.equal(found, int8_operation.reference(x, weight, scale))
         wide = weight.double() * scale[:, None].double()
         exact = x.double() @ wide.t()
         # Inputs are rounded to 2047ths of the largest of their row: half a step each at worst, then fp32.
@@ -98,13 +102,13 @@ def test_int8_product_is_exact_and_equal_on_every_path(isa):
 
 
 def test_int8_product_at_the_largest_sum_and_with_rows_that_are_not_finite(isa):
-    weight = torch.full((2, decoder.INT8_COLUMNS), -127, dtype=torch.int8)
-    x = torch.full((5, decoder.INT8_COLUMNS), 3.0)
+    weight = torch.full((2, INT8_COLUMNS), -127, dtype=torch.int8)
+    x = torch.full((5, INT8_COLUMNS), 3.0)
     x[1] = 0.0
     x[2, 7], x[3, 7] = float("nan"), -float("inf")
     x[4] = 1e-38
-    y = decoder.int8_linear(x, weight, torch.ones(2))
-    assert y[0].tolist() == pytest.approx([-127.0 * 3 * decoder.INT8_COLUMNS] * 2)
+    y = int8_linear(x, weight, torch.ones(2))
+    assert y[0].tolist() == pytest.approx([-127.0 * 3 * INT8_COLUMNS] * 2)
     assert y[1].tolist() == [0.0, 0.0]
     assert bool(y[2:4].isnan().all())
     assert y[4].tolist() == [0.0, 0.0]
@@ -139,14 +143,14 @@ def test_inputs_of_another_width_are_one_line():
     for width in (4, 16):
         x = torch.ones(2, width)
         with pytest.raises(BellboxError, match=r"an int8 layer of 8 inputs got shape \(2, "):
-            decoder.int8_linear(x, weight, scale)
+            int8_linear(x, weight, scale)
         with pytest.raises(BellboxError, match=r"a norm of 8 inputs got shape \(2, "):
-            decoder.rms_norm(x, torch.ones(8), 1e-5)
+            rms_norm(x, torch.ones(8), 1e-5)
 
 
 def test_nothing_in_nothing_out():
-    assert decoder.rms_norm(torch.ones(3, 0), torch.ones(0), 1e-5).shape == (3, 0)
-    empty = decoder.int8_linear(torch.ones(0, 8), torch.zeros(5, 8, dtype=torch.int8), torch.ones(5))
+    assert rms_norm(torch.ones(3, 0), torch.ones(0), 1e-5).shape == (3, 0)
+    empty = int8_linear(torch.ones(0, 8), torch.zeros(5, 8, dtype=torch.int8), torch.ones(5))
     assert empty.shape == (0, 5)
 
 
@@ -155,7 +159,7 @@ def test_modes_traces_and_transforms_see_operations():
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     norm, weight = torch.rand(8), torch.randint(-127, 128, (5, 8), dtype=torch.int8)
     scale = torch.rand(5)
-    for call in (lambda x: decoder.rms_norm(x, norm, 1e-5), lambda x: decoder.int8_linear(x, weight, scale)):
+    for call in (lambda x: rms_norm(x, norm, 1e-5), lambda x: int8_linear(x, weight, scale)):
         expected = call(x)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert call(mode.from_tensor(x)).shape == expected.shape

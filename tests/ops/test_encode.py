@@ -24,12 +24,12 @@ def test_operations_keep_their_registered_contract(shape, per_row):
     x, r = rows_of(*shape)
     if not per_row:
         r = torch.full((1, 1), 0.25)
-    torch.library.opcheck(encode, (x, r, THRESHOLDS, 16))
+    torch.library.opcheck(encode.call, (x, r, THRESHOLDS, 16))
     scale = torch.full_like(r, 0.5)
-    torch.library.opcheck(bbq_forward, (x, r, scale, THRESHOLDS, 1.5, 16, torch.bfloat16))
+    torch.library.opcheck(bbq_forward.call, (x, r, scale, THRESHOLDS, 1.5, 16, torch.bfloat16))
     out, v = bbq_forward(x, r, scale, THRESHOLDS, 1.5, 16, torch.float32)
     torch.library.opcheck(
-        bbq_backward, (torch.ones_like(out), v, out, r, scale, torch.ones_like(r), 16, not per_row)
+        bbq_backward.call, (torch.ones_like(out), v, out, r, scale, torch.ones_like(r), 16, not per_row)
     )
 
 

@@ -10,8 +10,8 @@ from bellbox.ops.rotate import reference_rotate, rotate, rotation
 @pytest.mark.parametrize("shape", [(16,), (5, 48), (2, 3, 160), (0, 32)])
 def test_the_operation_keeps_its_registered_contract(shape):
     x = torch.randn(shape)
-    torch.library.opcheck(rotate, (x, 0.25, 16, torch.float32))
-    torch.library.opcheck(rotate, (x.bfloat16(), 0.25, 16, torch.bfloat16))
+    torch.library.opcheck(rotate.call, (x, 0.25, 16, torch.float32))
+    torch.library.opcheck(rotate.call, (x.bfloat16(), 0.25, 16, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -16,7 +16,7 @@ from bellbox.models.attention import causal_attention, compute_dtype, tanh_gelu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import GPTConfig
 from bellbox.models.llama import check_context
-from bellbox.ops.decoder import attend, attends
+from bellbox.ops.attend import attend, attends
 
 
 class LayerNorm(nn.LayerNorm):

@@ -20,7 +20,8 @@ from bellbox.errors import BellboxError
 from bellbox.models.attention import causal_attention, compute_dtype, silu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import LlamaConfig
-from bellbox.ops.decoder import attend, attends, rms_norm
+from bellbox.ops.attend import attend, attends
+from bellbox.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -28,7 +29,7 @@ class RMSNorm(nn.Module):
 
     The sum of squares is taken by `vector_norm`: on a CPU its forward and backward are the quickest of the
     ways that PyTorch offers (1.4 to 4 times `F.rms_norm`), and a row's result does not depend on how many
-    rows there are. Without gradients fp32 takes one call instead (`bellbox.ops.decoder`).
+    rows there are. Without gradients fp32 takes one call instead (`bellbox.ops.rms_norm`).
     """
 
     def __init__(self, size: int, eps: float) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bellbox.errors import BellboxError
 from bellbox.nn.tools import replace_layer
-from bellbox.ops.decoder import INT8_COLUMNS, int8_linear
+from bellbox.ops.int8_linear import INT8_COLUMNS, int8_linear
 from bellbox.recipe import is_head
 
 Precision = Literal["fp32", "bf16", "int8"]
@@ -66,7 +66,7 @@ class CompactEmbedding(Compact):
 
 
 class CompactLinear(Compact):
-    """`nn.Linear` of a bf16 or int8 matrix; takes and gives fp32, see `kernels.decoder.int8_linear`."""
+    """`nn.Linear` of a bf16 or int8 matrix; takes and gives fp32, see `ops.int8_linear`."""
 
     bias: Tensor | None
 

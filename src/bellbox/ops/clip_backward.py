@@ -1,4 +1,4 @@
-"""The backward of rounding that passes straight through inside a clip_range, with what a learned scale needs of it.
+"""The backward of rounding that passes straight through inside a clip range, with what a learned scale needs of it.
 
 On a CPU in chunks of rows that stay in the cache, as `encode` says.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bellbox.ops.batching import rows_together
+from bellbox.ops.dispatch import Operation
 from bellbox.ops.encode import Scratch, chunks
 
 
@@ -25,21 +26,20 @@ def inside(grad: Tensor, v: Tensor, low: float, high: float, out: Tensor | None 
     return torch.ops.aten.hardtanh_backward.grad_input(grad, v, low, high, grad_input=out)
 
 
-@torch.library.custom_op("bellbox::clip_backward", mutates_args=())
-def clip_backward(
+def reference_clip_backward(
     grad: Tensor, v: Tensor, x_hat: Tensor | None, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradient inside the clip_range, and sums over each row.
+    """Gradient inside the clip range, and sums over each row.
 
     Args:
         grad: dL/dx_hat `[rows, features]`.
-        v: what the clip_range is laid on, likewise.
+        v: what the clip range is laid on, likewise.
         x_hat: for the sums, likewise; None for none.
         low: first value inside.
         high: last value inside.
 
     Returns:
-        `grad` inside the clip_range and 0 outside, in its dtype; and `[rows, 3]` in fp32 (fp64 for fp64): the sums of
+        `grad` inside the clip range and 0 outside, in its dtype; and `[rows, 3]` in fp32 (fp64 for fp64): the sums of
         `grad x_hat`, of `grad v` inside, of `grad sign(v)` outside; empty without `x_hat`.
     """
     if x_hat is None:
@@ -59,11 +59,17 @@ def clip_backward(
     return passed, sums
 
 
-@clip_backward.register_fake
-def _(grad: Tensor, v: Tensor, x_hat: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor]:
+def _fake(grad: Tensor, v: Tensor, x_hat: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor]:
+    del v, low, high
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    sums = grad.new_empty(0) if x_hat is None else grad.new_empty((len(grad), 3), dtype=wide)
+    sums = grad.new_empty(0) if x_hat is None else grad.new_empty((grad.shape[0], 3), dtype=wide)
     return torch.empty_like(grad), sums
 
 
+clip_backward = Operation(
+    "clip_backward(Tensor grad, Tensor v, Tensor? x_hat, float low, float high) -> (Tensor, Tensor)",
+    reference_clip_backward,
+    _fake,
+)
+"""See `reference_clip_backward`."""
 rows_together(clip_backward, (0, 1, 2))

@@ -6,8 +6,8 @@ A *backend* answers, for a call, that it takes it or why not; it must give the s
 highest priority that takes a call runs it, else the reference does. A new backend is a folder under `backends/` that
 calls `register`; nothing else has to know of it.
 
-`BELLBOX_BACKEND=name` (or `reference`) admits that backend alone; `BELLBOX_ISA=reference` means the same as
-`BELLBOX_BACKEND=reference`.
+`BELLBOX_BACKEND=name` (or `reference`) admits that backend alone, beside the reference for what it has no kernel for.
+`BELLBOX_ISA=reference` means the same as `BELLBOX_BACKEND=reference`.
 """
 
 from __future__ import annotations
@@ -123,11 +123,19 @@ class Operation:
         """The operation, seen by whoever watches torch's operations."""
         return self.call(*arguments)
 
+    def direct(self, *arguments: Any) -> Any:
+        """The operation past torch's dispatcher, where nobody watches its first argument (`is_direct`)."""
+        return self._run(*arguments) if is_direct(arguments[0]) else self.call(*arguments)
+
+    def register_vmap(self, rule: Callable[..., tuple[Any, Any]]) -> None:
+        """What `torch.func.vmap` makes of it; `rule` as `torch.library.register_vmap` wants it."""
+        torch.library.register_vmap(f"bellbox::{self.name}", rule, lib=_library)
+
     def choose(self, arguments: Sequence[Any]) -> tuple[Backend | None, Choice]:
         """The backend for a call, None for the reference.
 
         Raises:
-            BellboxError: `BELLBOX_BACKEND` names one that does not take it.
+            BellboxError: `BELLBOX_BACKEND` names one that has a kernel for it and does not take it, or none at all.
         """
         named = dict(zip(self._names, arguments, strict=True))
         only, refused = forced(), list[tuple[str, str]]()
@@ -138,7 +146,9 @@ class Operation:
             if reason is None:
                 return backend, Choice(self.name, backend.name, tuple(refused))
             refused.append((backend.name, reason))
-        if only not in (None, REFERENCE):
+        if only not in (None, REFERENCE) and not any(
+            b.name == only and not b.has(self.name) for b in _backends
+        ):
             why = refused[0][1] if refused else "there is no such backend"
             raise BellboxError(f"BELLBOX_BACKEND={only} does not take {self.name}: {why}")
         return None, Choice(self.name, REFERENCE, tuple(refused))

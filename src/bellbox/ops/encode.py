@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bellbox.core.hadamard import butterfly, butterfly_between
 from bellbox.ops.batching import rows_together
+from bellbox.ops.dispatch import Operation
 
 SIGMA_FLOOR = 1e-8
 # Above it the fp32 additions of a rotation could overflow (sums reach sigma sqrt(features block)), and inf - inf
@@ -137,8 +138,7 @@ def per_row(value: Tensor, rows: slice) -> Tensor:
     return value if len(value) == 1 else value[rows]
 
 
-@torch.library.custom_op("bellbox::encode", mutates_args=())
-def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Tensor:
+def reference_encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Tensor:
     """Codes of rows: rotate, normalise, count the thresholds that are reached.
 
     Args:
@@ -148,7 +148,7 @@ def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Ten
         block: rotation block.
 
     Returns:
-        uint8 `[rows, features]`. Rows with a NaN in `x` or `r` get code 0; the caller row_scales them.
+        uint8 `[rows, features]`. Rows with a NaN in `x` or `r` get code 0; the caller's row scales make them NaN.
     """
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scratch = Scratch(x, 4, compute_dtype(x))
@@ -159,9 +159,13 @@ def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Ten
     return codes
 
 
-@encode.register_fake
-def _(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Tensor:
+def _fake(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Tensor:
+    del r, thresholds, block
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
 
 
+encode = Operation(
+    "encode(Tensor x, Tensor r, float[] thresholds, int block) -> Tensor", reference_encode, _fake
+)
+"""See `reference_encode`."""
 rows_together(encode, (0, 1))

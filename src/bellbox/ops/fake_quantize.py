@@ -1,12 +1,12 @@
-"""Fused fake quantization of Bell Box Quantization, forward and closed-form backward, as custom operations.
+"""Fused fake quantization of Bell Box Quantization, forward and closed-form backward.
 
 Written as a chain of torch operations under autograd, the method keeps about a dozen fp32 temporaries of the
 size of its input. Here the forward keeps one, the normalised rotated value `v`, in the compute dtype of the
 model (bf16 under autocast: no more than the input itself), and everything that the backward needs follows
 from it.
 
-As custom operations they are opaque to `torch.compile`, so the graph
-does not break and the additions are the same ones.
+As operations they are opaque to `torch.compile`, so the graph does not break and the
+additions are the same ones.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from bellbox.core.hadamard import butterfly_between, hadamard_matrix
-from bellbox.ops import native
 from bellbox.ops.batching import rows_rule, rows_together, samples_rule
+from bellbox.ops.dispatch import Operation
 from bellbox.ops.encode import Scratch, chunks, compute_dtype, count_reached, per_row, rotate_normalise
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
-@torch.library.custom_op("bellbox::bbq_forward", mutates_args=())
-def bbq_forward(
+def reference_forward(
     x: Tensor,
     r: Tensor,
     scale: Tensor,
@@ -51,25 +50,10 @@ def bbq_forward(
     Returns:
         `x_hat` and the normalised rotated `v`, both `[rows, features]` in `dtype`.
     """
-    if native.serves(x, len(thresholds) + 1) and dtype in (torch.float32, torch.bfloat16):
-        return native.bbq_forward(x, r, scale, thresholds, offset, block, dtype)
-    return reference_forward(x, r, scale, thresholds, offset, block, dtype)
-
-
-def reference_forward(
-    x: Tensor,
-    r: Tensor,
-    scale: Tensor,
-    thresholds: Sequence[float],
-    offset: float,
-    block: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """`bbq_forward` in plain torch."""
     x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
     kept = torch.empty(x.shape, dtype=dtype, device=x.device)
     scratch = Scratch(x, 4, compute_dtype(x))
-    marked = scale * (r - r + 1)  # NaN where the granularity is not finite: a comparison would swallow it
+    marked = scale * (r - r + 1)  # NaN where the normaliser is not finite: a comparison would swallow it
     for rows in chunks(x):
         a, b, c, d = scratch.rows(rows)
         v = rotate_normalise(x[rows], per_row(r, rows), block, (a, b))
@@ -78,8 +62,7 @@ def reference_forward(
     return x_hat, kept
 
 
-@bbq_forward.register_fake
-def _(
+def _fake_forward(
     x: Tensor,
     r: Tensor,
     scale: Tensor,
@@ -88,9 +71,9 @@ def _(
     block: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty(
-        x.shape, dtype=dtype, device=x.device
-    )
+    del r, scale, thresholds, offset, block
+    x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return x_hat, torch.empty_like(x_hat)
 
 
 @functools.cache
@@ -104,8 +87,7 @@ def _soft_gradient(grad: Tensor, v: Tensor, gamma: Tensor, out: Tensor) -> Tenso
     return out.mul_(grad)
 
 
-@torch.library.custom_op("bellbox::bbq_backward", mutates_args=())
-def bbq_backward(
+def reference_backward(
     grad: Tensor,
     v: Tensor,
     x_hat: Tensor,
@@ -131,22 +113,6 @@ def bbq_backward(
         dL/dx `[rows, features]` in the dtype of `grad`, and `sum(grad * x_hat)` of each row, `[rows, 1]` in the
         compute dtype, which gives the gradient of gamma.
     """
-    if native.serves(grad, 2) and v.dtype == x_hat.dtype == grad.dtype and not whole_tensor:
-        return native.bbq_backward(grad, v, x_hat, r, gamma, free, block)
-    return reference_backward(grad, v, x_hat, r, gamma, free, block, whole_tensor)
-
-
-def reference_backward(
-    grad: Tensor,
-    v: Tensor,
-    x_hat: Tensor,
-    r: Tensor,
-    gamma: Tensor,
-    free: Tensor,
-    block: int,
-    whole_tensor: bool,
-) -> tuple[Tensor, Tensor]:
-    """`bbq_backward` in plain torch."""
     grad_x, dots = torch.empty_like(grad), torch.empty((len(grad), 1), dtype=r.dtype, device=grad.device)
     scratch = Scratch(grad, 5, r.dtype)
     # bf16 gradients: one small matrix product is cheaper than seven passes, at the gradient's own precision.
@@ -178,8 +144,7 @@ def reference_backward(
     return grad_x, dots
 
 
-@bbq_backward.register_fake
-def _(
+def _fake_backward(
     grad: Tensor,
     v: Tensor,
     x_hat: Tensor,
@@ -189,16 +154,31 @@ def _(
     block: int,
     whole_tensor: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(grad), r.new_empty((len(grad), 1))
+    del v, x_hat, gamma, free, block, whole_tensor
+    return torch.empty_like(grad), r.new_empty((grad.shape[0], 1))
 
 
-rows_together(bbq_forward, (0, 1, 2))
+bbq_forward = Operation(
+    "bbq_forward(Tensor x, Tensor r, Tensor scale, float[] thresholds, float offset, int block, ScalarType dtype)"
+    " -> (Tensor, Tensor)",
+    reference_forward,
+    _fake_forward,
+)
+"""See `reference_forward`."""
+bbq_backward = Operation(
+    "bbq_backward(Tensor grad, Tensor v, Tensor x_hat, Tensor r, Tensor gamma, Tensor free, int block,"
+    " bool whole_tensor) -> (Tensor, Tensor)",
+    reference_backward,
+    _fake_backward,
+)
+"""See `reference_backward`."""
+_by_row, _whole = rows_rule(bbq_backward, range(6)), samples_rule(bbq_backward)
 
 
-@bbq_backward.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+def _batched_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
     whole_tensor = args[-1]
     return (_whole if whole_tensor else _by_row)(info, in_dims, *args)
 
 
-_by_row, _whole = rows_rule(bbq_backward, range(6)), samples_rule(bbq_backward)
+rows_together(bbq_forward, (0, 1, 2))
+bbq_backward.register_vmap(_batched_backward)

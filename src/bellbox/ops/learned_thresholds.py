@@ -11,12 +11,12 @@ from torch import Tensor
 
 from bellbox.core.grid import strictly_rising
 from bellbox.ops.batching import one_by_one, rows_together
+from bellbox.ops.dispatch import Operation
 from bellbox.ops.encode import Scratch, chunks, encode
 from bellbox.ops.fake_quantize import bbq_forward
 
 
-@torch.library.custom_op("bellbox::learned_encode", mutates_args=())
-def learned_encode(x: Tensor, r: Tensor, thresholds: Tensor) -> Tensor:
+def _encode(x: Tensor, r: Tensor, thresholds: Tensor) -> Tensor:
     """uint8 codes of `x r`, `[rows, features]`: `encode` without rotation.
 
     Args:
@@ -27,13 +27,12 @@ def learned_encode(x: Tensor, r: Tensor, thresholds: Tensor) -> Tensor:
     return encode(x, r, strictly_rising(thresholds.tolist()), 1)
 
 
-@learned_encode.register_fake
-def _(x: Tensor, r: Tensor, thresholds: Tensor) -> Tensor:
+def _fake_encode(x: Tensor, r: Tensor, thresholds: Tensor) -> Tensor:
+    del r, thresholds
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
 
 
-@torch.library.custom_op("bellbox::learned_forward", mutates_args=())
-def learned_forward(
+def _forward(
     x: Tensor, r: Tensor, scale: Tensor, thresholds: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`x_hat = scale * (code - N/2)` and `v = x r`, both `[rows, features]` in `dtype`.
@@ -49,15 +48,15 @@ def learned_forward(
     return bbq_forward(x, r, scale, thresholds.to(torch.float32).tolist(), count / 2, 1, dtype)
 
 
-@learned_forward.register_fake
-def _(x: Tensor, r: Tensor, scale: Tensor, thresholds: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty(
-        x.shape, dtype=dtype, device=x.device
-    )
+def _fake_forward(
+    x: Tensor, r: Tensor, scale: Tensor, thresholds: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    del r, scale, thresholds
+    x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return x_hat, torch.empty_like(x_hat)
 
 
-@torch.library.custom_op("bellbox::learned_backward", mutates_args=())
-def learned_backward(grad: Tensor, v: Tensor, edges: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, v: Tensor, edges: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient through a piecewise linear function, constant outside.
 
     Args:
@@ -89,11 +88,27 @@ def learned_backward(grad: Tensor, v: Tensor, edges: Tensor, slopes: Tensor) -> 
     return out, torch.stack((within[0], into)) * slopes.double()
 
 
-@learned_backward.register_fake
-def _(grad: Tensor, v: Tensor, edges: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(grad), grad.new_empty((2, len(slopes)), dtype=torch.float64)
+def _fake_backward(grad: Tensor, v: Tensor, edges: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    del v, edges
+    return torch.empty_like(grad), grad.new_empty((2, slopes.shape[0]), dtype=torch.float64)
 
 
+learned_encode = Operation(
+    "learned_encode(Tensor x, Tensor r, Tensor thresholds) -> Tensor", _encode, _fake_encode
+)
+"""See `_encode`."""
+learned_forward = Operation(
+    "learned_forward(Tensor x, Tensor r, Tensor scale, Tensor thresholds, ScalarType dtype) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+"""See `_forward`."""
+learned_backward = Operation(
+    "learned_backward(Tensor grad, Tensor v, Tensor edges, Tensor slopes) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+"""See `_backward`."""
 rows_together(learned_encode, (0, 1))
 rows_together(learned_forward, (0, 1, 2))
 one_by_one(learned_backward)

@@ -21,8 +21,8 @@ from bellbox.ops.dispatch import Operation, bind, circumstances, is_direct
 from bellbox.ops.encode import (
     MEASURES,
     compute_dtype,
-    encode,
     normaliser,
+    reference_encode,
     row_scale,
     static_normaliser,
 )
@@ -64,7 +64,7 @@ def encode_input(
         sigma = MEASURES[normalise](rows)
         r = normaliser(sigma, block)
     r = r.to(compute_dtype(rows))
-    codes = encode(rows, r, thresholds.tolist(), block)
+    codes = reference_encode(rows, r, thresholds.tolist(), block)
     return codes, row_scale(r, len(rows), sigma if rescale else None)
 
 

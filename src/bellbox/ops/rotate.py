@@ -1,4 +1,4 @@
-"""The rotation alone, as a custom operation: for what is not coded right after it.
+"""The rotation alone: for what is not coded right after it.
 
 A weight-only layer rotates its input and multiplies floats; a backward pass rotates gradients back. The transform is
 symmetric, so its gradient is itself.
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from bellbox.core.hadamard import butterfly_between
-from bellbox.ops import native
+from bellbox.ops.dispatch import Operation
 from bellbox.ops.encode import Scratch, chunks, compute_dtype
 from bellbox.ops.transforms import TransformableFunction, apply
 
 
-@torch.library.custom_op("bellbox::rotate", mutates_args=())
-def rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
+def reference_rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
     """`butterfly(x) * factor`, additions and product in fp32 (fp64 for fp64 input), rounded to `dtype` once.
 
     Args:
@@ -30,13 +29,6 @@ def rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
     Returns:
         A new tensor with the shape of `x`.
     """
-    if native.serves(x, 2) and dtype in (torch.float32, torch.bfloat16):
-        return native.rotate(x, factor, block, dtype)
-    return reference_rotate(x, factor, block, dtype)
-
-
-def reference_rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
-    """`rotate` in plain torch."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     wide, flat, target = compute_dtype(x), x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
     scratch = Scratch(flat, 2, wide)
@@ -48,14 +40,22 @@ def reference_rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -
     return out
 
 
-@rotate.register_fake
-def _(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
+def _fake(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
+    del factor, block
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-@rotate.register_vmap
-def _(_info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+rotate = Operation(
+    "rotate(Tensor x, float factor, int block, ScalarType dtype) -> Tensor", reference_rotate, _fake
+)
+"""See `reference_rotate`."""
+
+
+def _batched(_info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
     return rotate(x.movedim(in_dims[0] or 0, 0).contiguous(), *rest), 0
+
+
+rotate.register_vmap(_batched)
 
 
 class _Rotation(TransformableFunction):  # not rotate.register_autograd, which refuses torch.func

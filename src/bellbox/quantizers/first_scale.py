@@ -11,12 +11,12 @@ import json
 import torch
 from torch import Tensor
 
+from bellbox.ops.dispatch import Operation
 from bellbox.quantizers.registry import METHODS
 from bellbox.quantizers.spec import QuantizerSpec
 
 
-@torch.library.custom_op("bellbox::first_scale", mutates_args=())
-def first_scale(
+def _first_scale(
     x: Tensor, scales: list[Tensor], spec: str, features: int, rows: int, name: str, training: bool
 ) -> list[Tensor]:
     """The scales of a quantizer after a tensor has come.
@@ -43,6 +43,14 @@ def first_scale(
     return [mine.detach() for mine in own]
 
 
-@first_scale.register_fake
-def _(x: Tensor, scales: list[Tensor], *_: object) -> list[Tensor]:  # noqa: ARG001
+def _fake(x: Tensor, scales: list[Tensor], *_: object) -> list[Tensor]:
+    del x
     return [torch.empty_like(scale) for scale in scales]
+
+
+first_scale = Operation(
+    "first_scale(Tensor x, Tensor[] scales, str spec, int features, int rows, str name, bool training) -> Tensor[]",
+    _first_scale,
+    _fake,
+)
+"""See `_first_scale`."""

@@ -13,7 +13,9 @@ from bellbox.core.grid import Grid
 from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops import native
+from bellbox.ops.int8_linear import INT8_COLUMNS
 from bellbox.ops.packed_linear import TENSORS, check, with_signs
+from bellbox.ops.rms_norm import check_width
 from bellbox.ops.weight_layout import TILED_LEVELS, check_codes, check_packed, packed_size
 
 
@@ -281,7 +283,80 @@ def _unpack(weight: Tensor, rows: int, columns: int, levels: int) -> Tensor:
     return codes
 
 
+def _why_not_plain(arguments: Mapping[str, Any], *names: str) -> str | None:
+    for name in names:
+        tensor = arguments[name]
+        if tensor.dtype != torch.float32 or (name != "x" and not tensor.is_contiguous()):
+            return f"{name} is {tensor.dtype}, contiguous: {tensor.is_contiguous()}"
+    return None if arguments["x"].numel() else "there are no numbers"
+
+
+def _why_not_norm(arguments: Mapping[str, Any]) -> str | None:
+    return _why_not_plain(arguments, "x", "weight")
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    check_width("a norm", x, len(weight))
+    module = native.compiled()
+    assert module is not None
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    module.rms_norm(x, weight.detach(), eps, out, _threads())
+    return out
+
+
+def _why_not_int8(arguments: Mapping[str, Any]) -> str | None:
+    weight = arguments["weight"]
+    if weight.dtype != torch.int8 or not weight.is_contiguous() or weight.shape[1] > INT8_COLUMNS:
+        return f"the weight is {weight.dtype} {tuple(weight.shape)}, contiguous: {weight.is_contiguous()}"
+    return _why_not_plain(arguments, "x", "scale")
+
+
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    check_width("an int8 layer", x, columns)
+    module = native.compiled()
+    assert module is not None
+    out = x.new_empty((*x.shape[:-1], rows))
+    module.int8_linear(x.detach().contiguous(), weight, scale.detach(), columns, out, _threads())
+    return out
+
+
+def _why_not_rows(arguments: Mapping[str, Any], first: str, levels: int = 2) -> str | None:
+    x, out = arguments[first], arguments.get("dtype", torch.float32)
+    if x.dtype not in native.TYPES or out not in native.TYPES:
+        return f"{first} is {x.dtype}, the result {out}"
+    return f"more than {native.MAX_LEVELS} levels" if levels > native.MAX_LEVELS else None
+
+
+def _why_not_rotate(arguments: Mapping[str, Any]) -> str | None:
+    return _why_not_rows(arguments, "x")
+
+
+def _why_not_coding(arguments: Mapping[str, Any]) -> str | None:
+    return _why_not_rows(arguments, "x", len(arguments["thresholds"]) + 1)
+
+
+def _why_not_backward(arguments: Mapping[str, Any]) -> str | None:
+    grad, v, x_hat = arguments["grad"], arguments["v"], arguments["x_hat"]
+    if arguments["whole_tensor"]:
+        return "one sigma for the whole tensor"
+    if not grad.dtype == v.dtype == x_hat.dtype:
+        return f"grad is {grad.dtype}, v {v.dtype}, x_hat {x_hat.dtype}"
+    return _why_not_rows(arguments, "grad")
+
+
+def _bbq_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return native.bbq_backward(*arguments[:-1])
+
+
 TABLE: dict[str, Implementation] = {
+    "rotate": Implementation(_why_not_rotate, native.rotate),
+    "encode": Implementation(_why_not_coding, native.encode),
+    "bbq_forward": Implementation(_why_not_coding, native.bbq_forward),
+    "bbq_backward": Implementation(_why_not_backward, _bbq_backward),
+    "rms_norm": Implementation(_why_not_norm, _rms_norm),
+    "int8_linear": Implementation(_why_not_int8, _int8_linear),
     "packed_linear": Implementation(_why_not_packed, _packed_linear),
     "packed_conv2d": Implementation(_why_not_conv, _packed_conv2d),
     "prepack": Implementation(_why_not_layout, _prepack),
