@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import bellbox as bb
+from bellbox.nn.binarized_linear import BinarizedLinear
 
 
 class Net(nn.Module):
@@ -18,10 +19,11 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.linear = nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 5)
+        self.last: nn.Module = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, 16, 6, 5]` to `[batch, 5]`."""
-        return self.linear(self.conv(x).mean((2, 3)))
+        return self.last(self.linear(self.conv(x).mean((2, 3))))
 
 
 def images() -> torch.Tensor:
@@ -34,7 +36,18 @@ def packed(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = bb.prepare(Net(), bb.Recipe.bbq(bits=2))
     model(torch.randn(8, 16, 6, 5))
-    return bb.convert(model.eval())
+    model = bb.convert(model.eval())
+    model.last = binarized()
+    return model
+
+
+def binarized() -> BinarizedLinear:
+    """Random signs, bits and scales, inputs of 8 bits."""
+    layer = BinarizedLinear(5, 4, True, 3, True, 8)
+    state = {name: torch.randint(0, 256, t.shape, dtype=torch.uint8) for name, t in layer.stored().items()}
+    state |= {"scales": torch.randn(4, 2, 7).half(), "bias": torch.randn(4)}
+    layer.load_state_dict(state)
+    return layer.requires_grad_(False)
 
 
 def main(folder: Path) -> None:

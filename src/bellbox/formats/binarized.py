@@ -241,9 +241,11 @@ class StoredSize:
 
 def stored_size(model: nn.Module) -> StoredSize:
     """Count what a binarized model stores (without the file headers)."""
-    layers = [layer for layer in model.modules() if isinstance(layer, BinarizedLinear)]
-    inside = {id(t) for layer in layers for t in (layer.signs, layer.bits, layer.salient, layer.scales)}
-    rest = {id(t): t for t in model.state_dict(keep_vars=True).values() if id(t) not in inside}
+    named = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinarizedLinear)}
+    layers = list(named.values())
+    inside = {f"{name}.{what}" for name, layer in named.items() for what in layer.stored_names}
+    state = model.state_dict(keep_vars=True)
+    rest = {id(tensor): tensor for name, tensor in state.items() if name not in inside}
     return StoredSize(
         sum(layer.in_features * layer.out_features for layer in layers),
         sum(layer.stored_bits() for layer in layers),

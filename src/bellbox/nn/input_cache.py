@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bellbox.ops.dispatch import circumstances, is_direct, is_unwatched
+from bellbox.ops.dispatch import Circumstances, is_direct, is_unwatched
 from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import Bound, bind_group
 
@@ -110,7 +110,7 @@ class PackedGroup:
         """Packed layers (`nn.packed.PackedLayer`) whose inputs are coded alike."""
         self._call: Callable[[Tensor, torch.dtype], list[Tensor] | None] | None = None
         self._bound: list[Bound] = []
-        self._circumstances: object = None
+        self._circumstances: Circumstances | None = None
         self._waiting: tuple[Any, ...] | None = None
         self._missed = 0
         """How often somebody did not come for a result."""
@@ -137,9 +137,10 @@ class PackedGroup:
             elif results:  # somebody never came
                 self._waiting, self._missed = None, self._missed + 1
         bound = [each.bound for each in self.layers]
-        now = circumstances()
-        if self._bound != bound or now != self._circumstances:
-            self._call, self._bound, self._circumstances = bind_group(bound), bound, now
+        known = self._circumstances
+        if self._bound != bound or known is None or not known.hold():
+            self._circumstances = Circumstances()
+            self._call, self._bound = bind_group(bound), bound
         if self._call is None:
             return None
         outs = self._call(x, dtype)

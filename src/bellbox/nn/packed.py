@@ -17,7 +17,6 @@ from bellbox.nn.coded import CodedLayer
 from bellbox.nn.input_cache import PackedGroup, keeping_dtype
 from bellbox.nn.quantized import QuantizedLayer
 from bellbox.ops.dispatch import Choice
-from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import encode_input
 from bellbox.ops.weight_layout import packed_size, prepack_slabs, unpack
 
@@ -184,9 +183,6 @@ class PackedLayer(CodedLayer):
         group.layers.append(self)
 
     # --- running ---
-
-    def _dtype_for(self, x: Tensor) -> torch.dtype:
-        return result_dtype(x)
 
     @torch.no_grad()
     def _input_codes_of(self, rows: Tensor) -> Tensor:

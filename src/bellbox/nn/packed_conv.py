@@ -15,6 +15,7 @@ from bellbox.nn.packed import InputCoding, PackedLayer
 from bellbox.nn.quantized import QuantizedLayer
 from bellbox.nn.quantized_conv import QuantizedConv2d
 from bellbox.ops.dispatch import Choice
+from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_conv2d import BoundConv, geometry_numbers, operation
 from bellbox.ops.packed_linear import with_signs
 
@@ -88,7 +89,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibl
             relu: whether a ReLU comes last, likewise.
         """
         self._check(x)
-        dtype = self._dtype_for(x)
+        dtype = result_dtype(x)
         if add is None or (isinstance(add, Tensor) and not (add.requires_grad and torch.is_grad_enabled())):
             return self.bound(x, dtype, add, relu)
         out = self.bound(x, dtype) + add

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from bellbox.core.grid import Grid
 from bellbox.core.hadamard import hadamard
-from bellbox.errors import BellboxError
 from bellbox.nn.packed import InputCoding, PackedLayer
 from bellbox.nn.quantized import QuantizedLayer
 from bellbox.ops.dispatch import Choice
+from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import Bound, operation, with_signs
 
 
@@ -50,16 +50,12 @@ class PackedLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`[..., in_features]` to `[..., out_features]`, without gradient."""
-        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
-            raise BellboxError(
-                f"a packed layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
-            )
-        dtype = self._dtype_for(x)
+        dtype = result_dtype(x)
         if self.group.active:
             out = self.group.output(self, x, dtype)
             if out is not None:
                 return out
-        return self.bound(x, dtype)
+        return (self._bound or self.bound)(x, dtype)
 
     def _bind(self) -> Bound:
         return Bound(self._buffers, self.numbers)

@@ -26,7 +26,11 @@ from torch import Tensor
 from bellbox.errors import BellboxError
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+# Looked up once: a packed layer asks all of them in every call.
+_is_compiling = torch.compiler.is_compiling
 _transform = torch._C._functorch.maybe_current_level  # pyright: ignore[reportAttributeAccessIssue]
+_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_gradients = torch.is_grad_enabled
 _library = torch.library.Library("bellbox", "FRAGMENT")
 REFERENCE = "reference"
 OPERATIONS: dict[str, Operation] = {}
@@ -171,7 +175,7 @@ def bind(
 ) -> Callable[..., Any] | None:
     """A backend's call of an operation with all but the input fixed; None where backends have to be asked each time.
 
-    It holds while `circumstances()` are what they were.
+    It holds while `Circumstances` do.
     """
     only = forced()
     for backend in _backends:
@@ -182,9 +186,17 @@ def bind(
     return None
 
 
-def circumstances() -> tuple[int, object]:
-    """What the choice of a backend depends on besides the call."""
-    return _changes, _environment.get(_BACKEND)
+class Circumstances:
+    """What the choice of a backend depends on besides the call: the registry and the environment, as they were."""
+
+    __slots__ = ("_changes", "_only")
+
+    def __init__(self) -> None:
+        self._changes, self._only = _changes, _environment.get(_BACKEND)
+
+    def hold(self) -> bool:
+        """Whether they are what they were."""
+        return self._changes == _changes and self._only == _environment.get(_BACKEND)
 
 
 def register(backend: Backend) -> None:
@@ -224,10 +236,10 @@ def is_unwatched(x: Tensor) -> bool:
     have to see operations of torch, and know no identity of a tensor.
     """
     return (
-        not torch.compiler.is_compiling()
+        not _is_compiling()
         and type(x) in _PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
+        and not _modes()
+        and _tracing_state() is None
         and _transform() is None
     )
 
@@ -237,7 +249,14 @@ def is_direct(x: Tensor) -> bool:
 
     For nobody else is it worth the microseconds of being dispatched.
     """
-    return is_unwatched(x) and not (x.requires_grad and torch.is_grad_enabled())
+    return (  # `is_unwatched` once more, without the call: every small layer asks
+        not _is_compiling()
+        and type(x) in _PLAIN
+        and not _modes()
+        and _tracing_state() is None
+        and _transform() is None
+        and not (x.requires_grad and _gradients())
+    )
 
 
 def load_backends() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bellbox.core.geometry import ConvGeometry, pixels_of
 from bellbox.core.grid import Grid
 from bellbox.errors import BellboxError
-from bellbox.ops.dispatch import Operation, bind, circumstances, is_direct
+from bellbox.ops.dispatch import Circumstances, Operation, bind, is_direct
 from bellbox.ops.integer import float_matmul, scaled_product
 from bellbox.ops.packed_linear import (
     SCHEMA,
@@ -144,7 +144,7 @@ class BoundConv:
     ) -> None:
         self._buffers, self._numbers, self._channels, self._geometry = buffers, numbers, channels, geometry
         self._plan: Callable[..., Tensor | None] | None = None
-        self._circumstances: object = None
+        self._circumstances: Circumstances | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the schema after the input."""
@@ -155,14 +155,14 @@ class BoundConv:
     ) -> Tensor:
         """`[batch, channels, height, width]` to `[batch, out_channels, out height, out width]` in `dtype`."""
         if x.dim() == 4 and x.shape[1] == self._channels and is_direct(x) and (add is None or is_direct(add)):
-            now = circumstances()
             for _ in range(2):  # once more where one of the buffers lies elsewhere now
-                if self._plan is not None and now == self._circumstances:
+                known = self._circumstances
+                if self._plan is not None and known is not None and known.hold():
                     out = self._plan(x, dtype, add, relu)
                     if out is not None:
                         return out
                 fixed = {"numbers": self._numbers, "channels": self._channels, "geometry": self._geometry}
-                self._plan, self._circumstances = bind("packed_conv2d", self._buffers, fixed), now
+                self._plan, self._circumstances = bind("packed_conv2d", self._buffers, fixed), Circumstances()
                 if self._plan is None:
                     break
         if (

@@ -17,7 +17,7 @@ from torch import Tensor
 from bellbox.core.grid import Grid
 from bellbox.core.hadamard import butterfly
 from bellbox.errors import BellboxError
-from bellbox.ops.dispatch import Operation, bind, circumstances, is_direct
+from bellbox.ops.dispatch import Circumstances, Operation, bind, is_direct
 from bellbox.ops.encode import (
     MEASURES,
     compute_dtype,
@@ -240,8 +240,8 @@ class Bound:
 
     def __init__(self, buffers: dict[str, Tensor | None], numbers: tuple[Any, ...]) -> None:
         self._buffers, self._numbers = buffers, numbers
-        self._plan: Callable[..., Tensor | None] | None = None
-        self._circumstances: object = None
+        self._plan: Callable[[Tensor, torch.dtype], Tensor | None] | None = None
+        self._circumstances: Circumstances | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the schema after the input."""
@@ -249,18 +249,29 @@ class Bound:
         return (buffers["packed"], *(buffers[name] for name in TENSORS[1:]))
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]` in `dtype`."""
+        """`[..., in_features]` to `[..., out_features]` in `dtype`.
+
+        Raises:
+            BellboxError: an input of another width, or of no float dtype.
+        """
         if is_direct(x):
-            now = circumstances()
-            if self._plan is not None and now == self._circumstances:
-                out = self._plan(x, dtype)
-                if out is not None:  # else one of the buffers lies elsewhere now
+            plan, known = self._plan, self._circumstances
+            if plan is not None and known is not None and known.hold():
+                out = plan(x, dtype)
+                if out is not None:
                     return out
-            self._plan = bind("packed_linear", self._buffers, {"numbers": self._numbers})
-            self._circumstances = now
-            out = None if self._plan is None else self._plan(x, dtype)
-            if out is not None:
-                return out
+            if x.shape[-1:] == (
+                self._numbers[0],
+            ):  # else a buffer lies elsewhere now, or there was no plan yet
+                self._circumstances = Circumstances()
+                self._plan = plan = bind("packed_linear", self._buffers, {"numbers": self._numbers})
+                out = None if plan is None else plan(x, dtype)
+                if out is not None:
+                    return out
+        if x.shape[-1:] != (self._numbers[0],) or not x.is_floating_point():
+            raise BellboxError(
+                f"a packed layer of {self._numbers[0]} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
+            )
         return with_gradient(
             lambda given: operation(given, *self.tensors(), *self._numbers, dtype), self._gradient, x
         )

@@ -13,6 +13,7 @@ from bellbox.core.grid import Grid
 from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops import native
+from bellbox.ops.binarized_linear import MAX_BITS
 from bellbox.ops.int8_linear import INT8_COLUMNS
 from bellbox.ops.packed_linear import TENSORS, check, with_signs
 from bellbox.ops.rms_norm import check_width
@@ -104,22 +105,17 @@ def _bind_linear(
     plan = plan_of(buffers, numbers["numbers"])
     if plan is None:
         return None
-    types, get_threads = native.TYPES, torch.get_num_threads
+    get_threads = torch.get_num_threads
+
+    def call(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        try:
+            return plan(x, dtype, get_threads())
+        except ValueError:  # another dtype, device or width: the operation says what becomes of it
+            return None
+
     if buffers["act_signs"] is None:
-
-        def call(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-            if x.is_cpu and x.dtype in types and dtype in types:
-                return plan(x, dtype, get_threads())
-            return None
-
         return call
-
-    def call_with_signs(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        if not (x.is_cpu and x.dtype in types and dtype in types):
-            return None
-        return plan(with_signs(x, buffers["act_signs"]), dtype, get_threads())
-
-    return call_with_signs
+    return lambda x, dtype: call(with_signs(x, buffers["act_signs"]), dtype)
 
 
 def _bind_group(
@@ -133,12 +129,13 @@ def _bind_group(
         return None
     if any(buffers["act_signs"] is not None for buffers, _ in numbers["layers"]):
         return None
-    group, types, get_threads = module.GroupPlan(plans), native.TYPES, torch.get_num_threads
+    group, get_threads = module.GroupPlan(plans), torch.get_num_threads
 
     def call(x: Tensor, dtype: torch.dtype) -> list[Tensor] | None:
-        if not (x.is_cpu and x.dtype in types and dtype in types):
+        try:
+            return group(x, dtype, get_threads())
+        except ValueError:  # as above
             return None
-        return group(x, dtype, get_threads())
 
     return call
 
@@ -322,6 +319,32 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
+def _why_not_binarized(arguments: Mapping[str, Any]) -> str | None:
+    for name in ("x", "planes", "scales", "order", "steps", "bias"):
+        tensor = arguments[name]
+        if tensor is not None and name != "x" and not tensor.is_contiguous():
+            return f"{name} is not contiguous"
+    return "there are no numbers" if not arguments["x"].numel() else None
+
+
+def _binarized_linear(x: Tensor, *arguments: Any) -> Tensor:
+    planes, scales, order, steps, bias, rows, block, bits = arguments
+    module = native.compiled()
+    assert module is not None
+    columns = x.shape[-1]
+    if not (2 <= bits <= MAX_BITS and steps.dim() == 2 and block >= 1 and len(steps) == -(-columns // block)):
+        raise BellboxError(
+            f"binarized layer: {columns} columns in blocks of {block}, steps {tuple(steps.shape)}, bits {bits}"
+        )
+    out = x.new_empty((*x.shape[:-1], rows))
+    most, given = 2 ** (bits - 1) - 1, x.detach().contiguous()
+    try:
+        module.binarized(planes, scales, steps, order, bias, rows, columns, given, most, out, _threads())
+    except ValueError as error:
+        raise BellboxError(f"binarized layer: {error}") from None
+    return out
+
+
 def _why_not_rows(arguments: Mapping[str, Any], first: str, levels: int = 2) -> str | None:
     x, out = arguments[first], arguments.get("dtype", torch.float32)
     if x.dtype not in native.TYPES or out not in native.TYPES:
@@ -357,6 +380,7 @@ TABLE: dict[str, Implementation] = {
     "bbq_backward": Implementation(_why_not_backward, _bbq_backward),
     "rms_norm": Implementation(_why_not_norm, _rms_norm),
     "int8_linear": Implementation(_why_not_int8, _int8_linear),
+    "binarized_linear": Implementation(_why_not_binarized, _binarized_linear),
     "packed_linear": Implementation(_why_not_packed, _packed_linear),
     "packed_conv2d": Implementation(_why_not_conv, _packed_conv2d),
     "prepack": Implementation(_why_not_layout, _prepack),
