@@ -1,4 +1,4 @@
-"""What a recipe leaves in full precision, and what the user is told of it.
+"""Report on what a recipe leaves in full precision.
 
 Two kinds: what somebody asked to leave (a rule, or the ends of the network), and what has weights but is no layer that
 Bellbox quantizes. The second is warned of where it is much: a network would be low-bit by name only.

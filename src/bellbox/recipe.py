@@ -1,4 +1,4 @@
-"""Which layers get which quantizer: a recipe is data, not code.
+"""Recipe: which layers get which quantizer, as data, not code.
 
 A recipe is a list of rules, each a name pattern and what to do with the layers that it matches; the first
 match decides. It reads from YAML or JSON through `recipe_from_dict`, which refuses what it does not know.

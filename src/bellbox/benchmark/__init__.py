@@ -1,4 +1,4 @@
-"""How fast: contenders that take turns in one run, beside what the machine itself can do.
+"""Benchmarks: contenders that take turns in one run, beside what the machine itself can do.
 
 `bellbox bench` prints it; `benchmarks/peers` adds other libraries to the same rounds.
 """

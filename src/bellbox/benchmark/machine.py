@@ -1,4 +1,4 @@
-"""What the machine can do: the floors that every measured time is held against."""
+"""Limits of the machine: the floors that every measured time is held against."""
 
 from __future__ import annotations
 

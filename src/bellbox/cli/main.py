@@ -65,10 +65,10 @@ def _details() -> str:
     import torch
 
     from bellbox.nn import PackedLayer  # what defines the operations of layers
-    from bellbox.ops import binarized, dispatch, native
+    from bellbox.ops import binarized_linear, dispatch, native
     from bellbox.utils.processor import choose_precision
 
-    del PackedLayer, binarized
+    del PackedLayer, binarized_linear
     precision, why = choose_precision(torch.device("cpu"))
     lines = [
         _version(),

@@ -1,4 +1,4 @@
-"""What commands share in talking to the user: flags, files that are written whole or refused in one line, and help."""
+"""Conventions of the commands: flags, files that are written whole or refused in one line, and help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be compared: a YAML file of rows, bit widths, seeds and learning rates.
+"""Grid of a comparison: a YAML file of rows, bit widths, seeds and learning rates.
 
 ```yaml
 about: 2-bit methods at 1M tokens

@@ -1,4 +1,4 @@
-"""What a finished run is judged by, from its own record and from the trained model."""
+"""Measurement of a finished run, from its own record and from the trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs a grid still wants, as a pure function of the results that are there.
+"""Plan of a grid: the runs that it still wants, as a pure function of the results that are there.
 
 First every cell's learning rates on its first seed, then, cell by cell at its best rate, the second seed, the third,
 and so on: whenever one looks, what is there compares fairly. Since nothing is remembered but results, a grid goes on

@@ -1,4 +1,4 @@
-"""How a whole grid goes: a live bar on a terminal, a line a run anywhere else."""
+"""Progress of a whole grid: a live bar on a terminal, a line a run anywhere else."""
 
 from __future__ import annotations
 

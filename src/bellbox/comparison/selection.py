@@ -1,4 +1,4 @@
-"""What a table is made of: for each of its rows, the runs that the grid asks for.
+"""Selection for a table: for each of its rows, the runs that the grid asks for.
 
 `results.jsonl` remembers all that ever ran, also rows that were edited since, and rates and seeds that nobody asks
 for any more. So the grid as it was last run is kept beside it, resolved, in `grids/STUDY.json`: the configuration of

@@ -1,4 +1,4 @@
-"""What one run does in its own process: train as `bellbox train --resume auto` does, then measure, then leave.
+"""Worker: one run in its own process trains as `bellbox train --resume auto` does, then measures, then leaves.
 
     python -m bellbox.comparison.worker RUN/asked.yaml
 

@@ -1,4 +1,4 @@
-"""How many bits the codes really carry.
+"""Entropy: how many bits the codes really carry.
 
 n levels carry log2(n) bits only when each is used equally often. That is what Bell Box Quantization is for,
 so it is measured everywhere: of weights, of activations, layer by layer.

@@ -1,4 +1,4 @@
-"""Where a convolution looks: its geometry, and the patches of an image as rows of a matrix.
+"""Geometry of a convolution: where it looks, and the patches of an image as rows of a matrix.
 
 Images lie channels last here, `[batch, height, width, channels]`, so that the channels of a pixel, which are rotated
 together, are neighbours, and a patch is a few runs of memory. Padding is the number 0 in a patch of integers:

@@ -1,4 +1,4 @@
-"""Which tokens a step trains on: a function of (seed, step, rank), so that resuming needs no stored state.
+"""Batches of tokens: a function of (seed, step, rank), so that resuming needs no stored state.
 
 An epoch visits every window of `context + 1` tokens exactly once; windows lie at stride `context`, so that no
 token is a target twice. Their order is a pseudo-random permutation computed from (seed, epoch), a Feistel

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity with its protocol, bits per byte, and the unigram floor beside them."""
+"""Quality of a model: perplexity with its protocol, bits per byte, and the unigram floor beside them."""
 
 from bellbox.evaluation.perplexity import PerplexityResult, perplexity
 from bellbox.evaluation.unigram import UnigramResult, unigram

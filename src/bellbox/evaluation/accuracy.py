@@ -1,4 +1,4 @@
-"""How often a vision model names the right class."""
+"""Accuracy: how often a vision model names the right class."""
 
 from __future__ import annotations
 

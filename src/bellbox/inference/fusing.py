@@ -1,4 +1,4 @@
-"""What follows a packed convolution, done in its call: a sum with a tensor that is there already, and ReLU.
+"""Epilogue of packed convolutions: a sum with a tensor that is there already, and ReLU, in the same call.
 
 Nothing is computed differently: the same operations in the same order on every number, so the results are the same
 bits; only the passes over memory between them are saved, and the calls of the modules that are left out.

@@ -1,4 +1,4 @@
-"""What a model is made of, as values: frozen dataclasses and a table of named sizes.
+"""Model configurations as values: frozen dataclasses and a table of named sizes.
 
 A checkpoint, a run's YAML file and a packed folder all have to say which model they hold, so the description
 is plain data that goes to JSON and back without loss. The field names are those of Hugging Face's Llama, for

@@ -1,4 +1,4 @@
-"""What vision models share: the way from an image of numbers in [0, 1] to normalised ones, and skipped blocks."""
+"""Common parts of vision models: the way from an image of numbers in [0, 1] to normalised ones, and skipped blocks."""
 
 from __future__ import annotations
 

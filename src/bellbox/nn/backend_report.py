@@ -1,4 +1,4 @@
-"""Which backend runs each packed layer of a model, and why not another."""
+"""Backend report: who runs each packed layer of a model, and why not another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers make of an input that they share: computed once, never served stale."""
+"""Input cache: results that layers share because they read one input, computed once, never served stale."""
 
 from __future__ import annotations
 

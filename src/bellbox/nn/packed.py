@@ -1,4 +1,4 @@
-"""What packed linear layers and convolutions share: codes only, multiplied as integers, by one operation."""
+"""Base of packed linear layers and convolutions: codes only, multiplied as integers, by one operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers' `save_pretrained` writes of a prepared model: the plain model, as `from_pretrained` reads it.
+"""The plain model behind a prepared one, for transformers' `save_pretrained`, as `from_pretrained` reads it.
 
 A prepared model's own state has rotated weights and quantizers, of which `from_pretrained` would only report
 missing keys and go on with random weights. So a prepared `PreTrainedModel` is given a quantizer in transformers'

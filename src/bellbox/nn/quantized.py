@@ -1,4 +1,4 @@
-"""What fake-quantized linear layers and convolutions share: quantizers, codes of the weight, two ways forward.
+"""Base of fake-quantized linear layers and convolutions: quantizers, codes of the weight, two ways forward.
 
 In training the forward is that of fake-quantized floats. In evaluation it is the operation of the packed layer, on
 the same arguments that `convert` would store: that is what makes the prepared and the packed model one function.

@@ -1,4 +1,4 @@
-"""What the state of a fake-quantized layer says of itself, in 128 bytes.
+"""Record of a fake-quantized layer in its state: method, levels, rotation, granularity, in 128 bytes.
 
 A tensor, so that every serializer keeps it.
 """

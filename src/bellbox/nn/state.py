@@ -1,4 +1,4 @@
-"""What the state of a prepared layer says of itself, and how it is brought into another recipe.
+"""State of a prepared layer: its record, and how it is brought into another recipe.
 
 Each fake-quantized layer puts a record of 128 bytes into its state dict, beside its tensors: method, levels, zero
 point, rotation and granularity of weight and input, and whether the weight is stored rotated. A state dict is

@@ -1,4 +1,4 @@
-"""What the calibration text says about a layer's inputs: their second moments, and the largest of each.
+"""Hessian of a layer's inputs on the calibration text: their second moments, and the largest of each.
 
 The error of a layer's output that a change D of its weights makes is tr(D H D^T), with H = 2/N sum x x^T (GPTQ, arXiv
 2210.17323). What error feedback needs of H is the upper Cholesky factor U of its inverse, H^-1 = U^T U.

@@ -1,4 +1,4 @@
-"""How much memory the layer-by-layer work takes, from the sizes alone: what decides whether a model fits."""
+"""Memory that the layer-by-layer work takes, from the sizes alone: it decides whether a model fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model's blocks go by: a line each, with the time that is left."""
+"""Progress over a model's blocks: a line each, with the time that is left."""
 
 from __future__ import annotations
 

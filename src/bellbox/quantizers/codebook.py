@@ -1,4 +1,4 @@
-"""What NormalFloat and k-means share: a table of levels, and one scale a group of a row.
+"""Codebooks of NormalFloat and k-means: a table of levels, and one scale a group of a row.
 
     x_hat = s * (nearest entry of the table to x / s)
 

@@ -1,4 +1,4 @@
-"""What scales are set from: a few numbers of a tensor, or of all parts of one that several processes hold."""
+"""Moments that scales are set from: a few numbers of a tensor, or of all parts of one that several processes hold."""
 
 from __future__ import annotations
 

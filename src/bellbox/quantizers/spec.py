@@ -1,4 +1,4 @@
-"""What a quantizer is asked for: a method by name, and numbers. Plain data, from a recipe or a file."""
+"""Request for a quantizer: a method by name, and numbers. Plain data, from a recipe or a file."""
 
 from __future__ import annotations
 

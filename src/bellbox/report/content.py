@@ -1,4 +1,4 @@
-"""What a report can show beyond the run's own record; every part may be absent."""
+"""Content of a report beyond the run's own record; every part may be absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the training went: loss, perplexity, bits per byte, learning rate."""
+"""Training curves: loss, perplexity, bits per byte, learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run wrote about itself: metrics, configuration, environment."""
+"""Record of a run as it wrote it: metrics, configuration, environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a network's features spread over directions: of a run at its validations, and of a study with and without MEC.
+"""Spectrum of a network's features: of a run at its validations, and of a study with and without MEC.
 
 Shares are the eigenvalues of the features' covariance over their sum, the largest first, as
 `bellbox.objectives.spectrum` gives them. What one number can say of them is the effective dimension, the exponential

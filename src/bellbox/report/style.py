@@ -1,4 +1,4 @@
-"""How the pictures look: one palette, one frame, SVG that takes its colours from the page.
+"""Style of the pictures: one palette, one frame, SVG that takes its colours from the page.
 
 Figures are drawn with marker colours that no plot would use by chance; `to_svg` replaces them by the page's
 CSS variables, so that the same picture is right on light, on dark and on paper. The palette is Okabe and Ito's

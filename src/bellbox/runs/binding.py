@@ -1,4 +1,4 @@
-"""What binds the files of a run together: a checkpoint knows the configuration and the tokenizer that it was made with.
+"""Binding of a run's files: a checkpoint knows the configuration and the tokenizer that it was made with.
 
 Without this, a number changed in config.yaml would make another function of the same tensors, and nobody would know.
 Checkpoints of earlier versions say nothing of either, and are taken as they are.

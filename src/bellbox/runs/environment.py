@@ -1,4 +1,4 @@
-"""Which software and machine a run had: equal results are promised on equal ones only."""
+"""Environment of a run, software and machine: equal results are promised on equal ones only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measured, one JSON object a line, and the same numbers for TensorBoard.
+"""Metrics of a run, one JSON object a line, and the same numbers for TensorBoard.
 
 `metrics.jsonl` is the record: append-only, flushed line by line, readable while the run goes on. When a run
 is resumed from step s, the records after s are cut away first, so that the file ends as if nothing had

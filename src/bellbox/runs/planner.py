@@ -1,4 +1,4 @@
-"""How much of a token budget to train quantized: compute-optimal quantization-aware training.
+"""Planner of compute-optimal quantization-aware training: how much of a token budget to train quantized.
 
 Training in full precision first and quantized afterwards beats training quantized from the first step, and the
 best share of the quantized part grows with the budget (Dremov, Grangier, Katharopoulos and Hannun, arXiv

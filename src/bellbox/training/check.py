@@ -1,4 +1,4 @@
-"""Whether a run could begin and change its phases, found out in no time and memory: hours may pass before it does."""
+"""Check before a run, in no time and memory: could it begin and change its phases? Hours may pass before it does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well the codes are used: entropy, saturation and gamma of every quantized layer.
+"""Use of the codes: entropy, saturation and gamma of every quantized layer.
 
 Entropy is the reason to be of the method (see `bellbox.core.entropy`), so it is measured at every validation.
 Weights are encoded as `convert` would encode them. Activations are counted over a few fixed sequences of the

@@ -1,4 +1,4 @@
-"""Whether a run goes on with the shards that it was begun with.
+"""Check that a run goes on with the shards that it was begun with.
 
 Their checksums stand in the manifest, but to read a whole corpus at every start would take longer than many a run. So
 a run remembers size and time of each shard, and only those that look another way at the next start are read: a corpus

@@ -1,1 +1,1 @@
-"""What every part may need: whole files, YAML, progress, memory."""
+"""Tools that every part may need: whole files, YAML, progress, memory."""

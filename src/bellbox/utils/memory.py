@@ -1,4 +1,4 @@
-"""What this process has taken from the machine."""
+"""Memory that this process has taken from the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images a step trains on, and how they are changed: a function of (seed, step), so resuming needs no state.
+"""Batches of images, and how they are changed: a function of (seed, step), so resuming needs no state.
 
 An epoch visits every image once, in a pseudo-random order of its own; the end of an epoch flows into the next one
 within a batch. All draws of a step's augmentation come from a generator of that step.

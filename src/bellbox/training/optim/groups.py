@@ -1,4 +1,4 @@
-"""What trains a model: AdamW, or Muon for the matrices and AdamW for all else, perhaps with CEWT around them."""
+"""Optimizers of a run: AdamW, or Muon for the matrices and AdamW for all else, perhaps with CEWT around them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop trains for: `LanguageTask` predicts the next token, `VisionTask` names what an image shows."""
+"""Tasks of the training loop: `LanguageTask` predicts the next token, `VisionTask` names what an image shows."""
 
 from __future__ import annotations
 

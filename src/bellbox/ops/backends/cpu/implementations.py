@@ -1,4 +1,4 @@
-"""What the compiled kernels run: for each operation whether they take a call, and the call."""
+"""Table of the compiled kernels: for each operation whether they take a call, and the call."""
 
 from __future__ import annotations
 
