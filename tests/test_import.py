@@ -29,21 +29,22 @@ def run(code: str) -> str:
     ).stdout.strip()
 
 
-def test_importing_costs_less_than_three_tenths_of_a_second_beyond_torch_and_brings_nothing_optional():
+def test_importing_costs_a_fifth_of_importing_torch_at_most_and_brings_nothing_optional():
     code = (
-        "import time, sys, torch; before = set(sys.modules); start = time.process_time(); import bellbox; "
-        "spent = time.process_time() - start; new = {m.split('.')[0] for m in set(sys.modules) - before}; "
-        "print(spent, torch.cuda.is_initialized(), *sorted(new))"
+        "import time, sys; begin = time.process_time(); import torch; start = time.process_time(); "
+        "before = set(sys.modules); import bellbox; end = time.process_time(); "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print((end - start) / (start - begin), torch.cuda.is_initialized(), *sorted(new))"
     )
-    times, brought = [], set()
+    shares, brought = [], set()
     for _ in range(4):  # the first may have to compile
-        seconds, device, *modules = run(code).split()
-        times.append(float(seconds))
+        share, device, *modules = run(code).split()
+        shares.append(float(share))
         brought |= set(modules)
         assert device == "False"
-        if min(times) < 0.3:
+        if min(shares) < 0.2:
             break
-    assert min(times) < 0.3, times  # of the processor
+    assert min(shares) < 0.2, shares
     assert brought.isdisjoint(OPTIONAL)
     assert "bellbox" in brought
 

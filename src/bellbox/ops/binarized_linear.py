@@ -106,9 +106,12 @@ def _words(bits: Tensor, order: Tensor) -> Tensor:
     return packing.pack(grouped.reshape(-1, 64), 2).view(grouped.shape[0], -1, 8)
 
 
-@torch.compiler.assume_constant_result
 def _most_rows() -> int:
     return MAX_ROWS.get(native.isa(), 0) if native.available() else 0
+
+
+# As `torch.compiler.assume_constant_result` does, which would bring the whole compiler with it.
+_most_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def is_faster(x: Tensor, bits: int) -> bool:
