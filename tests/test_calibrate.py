@@ -101,6 +101,11 @@ def process(rank: int, port: int, folder: str) -> None:
     found["refused"] = [refusal(partial(wrapped(network(RECIPES["bbq"]), kind), X)) for kind in WRAPPERS]
     found["experts"] = refusal(lambda: bb.calibrate(bb.prepare(Experts(), RECIPES["bbq"]), [X]))
     found["uneven"] = refusal(lambda: bb.calibrate(network(RECIPES["bbq"]), [X] * (rank + 1)))
+    running = network(bb.Recipe.bbq_paper(2, granularity="ema"))
+    bb.calibrate(running, [X[rank::2]])
+    for part in range(3):
+        running(X[rank + 2 * part :: 6])
+    found["running"] = {name: b.clone() for name, b in running.named_buffers() if name.endswith("r_ema")}
     alone = dist.new_group([rank], use_local_synchronization=True)
     model = network(RECIPES["bbq"])
     bb.calibrate(model, BATCHES, group=alone)
@@ -149,6 +154,18 @@ def test_every_process_has_the_same_parameters_after_training(results):
 def test_weights_that_come_after_sharding_get_their_scales(results):
     assert_same(results[0]["deferred"], results[1]["deferred"])
     assert all(bool(t.isfinite().all()) for t in results[0]["deferred"].values())
+
+
+def test_running_scales_are_those_of_the_batches_of_all_processes(results):
+    assert len(results[0]["running"]) == 2
+    assert_same(results[0]["running"], results[1]["running"])
+    model = network(bb.Recipe.bbq_paper(2, granularity="ema"))
+    bb.calibrate(model, [X])
+    for part in range(3):
+        model(torch.cat([X[rank + 2 * part :: 6] for rank in range(2)]))
+    ours = {name: b for name, b in model.named_buffers() if name.endswith("r_ema")}
+    first = next(iter(ours))  # deeper layers see what bf16 or another order of sums may change
+    torch.testing.assert_close(ours[first], results[0]["running"][first], rtol=1e-6, atol=0)
 
 
 def test_a_first_batch_of_several_processes_is_refused(results):

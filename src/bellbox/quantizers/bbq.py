@@ -63,7 +63,7 @@ from bellbox.ops.fake_quantize import bbq_backward, bbq_forward
 from bellbox.ops.rotate import rotation
 from bellbox.ops.transforms import TransformableFunction, apply, differentiated_again, transposed
 from bellbox.quantizers.base import Normaliser
-from bellbox.quantizers.learned import LearnedQuantizer, plain_tensor, transforming, unset
+from bellbox.quantizers.learned import LearnedQuantizer, plain_tensor, processes, transforming, unset
 from bellbox.quantizers.moments import Moments
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
@@ -339,6 +339,10 @@ class BBQ(LearnedQuantizer):
                 f"{self.name or 'an activation quantizer'}: granularity='ema' keeps a running scale in training, which "
                 "torch.func cannot change: use model.eval(), or granularity='token'"
             )
+        if processes() > 1:  # the batch is that of all processes, so that they keep one running scale
+            squares = inverse.to(torch.float64).square().reciprocal()
+            torch.distributed.all_reduce(squares)
+            inverse = (squares / processes()).rsqrt()
         new = inverse.reshape(1).to(self.r_ema.dtype)
         # A non-finite batch must not spoil the running value for ever.
         self.r_ema.copy_(torch.where(new.isfinite(), torch.lerp(new, self.r_ema, EMA_DECAY), self.r_ema))
