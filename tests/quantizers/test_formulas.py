@@ -106,12 +106,16 @@ def seq(x: Tensor, g: Tensor, n: int, a: Tensor) -> Expected:
     return Expected(a * q, g * inside, {"a": g_a})
 
 
-def n2uq_weight(x: Tensor, g: Tensor, n: int, released: bool) -> Expected:
-    scale = (n - 1) / (n / 2) * x.abs().mean(-1, keepdim=True)
-    m = (n - 1) / 2
-    x_hat = scale * (half_up(((x / scale).clamp(-1, 1) + 1) * m) / m - 1)
-    passes = (x / scale).abs() <= 1
-    return Expected(x_hat, g * passes / (scale if released else 1), {})
+def n2uq_weight(x: Tensor, g: Tensor, n: int, released: bool = True, masked: bool = False) -> Expected:
+    """The released layer as its authors wrote it, under autograd: hard value, and w/s (or w) for the way back."""
+    leaf = x.clone().requires_grad_()
+    scale = ((n - 1) / (n / 2) * leaf.abs().mean(-1, keepdim=True)).detach()
+    scaled, m = leaf / scale, (n - 1) / 2
+    hard = scale * (half_up((scaled.clamp(-1, 1) + 1) * m) / m - 1)
+    way_back = (scaled.clamp(-1, 1) if masked else scaled) * (1 if released else scale)
+    x_hat = hard.detach() - way_back.detach() + way_back
+    x_hat.backward(g)
+    return Expected(x_hat.detach(), leaf.grad, {})  # type: ignore[arg-type]
 
 
 def n2uq_input(x: Tensor, g: Tensor, n: int, q: Quantizer) -> Expected:
@@ -209,8 +213,16 @@ CASES = [
     *(("pact", n, "input", {"signed": True}, case_pact(n, True)) for n in (2, 3, 4, 16)),
     *(("pact", n, "weight", {}, lambda q, x, g: pact_weight(x, g, q.levels.n)) for n in (2, 3, 4, 8, 16)),
     *(("nf", n, role, {}, case_nf(n)) for n in (4, 8, 16) for role in ("weight", "input")),
-    *(("n2uq", n, "weight", {}, lambda q, x, g: n2uq_weight(x, g, q.levels.n, False)) for n in (2, 4, 8, 16)),
-    ("n2uq", 4, "weight", {"released_gradient": True}, lambda q, x, g: n2uq_weight(x, g, 4, True)),
+    *(("n2uq", n, "weight", {}, lambda q, x, g: n2uq_weight(x, g, q.levels.n)) for n in (2, 4, 8, 16)),
+    ("n2uq", 4, "weight", {"released_gradient": False}, lambda q, x, g: n2uq_weight(x, g, 4, False)),
+    ("n2uq", 2, "weight", {"masked": True}, lambda q, x, g: n2uq_weight(x, g, 2, True, True)),
+    (
+        "n2uq",
+        4,
+        "weight",
+        {"released_gradient": False, "masked": True},
+        lambda q, x, g: n2uq_weight(x, g, 4, False, True),
+    ),
     *(("n2uq", n, "input", {}, lambda q, x, g: n2uq_input(x, g, q.levels.n, q)) for n in (2, 3, 4, 16)),
     *(
         ("seq", n, role, {}, lambda q, x, g: seq(x, g, q.levels.n, number(q, "a")))

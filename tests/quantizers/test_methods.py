@@ -35,7 +35,7 @@ OPTIONS = {
     "quest": ({}, {"rule": "clip"}),
     "lsq": ({}, {"classic": True}, {"unsigned": True}, {"classic": True, "unsigned": True}),
     "pact": ({}, {"signed": True}),
-    "n2uq": ({}, {"released_gradient": True}),
+    "n2uq": ({}, {"released_gradient": False, "masked": True}),
     "nf": ({}, {"group": 8}),
 }
 

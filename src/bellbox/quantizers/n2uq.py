@@ -8,8 +8,9 @@ Activations, with N = n - 1, D = 2/N and v = s1 x: interval widths a_1..a_N (at 
 and beta, a, s1, s2 get the gradient of that piecewise linear function too. Start: a_i = 4 RMS/N, beta = -2 RMS, s1 = 1,
 s2 = 2 RMS: the grid is shifted and scaled for inputs of zero mean; the paper's inputs are never negative.
 
-Weights, with m = N/2: s = (N/2^(b-1)) mean|w| of each row, detached; x_hat = s (round((clip(w/s, -1, 1) + 1) m)/m - 1),
-gradient 1 inside the clip. The released code multiplies it by 1/s (it passes through w/s): `released_gradient`.
+Weights, with m = N/2: s = (N/2^(b-1)) mean|w| of each row, detached; x_hat = s (round((clip(w/s, -1, 1) + 1) m)/m - 1).
+The gradient is G/s for every weight, beyond the clip too, as in the released code, which passes it through w/s.
+`released_gradient=false` leaves the factor 1/s out, `masked=true` keeps it from weights beyond the clip: both are ours.
 
 A tie goes up, where the paper has a plain ">" for activations.
 """
@@ -37,17 +38,19 @@ NARROWEST = 1e-3
 
 @dataclass(frozen=True)
 class N2UQOptions:
-    """The released code's gradient, or the paper's."""
+    """The gradient of weights: the released code's, or plainer ones."""
 
-    released_gradient: bool = False
+    released_gradient: bool = True
     """Divide the gradient of a weight by its scale, as the released code does."""
+    masked: bool = False
+    """No gradient to weights beyond the clip, |w| > s: 42 % of a Gaussian's at 1 bit."""
 
 
 class N2UQ(LearnedQuantizer):
     """N2UQ of one tensor; see `Quantizer` for the arguments."""
 
     method = "n2uq"
-    training_options = frozenset({"released_gradient"})
+    training_options = frozenset({"released_gradient", "masked"})
     Options = N2UQOptions
     weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row",)
     activation_granularities: ClassVar[tuple[Granularity, ...]] = ("learned",)
@@ -124,7 +127,7 @@ class N2UQ(LearnedQuantizer):
         assert norm.sigma is not None
         unit = norm.sigma * (2 / (self._levels.n - 1))
         gain = 1 / norm.sigma if self.options.released_gradient else None
-        clip_range = ClipRange(-1, 1)
+        clip_range = ClipRange(-1, 1) if self.options.masked else None
         return straight_through(rows, norm, unit, self._levels, self.block, dtype, clip_range, gain=gain)
 
     def rstd(self) -> Tensor:
