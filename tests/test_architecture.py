@@ -27,7 +27,7 @@ MAY_KNOW = {
     "coverage": "nn quantizers recipe structure",
     "convert": "errors core nn quantizers recipe structure coverage",
     "calibrate": "errors quantizers",
-    "optim": "nn quantizers",
+    "optim": "nn quantizers recipe",
     "models": "errors utils ops",
     "data": "errors utils",
     "inference": "errors ops nn models data convert",

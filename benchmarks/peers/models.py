@@ -36,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     machine = measure_machine()
     print(machine, flush=True)
-    config = preset(args.preset)
+    config = preset(args.preset, vocab_size=32_000)
     absent: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         peers = llama_cpp_models(Path(folder), config, args.types, args.prompt, absent)

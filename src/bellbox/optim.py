@@ -17,9 +17,12 @@ from torch import nn
 
 from bellbox.nn.tools import stored_weight
 from bellbox.quantizers import Quantizer
+from bellbox.recipe import is_head
 
 
-def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, decay_head: bool = True
+) -> list[dict[str, Any]]:
     """Split the trainable parameters: weights of linear layers and convolutions decay, everything else does not.
 
     A weight that is tied to an embedding counts as the embedding's. A quantizer may name parameters of its own that
@@ -30,13 +33,18 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) 
         model: prepared or not.
         lr: the learning rate of what has no rate of its own.
         weight_decay: the decay of the matrices.
+        decay_head: whether it pulls on the layer that gives the logits too (found by its name).
 
     Returns:
         groups with `params`, `weight_decay`, `lr` and `lr_scale`: what `lr` was multiplied with, for loops that set
         rates themselves. Groups without parameters are left out.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = (stored_weight(m) for m in model.modules() if multiplies(m))
+    weights = (
+        stored_weight(m)
+        for name, m in model.named_modules()
+        if multiplies(m) and (decay_head or not is_head(name))
+    )
     decayed = {id(weight) for weight in weights if weight is not None and id(weight) not in embeddings}
     rates: dict[int, float] = {}
     for module in model.modules():

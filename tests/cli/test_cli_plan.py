@@ -16,7 +16,7 @@ def test_a_budget_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_parameters_of_a_preset_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--preset", "95M", "--tokens", "3e9", "--bits", "1.585"])
     output = capsys.readouterr().out
-    assert "71,442,560 parameters" in output
+    assert "94,871,680 parameters" in output
     assert "bellbox train --model.preset 95M --quantization.levels 3 --tokens 3000000000 " in output
 
 

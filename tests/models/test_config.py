@@ -33,8 +33,20 @@ def test_the_papers_presets_are_its_table():
             config.num_attention_heads,
             config.intermediate_size,
         )
-        assert (config.head_size, config.max_position_embeddings, config.vocab_size) == (128, 512, 32000)
+        assert (config.head_size, config.max_position_embeddings, config.vocab_size) == (128, 512, 50304)
         assert not config.tie_word_embeddings
+
+
+def test_the_papers_presets_have_the_parameters_of_its_runs():
+    for name, millions in (("95M", 94.9), ("125M", 126.8), ("200M", 205.8), ("300M", 332.0)):
+        for fused in (False, True):  # one matrix or three
+            with torch.device("meta"):
+                model = build(preset(name, fused_qkv=fused))
+            assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+    gpt = preset("gpt-95M")
+    assert (gpt.activation, gpt.bias, gpt.vocab_size) == ("gelu_erf", False, 50304)  # type: ignore[union-attr]
+    with torch.device("meta"):
+        assert not [name for name, _ in build(gpt).named_parameters() if name.endswith("bias")]
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("tiny", 1.2e6, 1.8e6), ("small", 2.5e6, 3.5e6)])

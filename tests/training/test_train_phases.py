@@ -127,8 +127,8 @@ def test_the_optimal_fraction_is_filled_in_before_the_run_is_saved() -> None:
     config = TrainConfig(
         model=ModelSection("95M"), tokens=3_000_000_000, phases=PhasesSection(quantized="optimal")
     )
-    resolved = resolve(config, text_of(32000))
-    parameters = 71_442_560
+    resolved = resolve(config, text_of(50304))
+    parameters = 94_871_680
     density = resolved.total_steps * 8192 * 8 / (parameters * 2)
     assert resolved.phases.quantized == pytest.approx(math.exp(-6.7297 / math.log(density)))
     assert 0.2 < float(resolved.phases.quantized) < 0.3

@@ -135,8 +135,12 @@ def _shape(text: str) -> tuple[int, int]:
     return shape
 
 
+_VOCABULARY = 32_000
+"""Of the models that are timed, whatever the preset's is: that of LLaMA's tokenizer."""
+
+
 def _model(command: Model) -> list[dict[str, Any]]:
-    config = preset(command.preset)
+    config = preset(command.preset, vocab_size=_VOCABULARY)
     longest = config.max_position_embeddings - 1
     prompt = min(_PROMPT, longest) if command.prompt is None else command.prompt
     if not 1 <= prompt <= longest:

@@ -49,6 +49,8 @@ class Prepare:
     """Pass over rows whose text is null; they are counted."""
     shard_tokens: int = 1 << 27
     """Tokens a shard file."""
+    max_tokens: int | None = None
+    """Stop reading behind the document with which the training split has so many tokens."""
     overwrite: bool = False
     """Replace a dataset that stands at --out."""
 
@@ -91,6 +93,7 @@ def _prepare(command: Prepare) -> None:
             text_field=command.text_field,
             skip_null=command.skip_null,
             shard_tokens=command.shard_tokens,
+            max_tokens=command.max_tokens,
             overwrite=command.overwrite,
             progress=bars.update,
         )

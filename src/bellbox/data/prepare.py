@@ -81,6 +81,7 @@ def prepare(
     text_field: str | None = None,
     skip_null: bool = False,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    max_tokens: int | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> shards.TokenDataset:
@@ -100,6 +101,7 @@ def prepare(
         skip_null: pass over rows whose text is null, which are refused otherwise. They are counted
             (`Progress.skipped`), and so are blank ones, which give no document in any case.
         shard_tokens: tokens a file.
+        max_tokens: of the training split; reading stops behind the document that reaches it. All where None.
         overwrite: replace a dataset that stands at `out`. Anything else there is never removed.
         progress: called now and then with a `Progress`.
 
@@ -117,6 +119,8 @@ def prepare(
         raise BellboxError("validation files and a validation fraction were given; drop one of them")
     if shard_tokens < 1:
         raise BellboxError(f"shards of {shard_tokens} tokens: a shard holds at least 1")
+    if max_tokens is not None and max_tokens < 1:
+        raise BellboxError(f"at most {max_tokens} tokens: must be at least 1")
     fraction = DEFAULT_VALID_FRACTION if valid_fraction is None else valid_fraction
     if not 0.0 < fraction < 1.0:
         raise BellboxError(f"validation fraction {fraction}: must be between 0 and 1, both excluded")
@@ -142,6 +146,7 @@ def prepare(
     def rows() -> Rows:
         return Rows(text_field or "text", skip_null, reporter.skipped)
 
+    budget = _Budget(max_tokens)
     head: int | None = None
     if not valid_sources:
         reporter.start("survey", train_sources)
@@ -150,7 +155,10 @@ def prepare(
     def from_inputs() -> Iterator[tuple[str, Piece]]:
         router = _Router(None if valid_sources else fraction, head)
         for source in train_sources:
-            yield from router.route(source.pieces(rows(), reporter.on_read))
+            for split, piece in router.route(source.pieces(rows(), reporter.on_read)):
+                yield split, piece
+                if piece.ends and budget.is_spent:
+                    return
 
     def from_everything() -> Iterator[tuple[str, Piece]]:
         yield from from_inputs()
@@ -170,10 +178,24 @@ def prepare(
         else f"nothing falls into the fraction {fraction:g}; raise --valid-fraction or give --valid FILE"
     )
     try:
-        _write(out, from_everything(), tokenizer, names, shard_tokens, explanation, overwrite, reporter)
+        _write(
+            out, from_everything(), tokenizer, names, shard_tokens, explanation, overwrite, reporter, budget
+        )
     except OSError as error:
         raise BellboxError(f"{out}: cannot be written: {error.strerror or error}") from error
     return shards.TokenDataset.open(out)
+
+
+@dataclass
+class _Budget:
+    """Tokens that the training split may have."""
+
+    most: int | None
+    written: int = 0
+
+    @property
+    def is_spent(self) -> bool:
+        return self.most is not None and self.written >= self.most
 
 
 class _Router:
@@ -282,12 +304,13 @@ def _write(
     explanation: str,
     overwrite: bool,
     reporter: _Reporter,
+    budget: _Budget,
 ) -> None:
     dtype = shards.dtype_for(tokenizer.vocab_size)
     with new_folder(out, replaces=shards.MANIFEST) as folder:
         writers = {name: shards.ShardWriter(folder, name, dtype, shard_tokens) for name in shards.SPLITS}
         try:
-            _encode(stream, tokenizer, writers, reporter)
+            _encode(stream, tokenizer, writers, reporter, budget)
             entries = {name: writer.close() for name, writer in writers.items()}
         finally:
             for writer in writers.values():
@@ -318,6 +341,7 @@ def _encode(
     tokenizer: Tokenizer,
     writers: dict[str, shards.ShardWriter],
     reporter: _Reporter,
+    budget: _Budget,
 ) -> None:
     end = np.array([tokenizer.end_of_text])
     waiting: list[tuple[str, Piece]] = []
@@ -330,6 +354,7 @@ def _encode(
                 writers[split].append(end, 0)
                 writers[split].documents += 1
         waiting.clear()
+        budget.written = writers["train"].tokens
         reporter.on_encoded(
             sum(writer.documents for writer in writers.values()),
             sum(writer.tokens for writer in writers.values()),

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox.models import GPT, KVCache, Llama
-from bellbox.models.attention import tanh_gelu
 from bellbox.models.gpt import GPTBlock
 from bellbox.models.llama import LlamaBlock
 from bellbox.nn import PackedLinear
@@ -91,7 +90,7 @@ class GPTSteps(Steps):
             places = cache.keys[layer], cache.values[layer], cache.max_length, start
             call.attention(x, block.ln_1(x), cache.batch, *places, threads)
             call.widen(block.ln_2(x), cache.batch, wide, threads)
-            active = wide.relu() if block.mlp.relu else tanh_gelu(wide, exact=False)
+            active = block.mlp.activate(wide, exact=False)
             call.narrow(x, active, cache.batch, threads)
         return self._model.lm_head(body.ln_f(x))
 
@@ -120,10 +119,10 @@ def steps_for(model: nn.Module, cache: object) -> Steps | None:
     """The short way for this model and this cache; None where there is none.
 
     There is one for a LLaMA or GPT on the CPU whose blocks are packed throughout, siblings sharing their input, without
-    hooks, without autocast and without `exact_attention`, in fp32 but for its packed layers, compact embeddings (they
-    give fp32) and the head.
+    hooks, without autocast and without `exact_attention`, with q, k and v as three layers, in fp32 but for its packed
+    layers, compact embeddings (they give fp32) and the head.
     """
-    if not isinstance(cache, KVCache):
+    if not isinstance(cache, KVCache) or (isinstance(model, Llama | GPT) and model.config.fused_qkv):
         return None
     if type(model) is Llama:
         if not _plain(model, cache, model.model.layers, [model.model.embed_tokens]):

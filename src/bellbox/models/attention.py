@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bellbox.ops.encode import result_dtype
+
 
 def _causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """`[queries, keys]`, true where a query, one of the last positions, may look: at itself and before."""
@@ -74,13 +76,18 @@ def tanh_gelu(x: Tensor, *, exact: bool) -> Tensor:
     return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
 
 
+def erf_gelu(x: Tensor, *, exact: bool) -> Tensor:
+    """The GELU itself, x Phi(x), in the dtype of `x`; where `exact`, in float64, by erfc, which does not cancel."""
+    if not exact:
+        return F.gelu(x)
+    wide = x.double()
+    return (0.5 * wide * torch.erfc(-wide / math.sqrt(2))).to(x.dtype)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a norm returns: autocast's where it is on (it leaves float64 alone), else that of `x`.
 
     The linears after a norm would cast to it anyway; rounding in the norm keeps one small copy instead of
     two.
     """
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
+    return x.dtype if x.dtype == torch.float64 else result_dtype(x)

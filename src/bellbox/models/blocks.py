@@ -40,7 +40,10 @@ _GROUPS: dict[type, tuple[Group, ...]] = {
 
 def groups_of(config: ModelConfig) -> tuple[Group, ...]:
     """The linear layers of each of a model's blocks."""
-    return _GROUPS[type(config)]
+    first, *others = _GROUPS[type(config)]
+    if config.fused_qkv:
+        first = Group(first.norm, (first.layers[0].replace("q_proj", "qkv_proj"),))
+    return first, *others
 
 
 def layer_names(config: ModelConfig) -> Iterator[str]:

@@ -48,6 +48,8 @@ class _Config:
     architecture: ClassVar[str]
     optional: ClassVar[tuple[str, ...]] = ("num_key_value_heads", "head_dim")
     """Fields that may be None."""
+    later: ClassVar[dict[str, Any]] = {}
+    """Fields that came later, with their defaults."""
 
     def _check_values(self) -> None:
         for name, value in vars(self).items():
@@ -63,7 +65,7 @@ class _Config:
                     or not 0 < value <= float_info.max
                 ):
                     raise BellboxError(f"{name} is {value!r}; it must be a finite number above 0")
-            elif name == "tie_word_embeddings" and not isinstance(value, bool):
+            elif name in ("tie_word_embeddings", "fused_qkv", "bias") and not isinstance(value, bool):
                 raise BellboxError(f"{name} is {value!r}; it must be true or false")
             elif name == "drop_path" and (
                 isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1
@@ -71,8 +73,13 @@ class _Config:
                 raise BellboxError(f"drop_path is {value!r}; it must be a number in [0, 1)")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by name, and "architecture"; `config_from_dict` is the way back."""
-        return {"architecture": self.architecture, **asdict(self)}  # pyright: ignore[reportArgumentType]
+        """Every field by name, and "architecture"; `config_from_dict` is the way back.
+
+        Fields that came later are left out at their defaults, so that files stay what they were.
+        """
+        values: dict[str, Any] = asdict(self)  # pyright: ignore[reportArgumentType]
+        usual = {name for name, default in self.later.items() if values.get(name) == default}
+        return {"architecture": self.architecture, **{k: v for k, v in values.items() if k not in usual}}
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class LlamaConfig(_Config):
     """
 
     architecture: ClassVar[str] = "llama"
+    later: ClassVar[dict[str, Any]] = {"fused_qkv": False}
 
     vocab_size: int = 32000
     """Entries of the tokenizer; rows of the embedding and of the head."""
@@ -110,9 +118,17 @@ class LlamaConfig(_Config):
     """Whether the head is the embedding matrix itself."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
+    fused_qkv: bool = False
+    """Whether queries, keys and values are rows of one matrix, as in the BBQ authors' code: one scale of a weight's
+    quantizer for all three. Needs as many key and value heads as query heads."""
 
     def __post_init__(self) -> None:
         self._check_values()
+        if self.fused_qkv and self.key_value_heads != self.num_attention_heads:
+            raise BellboxError(
+                f"fused_qkv needs as many key and value heads as query heads, not {self.key_value_heads} and "
+                f"{self.num_attention_heads}"
+            )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise BellboxError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -151,6 +167,7 @@ class GPTConfig(_Config):
     """
 
     architecture: ClassVar[str] = "gpt"
+    later: ClassVar[dict[str, Any]] = {"activation": "gelu", "fused_qkv": False, "bias": True}
 
     vocab_size: int = 32000
     """Entries of the tokenizer; rows of the embedding and of the head."""
@@ -170,25 +187,22 @@ class GPTConfig(_Config):
     """Whether the head is the embedding matrix itself."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
-    activation: Literal["gelu", "relu"] = "gelu"
-    """Inside the MLP: GPT-2's tanh GELU, or OPT's ReLU."""
+    activation: Literal["gelu", "gelu_erf", "relu"] = "gelu"
+    """Inside the MLP: GPT-2's tanh GELU, the exact GELU, or OPT's ReLU."""
+    fused_qkv: bool = False
+    """Whether queries, keys and values are rows of one matrix."""
+    bias: bool = True
+    """Whether linear layers and norms have biases."""
 
     def __post_init__(self) -> None:
         self._check_values()
-        if self.activation not in ("gelu", "relu"):
-            raise BellboxError(f"activation is {self.activation!r}; it must be 'gelu' or 'relu'")
+        if self.activation not in ("gelu", "gelu_erf", "relu"):
+            raise BellboxError(f"activation is {self.activation!r}; it must be 'gelu', 'gelu_erf' or 'relu'")
         if self.hidden_size % self.num_attention_heads:
             raise BellboxError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}; change one of them"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, and "architecture"; GPT-2's own activation goes without saying."""
-        values = super().to_dict()
-        if self.activation == "gelu":  # so that files of a GPT-2 are what they were before there was a choice
-            del values["activation"]
-        return values
 
     @property
     def head_size(self) -> int:
@@ -284,14 +298,16 @@ LANGUAGE_ARCHITECTURES = {kind.architecture: kind for kind in (LlamaConfig, GPTC
 VISION_ARCHITECTURES = {kind.architecture: kind for kind in (ResNetConfig, ViTConfig)}
 
 
+PAPER_VOCABULARY = 50_304
+"""Rows of the embedding and of the head in the BBQ paper's runs: with them its models have the sizes of their names."""
+
+
 def _llama(layers: int, width: int, heads: int, swiglu: int) -> LlamaConfig:
-    return LlamaConfig(
-        num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=swiglu
-    )
+    return LlamaConfig(PAPER_VOCABULARY, width, swiglu, layers, heads)
 
 
-# 95M to 300M are the paper's (its table of models); tiny and small are ours, for a laptop and for tests, with
-# a vocabulary that a small corpus can fill. The real one is the tokenizer's: preset(name, vocab_size=...).
+# 95M to 300M are the paper's (its table of models): 94.9, 126.8, 205.8 and 332.0 million parameters. tiny and small are
+# ours, for a laptop and for tests, with a vocabulary that a small corpus can fill. In a run it follows the tokenizer.
 PRESETS: dict[str, ModelConfig] = {
     "tiny": LlamaConfig(4096, 256, 640, 2, 4, max_position_embeddings=256),
     "small": LlamaConfig(4096, 256, 640, 4, 4, max_position_embeddings=512),
@@ -300,7 +316,7 @@ PRESETS: dict[str, ModelConfig] = {
     "200M": _llama(8, 1024, 8, 2816),
     "300M": _llama(10, 1280, 10, 3584),
     "gpt-tiny": GPTConfig(4096, 256, 1024, 2, 4, max_position_embeddings=256),
-    "gpt-95M": GPTConfig(),
+    "gpt-95M": GPTConfig(PAPER_VOCABULARY, activation="gelu_erf", bias=False),
 }
 
 # resnet-small and vit-small see an epoch of CIFAR-10 in minutes on one core; resnet-20 is the usual size.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bellbox.models.attention import causal_attention, compute_dtype, tanh_gelu
+from bellbox.models.attention import causal_attention, compute_dtype, erf_gelu, tanh_gelu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import GPTConfig
 from bellbox.models.llama import check_context
@@ -35,17 +35,22 @@ class GPTAttention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.head_dim = config.head_size
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.c_proj = nn.Linear(width, width)
+        width, bias = config.hidden_size, config.bias
+        self.head_dim, self.fused = config.head_size, config.fused_qkv
+        if self.fused:
+            self.qkv_proj = nn.Linear(width, 3 * width, bias=bias)
+        else:
+            self.q_proj = nn.Linear(width, width, bias=bias)
+            self.k_proj = nn.Linear(width, width, bias=bias)
+            self.v_proj = nn.Linear(width, width, bias=bias)
+        self.c_proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int, exact: bool) -> Tensor:
         """`[B, T, hidden]` to the same; new keys and values go into the cache, if there is one."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        query, key, value = (
+            self.qkv_proj(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
         if cache is not None and not exact and attends(query, cache.keys[layer]):
             mixed = attend(query, key, value, None, cache.keys[layer], cache.values[layer], cache.length)
             return self.c_proj(mixed)
@@ -57,18 +62,23 @@ class GPTAttention(nn.Module):
 
 
 class GPTMLP(nn.Module):
-    """Two layers with a tanh GELU or a ReLU between."""
+    """Two layers with a GELU or a ReLU between."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.relu = config.activation == "relu"
+        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        self.activation = config.activation
 
     def forward(self, x: Tensor, exact: bool) -> Tensor:
         """`[B, T, hidden]` to the same."""
-        wide = self.c_fc(x)
-        return self.c_proj(wide.relu() if self.relu else tanh_gelu(wide, exact=exact))
+        return self.c_proj(self.activate(self.c_fc(x), exact))
+
+    def activate(self, wide: Tensor, exact: bool) -> Tensor:
+        """What stands between the two layers, elementwise."""
+        if self.activation == "relu":
+            return wide.relu()
+        return erf_gelu(wide, exact=exact) if self.activation == "gelu_erf" else tanh_gelu(wide, exact=exact)
 
 
 class GPTBlock(nn.Module):
@@ -76,9 +86,9 @@ class GPTBlock(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, bias=config.bias)
         self.attn = GPTAttention(config)
-        self.ln_2 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, bias=config.bias)
         self.mlp = GPTMLP(config)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int, exact: bool) -> Tensor:
@@ -95,7 +105,7 @@ class GPTBody(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.num_hidden_layers))
-        self.ln_f = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.ln_f = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, bias=config.bias)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None, last_only: bool, exact: bool) -> Tensor:
         """Token ids `[B, T]` to normalised states `[B, T, hidden]`, or `[B, 1, hidden]` of the last token."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bellbox.errors import BellboxError
 from bellbox.models.config import GPTConfig, LlamaConfig, ModelConfig
@@ -92,8 +92,17 @@ def _read_llama(path: Path, values: dict[str, Any]) -> LlamaConfig:
     )
 
 
+_GPT_ACTIVATIONS: dict[str, Literal["gelu", "gelu_erf", "relu"]] = {
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu": "gelu_erf",
+    "relu": "relu",
+}
+"""Transformers' names, its default first, and ours."""
+
+
 def _read_gpt2(path: Path, values: dict[str, Any]) -> GPTConfig:
-    _refuse_unless(path, values, "activation_function", "gelu_new", "gelu_pytorch_tanh", "relu")
+    _refuse_unless(path, values, "activation_function", *_GPT_ACTIVATIONS)
     _refuse_unless(path, values, "scale_attn_weights", True)
     _refuse_unless(path, values, "scale_attn_by_inverse_layer_idx", False)
     _refuse_unless(path, values, "add_cross_attention", False)
@@ -110,7 +119,7 @@ def _read_gpt2(path: Path, values: dict[str, Any]) -> GPTConfig:
         layer_norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
         tie_word_embeddings=values.get("tie_word_embeddings", True),
         initializer_range=values.get("initializer_range", 0.02),
-        activation="relu" if values.get("activation_function") == "relu" else "gelu",
+        activation=_GPT_ACTIVATIONS[values.get("activation_function", "gelu_new")],
     )
 
 
@@ -179,7 +188,9 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return common | {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "relu" if config.activation == "relu" else "gelu_new",
+        "activation_function": next(
+            theirs for theirs, ours in _GPT_ACTIVATIONS.items() if ours == config.activation
+        ),
         "n_embd": config.hidden_size,
         "n_inner": config.intermediate_size,
         "n_layer": config.num_hidden_layers,

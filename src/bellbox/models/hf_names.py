@@ -50,6 +50,8 @@ def _transposed(name: str) -> bool:
 def to_hf(state: dict[str, Tensor], kind: str, tied: bool) -> dict[str, Tensor]:
     """Our state dict, or a part of it that holds q, k and v together, under Hugging Face's names and layout.
 
+    A LLaMA's fused q, k and v are split. A GPT-2 without biases gets zeros, which transformers wants.
+
     Args:
         state: tensors by our names.
         kind: the model_type.
@@ -64,11 +66,21 @@ def to_hf(state: dict[str, Tensor], kind: str, tied: bool) -> dict[str, Tensor]:
             if theirs == _OPT_POSITIONS:
                 tensor = torch.cat((tensor.new_zeros(_OPT_UNUSED_POSITIONS, tensor.shape[1]), tensor))
             result[theirs] = tensor
+        elif kind == "llama" and ".qkv_proj." in name:
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                result[name.replace("qkv_proj", f"{part}_proj")] = piece.clone()
+        elif kind == "gpt2" and ".qkv_proj." in name:
+            result[name.replace("qkv_proj", "c_attn")] = tensor.t() if tensor.dim() == 2 else tensor
         elif kind == "llama" or not re.search(r"\.[kqv]_proj\.", name):
             result[name] = tensor.t() if kind == "gpt2" and _transposed(name) else tensor
         elif ".q_proj." in name:
             fused = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
             result[name.replace("q_proj", "c_attn")] = fused.t() if fused.dim() == 2 else fused
+    if kind == "gpt2":
+        for name, tensor in list(result.items()):
+            if re.search(r"\.(ln_\w+|c_\w+)\.weight$", name):
+                zeros = tensor.new_zeros(tensor.shape[-1])  # [in, out], or a norm's [width]
+                result.setdefault(name.replace("weight", "bias"), zeros)
     return result
 
 

@@ -108,11 +108,14 @@ class LlamaAttention(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_size
+        self.head_dim, self.fused = config.head_size, config.fused_qkv
         queries, keys = config.num_attention_heads * self.head_dim, config.key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        if self.fused:
+            self.qkv_proj = nn.Linear(config.hidden_size, queries + 2 * keys, bias=False)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+            self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+            self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(
@@ -121,7 +124,9 @@ class LlamaAttention(nn.Module):
         """`[B, T, hidden]` to the same; new keys and values go into the cache, if there is one."""
         heads = (*x.shape[:2], -1, self.head_dim)
         start = cache.length if cache is not None else 0
-        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        query, key, value = (
+            self.qkv_proj(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
         if cache is not None and not exact and attends(query, cache.keys[layer]):
             tables = rotary.cos, rotary.sin
             return self.o_proj(

@@ -56,8 +56,15 @@ class DataSection:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     source: str = "classics"
-    """A folder made by `bellbox data prepare`, or `classics`, the bundled public-domain books. Of a vision task: an
+    """A folder made by `bellbox data prepare`, or `classics`, the bundled public-domain books; or text that is prepared
+    into the run's folder first: a file, a folder of them, hf:NAME[:CONFIG][:SPLIT]. Of a vision task: an
     .npz file, a folder of IDX files, a folder with train/CLASS/*, `fashion-mnist`, or hf:NAME."""
+    valid: list[str] = field(default_factory=list)
+    """Validation text beside a source that is prepared first; a hundredth of the source where none is given."""
+    tokenizer: str | None = None
+    """Tokenizer for a source that is prepared first: a folder or file of one. One is trained where null."""
+    vocab_size: int | None = None
+    """Entries of the tokenizer that is trained; 8,192 where null."""
     context: int = 256
     """Tokens in a sequence."""
     seed: int = 0
@@ -141,6 +148,8 @@ class OptimizerSection:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay, of the weights of linear layers only."""
+    decay_head: bool = True
+    """Whether the layer that gives the logits decays too; the BBQ authors leave it out."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
     momentum: float = 0.95

@@ -105,6 +105,9 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
     free = {
         "folder",
         "data.source",
+        "data.valid",
+        "data.tokenizer",
+        "data.vocab_size",
         "threads",
         "eval_every",
         "checkpoint_every",

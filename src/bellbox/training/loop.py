@@ -61,6 +61,7 @@ from bellbox.training.schedule import one_cycle
 from bellbox.training.shards import DATA_FILE, refuse_other_shards, remember_shards
 from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
+from bellbox.training.text_source import with_prepared_text
 from bellbox.utils.files import lock, write_text
 from bellbox.utils.processor import choose_precision
 
@@ -107,6 +108,7 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         config, self._why_precision = _with_precision(config.check())
+        config = with_prepared_text(config, show)
         self.dataset = open_data(config)
         self.config = resolve(config, self.dataset)
         self.task = make_task(self.config, self.dataset)

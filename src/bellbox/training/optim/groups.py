@@ -32,7 +32,9 @@ class ModelOptimizer:
 
     def __init__(self, model: nn.Module, section: OptimizerSection) -> None:
         self.section = section
-        groups = parameter_groups(model, lr=section.lr, weight_decay=section.weight_decay)
+        groups = parameter_groups(
+            model, lr=section.lr, weight_decay=section.weight_decay, decay_head=section.decay_head
+        )
         self.parts: list[torch.optim.Optimizer] = []
         if section.kind == "muon":
             matrices, groups = _split(groups, block_matrices(model))
