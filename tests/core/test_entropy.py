@@ -17,7 +17,16 @@ def test_counts():
 
 @pytest.mark.parametrize(
     ("counts", "bits"),
-    [([5, 5], 1), ([7, 7, 7, 7], 2), ([9, 0], 0), ([0, 0], 0), ([1, 1, 2], 1.5), ([1, 1, 1], math.log2(3))],
+    [
+        ([5, 5], 1),
+        ([7, 7, 7, 7], 2),
+        ([9, 0], 0),
+        ([0, 0], 0),
+        ([1, 1, 2], 1.5),
+        ([1, 1, 1], math.log2(3)),
+        ([5, 0, 5], 1),
+        ([0.5, 0.5], 1),
+    ],
 )
 def test_entropy(counts, bits):
     assert entropy_bits(torch.tensor(counts)) == pytest.approx(bits, abs=1e-12)
@@ -33,6 +42,14 @@ def test_gaussian_values_use_every_level_equally_often(n):
     counts = code_counts(Levels.gaussian(n).encode(v), n)
     assert entropy_bits(counts) == pytest.approx(math.log2(n), abs=1e-4)
     assert saturated_fraction(counts) == pytest.approx(2 / n if n > 2 else 1, abs=2e-3)
+
+
+def test_entropy_of_one_code_is_not_minus_zero():
+    assert math.copysign(1, entropy_bits(torch.tensor([3]))) == 1
+
+
+def test_saturated_codes_are_the_first_and_the_last():
+    assert saturated_fraction(torch.tensor([1, 5, 6, 8])) == 9 / 20
 
 
 def test_saturated_fraction_of_nothing_is_nan():

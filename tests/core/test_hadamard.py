@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+from bellbox.core import hadamard as hadamard_module
 from bellbox.core.hadamard import block_size, butterfly, butterfly_between, hadamard, hadamard_matrix
 from bellbox.errors import BellboxError
 
@@ -107,6 +109,14 @@ def test_a_prime_size_works_and_says_so_once():
         assert block_size(10007) == 1
     x = torch.randn(2, 7)
     assert torch.equal(hadamard(x, 1), x)
+
+
+@pytest.mark.parametrize(("features", "says"), [(1, "one input channel a group"), (10009, "10009 features")])
+def test_what_cannot_be_rotated_is_said_at_the_callers_line(features, says, monkeypatch):
+    monkeypatch.setattr(hadamard_module, "_warned", set())
+    with pytest.warns(UserWarning, match=says) as caught:
+        assert block_size(features) == 1
+    assert [Path(warning.filename).name for warning in caught] == ["test_hadamard.py"]
 
 
 @pytest.mark.parametrize(("features", "largest"), [(64, 0), (64, 96), (64, -2), (0, 128)])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bellbox.core.packing import code_width, digits_per_byte, pack, row_bytes, unpack
+from bellbox.core.packing import code_width, digits_per_byte, pack, row_bytes, unpack, unpack_slabs
 from bellbox.errors import BellboxError
 
 # n levels, one row of codes, its bytes worked out by hand.
@@ -79,3 +79,25 @@ def test_impossible_bytes_show_as_codes_out_of_range():
     assert int(unpack(torch.tensor([[7, 0, 0]], dtype=torch.uint8), 8, 7).max()) >= 7
     for byte in range(243):
         assert int(unpack(torch.tensor([[byte]], dtype=torch.uint8), 5, 3).max()) < 3
+
+
+@pytest.mark.parametrize("n", [3, 4, 8])
+@pytest.mark.parametrize(
+    ("rows", "columns", "codes", "sizes"),
+    [
+        (300, 7, 1000, [128, 128, 44]),
+        (300, 7, 1009, [144, 144, 12]),
+        (40, 7, 10, [16, 16, 8]),
+        (5, 7, 1000, [5]),
+    ],
+)
+def test_slabs_are_the_rows_in_their_order_sixteen_or_a_multiple_at_a_time(n, rows, columns, codes, sizes):
+    whole = torch.randint(n, (rows, columns), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    slabs = list(unpack_slabs(pack(whole, n), columns, n, codes))
+    assert [len(slab) for slab in slabs] == sizes
+    assert torch.equal(torch.cat(slabs), whole)
+
+
+def test_a_slab_has_a_quarter_of_a_million_codes():
+    packed = torch.zeros(130, row_bytes(4096, 4), dtype=torch.uint8)
+    assert [len(slab) for slab in unpack_slabs(packed, 4096, 4)] == [64, 64, 2]

@@ -113,6 +113,15 @@ def test_what_does_not_fit_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
+def test_the_checksum_of_a_former_configuration_is_compared(tmp_path: Path) -> None:
+    folder = copied(LLAMA, tmp_path)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rms_norm_eps": ', '"rms_norm_eps": 1'))
+    assert (folder / "config.json").read_text() != text
+    with pytest.raises(BellboxError, match="damaged, its checksum does not match"):
+        bb.load(folder)
+
+
 def rename(tensors: dict[str, torch.Tensor], leaf: str, to: str) -> None:
     name = next(each for each in tensors if each.endswith(leaf))
     tensors[name.removesuffix(leaf) + to] = tensors.pop(name)

@@ -63,6 +63,22 @@ def test_under_autocast_the_outputs_are_the_same_bits_and_the_gradients_as_close
         assert float((left - right).norm() / right.norm()) < 0.01
 
 
+def test_gradients_of_micro_batches_are_summed_in_fp32_under_autocast() -> None:
+    def gradients(some: list[Tensor]) -> list[Tensor]:
+        copied = copy.deepcopy(model)
+        with torch.autocast("cpu", torch.bfloat16), weights_quantized_once(copied):
+            assert copied[0].held_weight.dtype == torch.float32
+            for batch in some:
+                copied(batch).float().square().mean().backward()
+        return [layer.stored_weight.grad.double() for _, layer in quantized_layers(copied)]
+
+    model, many = network(Recipe.bbq(bits=2)), batches(24)
+    alone = [gradients([batch]) for batch in many]
+    for found, *parts in zip(gradients(many), *alone, strict=True):
+        wanted = torch.stack(parts).sum(0)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
 def test_each_weight_is_quantized_once_and_goes_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(Recipe.bbq(bits=2))
     calls: Counter[str] = Counter()

@@ -39,6 +39,15 @@ def test_a_block_is_binarized_as_brute_force_in_float64_does(variant, rows, colu
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_up_to_49_columns_are_salient_and_no_more(variant):
+    w = torch.from_numpy(np.random.default_rng(0).normal(size=(32, 128)))
+    w[:, :60] *= 30  # all of these would be, if so many could
+    salient = binarize(w, torch.ones(128, dtype=torch.float64), variant).salient
+    assert salient is not None
+    assert int(salient.sum()) == int(salient[:60].sum()) == 49
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("columns", [48, 50, 33])
 def test_a_matrix_and_its_error_feedback_are_those_of_brute_force(variant, columns):
     w, x = problem(6, columns)

@@ -74,6 +74,26 @@ def test_learning_stops_at_the_first_rise_and_keeps_the_lowest_loss(variant):
     assert bool((learned.scale != 0).all())
 
 
+@pytest.mark.parametrize(("power", "seed"), [(1, 0), (1, 1), (1, 3), (1, 4), (2, 0), (2, 2), (2, 5)])
+def test_learning_ends_with_the_step_before_dtmd_first_rises(power, seed):
+    """Plain descent under autograd in float64, written out: how many steps, and the scale of the lowest loss."""
+    w, largest = weights(24, 16, seed).double(), torch.linspace(0.5, 2, 16, dtype=torch.float64)
+    learned = learn_scale([w], largest, power=power, lr=0.02)
+    scale, seen = start_scale(largest, w, 0.5).requires_grad_(), []
+    for _ in range(201):
+        loss, distance = double_bell(w * scale, power, 16)
+        seen.append((float(loss.detach()), float(distance), scale.detach().clone()))
+        if len(seen) > 1 and seen[-1][1] > seen[-2][1]:
+            break
+        (slope_here,) = torch.autograd.grad(loss, scale)
+        scale = (scale.detach() - 0.02 * slope_here).requires_grad_()
+    assert 2 < len(seen) < 201  # it has risen
+    assert learned.steps == len(seen) - 1
+    best = min(seen, key=lambda one: one[0])
+    torch.testing.assert_close(learned.scale, best[2], rtol=1e-9, atol=0)
+    assert learned.loss == pytest.approx((seen[0][0], best[0]), rel=1e-9)
+
+
 def test_released_takes_the_larger_scale_and_clean_one_for_all_rows():
     w, largest = [weights(16, 32), weights(16, 32, 1) * 3], torch.rand(32) + 0.5
     alone = [learn_scale([one], largest, variant="released").scale for one in w]

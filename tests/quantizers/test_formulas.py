@@ -305,6 +305,23 @@ def test_the_first_tensor_sets_the_scales_that_the_papers_start_from():
     assert q.levels.thresholds == pytest.approx([float(t * rms) for t in (-4 / 3, 0, 4 / 3)], abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"classic": True}])
+def test_a_step_of_lsq_that_training_took_below_zero_counts_by_its_magnitude(options):
+    results = []
+    for sign in (1.0, -1.0):
+        q = build_quantizer(QuantizerSpec("lsq", 4, options=options), FEATURES, None, "").double()
+        q.initialize(data(1))
+        with torch.no_grad():
+            q.a.mul_(sign)  # type: ignore[operator]
+        x = data().requires_grad_()
+        out = q(x)
+        out.square().sum().backward()
+        results.append((out.detach(), x.grad, sign * q.a.grad, q.codes(data()), q.scale()))  # type: ignore[operator]
+    for positive, negative in zip(*results, strict=True):
+        assert torch.equal(positive, negative)
+    assert len(results[0][3].unique()) == 4
+
+
 @pytest.mark.parametrize("n", [2, 4, 16])
 @pytest.mark.parametrize("signed", [False, True])
 def test_pact_starts_at_the_alpha_of_least_squared_error(n, signed):

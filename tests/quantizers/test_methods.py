@@ -90,8 +90,13 @@ def test_training_and_evaluation_use_the_same_codes(spec, rows):
     assert int(codes.max()) < spec.levels
     with torch.no_grad():
         out = q(x)
-    if q.on_grid:
-        torch.testing.assert_close(out, q.levels.decode(codes) * q.scale() * row_scales, rtol=1e-6, atol=1e-7)
+    table = q.table()
+    if table is None:
+        decoded = q.levels.decode(codes) * q.scale() * row_scales
+    else:
+        scales = q.packed_scales(x, row_scales).reshape(len(x), -1)
+        decoded = table.float()[codes.long()] * scales.repeat_interleave(64 // scales.shape[1], 1)
+    torch.testing.assert_close(out, decoded, rtol=1e-6, atol=1e-7)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(q(x), out.to(torch.bfloat16))
 

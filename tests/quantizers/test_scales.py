@@ -55,11 +55,11 @@ def activation(method: str) -> Quantizer:
     return build_quantizer(bb.QuantizerSpec(method, 4), 64, None, "here")
 
 
-@pytest.mark.parametrize("method", LEARNED)
-@pytest.mark.parametrize("rows", [None, 1, 6])
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [*((name, None) for name in ON_INPUTS), *((name, rows) for name in LEARNED for rows in (1, 6))],
+)
 def test_no_number_is_0d_and_none_is_set_before_the_first_tensor(method, rows):
-    if rows is None and method not in ON_INPUTS:
-        return
     q = build_quantizer(bb.QuantizerSpec(method, 4), 64, rows, "here")
     assert isinstance(q, LearnedQuantizer)
     assert all(t.dim() > 0 and bool(t.isnan().all()) for t in q.own_scales().values())

@@ -13,7 +13,7 @@ from bellbox.models import build, preset
 from bellbox.nn import quantized_layers
 from bellbox.optim import parameter_groups
 from bellbox.recipe import Recipe
-from bellbox.runs.config import OptimizerSection
+from bellbox.runs.config import CewtSection, OptimizerSection
 from bellbox.training.optim.groups import ModelOptimizer
 
 
@@ -68,6 +68,35 @@ def test_a_quantizer_may_have_parameters_that_decay_or_learn_at_another_rate() -
     optimizer = ModelOptimizer(model, OptimizerSection())
     optimizer.step(1e-3)
     assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([1e-3, 1e-3, 1e-2])
+
+
+@pytest.mark.parametrize(
+    ("options", "decays"), [({}, True), ({"decay_alpha": True}, True), ({"decay_alpha": False}, False)]
+)
+def test_weight_decay_pulls_pacts_alpha_down_unless_it_is_told_not_to(
+    options: dict[str, bool], decays: bool
+) -> None:
+    model = prepare(nn.Sequential(nn.Linear(16, 16)), Recipe.of("pact", 4, options=options))
+    model(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
+    (alpha,) = (p for name, p in model.named_parameters() if name.endswith("alpha"))
+    before = alpha.item()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=0.1, weight_decay=0.5), lr=0.1)
+    alpha.grad = torch.zeros_like(alpha)
+    optimizer.step()
+    assert alpha.item() == pytest.approx(before * (0.95 if decays else 1.0))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
+def test_the_hyperballs_rate_follows_the_schedule(share: float) -> None:
+    torch.manual_seed(0)
+    model = prepare(nn.Sequential(nn.Linear(64, 64)), Recipe.bbq(bits=2))
+    optimizer = ModelOptimizer(model, OptimizerSection(lr=1e-3, cewt=CewtSection(every=16, lr=0.02)))
+    weight = model[0].rotated_weight  # pyright: ignore[reportIndexIssue]
+    before = weight.detach().clone()
+    weight.grad = torch.randn(64, 64)
+    optimizer.step(share * 1e-3, project=False)
+    moved = float((weight.detach() - before).norm() / before.norm())
+    assert moved == pytest.approx(share * 0.02, rel=0.02)
 
 
 def test_any_optimizer_and_scheduler_takes_the_groups_with_their_rates() -> None:
