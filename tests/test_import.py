@@ -58,7 +58,7 @@ def test_the_public_names_are_there():
 
 LOADED_BY_LOAD = (
     "calibrate", "convert", "core", "coverage", "errors", "formats", "inference", "models", "nn", "ops", "quantizers",
-    "recipe", "structure", "utils", "version",
+    "past_forward", "recipe", "structure", "utils", "version",
 )  # fmt: skip
 
 

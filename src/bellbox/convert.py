@@ -38,6 +38,7 @@ from bellbox.nn.compact import Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.pretrained import have_plain_weights_saved, stop_saving_plain_weights
 from bellbox.nn.state import look_before_loading, look_no_more
+from bellbox.past_forward import WHY, read_past_forward
 from bellbox.quantizers import METHODS, Quantizer, build_quantizer
 from bellbox.recipe import INPUT_GROUPS, QuantizerSpec, Recipe, Rule
 from bellbox.structure import ends
@@ -139,11 +140,14 @@ def new_layers(
 def decide(model: nn.Module, recipe: Recipe) -> list[tuple[str, Plain, Rule]]:
     """The layers that a recipe quantizes: name, layer and the rule that decided."""
     kept = ends(model) if recipe.keep_ends else {}
-    return [
+    found = [
         (name, layer, rule)
         for name, layer in plain_layers(model)
         if (rule := recipe.rule_for(name, kind_of_layer(layer), name in kept))
     ]
+    past = read_past_forward(model)
+    # Where all are read so, they are prepared, which changes nothing of what is computed; `convert` says why not.
+    return [each for each in found if id(each[1]) not in past] or found
 
 
 def unprepare(model: Model) -> Model:
@@ -184,8 +188,9 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
             raise BellboxError("the model is packed already; save it, or use it as it is")
         raise BellboxError("nothing to convert: the model has no quantized layers; call prepare first")
     require_causal(model, "converting")
+    memo: dict[int, Any] = _left_whole(layers)
+    layers = {name: layer for name, layer in layers.items() if id(layer) not in memo}
     groups = _hinted_groups(layers)
-    memo: dict[int, Any] = {}
     _give_scales_to_idle(layers)
     for name, layer in layers.items():
         activation = layer.activation_quantizer
@@ -206,6 +211,43 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     compact(packed, embeddings)
     gather_in_huge_pages(packed)
     return packed
+
+
+def _left_whole(layers: Mapping[str, QuantizedLayer]) -> dict[int, Any]:
+    """Plain copies, by the layer's id, of those that never ran while the model read their weight for itself.
+
+    Raises:
+        BellboxError: all are such layers.
+    """
+    some_ran = any(layer.has_run for layer in layers.values())
+    names = [
+        name
+        for name, layer in layers.items()
+        if layer.weight_was_read and not layer.has_run and (some_ran or not _is_set(layer))
+    ]
+    if not names:
+        return {}
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if len(names) == len(layers):
+        raise BellboxError(
+            f"nothing to convert: {some} never ran, and the model reads the weight past the layer's forward; such a "
+            "layer stays in full precision"
+        )
+    warnings.warn(f"left in full precision: {some} ({WHY})", stacklevel=3)
+    return {id(layers[name]): _plain_copy(layers[name]) for name in names}
+
+
+def _is_set(layer: QuantizedLayer) -> bool:
+    """Whether the input's scale needs no data any more."""
+    return layer.activation_quantizer is None or layer.activation_quantizer.quantizer.is_set
+
+
+def _plain_copy(layer: QuantizedLayer) -> nn.Module:
+    """The owner's layer with its plain weight, of memory of its own."""
+    copied = copy.deepcopy(layer)
+    copied.rotate_stored_weight_back()
+    become(copied, copied.unquantized())
+    return copied
 
 
 def _give_scales_to_idle(layers: Mapping[str, QuantizedLayer]) -> None:
@@ -278,7 +320,7 @@ def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[Plain
     """One line: a warning where much is left with no rule asking for it, else an entry of the log."""
     if recipe.rules:
         line, warn = coverage.say(
-            model, recipe, (layer.weight for _, layer in layers if layer.weight_quantizer)
+            model, recipe, (layer.stored_weight for _, layer in layers if layer.weight_quantizer)
         )
         if warn:
             warnings.warn(line, stacklevel=3)

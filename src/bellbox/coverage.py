@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bellbox.nn import CodedLayer, QuantizedLayer
 from bellbox.nn.tools import stored_weight
+from bellbox.past_forward import WHY, read_past_forward
 from bellbox.quantizers import Quantizer
 from bellbox.recipe import LayerKind, Recipe
 from bellbox.structure import ends, is_transposed_linear
@@ -51,7 +52,7 @@ class Left:
 
 def plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
     """Layers by name that compute as `nn.Linear` and `nn.Conv2d` do, subclasses too."""
-    past = _read_past(model)
+    past = _inside_attention(model)
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.Linear | nn.Conv2d)
@@ -61,7 +62,7 @@ def plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
             yield name, module
 
 
-def _read_past(model: nn.Module) -> set[int]:
+def _inside_attention(model: nn.Module) -> set[int]:
     """Ids of what nn.MultiheadAttention holds and reads past the layers' forward."""
     holders = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
     return {id(inner) for holder in holders for inner in holder.modules()}
@@ -107,7 +108,7 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
     """
     kept = ends(model) if recipe is None or recipe.keep_ends else {}
     plain = {id(layer) for _, layer in plain_layers(model)}
-    past = _read_past(model)
+    past, inside = read_past_forward(model), _inside_attention(model)
     found: list[Left] = []
     seen = {
         id(stored_weight(module))
@@ -118,13 +119,15 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
         if isinstance(module, (QuantizedLayer, CodedLayer, Quantizer, *_TABLES, *_NORMS)):
             continue
         rule = None if recipe is None else recipe.rule_for(name, kind_of_layer(module), name in kept)
-        if id(module) in plain:
+        if id(module) in plain and id(module) in past and (rule is not None or recipe is None):
+            why, asked = WHY, False
+        elif id(module) in plain:
             if rule is not None:
                 continue
             why, asked = kept.get(name, "the recipe leaves it"), True
         else:
             asked = name in kept or (recipe is not None and rule is None)
-            why = kept.get(name) or _why_no_layer(module, id(module) in past)
+            why = kept.get(name) or _why_no_layer(module, id(module) in inside)
         fresh = [weight for weight in _weights(module) if id(weight) not in seen]
         seen.update(map(id, fresh))
         if fresh:

@@ -70,13 +70,15 @@ def ends(model: nn.Module) -> dict[str, str]:
         dotted name -> reason. Names of layers that do not multiply by a weight of their own are not among them, and
         where every layer would be, none is.
     """
-    layers = _layers(model)
+    adapters = dict(_adapters(model))
+    layers = [layer for layer in _layers(model) if layer.name not in adapters]
     found: dict[str, str] = {}
     for source in (_tied, _declared_outputs, _outputs, _declared_inputs, _inputs, _routers):
         for name, reason in source(model, layers):
             found.setdefault(name, reason)
     known = {layer.name for layer in layers}
-    return {} if known <= set(found) else {name: found[name] for name in found if name in known}
+    kept = {} if known <= set(found) else {name: found[name] for name in found if name in known}
+    return {**kept, **adapters}
 
 
 # The parts of a network
@@ -339,6 +341,22 @@ def _declared_channels(model: nn.Module) -> tuple[int, ...]:
     keys = ("num_channels", "in_channels", "in_chans", "num_mel_bins")
     values = (getattr(holder, key, None) for holder, key in itertools.product(holders, keys))
     return tuple({value for value in values if isinstance(value, int)})
+
+
+# Adapters
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What a layer of peft trains beside its `base_layer`, by the names that it gives."""
+    for name, holder in model.named_modules():
+        names = getattr(holder, "adapter_layer_names", ())
+        if not isinstance(names, tuple) or "base_layer" not in holder._modules:
+            continue
+        for leaf in names:
+            child = holder._modules.get(leaf)
+            for inner, module in () if child is None else child.named_modules(prefix=leaf):
+                if widths(module) is not None:
+                    yield (f"{name}.{inner}" if name else inner), "an adapter"
 
 
 # Mixtures of experts

@@ -33,10 +33,10 @@ WHOLE = os.environ.get("BELLBOX_ZOO") == "all"
         if WHOLE or model.fast
     ],
 )
-def test_a_model_of_the_zoo(library: str, model: zoo_models.Model) -> None:
+def test_a_model_of_the_zoo(library: str, model: zoo_models.Model, tmp_path: Path) -> None:
     if package(library) is None:
         pytest.skip(f"{library} is not installed")
-    zoo_check.check(model)
+    zoo_check.check(model, tmp_path)
 
 
 def test_a_network_whose_layers_all_compute_otherwise_is_refused_by_name() -> None:

@@ -16,13 +16,13 @@ _schemas: list[torch.library.Library] = []
 def package(name: str) -> ModuleType | None:
     """An installed package, or None where it is absent."""
     try:
-        if name in ("torchvision", "timm"):
+        if name in ("torchvision", "timm", "peft"):
             if APART.is_dir() and str(APART) not in sys.path:
                 sys.path.append(str(APART))
             _declare_operators()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in ("timm", "torchvision", "transformers"):
+        if error.name not in ("timm", "torchvision", "transformers", "peft", "accelerate", "psutil"):
             raise
         return None
 
@@ -37,6 +37,10 @@ def _declare_operators() -> None:
         return
     try:
         importlib.import_module("torchvision")
+        return
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
         return
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):

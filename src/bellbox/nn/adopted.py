@@ -25,6 +25,12 @@ def class_for(kind: type, plain: type) -> type:
     return _classes[kind, plain]
 
 
+def plain_class_of(kind: Any) -> type:
+    """The owner's class behind a low-bit one, as far as the class itself knows it."""
+    made_of = kind.__dict__.get("_made_of")
+    return kind.plain_kind if made_of is None else made_of[1]
+
+
 def _reduce(layer: Any, protocol: Any) -> Any:
     """A class made at run time is made again where the layer is read."""
     del protocol

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bellbox.core.grid import Grid
 from bellbox.errors import BellboxError
-from bellbox.nn.adopted import class_for
+from bellbox.nn.adopted import class_for, plain_class_of
 from bellbox.nn.lazy_weight import LazyWeight, WeightSource
 from bellbox.nn.quantized import QuantizedLayer
 
@@ -22,9 +22,11 @@ _OF_TRAINING = frozenset(
         "_bellbox_looks",
         "activation_quantizer",
         "geometry",
+        "has_run",
         "held_weight",
         "plain_class",
         "weight_quantizer",
+        "weight_was_read",
         "weights_rotated",
     }
 )
@@ -44,8 +46,8 @@ class _DecodedWeight(WeightSource):
         """See `WeightSource`."""
         del weight
         raise BellboxError(
-            "the weight of a packed layer cannot be written: it is stored as codes; change the trained model, and "
-            "convert it again"
+            "the weight of a packed layer cannot be written: it is stored as codes; leave an adapter beside the layer, "
+            "or change the trained model (merge into the prepared one) and convert it again"
         )
 
     @property
@@ -76,6 +78,12 @@ class CodedLayer(nn.Module, ABC):
     """How many levels codes have, and which integers they stand for."""
     quantization_method: str = ""
     """Name of the method that the weight was trained with; empty where nobody knows."""
+
+    def __new__(cls, *given: Any, **named: Any) -> Any:
+        """A layer of codes; of the owner's class where the arguments are that one's, as adapters call it."""
+        if (given or named) and not any(isinstance(each, Grid) for each in (*given, *named.values())):
+            return plain_class_of(cls)(*given, **named)
+        return super().__new__(cls)
 
     @property
     @abstractmethod

@@ -56,6 +56,9 @@ class WeightSource(ABC):
             BellboxError: what is stored cannot be written this way.
         """
 
+    def was_used(self) -> None:  # noqa: B027 (most need nothing)
+        """Called where somebody computes with the weight itself, not with its `.data`."""
+
     @property
     @abstractmethod
     def stored(self) -> Tensor:
@@ -103,6 +106,8 @@ class LazyWeight(Tensor):
 
     def decoded(self) -> Tensor:
         """The weight as a plain tensor."""
+        if not self._detached:
+            self._source.was_used()
         weight = self._source.decode()
         return weight.detach() if self._detached else weight
 

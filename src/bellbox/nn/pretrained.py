@@ -9,6 +9,7 @@ they kept.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,18 +34,33 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def have_plain_weights_saved(model: nn.Module) -> None:
-    """Have a `PreTrainedModel` written by `save_pretrained` as the plain model that it was; others are left alone."""
+    """Have a `PreTrainedModel` written by `save_pretrained` as the plain model that it was; others are left alone.
+
+    Likewise one within another module, such as what peft puts around a model.
+    """
     transformers = sys.modules.get("transformers")
     kind = getattr(transformers, "PreTrainedModel", None)
-    if kind is None or not isinstance(model, kind) or getattr(model, "hf_quantizer", None) is not None:
+    if kind is None:
         return
-    model.hf_quantizer = _plain_weights()  # pyright: ignore[reportAttributeAccessIssue]
+    for each in _outermost(model, kind):
+        if getattr(each, "hf_quantizer", None) is None:
+            each.hf_quantizer = _plain_weights()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
+    """The modules of a class that lie in no other one of it."""
+    if isinstance(model, kind):
+        yield model
+    else:
+        for child in model.children():
+            yield from _outermost(child, kind)
 
 
 def stop_saving_plain_weights(model: nn.Module) -> None:
     """The way back from `have_plain_weights_saved`."""
-    if type(getattr(model, "hf_quantizer", None)).__name__ == "PlainWeights":
-        del model.hf_quantizer
+    for module in model.modules():
+        if type(module.__dict__.get("hf_quantizer")).__name__ == "PlainWeights":
+            del module.hf_quantizer
 
 
 def _plain_weights() -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bellbox.core.grid import Levels
 from bellbox.core.hadamard import hadamard
 from bellbox.errors import BellboxError
-from bellbox.nn.adopted import class_for, twin
+from bellbox.nn.adopted import class_for, plain_class_of, twin
 from bellbox.nn.input_cache import InputCache
 from bellbox.nn.lazy_weight import LazyWeight, WeightSource
 from bellbox.nn.record import Record
@@ -29,6 +29,10 @@ from bellbox.quantizers.base import Quantizer
 
 ROTATED = "rotated_weight"
 """Name of a weight that is stored rotated: no reader of a state dict takes it for the plain one."""
+_OF_LAYER = (
+    "plain_class", "weights_rotated", "held_weight", "has_run", "weight_was_read", "_call", "_keeps_call"
+)  # fmt: skip
+"""Attributes that a plain layer does not have."""
 EXTRA_STATE = "_extra_state"
 """Name under which torch keeps what `get_extra_state` gives."""
 
@@ -85,6 +89,10 @@ class _RotatedWeight(WeightSource):
         """See `WeightSource`."""
         return self._layer.turned(self.stored, back=True)
 
+    def was_used(self) -> None:
+        """See `WeightSource`."""
+        self._layer.weight_was_read = True
+
     def write(self, weight: Tensor) -> None:
         """See `WeightSource`."""
         with torch.no_grad():
@@ -131,15 +139,24 @@ class QuantizedLayer(nn.Module, ABC):
     """The owner's class."""
     held_weight: Tensor | None
     """The fake-quantized weight's rows, while `nn.weights_quantized_once` holds them for several forwards."""
+    has_run: bool
+    """Whether its forward was called since it was prepared, as far as no compiler hid that."""
+    weight_was_read: bool
+    """Whether somebody computed with `weight`, or took it where it is not stored rotated."""
     _call: tuple[Any, dict[str, Tensor | None], Callable[..., Tensor]] | None
     """The packed layer's call of the last evaluation: what it was made from, its buffers, itself."""
     _keeps_call: bool
     """Whether nobody writes, see `weights_coded_once`."""
 
-    def __new__(cls, layer: nn.Module | None = None, *_: Any, **__: Any) -> Any:
-        """An object with all that `layer` has, of this class or, for a subclass of torch's, one derived from both."""
-        if layer is None:
+    def __new__(cls, layer: Any = None, *rest: Any, **named: Any) -> Any:
+        """An object with all that `layer` has, of this class or, for a subclass of torch's, one derived from both.
+
+        Arguments of torch's own class make one of that: adapters are made by `type(layer)(8, 4)`.
+        """
+        if layer is None and not named:
             return super().__new__(cls)
+        if not isinstance(layer, nn.Module):
+            return plain_class_of(cls)(*(() if layer is None else (layer,)), *rest, **named)
         return twin(layer, class_for(cls, type(layer)))
 
     def __init__(
@@ -159,6 +176,7 @@ class QuantizedLayer(nn.Module, ABC):
             # Past nn.Module's own bookkeeping: a borrowed quantizer must not be registered twice.
             object.__setattr__(self, "activation_quantizer", activation_quantizer)
         self._start()
+        self.has_run = self.weight_was_read = False
         if weights_rotated:
             _require_no_rotation(weight_quantizer, activation_quantizer)
         elif weight_quantizer is not None and activation_quantizer is not None:
@@ -191,6 +209,8 @@ class QuantizedLayer(nn.Module, ABC):
         """The plain weight, whoever asks: where it is stored rotated, a `LazyWeight` that reads and writes through."""
         stored = self.stored_weight
         if ROTATED not in self._parameters:
+            if not self.weight_was_read and is_unwatched(stored):
+                self.weight_was_read = True
             return stored
         if not is_unwatched(stored):
             return self.turned(stored, back=True)
@@ -299,7 +319,7 @@ class QuantizedLayer(nn.Module, ABC):
         for name in ("weight_quantizer", "activation_quantizer"):
             plain._modules.pop(name, None)
             plain.__dict__.pop(name, None)
-        for name in ("plain_class", "weights_rotated", "held_weight", "_call", "_keeps_call"):
+        for name in _OF_LAYER:
             plain.__dict__.pop(name, None)
         return plain
 
@@ -383,6 +403,8 @@ class QuantizedLayer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The layer's output, in training from fake-quantized floats, in evaluation from integers."""
         if self.training or not self.runs_on_integers:
+            if is_unwatched(x):
+                self.has_run = True
             return self._dequantized(x)
         exact = self._integer(x)
         if not torch.is_grad_enabled():
@@ -423,6 +445,7 @@ class QuantizedLayer(nn.Module, ABC):
         kept = self._call
         key = kept[0] if kept is not None and self._keeps_call else native.fingerprint(self._state())
         if kept is None or key is None or kept[0] != key:
+            self.has_run = True
             buffers = self.packed_buffers()
             kept = (key, buffers, self._bind(buffers))
             self._call = kept if key is not None or self._keeps_call else None

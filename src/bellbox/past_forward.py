@@ -1,0 +1,75 @@
+"""Finding of layers whose weight a model reads past the layer's forward, as functional attention does.
+
+Such a layer never sees its input, so it cannot be quantized: what the model computes with is the weight itself. It is
+read off the source of the module that holds the layer: a method names `self.layer.weight`, and none names `self.layer`
+for itself, to call it or to hand it on. Where there is no source, `convert` finds out, after a batch.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+
+from torch import nn
+
+WHY = "its weight is read past its forward"
+"""The reason that users are told."""
+
+_ABOUT = frozenset({"data", "device", "dtype", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"})
+"""What a model may ask of a weight without computing with it."""
+_SET_UP = ("__init__", "_init", "init_", "reset_parameters", "extra_repr")
+"""Beginnings of the names of methods that are no forward."""
+
+
+def read_past_forward(model: nn.Module) -> set[int]:
+    """Ids of linear layers and convolutions that nn.MultiheadAttention, or a module's own code, reads so."""
+    found: set[int] = set()
+    for holder in model.modules():
+        if isinstance(holder, nn.MultiheadAttention):
+            found.update(id(inner) for inner in holder.modules())
+        layers = {
+            name: child for name, child in holder.named_children() if isinstance(child, nn.Linear | nn.Conv2d)
+        }
+        if layers and not type(holder).__module__.startswith("torch.nn."):
+            found.update(id(layers[name]) for name in _names_read(type(holder)) & set(layers))
+    return found
+
+
+@functools.cache
+def _names_read(kind: type) -> frozenset[str]:
+    """Attributes whose weight the methods of a class read, while they use the attribute for nothing else."""
+    read: set[str] = set()
+    used: set[str] = set()
+    for each in kind.__mro__:
+        if each is nn.Module:
+            break
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
+        except (OSError, TypeError, SyntaxError, ValueError):
+            return frozenset()  # nothing is known of what else it does
+        _look(tree, read, used)
+    return frozenset(read - used)
+
+
+def _look(tree: ast.AST, read: set[str], used: set[str]) -> None:
+    """Sort the uses of `self.NAME` into readings of its weight and others."""
+    for method in ast.walk(tree):
+        if not isinstance(method, ast.FunctionDef) or method.name.startswith(_SET_UP):
+            continue
+        above = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+        for node in above:
+            if not (isinstance(node, ast.Attribute) and _is_self(node.value)):
+                continue
+            outer = above.get(node)
+            if not isinstance(outer, ast.Attribute):
+                used.add(node.attr)
+            elif outer.attr == "weight":
+                further = above.get(outer)
+                if not (isinstance(further, ast.Attribute) and further.attr in _ABOUT):
+                    read.add(node.attr)
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
