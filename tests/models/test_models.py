@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,14 +11,30 @@ from torch import nn
 
 from bellbox.errors import BellboxError
 from bellbox.models import GPTConfig, LlamaConfig, build
-from bellbox.models.attention import causal_attention, silu, tanh_gelu
+from bellbox.models.attention import causal_attention, erf_gelu, silu, tanh_gelu
 from bellbox.models.cache import KVCache
+from bellbox.models.hf_names import to_hf
 
 VOCABULARY, CONTEXT = 61, 48
 CONFIGS = {
     "llama": LlamaConfig(VOCABULARY, 48, 100, 3, 4, max_position_embeddings=CONTEXT, initializer_range=0.2),
     "grouped": LlamaConfig(VOCABULARY, 48, 76, 2, 4, 2, 20, CONTEXT, initializer_range=0.2),
     "gpt": GPTConfig(VOCABULARY, 48, 100, 2, 4, max_position_embeddings=CONTEXT, initializer_range=0.2),
+    "fused": LlamaConfig(
+        VOCABULARY, 48, 100, 2, 4, max_position_embeddings=CONTEXT, initializer_range=0.2, fused_qkv=True
+    ),
+    "paper gpt": GPTConfig(
+        VOCABULARY,
+        48,
+        100,
+        2,
+        4,
+        CONTEXT,
+        initializer_range=0.2,
+        activation="gelu_erf",
+        fused_qkv=True,
+        bias=False,
+    ),
 }
 BOTH_WAYS = pytest.mark.parametrize("exact", [False, True], ids=["fused", "exact"])
 
@@ -130,7 +147,8 @@ def test_siblings_read_the_same_tensor_object(model):
             if name.endswith(first):
                 groups += 1
                 assert all(seen[name.replace(first, other)] == tensor for other in others)
-    assert groups == len(seen) // 7 * 2 if "model.norm.weight" in model.state_dict() else groups == 2
+    expected = {"Llama": 2, "GPT": 1}[type(model).__name__] - model.config.fused_qkv
+    assert groups == expected * model.config.num_hidden_layers
 
 
 def test_initial_weights_follow_the_recipe():
@@ -248,3 +266,20 @@ def test_exact_activations_are_the_function_and_do_not_depend_on_the_place_in_me
     for row in range(200):
         assert torch.equal(function(x[row : row + 1].clone(), exact=True), full[row : row + 1])
     assert function(torch.tensor([-300.0, 0.0, 300.0]), exact=True).tolist() == [0.0, 0.0, 300.0]
+
+
+def test_the_exact_gelu_is_that_of_float64():
+    x = torch.linspace(-12, 12, 4001)
+    wide = x.double()
+    wanted = wide * torch.special.log_ndtr(wide).exp()  # ndtr itself cancels far below zero
+    torch.testing.assert_close(erf_gelu(x, exact=True).double(), wanted, atol=0, rtol=1e-6)
+    torch.testing.assert_close(erf_gelu(x, exact=False).double(), wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_one_matrix_for_queries_keys_and_values_is_the_function_of_three():
+    fused = build(CONFIGS["fused"], seed=3).eval()
+    three = build(dataclasses.replace(CONFIGS["fused"], fused_qkv=False)).eval()
+    three.load_state_dict(to_hf(fused.state_dict(), "llama", tied=False))
+    torch.testing.assert_close(fused(ids(2, 20)), three(ids(2, 20)))
+    with pytest.raises(BellboxError, match="as many key and value heads"):
+        dataclasses.replace(CONFIGS["grouped"], fused_qkv=True)

@@ -46,6 +46,13 @@ def test_only_the_matrices_of_linear_layers_decay(name: str, recipe: Recipe) -> 
         assert any("gamma" in name for name in kept)
 
 
+def test_the_head_may_be_left_out_of_decay() -> None:
+    model = small()
+    decay, *others = parameter_groups(model, lr=1e-3, weight_decay=0.1, decay_head=False)
+    assert "lm_head.weight" in set[str]().union(*(names_in(model, group) for group in others))
+    assert any("q_proj" in name for name in names_in(model, decay))
+
+
 def test_a_head_that_is_tied_to_the_embedding_does_not_decay() -> None:
     model = small("tiny", tie_word_embeddings=True)
     decay, plain = parameter_groups(model, lr=1e-3, weight_decay=0.1)

@@ -50,7 +50,7 @@ class Prepare:
     shard_tokens: int = 1 << 27
     """Tokens a shard file."""
     max_tokens: int | None = None
-    """Stop reading behind the document with which the training split has so many tokens."""
+    """Stop reading once the training split has so many tokens, at most a megabyte of text later."""
     overwrite: bool = False
     """Replace a dataset that stands at --out."""
 

@@ -101,7 +101,8 @@ def prepare(
         skip_null: pass over rows whose text is null, which are refused otherwise. They are counted
             (`Progress.skipped`), and so are blank ones, which give no document in any case.
         shard_tokens: tokens a file.
-        max_tokens: of the training split; reading stops behind the document that reaches it. All where None.
+        max_tokens: reading stops once the training split has so many tokens, at most a megabyte of text later. All
+            where None.
         overwrite: replace a dataset that stands at `out`. Anything else there is never removed.
         progress: called now and then with a `Progress`.
 
