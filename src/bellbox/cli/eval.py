@@ -4,6 +4,7 @@ bellbox eval runs/small
 bellbox eval runs/small --checkpoint best --stride 64
 bellbox eval small-packed --data data/books --json -
 bellbox eval some-hf-folder --data data/books --context 128
+bellbox eval runs/mine --import mine           # a run with a method of your own, from mine.py
 """
 
 from __future__ import annotations

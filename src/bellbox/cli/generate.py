@@ -3,6 +3,7 @@
 bellbox generate runs/small --prompt "It was a dark night"
 bellbox generate small-packed --prompt "Alice" --temperature 0.8 --top-k 40 --seed 1
 bellbox generate small-packed --prompt "Alice" --temperature 0
+bellbox generate runs/mine --import mine --prompt "Alice"      # a run with a method of your own, from mine.py
 """
 
 from __future__ import annotations

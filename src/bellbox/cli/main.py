@@ -43,11 +43,17 @@ _MACHINE = {
 }
 
 _RUNS = ("train", "compare", "demo")
+_WITH_METHODS = ("train", "eval", "convert", "generate", "report", "compare")
+"""Commands that take `--import MODULE`, for methods of the user's own."""
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    lines += [
+        "",
+        f"{', '.join(_WITH_METHODS)} also take --import MODULE: a module of yours that brings a quantization method",
+    ]
     return "usage: bellbox COMMAND [...]   (bellbox COMMAND --help)\n\n" + "\n".join(lines)
 
 
@@ -162,7 +168,31 @@ def _run(arguments: list[str]) -> None:
         raise BellboxError(f"no command {command!r}; there are: {', '.join(COMMANDS)}")
     with warnings.catch_warnings():
         _warn_in_a_line()
+        if command in _WITH_METHODS:
+            rest = _import_methods(rest)
         importlib.import_module(f"bellbox.cli.{command}").main(rest)
+
+
+def _import_methods(arguments: list[str]) -> list[str]:
+    """Import what `--import` names, as often as it is given, and return the other arguments."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    modules: list[str] = []
+    others: list[str] = []
+    words = iter(arguments[:end])
+    for word in words:
+        if word == "--import":
+            modules.append(next(words, ""))
+        elif word.startswith("--import="):
+            modules.append(word.partition("=")[2])
+        else:
+            others.append(word)
+    if any(not name or name.startswith("-") for name in modules):
+        raise BellboxError("--import needs the name of a module after it, which brings methods of your own")
+    if modules:
+        from bellbox.quantizers.own import import_modules
+
+        import_modules(modules)
+    return others + arguments[end:]
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

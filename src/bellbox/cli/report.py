@@ -4,6 +4,7 @@ bellbox report runs/small
 bellbox report runs/small --out small.html --packed small-packed
 bellbox report one-bit
 bellbox report runs/small --layer model.layers.1.mlp.up_proj --prompt "Alice"
+bellbox report runs/mine --import mine         # a run with a method of your own, from mine.py
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ bellbox train --folder runs/w4 --quantization.bits 4 --steps 500
 bellbox train --config my.yaml --optimizer.lr 6e-4 --model.overrides num_hidden_layers=4
 bellbox train --config runs/w4/config.yaml                  # go on after a kill
 bellbox train --task vision --data.source cifar10.npz --model.preset resnet-small
+bellbox train --import mine --quantization.method mine       # a method of your own: mine.py (docs/methods.md)
 """
 
 from __future__ import annotations
@@ -50,15 +51,16 @@ def main(argv: list[str]) -> None:
     _refuse_folder(Path(config.folder))
     keep_freed_memory()
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
+    imports = "".join(f" --import {name}" for name in trainer.config.methods_from)
     print(summary(trainer.model), flush=True)
     result = trainer.run()
     if result.stopped_by is not None:
-        again = f"bellbox train --config {result.folder / 'config.yaml'}"
+        again = f"bellbox train --config {result.folder / 'config.yaml'}{imports}"
         print(
             f"stopped at step {result.step} of {result.total_steps}, saved; go on with: {again}", flush=True
         )
         raise SystemExit(128 + result.stopped_by)
-    print(_farewell(result.folder, trainer.model))
+    print(_farewell(result.folder, trainer.model, imports))
 
 
 def _refuse_folder(folder: Path) -> None:
@@ -104,7 +106,15 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
     default = dataclasses.replace(default, model=named(model.preset, model.overrides, model.pretrained))
     kind = dataclasses.make_dataclass(
         "TrainFlags",
-        [("model", named, dataclasses.field(default_factory=named))],
+        [
+            ("model", named, dataclasses.field(default_factory=named)),
+            # Written by a run, and no wish of anybody's.
+            (
+                "methods_from",
+                Annotated[list[str], tyro.conf.Suppress],
+                dataclasses.field(default_factory=list),
+            ),
+        ],
         bases=(TrainFlags,),
         frozen=True,
         namespace={"__doc__": TrainFlags.__doc__},
@@ -166,17 +176,17 @@ def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
     return registry
 
 
-def _farewell(folder: Path, model: nn.Module) -> str:
-    commands = [f"bellbox eval {folder}", f"bellbox report {folder}"]
+def _farewell(folder: Path, model: nn.Module, imports: str) -> str:
+    commands = [f"bellbox eval {folder}{imports}", f"bellbox report {folder}{imports}"]
     layers = [layer for _, layer in quantized_layers(model)]
     inputs = [layer.activation_quantizer.quantizer for layer in layers if layer.activation_quantizer]
     if all(
         quantizer.granularity != "tensor" for quantizer in inputs
     ):  # else: to train with and measure, no more
         if layers and all(map(can_be_packed, layers)):
-            commands.append(f"bellbox convert {folder} --out {folder}-packed")
+            commands.append(f"bellbox convert {folder} --out {folder}-packed{imports}")
         if not isinstance(model, ResNet | ViT):
-            commands.append(f'bellbox generate {folder} --prompt "Once upon a time"')
+            commands.append(f'bellbox generate {folder}{imports} --prompt "Once upon a time"')
     return "\n  ".join(
         [f"the run is in {folder}: config.yaml, metrics.jsonl, checkpoints/\nnext:", *commands]
     )

@@ -31,7 +31,7 @@ from typing import Any
 from bellbox.comparison.results import FRAME, frame
 from bellbox.errors import BellboxError
 from bellbox.runs.build import check_quantization
-from bellbox.runs.config import QuantizationSection, TrainConfig
+from bellbox.runs.config import QuantizationSection, TrainConfig, methods_named
 from bellbox.runs.config_file import config_from_dict
 from bellbox.utils.yaml import read_yaml
 
@@ -77,6 +77,12 @@ class Grid:
     def runs(self) -> int:
         """How many runs there are if none fails: learning rates on the first seed, then the other seeds."""
         return sum(len(cell.lrs) + len(cell.seeds) - 1 for cell in self.cells)
+
+    @property
+    def methods(self) -> set[str]:
+        """The quantizers' methods in it."""
+        configs = (cell.config(cell.lrs[0], cell.seeds[0]) for cell in self.cells)
+        return {method for config in configs for method in methods_named(config.quantization)}
 
 
 def bits_text(bits: float) -> str:

@@ -125,6 +125,11 @@ class Plan:
                 config = resolve(run.config, dataset)
                 make_task(config, dataset)
                 check_trainable(config)
+                if "__main__" in config.methods_from:
+                    raise BellboxError(
+                        "its method is defined in the script that runs, where its process cannot find it; move the "
+                        "class into a module"
+                    )
             except BellboxError as error:
                 raise BellboxError(f"row '{run.cell.row}': {error}") from None
         self._opened.clear()

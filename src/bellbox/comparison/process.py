@@ -11,6 +11,8 @@ from pathlib import Path
 
 from bellbox.comparison.plan import Wanted
 from bellbox.comparison.worker import MEASURED
+from bellbox.quantizers.own import modules_of
+from bellbox.runs.config import methods_named
 from bellbox.training import save_config
 from bellbox.utils.files import read_json
 
@@ -30,10 +32,11 @@ class Process:
         self.begun = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         save_config(dataclasses.replace(wanted.config, folder=str(folder)), folder / ASKED)
+        modules = modules_of(methods_named(wanted.config.quantization))
         self.first_step = self.step
         with (folder / LOG).open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bellbox.comparison.worker", str(folder / ASKED)],
+                [sys.executable, "-m", "bellbox.comparison.worker", str(folder / ASKED), *modules],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -29,7 +29,16 @@ from bellbox.utils.files import named, one_line
 
 FILE = "results.jsonl"
 # Where a run lives, how it is watched and saved: they do not decide its numbers.
-FREE = ("folder", "threads", "eval_every", "checkpoint_every", "log_every", "tensorboard", "debug")
+FREE = (
+    "folder",
+    "threads",
+    "eval_every",
+    "checkpoint_every",
+    "log_every",
+    "tensorboard",
+    "debug",
+    "methods_from",
+)
 
 
 @dataclass(frozen=True)

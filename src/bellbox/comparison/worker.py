@@ -1,6 +1,8 @@
 """Worker: one run in its own process trains as `bellbox train --resume auto` does, then measures, then leaves.
 
-    python -m bellbox.comparison.worker RUN/asked.yaml
+    python -m bellbox.comparison.worker RUN/asked.yaml [MODULE ...]
+
+The modules bring methods of the user's own.
 
 It holds on to its standard input, which the grid's process keeps open: when that closes, because the grid stops or
 was killed, the run saves and leaves too. Ctrl-C is the grid's business, so it is not heard here; otherwise the
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from bellbox.comparison.measure import measure
 from bellbox.errors import BellboxError
+from bellbox.quantizers.own import import_modules
 from bellbox.training import Trainer, load_config
 from bellbox.utils.files import write_text
 from bellbox.utils.malloc import keep_freed_memory
@@ -38,6 +41,7 @@ def main(argv: list[str]) -> None:
     threading.Thread(target=_leave_with_the_grid, daemon=True).start()
     keep_freed_memory()
     try:
+        import_modules(argv[1:])
         trainer = Trainer(load_config(argv[0]), resume="auto")
         result = trainer.run()
     except BellboxError as error:

@@ -290,6 +290,9 @@ class TrainConfig:
     """Write TensorBoard files beside metrics.jsonl."""
     debug: bool = False
     """Check every layer's output in every forward; slow, but names the layer at once."""
+    methods_from: list[str] = field(default_factory=list)
+    """Modules outside of Bellbox that the run's methods came from. Written down when a run begins; nothing is imported
+    because a file names it."""
 
     @property
     def sequences_per_step(self) -> int:
@@ -336,6 +339,7 @@ class TrainConfig:
             _check_vision(self)
         else:
             _check_batch(self)
+        _check_known(self.quantization, self.methods_from)
         _check_method(self.quantization)
         if self.steps is not None and self.tokens is not None:
             raise BellboxError(
@@ -462,6 +466,37 @@ def _check_vision(config: TrainConfig) -> None:
     ):
         if not ok:
             raise BellboxError(f"{name} is {_value(config, name)}, must be {limit}")
+
+
+def methods_named(section: QuantizationSection) -> set[str]:
+    """The quantizers' own methods that a section asks for."""
+    if section.recipe is None:
+        return {"bbq" if section.method == PAPER else section.method} - {"none"}
+    rules = section.recipe.get("rules", ())
+    sides = (
+        rule.get(side)
+        for rule in (rules if isinstance(rules, list | tuple) else ())
+        if isinstance(rule, dict)
+        for side in ("weights", "activations")
+    )
+    return {
+        side["method"] for side in sides if isinstance(side, dict) and isinstance(side.get("method"), str)
+    }
+
+
+def _check_known(section: QuantizationSection, modules: list[str]) -> None:
+    """Name the modules that a run's method came from, where they were not imported."""
+    from bellbox.quantizers.registry import is_known
+
+    if not modules:
+        return
+    missing = sorted(method for method in methods_named(section) if not is_known(method))
+    if missing:
+        flags = " ".join(f"--import {name}" for name in modules)
+        raise BellboxError(
+            f"quantization: no method {missing[0]!r} is known here, it came from the module {', '.join(modules)}: "
+            f"import it again ({flags})"
+        )
 
 
 def _check_method(section: QuantizationSection) -> None:

@@ -114,6 +114,7 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
         "log_every",
         "tensorboard",
         "debug",
+        "methods_from",
     }
     longer = asked.total_steps > saved.total_steps and asked.phases == PhasesSection()
     found: list[str] = []

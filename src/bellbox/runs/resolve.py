@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from bellbox.errors import BellboxError
 from bellbox.models import ViTConfig, preset, vision_preset
+from bellbox.quantizers.own import modules_of
 from bellbox.runs.build import make_recipe, pick_device, skeleton
-from bellbox.runs.config import CewtSection, QuantizationSection, ResolvedConfig, TrainConfig
+from bellbox.runs.config import CewtSection, QuantizationSection, ResolvedConfig, TrainConfig, methods_named
 from bellbox.runs.config_file import load_config
 from bellbox.runs.planner import quantized_fraction
 from bellbox.utils.processor import choose_precision
@@ -64,6 +65,7 @@ def resolve(raw: TrainConfig, data: Text | ImageDataset) -> ResolvedConfig:
         "steps": raw.total_steps,
         "tokens": None,
         "precision": _precision(raw),
+        "methods_from": modules_of(methods_named(quantization)),
     }
     if raw.phases.quantized == "optimal":
         known = dataclasses.replace(raw, model=model, quantization=quantization)
