@@ -176,7 +176,7 @@ def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
     return registry
 
 
-def _farewell(folder: Path, model: nn.Module, imports: str) -> str:
+def _farewell(folder: Path, model: nn.Module, imports: str = "") -> str:
     commands = [f"bellbox eval {folder}{imports}", f"bellbox report {folder}{imports}"]
     layers = [layer for _, layer in quantized_layers(model)]
     inputs = [layer.activation_quantizer.quantizer for layer in layers if layer.activation_quantizer]

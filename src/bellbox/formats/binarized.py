@@ -26,6 +26,7 @@ from bellbox.models.blocks import layer_names
 from bellbox.models.hf import filled
 from bellbox.nn import replace_layer
 from bellbox.nn.binarized_linear import BinarizedLinear
+from bellbox.nn.huge_pages import own_copy
 from bellbox.utils.files import checksum, describe_file, listed_file, read_json, read_tensors, says_format
 
 CONFIG, REST, RECORD, TOKENIZER = "config.json", "rest.safetensors", "ptq.json", "tokenizer.json"
@@ -175,7 +176,8 @@ def load(folder: str | os.PathLike[str]) -> Llama | GPT:
     model = empty_model(config, quantization)
     _check(root, model, tensors)
     wide = {
-        name: t.float() if t.is_floating_point() and not _is_scale(name) else t for name, t in tensors.items()
+        name: own_copy(t, dtype=torch.float32 if t.is_floating_point() and not _is_scale(name) else None)
+        for name, t in tensors.items()
     }
     return filled(model, wide).requires_grad_(False)
 

@@ -96,8 +96,9 @@ def load(
 ) -> nn.Module:
     """Read a packed model, or one that `bellbox ptq` has binarized.
 
-    The file of a packed one is mapped, not copied; on a CPU each layer is packed for the machine at once, a slab at a
-    time, and its part of the file may leave memory again.
+    The file of a packed one is mapped; on a CPU each layer is packed for the machine at once, a slab at a time, all
+    else is copied, and its part of the file may leave memory again. So the model is its own: what is written into the
+    file afterwards changes nothing.
 
     Args:
         folder: what `save` or `bellbox ptq` wrote.

@@ -27,7 +27,7 @@ from bellbox.nn import (
     WeightOnlyLinear,
 )
 from bellbox.nn.compact import Compact, Precision, empty_like
-from bellbox.nn.huge_pages import may_leave_memory
+from bellbox.nn.huge_pages import may_leave_memory, own_copy
 from bellbox.nn.tools import unique_tensors
 
 
@@ -289,7 +289,10 @@ def assign(
     tensors: Mapping[str, Tensor],
     device: torch.device | None,
 ) -> None:
-    """Put the stored tensors in the model's places; ties stay ties. Codes are laid out for the kernels."""
+    """Put the stored tensors in the model's places; ties stay ties. Codes are laid out for the kernels.
+
+    Nothing stays in the memory of the file, which anybody may write to or shorten.
+    """
     inside: set[int] = set()
     for name, layer in replaced.items():
         if isinstance(layer, CodedLayer):
@@ -309,11 +312,9 @@ def assign(
                 owner, _, owner_leaf = original.rpartition(".")
                 module._parameters[leaf] = model.get_submodule(owner)._parameters[owner_leaf]
             else:
-                module._parameters[leaf] = nn.Parameter(
-                    source.to(device or source.device), requires_grad=False
-                )
+                module._parameters[leaf] = nn.Parameter(own_copy(source, device), requires_grad=False)
         else:
-            module._buffers[leaf] = source.to(device or source.device)
+            module._buffers[leaf] = own_copy(source, device)
     for module in model.modules():  # what is not stored (tables that a model computes) still has no memory
         if any(b is not None and b.is_meta for b in module._buffers.values()):
             module.to_empty(device=device or "cpu", recurse=False)
@@ -324,9 +325,9 @@ def _fill(layer: CodedLayer, stored: Mapping[str, Tensor | None], device: torch.
     assert rows is not None
     for name, value in stored.items():
         if name != "weight_packed" and value is not None:
-            layer._buffers[name] = value.to(device or value.device)
+            layer._buffers[name] = own_copy(value, device)
     if not isinstance(layer, PackedLayer):
-        layer.fill_from_rows(rows.to(device or rows.device))
+        layer.fill_from_rows(own_copy(rows, device))
         return
     layer.act_thresholds = torch.tensor(layer.coding.levels.thresholds, device=device)
     layer.fill_from_rows(rows)

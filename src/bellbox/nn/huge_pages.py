@@ -50,3 +50,17 @@ def gather_in_huge_pages(model: nn.Module) -> None:
 def may_leave_memory(tensor: Tensor) -> None:
     """Tell the system that the pages of a mapped file may go. Never loses data: they are read again when needed."""
     _advise(tensor, _MADV_PAGEOUT, mmap.PAGESIZE)
+
+
+def own_copy(mapped: Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor in memory of its own: what is written into a mapped file afterwards does not reach it.
+
+    Args:
+        mapped: a tensor whose memory is a file's; its pages may leave memory.
+        device: of the copy; the same one where None.
+        dtype: likewise.
+    """
+    copied = mapped.to(device or mapped.device, dtype or mapped.dtype, copy=True)
+    if mapped.is_cpu:
+        may_leave_memory(mapped)
+    return copied
