@@ -299,22 +299,18 @@ def assign(
             prefix = f"{name}." if name else ""
             inside.add(id(layer))
             _fill(layer, {key: tensors.get(prefix + key) for key in stored_buffers(layer)}, device)
-    first: dict[int, str] = {}
+    placed: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         parent, _, leaf = name.rpartition(".")
         module = model.get_submodule(parent)
         if id(module) in inside:
             continue
-        source = tensors[first.setdefault(id(value), name)]
-        if leaf in module._parameters:
-            original = first[id(value)]
-            if original != name:
-                owner, _, owner_leaf = original.rpartition(".")
-                module._parameters[leaf] = model.get_submodule(owner)._parameters[owner_leaf]
-            else:
-                module._parameters[leaf] = nn.Parameter(own_copy(source, device), requires_grad=False)
-        else:
-            module._buffers[leaf] = own_copy(source, device)
+        places = module._parameters if leaf in module._parameters else module._buffers
+        if id(value) not in placed:
+            own = own_copy(tensors[name], device)
+            is_buffer = places is module._buffers
+            placed[id(value)] = own if is_buffer else nn.Parameter(own, requires_grad=False)
+        places[leaf] = placed[id(value)]  # type: ignore[assignment]
     for module in model.modules():  # what is not stored (tables that a model computes) still has no memory
         if any(b is not None and b.is_meta for b in module._buffers.values()):
             module.to_empty(device=device or "cpu", recurse=False)
