@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bellbox.nn import CodedLayer, QuantizedLayer
 from bellbox.nn.tools import stored_weight
-from bellbox.past_forward import WHY, read_past_forward
+from bellbox.past_forward import WHY, inside_attention, read_past_forward
 from bellbox.quantizers import Quantizer
 from bellbox.recipe import LayerKind, Recipe
 from bellbox.structure import ends, is_transposed_linear
@@ -52,7 +52,7 @@ class Left:
 
 def plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
     """Layers by name that compute as `nn.Linear` and `nn.Conv2d` do, subclasses too."""
-    past = _inside_attention(model)
+    past = inside_attention(model)
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.Linear | nn.Conv2d)
@@ -60,12 +60,6 @@ def plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
             and why_special(module) is None
         ):
             yield name, module
-
-
-def _inside_attention(model: nn.Module) -> set[int]:
-    """Ids of what nn.MultiheadAttention holds and reads past the layers' forward."""
-    holders = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
-    return {id(inner) for holder in holders for inner in holder.modules()}
 
 
 def why_special(layer: Plain) -> str | None:
@@ -108,7 +102,7 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
     """
     kept = ends(model) if recipe is None or recipe.keep_ends else {}
     plain = {id(layer) for _, layer in plain_layers(model)}
-    past, inside = read_past_forward(model), _inside_attention(model)
+    past, inside = read_past_forward(model), inside_attention(model)
     found: list[Left] = []
     seen = {
         id(stored_weight(module))

@@ -25,16 +25,20 @@ _SET_UP = ("__init__", "_init", "init_", "reset_parameters", "extra_repr")
 
 def read_past_forward(model: nn.Module) -> set[int]:
     """Ids of linear layers and convolutions that nn.MultiheadAttention, or a module's own code, reads so."""
-    found: set[int] = set()
+    found = inside_attention(model)
     for holder in model.modules():
-        if isinstance(holder, nn.MultiheadAttention):
-            found.update(id(inner) for inner in holder.modules())
         layers = {
             name: child for name, child in holder.named_children() if isinstance(child, nn.Linear | nn.Conv2d)
         }
         if layers and not type(holder).__module__.startswith("torch.nn."):
             found.update(id(layers[name]) for name in _names_read(type(holder)) & set(layers))
     return found
+
+
+def inside_attention(model: nn.Module) -> set[int]:
+    """Ids of what nn.MultiheadAttention holds and reads past the layers' forward."""
+    holders = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
+    return {id(inner) for holder in holders for inner in holder.modules()}
 
 
 @functools.cache

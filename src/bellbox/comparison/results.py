@@ -24,21 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import DEFAULT_STEPS, TrainConfig
-from bellbox.runs.config_file import with_field_names
+from bellbox.runs.config_file import WITHOUT_EFFECT, with_field_names
 from bellbox.utils.files import named, one_line
 
 FILE = "results.jsonl"
-# Where a run lives, how it is watched and saved: they do not decide its numbers.
-FREE = (
-    "folder",
-    "threads",
-    "eval_every",
-    "checkpoint_every",
-    "log_every",
-    "tensorboard",
-    "debug",
-    "methods_from",
-)
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     full = _filled(config, TrainConfig(precision="bf16").to_dict())  # the default before `auto`
     if full["tokens"] is not None:
         full["steps"], full["tokens"] = -(-full["tokens"] // per_step(full)), None
-    for key in FREE:
+    for key in WITHOUT_EFFECT:
         full.pop(key, None)
     full["data"] = {key: value for key, value in full["data"].items() if key != "source"}
     if full["quantization"]["method"] == "none" and full["quantization"].get("recipe") is None:

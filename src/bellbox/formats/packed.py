@@ -104,7 +104,7 @@ def load(
         folder: what `save` or `bellbox ptq` wrote.
         into: a module of the same shape (full precision, prepared or packed) whose layers are replaced, for
             models that Bellbox does not know how to build. It is changed only after everything was checked.
-        embeddings: `bf16` or `int8` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is schema.
+        embeddings: `bf16` or `int8` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is stored.
 
     Returns:
         The model in evaluation mode, without gradients; `into` itself where it is given.
@@ -201,7 +201,7 @@ class Sizes:
     other_parameters: int
     """Everything else: embeddings, head, norms, biases."""
     other_bytes: int
-    """As schema."""
+    """As stored."""
 
     @property
     def bf16_bytes(self) -> int:

@@ -13,22 +13,10 @@ from bellbox.core.grid import Grid
 from bellbox.errors import BellboxError
 from bellbox.nn.adopted import class_for, plain_class_of
 from bellbox.nn.lazy_weight import LazyWeight, WeightSource
-from bellbox.nn.quantized import QuantizedLayer
+from bellbox.nn.quantized import OF_LAYER, QuantizedLayer
 
 _OF_TRAINING = frozenset(
-    {
-        "_call",
-        "_keeps_call",
-        "_bellbox_looks",
-        "activation_quantizer",
-        "geometry",
-        "has_run",
-        "held_weight",
-        "plain_class",
-        "weight_quantizer",
-        "weight_was_read",
-        "weights_rotated",
-    }
+    {*OF_LAYER, "_bellbox_looks", "activation_quantizer", "geometry", "weight_quantizer"}
 )
 
 

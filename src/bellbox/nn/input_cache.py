@@ -110,7 +110,7 @@ class PackedGroup:
         """Packed layers (`nn.packed.PackedLayer`) whose inputs are coded alike."""
         self._call: Callable[[Tensor, torch.dtype], list[Tensor] | None] | None = None
         self._bound: list[Bound] = []
-        self._circumstances: Circumstances | None = None
+        self._circumstances = Circumstances()
         self._waiting: tuple[Any, ...] | None = None
         self._missed = 0
         """How often somebody did not come for a result."""
@@ -137,8 +137,7 @@ class PackedGroup:
             elif results:  # somebody never came
                 self._waiting, self._missed = None, self._missed + 1
         bound = [each.bound for each in self.layers]
-        known = self._circumstances
-        if self._bound != bound or known is None or not known.hold():
+        if self._bound != bound or not self._circumstances.hold():
             self._circumstances = Circumstances()
             self._call, self._bound = bind_group(bound), bound
         if self._call is None:
@@ -164,7 +163,7 @@ class PackedGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make their own calls."""
-        return {**self.__dict__, "_waiting": None, "_call": None, "_bound": [], "_circumstances": None}
+        return {**self.__dict__, "_waiting": None, "_call": None, "_bound": []}
 
 
 def _state(bound: Bound) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ from bellbox.quantizers.base import Quantizer
 
 ROTATED = "rotated_weight"
 """Name of a weight that is stored rotated: no reader of a state dict takes it for the plain one."""
-_OF_LAYER = (
+OF_LAYER = (
     "plain_class", "weights_rotated", "held_weight", "has_run", "weight_was_read", "_call", "_keeps_call"
 )  # fmt: skip
 """Attributes that a plain layer does not have."""
@@ -319,7 +319,7 @@ class QuantizedLayer(nn.Module, ABC):
         for name in ("weight_quantizer", "activation_quantizer"):
             plain._modules.pop(name, None)
             plain.__dict__.pop(name, None)
-        for name in _OF_LAYER:
+        for name in OF_LAYER:
             plain.__dict__.pop(name, None)
         return plain
 

@@ -249,14 +249,7 @@ def is_direct(x: Tensor) -> bool:
 
     For nobody else is it worth the microseconds of being dispatched.
     """
-    return (  # `is_unwatched` once more, without the call: every small layer asks
-        not _is_compiling()
-        and type(x) in _PLAIN
-        and not _modes()
-        and _tracing_state() is None
-        and _transform() is None
-        and not (x.requires_grad and _gradients())
-    )
+    return is_unwatched(x) and not (x.requires_grad and _gradients())
 
 
 def load_backends() -> None:

@@ -144,7 +144,7 @@ class BoundConv:
     ) -> None:
         self._buffers, self._numbers, self._channels, self._geometry = buffers, numbers, channels, geometry
         self._plan: Callable[..., Tensor | None] | None = None
-        self._circumstances: Circumstances | None = None
+        self._circumstances = Circumstances()
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the schema after the input."""
@@ -156,8 +156,7 @@ class BoundConv:
         """`[batch, channels, height, width]` to `[batch, out_channels, out height, out width]` in `dtype`."""
         if x.dim() == 4 and x.shape[1] == self._channels and is_direct(x) and (add is None or is_direct(add)):
             for _ in range(2):  # once more where one of the buffers lies elsewhere now
-                known = self._circumstances
-                if self._plan is not None and known is not None and known.hold():
+                if self._plan is not None and self._circumstances.hold():
                     out = self._plan(x, dtype, add, relu)
                     if out is not None:
                         return out

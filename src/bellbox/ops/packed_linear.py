@@ -241,7 +241,7 @@ class Bound:
     def __init__(self, buffers: dict[str, Tensor | None], numbers: tuple[Any, ...]) -> None:
         self._buffers, self._numbers = buffers, numbers
         self._plan: Callable[[Tensor, torch.dtype], Tensor | None] | None = None
-        self._circumstances: Circumstances | None = None
+        self._circumstances = Circumstances()
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those of the schema after the input."""
@@ -254,24 +254,21 @@ class Bound:
         Raises:
             BellboxError: an input of another width, or of no float dtype.
         """
-        if is_direct(x):
-            plan, known = self._plan, self._circumstances
-            if plan is not None and known is not None and known.hold():
-                out = plan(x, dtype)
-                if out is not None:
-                    return out
-            if x.shape[-1:] == (
-                self._numbers[0],
-            ):  # else a buffer lies elsewhere now, or there was no plan yet
-                self._circumstances = Circumstances()
-                self._plan = plan = bind("packed_linear", self._buffers, {"numbers": self._numbers})
-                out = None if plan is None else plan(x, dtype)
-                if out is not None:
-                    return out
+        direct, plan = is_direct(x), self._plan
+        if direct and plan is not None and self._circumstances.hold():
+            out = plan(x, dtype)
+            if out is not None:
+                return out
         if x.shape[-1:] != (self._numbers[0],) or not x.is_floating_point():
             raise BellboxError(
                 f"a packed layer of {self._numbers[0]} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
             )
+        if direct:  # there was no plan yet, or a buffer lies elsewhere now
+            self._circumstances = Circumstances()
+            self._plan = plan = bind("packed_linear", self._buffers, {"numbers": self._numbers})
+            out = None if plan is None else plan(x, dtype)
+            if out is not None:
+                return out
         return with_gradient(
             lambda given: operation(given, *self.tensors(), *self._numbers, dtype), self._gradient, x
         )

@@ -95,6 +95,19 @@ def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     write_text(Path(path), yaml.safe_dump(config.to_dict(), sort_keys=False, width=100))
 
 
+WITHOUT_EFFECT = (
+    "folder",
+    "threads",
+    "eval_every",
+    "checkpoint_every",
+    "log_every",
+    "tensorboard",
+    "debug",
+    "methods_from",
+)
+"""Keys that do not decide a run's numbers: where it lives, how it is watched and saved."""
+
+
 def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
     """Keys that decide a run's numbers and differ: `["optimizer.lr is 0.001 there, 0.002 here"]`.
 
@@ -102,20 +115,7 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
     (that the data are the same is seen from their checksum). More steps are no difference either: a run may go on to
     them, unless its phases begin and end with them.
     """
-    free = {
-        "folder",
-        "data.source",
-        "data.valid",
-        "data.tokenizer",
-        "data.vocab_size",
-        "threads",
-        "eval_every",
-        "checkpoint_every",
-        "log_every",
-        "tensorboard",
-        "debug",
-        "methods_from",
-    }
+    free = {*WITHOUT_EFFECT, "data.source", "data.valid", "data.tokenizer", "data.vocab_size"}
     longer = asked.total_steps > saved.total_steps and asked.phases == PhasesSection()
     found: list[str] = []
 

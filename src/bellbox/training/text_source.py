@@ -23,6 +23,8 @@ def is_text(config: TrainConfig) -> bool:
     if source.startswith("hf:"):
         return True
     path = Path(source)
+    if (path / shards.MANIFEST).is_file():  # most runs
+        return False
     if path.is_dir():  # an empty one, or half of a dataset, is for the reader of datasets to refuse
         files = [each for each in path.rglob("*") if each.is_file()]
         return bool(files) and not any(

@@ -320,9 +320,9 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _why_not_binarized(arguments: Mapping[str, Any]) -> str | None:
-    for name in ("x", "planes", "scales", "order", "steps", "bias"):
+    for name in ("planes", "scales", "order", "steps", "bias"):
         tensor = arguments[name]
-        if tensor is not None and name != "x" and not tensor.is_contiguous():
+        if tensor is not None and not tensor.is_contiguous():
             return f"{name} is not contiguous"
     return "there are no numbers" if not arguments["x"].numel() else None
 
