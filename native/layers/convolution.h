@@ -20,7 +20,7 @@ struct CodedImages {
     std::vector<float> row_scales;
     int64_t stride = 0;                   // of a sample
 
-    void code(EncodeArgs a, const Window& w, int threads) {
+    void code(EncodeArgs a, const ConvGeometry& w, int threads) {
         stride = a.ldl = (a.k + 63) / 64 * 64;
         levels.resize(static_cast<size_t>(a.rows * stride) + 128);  // 64 to begin on a line, 64 to copy beyond the end
         sums.resize(static_cast<size_t>(a.rows)), row_scales.resize(static_cast<size_t>(a.rows));
@@ -53,7 +53,7 @@ inline void copy_over(int8_t* to, const int8_t* from, int64_t bytes) {
 }
 
 // The patch that output pixel (y, x) sees, with `pad` where it sees none of the image, and the sum of the rest.
-inline int32_t gather(const Window& w, const int8_t* sample, const int32_t* prefix, int64_t y, int64_t x, int pad, int8_t* to) {
+inline int32_t gather(const ConvGeometry& w, const int8_t* sample, const int32_t* prefix, int64_t y, int64_t x, int pad, int8_t* to) {
     const int64_t depth = w.channels, left = x * w.stride_x - w.left;
     int32_t sum = 0;
     for (int64_t ky = 0; ky < w.kernel_height; ++ky, to += w.kernel_width * depth) {
@@ -98,7 +98,7 @@ struct Border {
     std::vector<int32_t> code_sums;       // [n]: of the weights at the places inside, if codes are to be counted
 };
 
-inline std::vector<Border> borders_of(const Window& w, const int32_t* by_place, int64_t n) {
+inline std::vector<Border> borders_of(const ConvGeometry& w, const int32_t* by_place, int64_t n) {
     const Borders borders(w);
     std::vector<Border> all(static_cast<size_t>(borders.count()));
     for (int64_t i = 0; i < borders.count(); ++i) {
@@ -111,7 +111,7 @@ inline std::vector<Border> borders_of(const Window& w, const int32_t* by_place, 
     return all;
 }
 
-inline std::vector<Border> whole(const Window& w) {    // all pixels, whatever they lack
+inline std::vector<Border> whole(const ConvGeometry& w) {    // all pixels, whatever they lack
     Border all;
     for (int32_t y = 0; y < w.rows; ++y)
         for (int32_t x = 0; x < w.columns; ++x) all.pixels.push_back({y, x});
@@ -138,7 +138,7 @@ struct RowConvolution {
 
     // Patches [begin, end) of a border: numbered sample by sample.
     void multiply(const CodedImages& images, const Border& border, int64_t begin, int64_t end) const {
-        const Window& w = job.w;
+        const ConvGeometry& w = job.w;
         const int64_t k = w.patch(), each = static_cast<int64_t>(border.pixels.size());
         Slab& slab = slab_of_thread;
         slab.make_room(end - begin, k, static_cast<size_t>(end - begin) * job.row_bytes());

@@ -2,13 +2,13 @@
 #pragma once
 
 #include "layers/layer.h"
-#include "layers/window.h"
+#include "layers/geometry.h"
 
 namespace bellbox {
 
 struct ConvolutionJob {
     EncodeArgs a;                         // how samples are coded
-    const Window& w;
+    const ConvGeometry& w;
     const PackedWeights& weights;
     const uint16_t* addresses;            // of the weights, see PixelArgs; null where they were not made
     float act_scale;
@@ -22,7 +22,7 @@ struct ConvolutionJob {
 };
 
 // Filters [outputs, places, channels] of codes below 4 as rows of the kernel's table of products: PixelArgs.addresses.
-inline std::vector<uint16_t> pixel_addresses(const Window& w, int64_t outputs, const std::vector<uint8_t>& codes) {
+inline std::vector<uint16_t> pixel_addresses(const ConvGeometry& w, int64_t outputs, const std::vector<uint8_t>& codes) {
     const int64_t joined = kernels().joined;
     if (joined == 0) return {};
     const int64_t tuples = (w.channels + joined - 1) / joined, lookups = (w.patch() / w.channels * tuples + 7) / 8 * 8;
@@ -102,7 +102,7 @@ struct PixelConvolution {
 
   private:
     PixelArgs geometry() const {
-        const Window& w = job.w;
+        const ConvGeometry& w = job.w;
         PixelArgs p{};
         p.height = w.height, p.width = w.width, p.channels = w.channels, p.left = w.left, p.top = w.top;
         p.rows = w.rows, p.columns = w.columns, p.stride_y = w.stride_y, p.stride_x = w.stride_x;

@@ -218,8 +218,8 @@ class ConvPlan {
         require_sizes({batch, channels_, height, width});
         const int64_t room_y = height + top + bottom - dy * (kh - 1) - 1, room_x = width + left + right - dx * (kw - 1) - 1;
         require(batch >= 0 && height >= 1 && width >= 1 && room_y >= 0 && room_x >= 0, "the image is smaller than the window");
-        const Window w{height, width, channels_, room_y / sy + 1, room_x / sx + 1, kh, kw, sy, sx, dy, dx, left, top,
-                       left + right + top + bottom != 0};
+        const ConvGeometry w{height, width, channels_, room_y / sy + 1, room_x / sx + 1, kh, kw, sy, sx, dy, dx, left, top,
+                             left + right + top + bottom != 0};
         const PackedWeights& weights = plan_.weights();
         require_sizes({batch, weights.n(), w.rows, w.columns});
         const int64_t k = height * width * channels_, results = batch * w.rows * w.columns * weights.n();
@@ -238,7 +238,7 @@ class ConvPlan {
 
   private:
     // Made again where a byte of the weights is another: a look at them costs far less than the product.
-    std::shared_ptr<const std::vector<uint16_t>> addresses_of(const Window& w) {
+    std::shared_ptr<const std::vector<uint16_t>> addresses_of(const ConvGeometry& w) {
         const Weights& view = plan_.weights().view();
         if (kernels().convolve == nullptr || view.bits != 2 || plan_.coding().n > 4) return nullptr;
         const uint64_t bytes = fingerprint(view.data, packed_size(view.bits, view.n, view.k));

@@ -194,8 +194,8 @@ void check_layer(const Kernels& kernels) {
 }
 
 // A window that fits its image; `channels` follow from what is left of a budget of multiply-adds.
-Window random_window(int64_t outputs) {
-    Window w{};
+ConvGeometry random_geometry(int64_t outputs) {
+    ConvGeometry w{};
     w.kernel_height = pick(1, 4), w.kernel_width = pick(1, 4);
     w.stride_y = pick(1, 3), w.stride_x = pick(1, 3);
     w.dilation_y = one_of({1, 1, 2, 3}), w.dilation_x = one_of({1, 1, 2, 3});
@@ -214,7 +214,7 @@ Window random_window(int64_t outputs) {
 }
 
 // The sum that output `i` of pixel (y, x) is, place by place; padding adds nothing.
-int32_t plain_sum(const Window& w, const int8_t* sample, const Weights& weights, const uint8_t* codes, int64_t y, int64_t x) {
+int32_t plain_sum(const ConvGeometry& w, const int8_t* sample, const Weights& weights, const uint8_t* codes, int64_t y, int64_t x) {
     int32_t sum = 0;
     for (int64_t ky = 0; ky < w.kernel_height; ++ky)
         for (int64_t kx = 0; kx < w.kernel_width; ++kx, codes += w.channels) {
@@ -229,7 +229,7 @@ int32_t plain_sum(const Window& w, const int8_t* sample, const Weights& weights,
 // One call of a convolution, in memory that no larger case before has left behind.
 void check_convolution() {
     const int64_t outputs = one_of<int64_t>({pick(1, 4), pick(1, 40), pick(64, 127), pick(128, 150)}), batch = pick(1, 3);
-    const Window w = random_window(outputs);
+    const ConvGeometry w = random_geometry(outputs);
     const int64_t k = w.height * w.width * w.channels, places = w.kernel_height * w.kernel_width;
     const int act_n = one_of({2, 2, 3, 4, 8, 16}), weight_n = one_of({2, 2, 3, 4, 7, 8, 16});
     int64_t features = w.channels;

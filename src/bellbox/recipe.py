@@ -88,7 +88,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     """Rules in order of precedence."""
     share_inputs: bool = True
-    """Whether siblings that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
+    """Whether layers that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
     keep_ends: bool = False
     """Whether rules with the pattern `*` pass over the ends of the network (`bellbox.structure.ends`): the layers that
     read the input or give the outputs, routers of experts, weights tied to an embedding. Other patterns reach them.

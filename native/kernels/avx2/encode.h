@@ -53,7 +53,7 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, const Rotation&
         a.sums[i] = 0;
         for (int l = 0; l < 8; ++l) a.sums[i] += lanes[l];
         if (FIXED) {
-            // A sum of squares that fits fp32 is far below the ceiling; others need the statistic for their mark.
+            // A sum of squares that fits fp32 is far below the ceiling; others need it for their inverse scale.
             alignas(32) float flags[8];
             _mm256_store_ps(flags, squares);
             bool fine = true;

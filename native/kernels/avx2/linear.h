@@ -280,15 +280,6 @@ void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_be
 
 }  // namespace product
 
-inline void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end) {
-    switch (a.weights->bits) {
-        case 1: return product::linear<1>(a, m_begin, m_end, tile_begin, tile_end);
-        case 2: return product::linear<2>(a, m_begin, m_end, tile_begin, tile_end);
-        case 3: return product::linear<3>(a, m_begin, m_end, tile_begin, tile_end);
-        default: return product::linear<4>(a, m_begin, m_end, tile_begin, tile_end);
-    }
-}
-
 }  // namespace avx2
 }  // namespace
 }  // namespace bellbox

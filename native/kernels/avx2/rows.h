@@ -60,7 +60,7 @@ BELLBOX_INLINE void store16(void* p, __m256 a, __m256 b) {
 }
 
 // Columns [i, i + 128) of a row: where they lie, or a copy filled up with zeros where the row ends before.
-struct Window {
+struct PaddedColumns {
     alignas(32) char copy[kChunk * 4];
     template <Type T>
     BELLBOX_INLINE const void* read(const void* row, int64_t i, int64_t k) {
@@ -146,8 +146,8 @@ inline void butterfly_rest(float* row, int64_t k, int64_t block) {
 // One chunk of x as fp32 at p, rotated. CHECK: its squares are added to `squares`.
 template <Type T, bool CHECK>
 BELLBOX_INLINE void rotate_chunk(const void* x, int64_t i, int64_t k, int64_t block, float* p, __m256& squares) {
-    Window window;
-    const void* from = window.read<T>(x, i, k);
+    PaddedColumns columns;
+    const void* from = columns.read<T>(x, i, k);
     __m256 sum = squares;
     butterfly(p, block, [&](int j) {
         const __m256 v = load8<T>(element<T>(from, j));
@@ -180,7 +180,7 @@ template <Type IN, Type OUT>
 inline void rotate_rows(const RotateArgs& a, const Rotation& rotation, int64_t begin, int64_t end) {
     const int64_t k = a.k;
     const __m256 factor = _mm256_set1_ps(a.factor);
-    Window window;
+    PaddedColumns columns;
     for (int64_t i = begin; i < end; ++i) {
         const void* x = element<IN>(a.x, i * k);
         void* out = element<OUT>(a.out, i * k);
@@ -188,12 +188,12 @@ inline void rotate_rows(const RotateArgs& a, const Rotation& rotation, int64_t b
         rotation.begin<IN, false>(x, unused);
         for (int64_t j = 0; j < k; j += kChunk) {
             const float* p = rotation.chunk<IN, false>(x, j, unused);
-            void* to = window.write<OUT>(out, j, k);
+            void* to = columns.write<OUT>(out, j, k);
             BELLBOX_UNROLL
             for (int l = 0; l < kChunk; l += 16)
                 store16<OUT>(element<OUT>(to, l), _mm256_mul_ps(_mm256_load_ps(p + l), factor),
                              _mm256_mul_ps(_mm256_load_ps(p + l + 8), factor));
-            window.done<OUT>(out, j, k);
+            columns.done<OUT>(out, j, k);
         }
     }
 }
@@ -214,9 +214,9 @@ inline double row_norm(const void* x, int64_t k) {
     __m256d sum[4];
     BELLBOX_UNROLL
     for (int j = 0; j < 4; ++j) sum[j] = _mm256_setzero_pd();
-    Window window;
+    PaddedColumns columns;
     for (int64_t i = 0; i < k; i += kChunk) {
-        const void* from = window.read<T>(x, i, k);
+        const void* from = columns.read<T>(x, i, k);
         BELLBOX_UNROLL
         for (int j = 0; j < kChunk / 8; ++j) {
             const __m256 v = load8<T>(element<T>(from, 8 * j));
@@ -233,9 +233,9 @@ template <Type T>
 inline double row_absmax(const void* x, int64_t k) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256i largest[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    Window window;
+    PaddedColumns columns;
     for (int64_t i = 0; i < k; i += kChunk) {
-        const void* from = window.read<T>(x, i, k);
+        const void* from = columns.read<T>(x, i, k);
         BELLBOX_UNROLL
         for (int j = 0; j < kChunk / 8; ++j) {
             const __m256 v = _mm256_andnot_ps(sign, load8<T>(element<T>(from, 8 * j)));

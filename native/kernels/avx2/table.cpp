@@ -3,8 +3,8 @@
 
 #define BELLBOX_NAMESPACE avx2
 #include "kernels/avx2/binarized.h"
+#include "kernels/avx2/choice.h"
 #include "kernels/avx2/encode.h"
-#include "kernels/avx2/linear.h"
 #include "kernels/avx2/pixels.h"
 #include "kernels/avx2/training.h"
 #include "kernels/decoder.h"
@@ -24,6 +24,7 @@ constexpr Kernels avx2_kernels = {
     .integer_peak = avx2::integer_peak,
     .binarized_input = avx2::binarized_input,
     .binarized = avx2::binarized,
+    .counts = avx2::counts,
     .make_planes = avx2::pixels::make_planes,
     .convolve = avx2::pixels::convolve,
     .joined = 2,

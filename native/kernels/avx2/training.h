@@ -27,8 +27,8 @@ inline void forward_rows(const ForwardArgs& a, const Coder shared, const Rotatio
         rotation.begin<IN, false>(x, unused);
         for (int64_t j = 0; j < k; j += kChunk) {
             const float* p = rotation.chunk<IN, false>(x, j, unused);
-            Window v_window, x_window;
-            void *v_out = v_window.write<OUT>(kept, j, k), *x_out = x_window.write<OUT>(x_hat, j, k);
+            PaddedColumns v_columns, x_columns;
+            void *v_out = v_columns.write<OUT>(kept, j, k), *x_out = x_columns.write<OUT>(x_hat, j, k);
             for (int l = 0; l < kChunk; l += 32) {
                 __m256 v[4];
                 BELLBOX_UNROLL
@@ -46,8 +46,8 @@ inline void forward_rows(const ForwardArgs& a, const Coder shared, const Rotatio
                     }
                 }
             }
-            v_window.done<OUT>(kept, j, k);
-            x_window.done<OUT>(x_hat, j, k);
+            v_columns.done<OUT>(kept, j, k);
+            x_columns.done<OUT>(x_hat, j, k);
         }
     }
 }
@@ -73,7 +73,7 @@ BELLBOX_INLINE __m256d add_wide(__m256d sum, __m256 v) {
 template <Type T>
 inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, int64_t end) {
     const int64_t k = a.k, block = a.block;
-    Window window, other;
+    PaddedColumns columns, other;
     for (int64_t i = begin; i < end; ++i) {
         const void *grad = element<T>(a.grad, i * k), *kept = element<T>(a.v, i * k);
         const void* x_hat = a.row_dot != nullptr ? element<T>(a.x_hat, i * k) : nullptr;
@@ -82,7 +82,7 @@ inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, 
         // g_v / factor to scratch, and the sums over the row.
         __m256d dot = _mm256_setzero_pd(), out_dot = _mm256_setzero_pd();
         for (int64_t j = 0; j < k; j += kChunk) {
-            const void* g_in = window.read<T>(grad, j, k);
+            const void* g_in = columns.read<T>(grad, j, k);
             if (x_hat != nullptr) {
                 const void* x_in = other.read<T>(x_hat, j, k);
                 __m256 part = _mm256_setzero_ps();
@@ -109,7 +109,7 @@ inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, 
         const float mean = a.mean != nullptr ? *a.mean : own_mean;
         const __m256 centre = _mm256_set1_ps(mean), all = _mm256_set1_ps(r), own = _mm256_set1_ps(factor);
         for (int64_t j = 0; j < k; j += kChunk) {
-            const void* v_in = window.read<T>(kept, j, k);
+            const void* v_in = columns.read<T>(kept, j, k);
             butterfly(scratch + j, block, [&](int l) {
                 const __m256 g = _mm256_load_ps(scratch + j + l), v = load8<T>(element<T>(v_in, l));
                 return _mm256_mul_ps(_mm256_fmsub_ps(g, own, _mm256_mul_ps(v, centre)), all);
@@ -117,11 +117,11 @@ inline void backward_rows(const BackwardArgs& a, float* scratch, int64_t begin, 
         }
         if (block > kChunk) butterfly_rest(scratch, k, block);
         for (int64_t j = 0; j < k; j += kChunk) {
-            void* out = window.write<T>(grad_x, j, k);
+            void* out = columns.write<T>(grad_x, j, k);
             BELLBOX_UNROLL
             for (int l = 0; l < kChunk; l += 16)
                 store16<T>(element<T>(out, l), _mm256_load_ps(scratch + j + l), _mm256_load_ps(scratch + j + l + 8));
-            window.done<T>(grad_x, j, k);
+            columns.done<T>(grad_x, j, k);
         }
     }
 }

@@ -11,7 +11,7 @@ namespace bellbox {
 namespace {  // each instruction set keeps its own copy: a shared inline function could be any of them
 
 // acc is the sum over k of levels * unsigned code; what the zero point adds follows from the sum of the levels.
-inline float finish(int32_t acc, const LinearArgs& a, int64_t row, int64_t column) {
+inline float epilogue(int32_t acc, const LinearArgs& a, int64_t row, int64_t column) {
     const Weights& w = *a.weights;
     const int32_t exact = w.multiplier * acc - w.shift * a.sums[row];
     const float y = static_cast<float>(exact) * (w.scale[column] * a.act_scale) * a.row_scales[row];
@@ -48,7 +48,7 @@ inline void linear(const LinearArgs& a, int64_t m_begin, int64_t m_end, int64_t 
                 for (int r = 0; r < 16; ++r)
                     for (int c = 0; c < 4; ++c) acc[r] += levels[4 * g + c] * tile[static_cast<size_t>(64 * g + 4 * r + c)];
             for (int64_t r = 0; r < width; ++r)
-                store(a.out, a.out_type, i * a.ldo + 16 * t + r, finish(acc[r], a, i, 16 * t + r));
+                store(a.out, a.out_type, i * a.ldo + 16 * t + r, epilogue(acc[r], a, i, 16 * t + r));
         }
     }
 }

@@ -37,7 +37,7 @@ class CodeUse:
     weight_limit: dict[str, float]
     """log2 of the number of levels: the most that `weight` can be."""
     activation: dict[str, float]
-    """Of each layer's input codes; siblings that share an input appear under the first."""
+    """Of each layer's input codes; layers that share an input appear under the first."""
     activation_limit: dict[str, float]
     """Likewise for `activation`."""
 
@@ -185,7 +185,7 @@ def _input_codes(
 
 
 def _input_owners(layers: dict[str, LowBitLayer]) -> list[str]:
-    """The first name of each group of siblings that share an input."""
+    """The first name of each group of layers that share an input."""
     first: dict[int, str] = {}
     for name, layer in layers.items():
         if isinstance(layer, QuantizedLayer):

@@ -118,7 +118,7 @@ def _gpt_layers(block: GPTBlock) -> list[Group]:
 def steps_for(model: nn.Module, cache: object) -> Steps | None:
     """The short way for this model and this cache; None where there is none.
 
-    There is one for a LLaMA or GPT on the CPU whose blocks are packed throughout, siblings sharing their input, without
+    There is one for a LLaMA or GPT on the CPU whose blocks are packed throughout, layers sharing their input, without
     hooks, without autocast and without `exact_attention`, with q, k and v as three layers, in fp32 but for its packed
     layers, compact embeddings (they give fp32) and the head.
     """

@@ -102,7 +102,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each tensor once: what siblings share goes under the first of its names."""
+    """The state dict with each tensor once: what layers share goes under the first of its names."""
     return {name: value.detach() for name, value in unique_tensors(model).items()}
 
 

@@ -27,7 +27,7 @@ def quantization_measures(model: nn.Module, forward: Callable[[], object]) -> di
         forward: runs the model over the sequences whose activations are counted.
 
     Returns:
-        An empty dict where no layer is quantized. A quantizer that siblings share is reported under the
+        An empty dict where no layer is quantized. A quantizer that layers share is reported under the
         first.
     """
     layers = list(quantized_layers(model))

@@ -7,7 +7,7 @@
 
 namespace bellbox {
 
-struct Window {
+struct ConvGeometry {
     int64_t height, width, channels;      // of the input
     int64_t rows, columns;                // of the output
     int64_t kernel_height, kernel_width, stride_y, stride_x, dilation_y, dilation_x;
@@ -32,7 +32,7 @@ class Borders {
   public:
     std::vector<int32_t> of_pixel;        // [rows * columns]
 
-    explicit Borders(const Window& w) {
+    explicit Borders(const ConvGeometry& w) {
         std::vector<int32_t> of_line, of_column;
         for (int64_t y = 0; y < w.rows; ++y)
             of_line.push_back(number(inside_of(y, w.kernel_height, w.stride_y, w.dilation_y, w.top, w.height), lines_));
