@@ -174,6 +174,7 @@ BELLBOX_INLINE void add_triple(const uint8_t* indices, const uint16_t* offsets, 
         for (int v = 0; v < 4; ++v) {
             const __m256i one = _mm256_shuffle_epi8(table, product::load32(indices + kIndexBytes * i + 32 * v));
             found[v] = i == 0 ? one : _mm256_add_epi8(found[v], one);
+            __asm__("" : "+x"(found[v]));   // one after the other: looked up all at once they would not fit
         }
     }
     const __m256i nibble = _mm256_set1_epi8(15);
@@ -219,13 +220,14 @@ BELLBOX_INLINE void add_block(const uint8_t* indices, const uint16_t* offsets, u
         for (int v = 0; v < 2; ++v) {
             BELLBOX_UNROLL
             for (int plane = 0; plane < 2; ++plane) {
-                const __m256i index = product::load32(indices + 64 * v + 32 * plane);
+                __m256i index = product::load32(indices + 64 * v + 32 * plane);
+                __asm__("" : "+x"(index));   // in a register for both rows: loads are two a cycle, as many as look-ups
                 BELLBOX_UNROLL
                 for (int r = 0; r < ROWS; ++r) {
                     const __m256i one = _mm256_shuffle_epi8(table[r], index);
                     __m256i& sum = bytes[r][v][plane];
                     sum = g == 0 ? one : _mm256_add_epi8(sum, one);
-                    __asm__("" : "+x"(sum));  // one after the other: looked up all at once they would not fit
+                    __asm__("" : "+x"(sum));
                 }
             }
         }
