@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -22,14 +23,21 @@ from bellbox.errors import BellboxError
 from bellbox.nn import (
     ActivationQuantizer,
     CodedLayer,
+    PackedConv1d,
     PackedConv2d,
     PackedGroup,
     PackedLayer,
     PackedLinear,
+    PackedTransposed,
+    QuantizedConv1d,
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
+    QuantizedMatrix,
+    QuantizedTransposed,
     WeightOnlyLinear,
+    WeightOnlyMatrix,
+    WeightOnlyTransposed,
     quantized_layers,
     without_fused_paths,
 )
@@ -41,7 +49,7 @@ from bellbox.nn.state import look_before_loading, look_no_more
 from bellbox.past_forward import WHY, read_past_forward
 from bellbox.quantizers import METHODS, Quantizer, build_quantizer
 from bellbox.recipe import INPUT_GROUPS, QuantizerSpec, Recipe, Rule
-from bellbox.structure import ends
+from bellbox.structure import ends, widths
 
 Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger("bellbox")
@@ -53,8 +61,9 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
     Train the result as usual: weights stay full precision, each forward quantizes them and the inputs.
 
     Args:
-        model: any module. `nn.Linear` and `nn.Conv2d` layers are considered, and subclasses that compute as they do;
-            everything else is left, and one line says what (a warning where that is much, else the log "bellbox").
+        model: any module. `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers are considered, transformers' `Conv1D`, and
+            subclasses that compute as they do; everything else is left, and one line says what (a warning where that
+            is much, else the log "bellbox").
             Layers whose weight a hook or a parametrization makes are left too.
         recipe: which layers, and how.
         example: inputs for one forward (a tensor, a tuple of arguments or a mapping of keyword arguments): layers that
@@ -126,15 +135,27 @@ def new_layers(
         weight = None if rule.weights is None else _weight_quantizer(where, plain, rule.weights)
         choices = weight, activation, shared is None, rule.weights_rotated
         try:
-            layer = (
-                QuantizedLinear(plain, *choices)
-                if isinstance(plain, nn.Linear)
-                else QuantizedConv2d(plain, *choices)
-            )
+            layer = _quantized_kind(plain)(plain, *choices)
         except BellboxError as error:
             raise BellboxError(f"{where}: {error}") from None
         layers.append((plain, layer.train(plain.training)))
     return layers
+
+
+def _quantized_kind(layer: Plain) -> type[QuantizedLayer]:
+    if isinstance(layer, nn.Conv2d):
+        return QuantizedConv2d
+    if isinstance(layer, nn.Conv1d):
+        return QuantizedConv1d
+    return QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedTransposed
+
+
+def _packed_kind(layer: QuantizedLayer) -> type[PackedLayer]:
+    if isinstance(layer, QuantizedConv2d):
+        return PackedConv2d
+    if isinstance(layer, QuantizedConv1d):
+        return PackedConv1d
+    return PackedTransposed if isinstance(layer, QuantizedTransposed) else PackedLinear
 
 
 def decide(model: nn.Module, recipe: Recipe) -> list[tuple[str, Plain, Rule]]:
@@ -195,15 +216,15 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     for name, layer in layers.items():
         activation = layer.activation_quantizer
         if _is_weight_only(layer):
-            memo[id(layer)] = WeightOnlyLinear.from_quantized(layer)
+            kind = WeightOnlyTransposed if isinstance(layer, QuantizedTransposed) else WeightOnlyLinear
+            memo[id(layer)] = kind.from_quantized(layer)
             continue
         if layer.weight_quantizer is not None and not layer.weight_quantizer.on_grid:
             raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         if activation is None or layer.weight_quantizer is None:
             raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
-        kind = PackedConv2d if isinstance(layer, QuantizedConv2d) else PackedLinear
-        memo[id(layer)] = kind.from_quantized(layer, groups.get(id(layer)))
+        memo[id(layer)] = _packed_kind(layer).from_quantized(layer, groups.get(id(layer)))
     for layer in layers.values():  # only now: an attribute may lead to any other layer
         cast(CodedLayer, memo[id(layer)]).take_over(layer, memo)
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
@@ -349,7 +370,7 @@ def can_be_packed(layer: QuantizedLayer) -> bool:
 def _is_weight_only(layer: QuantizedLayer) -> bool:
     """Whether a layer is packed with floats as inputs."""
     quantized = layer.weight_quantizer is not None and layer.activation_quantizer is None
-    return quantized and isinstance(layer, QuantizedLinear)
+    return quantized and isinstance(layer, QuantizedMatrix)
 
 
 def _why_never_packed(layer: QuantizedLayer) -> str | None:
@@ -385,8 +406,8 @@ def _rotated_in_forward(rule: Rule) -> Rule:
 def _activation_quantizer(name: str, layer: Plain, rule: Rule, readers: int) -> ActivationQuantizer | None:
     if rule.activations is None:
         return None
-    conv = isinstance(layer, nn.Conv2d)
-    features = layer.in_channels // layer.groups if conv else layer.in_features
+    conv = isinstance(layer, nn.Conv1d | nn.Conv2d)
+    features = layer.in_channels // layer.groups if conv else _sizes(layer)[0]
     quantizer = build_quantizer(rule.activations, features, None, name=f"{name}.input")
     quantizer.samples = conv
     return ActivationQuantizer(quantizer, readers).to(layer.weight.device).train(layer.training)
@@ -394,10 +415,10 @@ def _activation_quantizer(name: str, layer: Plain, rule: Rule, readers: int) -> 
 
 def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer:
     where = f"{name}.weight"
-    if isinstance(layer, nn.Linear):
-        quantizer = build_quantizer(spec, layer.in_features, layer.out_features, name=where)
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+        quantizer = build_quantizer(spec, *_sizes(layer), name=where)
         return quantizer.to(layer.weight.device)
-    depth, pixels = layer.in_channels // layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
+    depth, pixels = layer.in_channels // layer.groups, math.prod(layer.kernel_size)
     # A row is a whole filter, its rotation goes over the channels of a pixel alone.
     block = block_size(depth, METHODS[spec.method].own_block if spec.block is None else spec.block)
     spec = dataclasses.replace(spec, block=block)
@@ -407,6 +428,13 @@ def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer
         assert once is not None
         quantizer.signs = once.repeat(pixels)
     return quantizer.to(layer.weight.device)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a layer that is known to have them."""
+    sizes = widths(layer)
+    assert sizes is not None
+    return sizes
 
 
 def rotated_weights(model: nn.Module) -> frozenset[Tensor]:
@@ -423,9 +451,9 @@ def _input_groups(
     on the example showed.
     """
     rules = {
-        name: (layer.in_features, rule.activations)
+        name: (_sizes(layer)[0], rule.activations)
         for name, layer, rule in decided
-        if isinstance(layer, nn.Linear) and rule.activations is not None
+        if not isinstance(layer, nn.Conv1d | nn.Conv2d) and rule.activations is not None
     }
     candidates: list[tuple[str, ...]] = []
     for parent, module in model.named_modules():
@@ -477,7 +505,7 @@ def _hinted_groups(layers: Mapping[str, QuantizedLayer]) -> dict[int, PackedGrou
     found: dict[int, PackedGroup] = {}
     for name, layer in layers.items():
         activation = layer.activation_quantizer
-        if not isinstance(layer, QuantizedLinear) or activation is None:
+        if not isinstance(layer, QuantizedMatrix) or activation is None:
             continue
         key: Any = id(activation)
         if activation.shared.readers == 1:
@@ -513,7 +541,7 @@ def summary(model: nn.Module) -> str:
                 str((activation.quantizer if activation else weight).block),  # type: ignore[union-attr]
                 "shared" if activation is not None and activation.shared.readers > 1 else "own",
             )
-        elif isinstance(layer, WeightOnlyLinear):
+        elif isinstance(layer, WeightOnlyMatrix):
             inside[id(layer)] = layer.row_length * layer.row_count
             shape = layer.row_count, layer.row_length
             cells = _label(layer.weight_levels), "float", "-", str(layer.block), "own"

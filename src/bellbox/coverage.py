@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
@@ -16,14 +17,16 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from bellbox.nn import CodedLayer, QuantizedLayer
+from bellbox.nn import CodedLayer, QuantizedLayer, is_transposed_linear
 from bellbox.nn.tools import stored_weight
+from bellbox.nn.transposed import computes_as_transposed_linear
 from bellbox.past_forward import WHY, inside_attention, read_past_forward
 from bellbox.quantizers import Quantizer
 from bellbox.recipe import LayerKind, Recipe
-from bellbox.structure import ends, is_transposed_linear
+from bellbox.structure import ends
 
-Plain = nn.Linear | nn.Conv2d
+Plain = nn.Linear | nn.Conv1d | nn.Conv2d
+"""Torch's layers that are quantized; transformers' `Conv1D`, which nobody imports for its name, is another."""
 
 MUCH = 0.1
 """Share of the weights, left out with no rule asking for it, above which `prepare` warns."""
@@ -51,15 +54,16 @@ class Left:
 
 
 def plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
-    """Layers by name that compute as `nn.Linear` and `nn.Conv2d` do, subclasses too."""
+    """Layers by name that compute as `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` or `Conv1D` do, subclasses too."""
     past = inside_attention(model)
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Linear | nn.Conv2d)
-            and id(module) not in past
-            and why_special(module) is None
-        ):
-            yield name, module
+        if is_known(module) and id(module) not in past and why_special(cast(Plain, module)) is None:
+            yield name, cast(Plain, module)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether it is of a class of layers that are quantized, or of a subclass."""
+    return isinstance(module, Plain) or is_transposed_linear(module)
 
 
 def why_special(layer: Plain) -> str | None:
@@ -73,12 +77,14 @@ def why_special(layer: Plain) -> str | None:
     name = type(layer).__name__
     if isinstance(layer, nn.Linear):
         same, base = type(layer).forward is nn.Linear.forward, "Linear"
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d):
+        own, torchs = type(layer), nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Conv1d
+        same = (own.forward, own._conv_forward) == (torchs.forward, torchs._conv_forward)
+        base = torchs.__name__
     else:
-        own = type(layer)
-        same, base = (
-            (own.forward, own._conv_forward) == (nn.Conv2d.forward, nn.Conv2d._conv_forward),
-            "Conv2d",
-        )
+        same, base = computes_as_transposed_linear(layer), "Conv1D"
+    if same and isinstance(layer, nn.Conv1d) and layer.padding_mode != "zeros":
+        return f"{name} padded with {layer.padding_mode}, not zeros"
     return None if same else f"{name}, a subclass of {base} with a forward of its own"
 
 
@@ -88,7 +94,7 @@ def is_made(layer: nn.Module) -> bool:
     Such a layer stays as it is: a quantized one would not follow what makes its weight.
     """
     own = layer._parameters
-    if not isinstance(layer, nn.Linear | _ConvNd):
+    if not isinstance(layer, nn.Linear | _ConvNd) and not is_transposed_linear(layer):
         return False
     return is_parametrized(layer) or "weight" not in own or "bias" not in own
 
@@ -154,8 +160,8 @@ def _why_no_layer(module: nn.Module, past: bool) -> str:
     kind = type(module).__name__
     if past or isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention, which reads its weights past the layers"
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        return why_special(module) or kind
+    if is_known(module):
+        return why_special(cast(Plain, module)) or kind
     if is_parametrized(module):
         return f"parametrized {type(module).__name__.removeprefix('Parametrized')}"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -212,11 +218,6 @@ def _part(why: str, lefts: list[Left], share: float) -> str:
 
 def why_nothing(model: nn.Module, recipe: Recipe) -> str:
     """The message where a recipe quantizes no layer: what the model has instead."""
-    if any(map(is_transposed_linear, model.modules())):
-        return (
-            "the recipe matches no layer: this model keeps its matrices in Conv1D; load a GPT-2 with "
-            "bellbox.models.load_hf(folder), which has linear layers"
-        )
     line = "the recipe matches no linear layer or convolution of the model; look at the patterns of its rules"
     reasons: dict[str, Left] = {}
     for left in left_out(model, recipe):

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from bellbox.nn import is_transposed_linear
 from bellbox.nn.tools import stored_weight
 from bellbox.quantizers import Quantizer
 from bellbox.recipe import is_head
@@ -70,4 +71,4 @@ def parameter_groups(
 
 def multiplies(module: nn.Module) -> bool:
     """Whether it is a layer whose weight is multiplied with."""
-    return isinstance(module, nn.Linear | nn.Conv2d)
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_transposed_linear(module)

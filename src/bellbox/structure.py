@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
-from bellbox.nn import PackedConv2d, QuantizedConv2d
+from bellbox.nn import is_transposed_linear
+from bellbox.nn.transposed import transposed_sizes
 
 IMAGE_CHANNELS = (1, 3, 4)
 """Channels of pictures and sounds as networks read them."""
@@ -57,7 +58,7 @@ class _Layer(NamedTuple):
 
     @property
     def conv(self) -> bool:
-        return isinstance(self.module, _ConvNd | QuantizedConv2d | PackedConv2d)
+        return isinstance(self.module, _ConvNd)
 
 
 def ends(model: nn.Module) -> dict[str, str]:
@@ -91,13 +92,8 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if is_transposed_linear(module):
-        return module.weight.shape[0], module.weight.shape[1]  # type: ignore[union-attr,return-value]
+        return transposed_sizes(module)
     return None
-
-
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, a linear layer whose weight is `[in, out]`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _layers(model: nn.Module) -> list[_Layer]:

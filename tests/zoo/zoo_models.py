@@ -156,6 +156,13 @@ TRANSFORMERS = [
         **{k: v for k, v in DECODER.items() if k != "intermediate_size"},
     ),
     hf("BloomForCausalLM", "lm_head", vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+    hf(
+        "GPT2LMHeadModel",
+        "lm_head",
+        fast=True,
+        **{"vocab_size": 96, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4},
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    ),
     hf("MixtralForCausalLM", "lm_head", num_local_experts=4, **DECODER),
     hf(
         "Qwen3MoeForCausalLM",
@@ -181,6 +188,7 @@ TRANSFORMERS = [
         "MambaForCausalLM",
         "lm_head",
         "backbone.layers.*.mixer.dt_proj",  # its weight is read past the layer
+        "backbone.layers.*.mixer.conv1d",  # likewise, by a step of decoding
         vocab_size=96,
         hidden_size=32,
         state_size=8,

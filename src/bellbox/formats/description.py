@@ -16,7 +16,7 @@ from torch import nn
 
 from bellbox.core.grid import Grid, Levels
 from bellbox.errors import BellboxError
-from bellbox.nn import CodedLayer, PackedConv2d, PackedLayer, WeightOnlyLinear
+from bellbox.nn import CodedLayer, PackedConv, PackedLayer, WeightOnlyMatrix
 from bellbox.nn.compact import Compact
 from bellbox.utils.files import canonical_sha256, checksum, read_json
 
@@ -96,7 +96,7 @@ def _describe_layer(name: str, layer: CodedLayer, owners: dict[int, str]) -> dic
         "out_features": layer.row_count,
         "bias": layer.bias is not None,
     }
-    if isinstance(layer, WeightOnlyLinear):
+    if isinstance(layer, WeightOnlyMatrix):
         levels = _describe_grid(layer.weight_levels)
         if layer.weight_table is not None:
             levels["zero_point"] = None
@@ -116,7 +116,7 @@ def _describe_layer(name: str, layer: CodedLayer, owners: dict[int, str]) -> dic
         "weight": _describe_grid(layer.weight_levels),
         "activation": _describe_levels(layer.input_levels()),
     }
-    if isinstance(layer, PackedConv2d):
+    if isinstance(layer, PackedConv):
         return {"function": "packed_conv2d", **common, "convolution": _describe_geometry(layer)}
     return {"function": "packed_linear", **common, "input": owners.setdefault(id(layer.group), name)}
 
@@ -130,7 +130,7 @@ def _describe_levels(levels: Levels) -> dict[str, Any]:
     return {**_describe_grid(levels), "thresholds": "gaussian" if gaussian else list(levels.thresholds)}
 
 
-def _describe_geometry(layer: PackedConv2d) -> dict[str, Any]:
+def _describe_geometry(layer: PackedConv) -> dict[str, Any]:
     geometry = layer.geometry
     return {
         "channels": layer.in_channels,

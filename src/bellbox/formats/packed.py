@@ -132,7 +132,7 @@ def load(
     model = _build(root, config["model"]) if into is None else into
     device = None if into is None else next((t.device for t in (*into.parameters(), *into.buffers())), None)
     replaced = {
-        **schema.packed_layers(root, config["layers"]),
+        **schema.packed_layers(root, model, config["layers"]),
         **schema.compact_tables(root, model, config["embeddings"]),
     }
     schema.check_fit(root, model, replaced, tensors)
