@@ -18,19 +18,22 @@ from torch import Tensor, nn
 from bellbox import coverage
 from bellbox.core.grid import Grid
 from bellbox.core.hadamard import block_size
-from bellbox.coverage import Plain, kind_of_layer, plain_layers
+from bellbox.coverage import Plain, expert_stacks, kind_of_layer, plain_layers, rule_for_experts
 from bellbox.errors import BellboxError
 from bellbox.nn import (
     ActivationQuantizer,
     CodedLayer,
     PackedConv1d,
     PackedConv2d,
+    PackedExperts,
     PackedGroup,
     PackedLayer,
     PackedLinear,
     PackedTransposed,
     QuantizedConv1d,
     QuantizedConv2d,
+    QuantizedExpert,
+    QuantizedExperts,
     QuantizedLayer,
     QuantizedLinear,
     QuantizedMatrix,
@@ -38,11 +41,13 @@ from bellbox.nn import (
     WeightOnlyLinear,
     WeightOnlyMatrix,
     WeightOnlyTransposed,
+    quantized_inside,
     quantized_layers,
     without_fused_paths,
 )
 from bellbox.nn.adopted import become
 from bellbox.nn.compact import Precision, compact
+from bellbox.nn.experts import sizes as expert_sizes
 from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.pretrained import have_plain_weights_saved, stop_saving_plain_weights
 from bellbox.nn.state import look_before_loading, look_no_more
@@ -52,6 +57,7 @@ from bellbox.recipe import INPUT_GROUPS, QuantizerSpec, Recipe, Rule
 from bellbox.structure import ends, widths
 
 Model = TypeVar("Model", bound=nn.Module)
+Replacement = QuantizedLayer | QuantizedExperts
 logger = logging.getLogger("bellbox")
 
 
@@ -61,8 +67,8 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
     Train the result as usual: weights stay full precision, each forward quantizes them and the inputs.
 
     Args:
-        model: any module. `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers are considered, transformers' `Conv1D`, and
-            subclasses that compute as they do; everything else is left, and one line says what (a warning where that
+        model: any module. `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers are considered, transformers' `Conv1D` and
+            fused experts, and subclasses that compute as they do; everything else is left, and one line says what (a warning where that
             is much, else the log "bellbox").
             Layers whose weight a hook or a parametrization makes are left too.
         recipe: which layers, and how.
@@ -82,12 +88,12 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
     _warn_of_idle_rules(model, recipe)
     _say_what_is_left(model, recipe, layers)
     _warn_of_what_cannot_be_packed(layers)
-    for plain, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
-        become(plain, layer)
-        changed = cast(QuantizedLayer, plain)
-        changed.rotate_stored_weight()
-        if changed.weight_quantizer is not None:
-            changed.weight_quantizer.initialize(changed.weight_rows().detach())
+    for plain, made in layers:  # only now: a rule that cannot be met leaves the model as it was
+        become(plain, made)
+        for layer in quantized_inside(cast(Replacement, plain)):
+            layer.rotate_stored_weight()
+            if layer.weight_quantizer is not None:
+                layer.weight_quantizer.initialize(layer.weight_rows().detach())
     without_fused_paths(model)
     look_before_loading(model)
     have_plain_weights_saved(model)
@@ -96,8 +102,8 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
 
 def new_layers(
     model: nn.Module, recipe: Recipe, deferred: bool = False, example: Any = None
-) -> list[tuple[Plain, QuantizedLayer]]:
-    """Each layer that `prepare` would replace, and what by; nothing is changed yet and no scale is set.
+) -> list[tuple[nn.Module, Replacement]]:
+    """Each layer, and each module of fused experts, that `prepare` would replace, and what by; nothing is changed yet and no scale is set.
 
     So it is also the quick way to learn whether a recipe fits a model, which may lie on the meta device.
 
@@ -115,9 +121,10 @@ def new_layers(
     if any(isinstance(module, (QuantizedLayer, CodedLayer)) for module in model.modules()):
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
     decided = decide(model, recipe)
-    if recipe.rules and not decided:
+    experts = _new_experts(model, recipe)
+    if recipe.rules and not decided and not experts:
         raise BellboxError(coverage.why_nothing(model, recipe))
-    layers: list[tuple[Plain, QuantizedLayer]] = []
+    layers: list[tuple[nn.Module, Replacement]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
     groups = _input_groups(model, decided, example) if recipe.share_inputs else {}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
@@ -139,6 +146,36 @@ def new_layers(
         except BellboxError as error:
             raise BellboxError(f"{where}: {error}") from None
         layers.append((plain, layer.train(plain.training)))
+    return layers + experts
+
+
+def _new_experts(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Module, Replacement]]:
+    """Each module of fused experts that is to be quantized, and what by."""
+    found: dict[int, tuple[nn.Module, dict[str, list[QuantizedExpert]]]] = {}
+    for name, experts, stack in expert_stacks(model):
+        rule = rule_for_experts(recipe, name, stack)
+        if rule is not None:
+            where = f"{name}.{stack}" if name else stack
+            layers = _expert_layers(where, experts, stack, rule)
+            found.setdefault(id(experts), (experts, {}))[1][stack] = layers
+    return [(experts, QuantizedExperts(experts, layers)) for experts, layers in found.values()]
+
+
+def _expert_layers(where: str, experts: nn.Module, stack: str, rule: Rule) -> list[QuantizedExpert]:
+    """A layer for each expert of one projection, whose parameter stays as it is: what is rotated, in each forward."""
+    parameter = experts._parameters[stack]
+    assert parameter is not None
+    inputs, outputs = expert_sizes(experts, parameter)
+    rule = _rotated_in_forward(rule) if rule.weights_rotated else rule
+    layers: list[QuantizedExpert] = []
+    for i in range(len(parameter)):
+        weight = rule.weights and build_quantizer(rule.weights, inputs, outputs, name=f"{where}.{i}.weight")
+        given = rule.activations and build_quantizer(rule.activations, inputs, None, name=f"{where}.{i}.input")
+        try:
+            made = QuantizedExpert(experts, stack, i, weight, given and ActivationQuantizer(given))
+        except BellboxError as error:
+            raise BellboxError(f"{where}: {error}") from None
+        layers.append(made.to(parameter.device))
     return layers
 
 
@@ -181,6 +218,8 @@ def unprepare(model: Model) -> Model:
     Returns:
         The same model (a new layer where `model` is itself one quantized layer).
     """
+    for experts in [module for module in model.modules() if isinstance(module, QuantizedExperts)]:
+        become(experts, experts.unquantized())
     for _, layer in list(quantized_layers(model)):
         layer.rotate_stored_weight_back()
         become(layer, layer.unquantized())
@@ -225,8 +264,12 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
             raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
         memo[id(layer)] = _packed_kind(layer).from_quantized(layer, groups.get(id(layer)))
+    for experts in model.modules():
+        if isinstance(experts, QuantizedExperts):
+            PackedExperts.from_quantized(experts, memo)
     for layer in layers.values():  # only now: an attribute may lead to any other layer
-        cast(CodedLayer, memo[id(layer)]).take_over(layer, memo)
+        if not isinstance(layer, QuantizedExpert):  # whose owner is the module around it
+            cast(CodedLayer, memo[id(layer)]).take_over(layer, memo)
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
     stop_saving_plain_weights(packed)
     compact(packed, embeddings)
@@ -337,11 +380,13 @@ def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:
             warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no layer", stacklevel=3)
 
 
-def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[Plain, QuantizedLayer]]) -> None:
+def _say_what_is_left(
+    model: nn.Module, recipe: Recipe, layers: list[tuple[nn.Module, Replacement]]
+) -> None:
     """One line: a warning where much is left with no rule asking for it, else an entry of the log."""
     if recipe.rules:
         line, warn = coverage.say(
-            model, recipe, (layer.stored_weight for _, layer in layers if layer.weight_quantizer)
+            model, recipe, (layer.parameter for layer in _inside(layers) if layer.weight_quantizer)
         )
         if warn:
             warnings.warn(line, stacklevel=3)
@@ -349,9 +394,13 @@ def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[Plain
             logger.info(line)
 
 
-def _warn_of_what_cannot_be_packed(layers: list[tuple[Plain, QuantizedLayer]]) -> None:
+def _inside(layers: list[tuple[nn.Module, Replacement]]) -> list[QuantizedLayer]:
+    return [layer for _, made in layers for layer in quantized_inside(made)]
+
+
+def _warn_of_what_cannot_be_packed(layers: list[tuple[nn.Module, Replacement]]) -> None:
     """Before the training, not after it."""
-    for _, layer in layers:
+    for layer in _inside(layers):
         why = _why_never_packed(layer)
         if why is not None:
             quantizer = layer.weight_quantizer or (
@@ -532,7 +581,7 @@ def summary(model: nn.Module) -> str:
         if isinstance(layer, QuantizedLayer):
             weight, activation = layer.weight_quantizer, layer.activation_quantizer
             if weight is not None:
-                inside[id(layer.stored_weight)] = layer.stored_weight.numel()
+                inside[id(layer.parameter)] = layer.parameter.numel()
             shape = layer.row_count, layer.row_length
             cells = (
                 _label(weight.levels) if weight else "float",

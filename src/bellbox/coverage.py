@@ -17,12 +17,13 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from bellbox.nn import CodedLayer, QuantizedLayer, is_transposed_linear
+from bellbox.nn import CodedLayer, QuantizedExperts, QuantizedLayer, is_fused_experts, is_transposed_linear
+from bellbox.nn.experts import ExpertsForward, stack_names
 from bellbox.nn.tools import stored_weight
 from bellbox.nn.transposed import computes_as_transposed_linear
 from bellbox.past_forward import WHY, inside_attention, read_past_forward
 from bellbox.quantizers import Quantizer
-from bellbox.recipe import LayerKind, Recipe
+from bellbox.recipe import LayerKind, Recipe, Rule
 from bellbox.structure import ends
 
 Plain = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -118,6 +119,9 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
     for name, module in model.named_modules():
         if isinstance(module, (QuantizedLayer, CodedLayer, Quantizer, *_TABLES, *_NORMS)):
             continue
+        if isinstance(module, ExpertsForward) or is_fused_experts(module):
+            found += _left_of_experts(name, module, recipe)
+            continue
         rule = None if recipe is None else recipe.rule_for(name, kind_of_layer(module), name in kept)
         if id(module) in plain and id(module) in past and (rule is not None or recipe is None):
             why, asked = WHY, False
@@ -135,6 +139,33 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
     return found
 
 
+def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Fused experts in full precision: dotted name, module and the name of each of its two 3-D parameters."""
+    for name, module in model.named_modules():
+        if is_fused_experts(module) and not isinstance(module, ExpertsForward):
+            for stack in stack_names(module):
+                yield name, module, stack
+
+
+def rule_for_experts(recipe: Recipe, name: str, stack: str) -> Rule | None:
+    """The rule that decides about a 3-D parameter of fused experts: by its own name or that of the module."""
+    return recipe.rule_for(f"{name}.{stack}" if name else stack, within=name)
+
+
+def _left_of_experts(name: str, experts: nn.Module, recipe: Recipe | None) -> Iterator[Left]:
+    """The projections of fused experts that stay in full precision."""
+    done: list[str] = []
+    if isinstance(experts, QuantizedExperts):
+        done = experts.quantized_stacks
+    elif recipe is not None:
+        done = [stack for stack in stack_names(experts) if rule_for_experts(recipe, name, stack)]
+    for stack in stack_names(experts):
+        weight = experts._parameters.get(stack)
+        if weight is not None and stack not in done:
+            where = f"{name}.{stack}" if name else stack
+            yield Left(where, "the recipe leaves it", True, (weight,), made=False)
+
+
 def kind_of_layer(layer: nn.Module) -> LayerKind:
     """What rules call it."""
     return "conv" if isinstance(layer, _ConvNd) else "linear"
@@ -143,7 +174,9 @@ def kind_of_layer(layer: nn.Module) -> LayerKind:
 def names_of_weights(model: nn.Module) -> list[tuple[str, LayerKind]]:
     """Every module with weights of its own that a pattern may mean, and its kind."""
     modules = model.named_modules()
-    return [(name, kind_of_layer(module)) for name, module in modules if _weights(module)]
+    found = [(name, kind_of_layer(module)) for name, module in modules if _weights(module)]
+    stacks = [f"{name}.{stack}" if name else stack for name, _, stack in expert_stacks(model)]
+    return found + [(stack, "linear") for stack in stacks]
 
 
 def _weights(module: nn.Module) -> list[Tensor]:

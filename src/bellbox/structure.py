@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
-from bellbox.nn import is_transposed_linear
+from bellbox.nn import PackedExperts, is_transposed_linear
 from bellbox.nn.transposed import transposed_sizes
 
 IMAGE_CHANNELS = (1, 3, 4)
@@ -391,6 +391,8 @@ def _numbers_of_experts(parent: nn.Module) -> set[int]:
     """How many experts may lie beside a router that is a child of this module."""
     counts = {getattr(parent, key, None) for key in _EXPERT_COUNTS}
     for module in (parent, *parent.children()):
+        if isinstance(module, PackedExperts):
+            counts.add(getattr(module, "num_experts", None))
         if widths(module) is None:
             counts.update(len(p) for p in module._parameters.values() if p is not None and p.dim() == 3)
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1 and module is not parent:

@@ -253,6 +253,7 @@ TRANSFORMERS = [
     hf(
         "WhisperForConditionalGeneration",
         "proj_out",
+        "model.encoder.conv1",
         fast=True,
         max_source_positions=8,
         max_target_positions=8,
@@ -266,6 +267,7 @@ TRANSFORMERS = [
     hf(
         "Wav2Vec2ForCTC",
         "lm_head",
+        "wav2vec2.feature_extractor.conv_layers.0.conv",
         vocab_size=16,
         conv_dim=(16, 16),
         conv_kernel=(10, 3),

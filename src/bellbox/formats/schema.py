@@ -17,6 +17,7 @@ from bellbox.core.grid import Grid, Levels
 from bellbox.core.packing import row_bytes, unpack_slabs
 from bellbox.errors import BellboxError
 from bellbox.formats.description import CONFIG, TENSORS
+from bellbox.formats.expert_places import ExpertPlace, PackedProjections, expert_places
 from bellbox.nn import (
     CodedLayer,
     InputCoding,
@@ -54,7 +55,7 @@ def packed_layers(root: Path, model: nn.Module, stored: Mapping[str, Any]) -> di
     """
     groups: dict[str, PackedGroup] = {}
     layers: dict[str, CodedLayer] = {}
-    places = dict(model.named_modules())
+    places = _places(model)
     for name, entry in stored.items():
         try:
             layers[name] = layer = _empty_layer(entry, places.get(name))
@@ -65,6 +66,11 @@ def packed_layers(root: Path, model: nn.Module, stored: Mapping[str, Any]) -> di
         except BellboxError as error:
             raise BellboxError(f"{root / CONFIG}: layer {name!r}: {error}") from None
     return layers
+
+
+def _places(model: nn.Module) -> dict[str, nn.Module | ExpertPlace]:
+    """Where layers may be put: modules, and the matrices of fused experts."""
+    return {**dict(model.named_modules()), **expert_places(model)}
 
 
 def _check_owner(entry: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -86,7 +92,7 @@ def _check_block(block: int, features: int) -> None:
         raise BellboxError(f"Hadamard block {block}: must be a power of two that divides {features}")
 
 
-def _empty_layer(entry: Mapping[str, Any], place: nn.Module | None) -> CodedLayer:
+def _empty_layer(entry: Mapping[str, Any], place: nn.Module | ExpertPlace | None) -> CodedLayer:
     """A layer without memory, for a place in a model.
 
     Raises:
@@ -117,14 +123,14 @@ def _empty_layer(entry: Mapping[str, Any], place: nn.Module | None) -> CodedLaye
         return made(conv["channels"], outputs, geometry, weight, coding, bias)
 
 
-def _kind_for(place: nn.Module | None, linear: Any, transposed: Any) -> Any:
+def _kind_for(place: nn.Module | ExpertPlace | None, linear: Any, transposed: Any) -> Any:
     """The class for the product with a matrix, where a model may have it as a `Conv1D`."""
-    if place is None or not is_transposed_linear(place):
+    if not isinstance(place, nn.Module) or not is_transposed_linear(place):
         return linear
     return class_for(transposed, owners_class(place))
 
 
-def _empty_weight_only(entry: Mapping[str, Any], place: nn.Module | None) -> WeightOnlyMatrix:
+def _empty_weight_only(entry: Mapping[str, Any], place: nn.Module | ExpertPlace | None) -> WeightOnlyMatrix:
     columns, group, zero_point = entry["in_features"], entry["weight"]["group"], entry["weight"]["zero_point"]
     _check_block(entry["hadamard_block"], columns)
     if group is not None and columns % group:
@@ -182,6 +188,7 @@ def check_fit(
     root: Path,
     model: nn.Module,
     replaced: Mapping[str, CodedLayer | Compact],
+    experts: PackedProjections,
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Names, shapes and dtypes against the model, and values that no packed layer can have; changes nothing.
@@ -191,7 +198,7 @@ def check_fit(
     """
     coded = {name: layer for name, layer in replaced.items() if isinstance(layer, CodedLayer)}
     _check_places(root, model, coded)
-    _check_tensors(root, model, replaced, tensors)
+    _check_tensors(root, model, replaced, experts, tensors)
     _check_inputs(root, coded, tensors)
     for name, layer in replaced.items():
         prefix = f"{name}." if name else ""
@@ -219,7 +226,7 @@ def _check_codes(root: Path, prefix: str, layer: CodedLayer, tensors: Mapping[st
 
 
 def _check_places(root: Path, model: nn.Module, coded: Mapping[str, CodedLayer]) -> None:
-    places = dict(model.named_modules())
+    places = _places(model)
     for name, layer in coded.items():
         place = places.get(name)
         conv = isinstance(layer, PackedConv)
@@ -232,8 +239,10 @@ def _check_places(root: Path, model: nn.Module, coded: Mapping[str, CodedLayer])
             raise BellboxError(f"{root}: layer {name!r} is {there} in the file and {here} in the model")
 
 
-def _shape(layer: nn.Module) -> tuple[Any, ...]:
+def _shape(layer: nn.Module | ExpertPlace) -> tuple[Any, ...]:
     """What must be equal of the layer in the file and that in the model: outputs, inputs, geometry."""
+    if isinstance(layer, ExpertPlace):
+        return layer.outputs, layer.inputs
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         geometry = layer.geometry if isinstance(layer, PackedConv) else ConvGeometry.of(layer)
         return layer.out_channels, layer.in_channels, geometry
@@ -244,8 +253,10 @@ def _shape(layer: nn.Module) -> tuple[Any, ...]:
     return transposed_sizes(layer)[::-1]
 
 
-def _is_of_kind(place: nn.Module, conv: bool) -> bool:
+def _is_of_kind(place: nn.Module | ExpertPlace, conv: bool) -> bool:
     """Whether a place in a model is for a convolution, or for the product with a matrix."""
+    if isinstance(place, ExpertPlace):
+        return not conv
     if conv:
         return isinstance(place, nn.Conv1d | nn.Conv2d)
     return isinstance(place, nn.Linear) or is_transposed_linear(place)
@@ -255,11 +266,13 @@ def _check_tensors(
     root: Path,
     model: nn.Module,
     replaced: Mapping[str, CodedLayer | Compact],
+    experts: PackedProjections,
     tensors: Mapping[str, Tensor],
 ) -> None:
     places = dict(model.named_modules(remove_duplicate=False))
-    gone = {id(places[name]) for name in replaced}
+    gone = {id(places[name]) for name in replaced if name in places}  # layers of experts may have no module yet
     inside = tuple(f"{name}." if name else "" for name, module in places.items() if id(module) in gone)
+    inside += experts.names(model)
     # What is not packed may be stored in another precision than the model has, but not as another kind of number.
     expected: dict[str, tuple[torch.Size, torch.dtype | None]] = {
         name: (value.shape, None if value.is_floating_point() else value.dtype)
