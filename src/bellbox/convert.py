@@ -68,8 +68,8 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
 
     Args:
         model: any module. `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers are considered, transformers' `Conv1D` and
-            fused experts, and subclasses that compute as they do; everything else is left, and one line says what (a warning where that
-            is much, else the log "bellbox").
+            fused experts, and subclasses that compute as they do; everything else is left, and one line says what (a
+            warning where that is much, else the log "bellbox").
             Layers whose weight a hook or a parametrization makes are left too.
         recipe: which layers, and how.
         example: inputs for one forward (a tensor, a tuple of arguments or a mapping of keyword arguments): layers that
@@ -103,9 +103,10 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
 def new_layers(
     model: nn.Module, recipe: Recipe, deferred: bool = False, example: Any = None
 ) -> list[tuple[nn.Module, Replacement]]:
-    """Each layer, and each module of fused experts, that `prepare` would replace, and what by; nothing is changed yet and no scale is set.
+    """Each layer, and module of fused experts, that `prepare` would replace, and what by.
 
-    So it is also the quick way to learn whether a recipe fits a model, which may lie on the meta device.
+    Nothing is changed yet and no scale is set. So it is also the quick way to learn whether a recipe fits a model, which
+    may lie on the meta device.
 
     Args:
         model: not prepared.
@@ -170,7 +171,9 @@ def _expert_layers(where: str, experts: nn.Module, stack: str, rule: Rule) -> li
     layers: list[QuantizedExpert] = []
     for i in range(len(parameter)):
         weight = rule.weights and build_quantizer(rule.weights, inputs, outputs, name=f"{where}.{i}.weight")
-        given = rule.activations and build_quantizer(rule.activations, inputs, None, name=f"{where}.{i}.input")
+        given = rule.activations and build_quantizer(
+            rule.activations, inputs, None, name=f"{where}.{i}.input"
+        )
         try:
             made = QuantizedExpert(experts, stack, i, weight, given and ActivationQuantizer(given))
         except BellboxError as error:
@@ -380,9 +383,7 @@ def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:
             warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no layer", stacklevel=3)
 
 
-def _say_what_is_left(
-    model: nn.Module, recipe: Recipe, layers: list[tuple[nn.Module, Replacement]]
-) -> None:
+def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[nn.Module, Replacement]]) -> None:
     """One line: a warning where much is left with no rule asking for it, else an entry of the log."""
     if recipe.rules:
         line, warn = coverage.say(

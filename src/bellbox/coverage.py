@@ -175,8 +175,9 @@ def names_of_weights(model: nn.Module) -> list[tuple[str, LayerKind]]:
     """Every module with weights of its own that a pattern may mean, and its kind."""
     modules = model.named_modules()
     found = [(name, kind_of_layer(module)) for name, module in modules if _weights(module)]
-    stacks = [f"{name}.{stack}" if name else stack for name, _, stack in expert_stacks(model)]
-    return found + [(stack, "linear") for stack in stacks]
+    for name, _, stack in expert_stacks(model):
+        found.append((f"{name}.{stack}" if name else stack, "linear"))
+    return found
 
 
 def _weights(module: nn.Module) -> list[Tensor]:

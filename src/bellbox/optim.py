@@ -25,7 +25,7 @@ from bellbox.recipe import is_head
 def parameter_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, decay_head: bool = True
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters: weights of linear layers, experts and convolutions decay, everything else does not.
+    """Split the trainable parameters: weights of linear layers, experts and convolutions decay, all else does not.
 
     A weight that is tied to an embedding counts as the embedding's. A quantizer may name parameters of its own that
     decay too (`decayed`), or learn at another rate (`learning_rates`, such as BBQ's gamma). Each parameter appears

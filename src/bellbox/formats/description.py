@@ -1,8 +1,8 @@
 """The `config.json` of a packed folder: what a model says of itself, and all versions read into one form.
 
 Version 4 is a section of the configuration that transformers reads, and version 5 is that with a model's fused experts;
-versions 2 and 3 were a file of their own. What is read is validated field by field and comes out as version 5 has it, so
-that nobody else needs to know of the others.
+versions 2 and 3 were a file of their own. What is read is validated field by field and comes out as version 5 has it,
+so that nobody else needs to know of the others.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class PackedProjections(dict[str, dict[str, list[CodedLayer]]]):
 
     def names(self, model: nn.Module) -> tuple[str, ...]:
         """Beginnings of the names of all tensors in a model that these layers replace."""
-        places = {name: module for name, module in _fused(model, every_name=True)}
+        places = dict(_fused(model, every_name=True))
         gone = {id(places[name]): stacks for name, stacks in self.items()}
         found: list[str] = []
         for name, module in places.items():
@@ -94,7 +94,9 @@ def packed_projections(
     for name, module in modules.items():
         lost = [s for s in stack_names(module) if _is_packed(module, s) and s not in found.get(name, {})]
         if lost:
-            raise BellboxError(f"{root}: {lost[0]} of experts {name!r} is packed in the model, not in the file")
+            raise BellboxError(
+                f"{root}: {lost[0]} of experts {name!r} is packed in the model, not in the file"
+            )
     return found
 
 

@@ -270,7 +270,9 @@ def _check_tensors(
     tensors: Mapping[str, Tensor],
 ) -> None:
     places = dict(model.named_modules(remove_duplicate=False))
-    gone = {id(places[name]) for name in replaced if name in places}  # layers of experts may have no module yet
+    gone = {
+        id(places[name]) for name in replaced if name in places
+    }  # layers of experts may have no module yet
     inside = tuple(f"{name}." if name else "" for name, module in places.items() if id(module) in gone)
     inside += experts.names(model)
     # What is not packed may be stored in another precision than the model has, but not as another kind of number.

@@ -103,7 +103,7 @@ class ExpertsForward(nn.Module):
         for index in self._hit(top_k_index):
             token, place = torch.where(top_k_index == index)
             given = self._expert(index, hidden_states[token]) * top_k_weights[token, place, None]
-            out = out.index_add(0, token, given.to(kind))
+            out.index_add_(0, token, given.to(kind))
         return out.to(hidden_states.dtype)
 
     def _hit(self, top_k_index: Tensor) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class PackedLinear(PackedMatrix, nn.Linear):  # pyright: ignore[reportIncompatib
 
     plain_kind = nn.Linear
 
-    def _set_up(self, rows: int, columns: int, *rest: Any) -> None:
-        super()._set_up(rows, columns, *rest)
-        self.in_features, self.out_features = columns, rows
+    def __init__(
+        self, in_features: int, out_features: int, weight_levels: Grid, coding: InputCoding, bias: bool
+    ) -> None:
+        super().__init__(in_features, out_features, weight_levels, coding, bias)
+        self.in_features, self.out_features = in_features, out_features

@@ -3,8 +3,8 @@
 Input and weight are rotated over the channels at each pixel, block by block within a group, so that the rotations
 cancel in every product of a pixel with a column of the filter. Sigma of each row is then one of each sample
 `(C, H, W)` for the input, and one of each output channel for the weight. Depthwise convolutions have one channel a
-group: nothing to rotate. Padding is the value 0 after quantization, as in the paper's code. A convolution over a line is
-one over an image of height 1: its sample, with one sigma, is the whole line.
+group: nothing to rotate. Padding is the value 0 after quantization, as in the paper's code. A convolution over a line
+is one over an image of height 1: its sample, with one sigma, is the whole line.
 """
 
 from __future__ import annotations

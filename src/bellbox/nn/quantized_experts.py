@@ -1,8 +1,8 @@
 """Fused experts for training: each expert's matrix is quantized as the linear layer that it is.
 
-The 3-D parameters stay what their owner knows, the same objects under the same names: optimizers, checkpoints and ties
-go on. An expert's layer reads its matrix out of them in each forward, and rotates it there; it has a scale for each row,
-and a quantizer of its own for the tokens that are routed to it.
+The 3-D parameters stay what their owner knows, the same objects under the same names: optimizers, checkpoints and
+ties go on. An expert's layer reads its matrix out of them in each forward, and rotates it there; it has a scale for
+each row, and a quantizer of its own for the tokens that are routed to it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class QuantizedExpert(QuantizedMatrix):
     """
 
     plain_kind = nn.Linear
+    experts: nn.Module
+    """The module around this one."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         """No layer becomes this one: there was none."""
@@ -51,7 +53,7 @@ class QuantizedExpert(QuantizedMatrix):
         activation_quantizer: ActivationQuantizer | None,
     ) -> None:
         nn.Module.__init__(self)
-        self.__dict__["experts"] = experts  # no child of this one
+        object.__setattr__(self, "experts", experts)  # no child of this one
         self.stack, self.index = stack, index
         super().__init__(self, weight_quantizer, activation_quantizer)
         self.plain_class = nn.Linear
@@ -119,7 +121,7 @@ class QuantizedExperts(ExpertsForward):
     def layers_of(self, stack: str) -> nn.ModuleList | None:
         """See `ExpertsForward`."""
         inside: Any = self._modules[LAYERS]
-        return inside[stack] if stack in inside else None
+        return inside._modules.get(stack)
 
     def unquantized(self) -> nn.Module:
         """The owner's module again, with this one's parameters."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bellbox.core.grid import Grid
 from bellbox.nn.coded import CodedLayer
+from bellbox.nn.packed import InputCoding
 from bellbox.nn.packed_linear import PackedMatrix
 from bellbox.nn.quantized_linear import QuantizedMatrix
 from bellbox.nn.weight_only import WeightOnlyMatrix
@@ -32,8 +33,8 @@ def computes_as_transposed_linear(module: nn.Module) -> bool:
 
 def transposed_sizes(module: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a `Conv1D`."""
-    inputs, outputs = module.weight.shape  # type: ignore[union-attr,misc]
-    return inputs, outputs
+    weight: Any = module.weight
+    return weight.shape[0], weight.shape[1]
 
 
 def _own_class(kind: type[Any]) -> Any:
@@ -85,8 +86,10 @@ class _Transposed(CodedLayer):
 class PackedTransposed(_Transposed, PackedMatrix):
     """A `Conv1D` of integers; see `PackedMatrix` for the arguments."""
 
-    def _set_up(self, *sizes: Any) -> None:
-        super()._set_up(*sizes)
+    def __init__(
+        self, in_features: int, out_features: int, weight_levels: Grid, coding: InputCoding, bias: bool
+    ) -> None:
+        super().__init__(in_features, out_features, weight_levels, coding, bias)
         self._as_conv1d()
 
 

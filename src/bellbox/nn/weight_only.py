@@ -42,6 +42,7 @@ class WeightOnlyMatrix(CodedLayer):
     weight_scale: Tensor
     weight_table: Tensor | None
     act_signs: Tensor | None
+    bias: Tensor | None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
