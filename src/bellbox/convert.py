@@ -105,8 +105,8 @@ def new_layers(
 ) -> list[tuple[nn.Module, Replacement]]:
     """Each layer, and module of fused experts, that `prepare` would replace, and what by.
 
-    Nothing is changed yet and no scale is set. So it is also the quick way to learn whether a recipe fits a model, which
-    may lie on the meta device.
+    Nothing is changed yet and no scale is set. So it is also the quick way to learn whether a recipe fits a model,
+    which may lie on the meta device.
 
     Args:
         model: not prepared.

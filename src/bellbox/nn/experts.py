@@ -69,13 +69,13 @@ def sizes(experts: Any, stack: Tensor) -> tuple[int, int]:
 
 def matrix(experts: Any, name: str, index: int) -> Tensor:
     """One expert's matrix as a linear layer has it, `[out, in]`: a view."""
-    found = experts._parameters[name][index]
+    found = getattr(experts, name)[index]  # a parametrization made after `prepare` counts
     return found.T if experts.is_transposed else found
 
 
 def bias(experts: Any, name: str, index: int) -> Tensor | None:
     """One expert's bias, `[out]`: a view."""
-    return experts._parameters[bias_name(name)][index] if experts.has_bias else None
+    return getattr(experts, bias_name(name))[index] if experts.has_bias else None
 
 
 class ExpertsForward(nn.Module):

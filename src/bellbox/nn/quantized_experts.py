@@ -70,9 +70,7 @@ class QuantizedExpert(QuantizedMatrix):
     @property
     def parameter(self) -> Tensor:
         """See `QuantizedLayer.parameter`: the matrices of all experts."""
-        found = self.experts._parameters[self.stack]
-        assert found is not None
-        return found
+        return getattr(self.experts, self.stack)
 
     @property
     def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
