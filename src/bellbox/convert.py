@@ -562,7 +562,9 @@ def _hinted_groups(layers: Mapping[str, QuantizedLayer]) -> dict[int, PackedGrou
             parent, _, leaf = name.rpartition(".")
             hint = next((names for names in INPUT_GROUPS if leaf in names), None)
             if hint is not None:
-                key = parent, hint, layer.packed_numbers()[3:], layer.row_length, activation.levels
+                quantizer = activation.quantizer  # a stored number may have been learned apart
+                number = float(quantizer.rstd()) if quantizer.normalise == "static" else None
+                key = parent, hint, layer.packed_numbers()[3:], layer.row_length, activation.levels, number
         found[id(layer)] = groups.setdefault(key, PackedGroup())
     return found
 

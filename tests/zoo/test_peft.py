@@ -224,7 +224,7 @@ def test_the_class_of_a_low_bit_layer_makes_plain_layers_as_its_owners_does() ->
 def test_a_copy_of_a_packed_layer_to_be_trained_is_refused(peft: Any, name: str) -> None:
     base = bb.convert(prepared(RECIPES["bbq"]))
     with pytest.raises(
-        bb.BellboxError, match="nothing to train in a packed layer.*target_modules"
+        bb.BellboxError, match=r"nothing to train in a packed layer.*target_modules"
     ) as refused:
         with_adapters(peft, base, target_modules=["q_proj"], modules_to_save=[name])
     assert "\n" not in str(refused.value)
