@@ -24,7 +24,7 @@ MAY_KNOW = {
     "recipe": "errors core quantizers",
     "nn": "errors core ops quantizers recipe",
     "structure": "nn",
-    "past_forward": "",
+    "past_forward": "nn",
     "coverage": "nn past_forward quantizers recipe structure",
     "convert": "errors core nn past_forward quantizers recipe structure coverage",
     "calibrate": "errors quantizers",

@@ -327,12 +327,25 @@ def test_a_hugging_face_llama(transformers):
     assert torch.equal(made, model.generate(ids[:1], max_new_tokens=3, do_sample=False))
 
 
-def test_a_gpt2_of_transformers_is_refused_with_the_way_out(transformers):
+def test_a_gpt2_of_transformers_generates_packed_as_prepared(transformers):
     config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_pdrop=0,
+        resid_pdrop=0,
     )
-    with pytest.raises(BellboxError, match=r"in Conv1D; load a GPT-2 with bellbox\.models\.load_hf"):
-        bb.prepare(transformers.GPT2LMHeadModel(config), Recipe.bbq(2))
+    torch.manual_seed(0)
+    model = bb.prepare(transformers.GPT2LMHeadModel(config), Recipe.bbq(2))
+    assert len(names(model)) == 8
+    ids = torch.arange(1, 9)[None]
+    model(ids, labels=ids).loss.backward()
+    packed = bb.convert(model.eval())
+    made = packed.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(made, model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
 def test_a_hugging_face_bert_with_a_tied_head(transformers, tmp_path):
@@ -491,12 +504,12 @@ def test_much_that_is_left_is_warned_of_and_little_is_logged(caplog) -> None:
     class Mixed(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
-            self.conv, self.up = nn.Conv1d(32, width, 3), nn.ConvTranspose2d(2, 2, 2)
+            self.conv, self.up = nn.Conv3d(32, width, (1, 1, 3)), nn.ConvTranspose2d(2, 2, 2)
             self.rnn = nn.LSTM(2, 2)
             self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(32, 32)}) for _ in range(2))
             self.experts = nn.Parameter(torch.zeros(2, 2, 2))
 
-    with pytest.warns(UserWarning, match="conv .*Conv1d") as heard:
+    with pytest.warns(UserWarning, match="conv .*Conv3d") as heard:
         model = bb.prepare(Mixed(32), Recipe.bbq(2))
     assert len(heard) == 1
     line = str(heard[0].message)

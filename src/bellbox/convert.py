@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -17,33 +18,46 @@ from torch import Tensor, nn
 from bellbox import coverage
 from bellbox.core.grid import Grid
 from bellbox.core.hadamard import block_size
-from bellbox.coverage import Plain, kind_of_layer, plain_layers
+from bellbox.coverage import Plain, expert_stacks, kind_of_layer, plain_layers, rule_for_experts
 from bellbox.errors import BellboxError
 from bellbox.nn import (
     ActivationQuantizer,
     CodedLayer,
+    PackedConv1d,
     PackedConv2d,
+    PackedExperts,
     PackedGroup,
     PackedLayer,
     PackedLinear,
+    PackedTransposed,
+    QuantizedConv1d,
     QuantizedConv2d,
+    QuantizedExpert,
+    QuantizedExperts,
     QuantizedLayer,
     QuantizedLinear,
+    QuantizedMatrix,
+    QuantizedTransposed,
     WeightOnlyLinear,
+    WeightOnlyMatrix,
+    WeightOnlyTransposed,
+    quantized_inside,
     quantized_layers,
     without_fused_paths,
 )
 from bellbox.nn.adopted import become
 from bellbox.nn.compact import Precision, compact
+from bellbox.nn.experts import sizes as expert_sizes
 from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.pretrained import have_plain_weights_saved, stop_saving_plain_weights
 from bellbox.nn.state import look_before_loading, look_no_more
 from bellbox.past_forward import WHY, read_past_forward
 from bellbox.quantizers import METHODS, Quantizer, build_quantizer
 from bellbox.recipe import INPUT_GROUPS, QuantizerSpec, Recipe, Rule
-from bellbox.structure import ends
+from bellbox.structure import ends, widths
 
 Model = TypeVar("Model", bound=nn.Module)
+Replacement = QuantizedLayer | QuantizedExperts
 logger = logging.getLogger("bellbox")
 
 
@@ -53,8 +67,9 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
     Train the result as usual: weights stay full precision, each forward quantizes them and the inputs.
 
     Args:
-        model: any module. `nn.Linear` and `nn.Conv2d` layers are considered, and subclasses that compute as they do;
-            everything else is left, and one line says what (a warning where that is much, else the log "bellbox").
+        model: any module. `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers are considered, transformers' `Conv1D` and
+            fused experts, and subclasses that compute as they do; everything else is left, and one line says what (a
+            warning where that is much, else the log "bellbox").
             Layers whose weight a hook or a parametrization makes are left too.
         recipe: which layers, and how.
         example: inputs for one forward (a tensor, a tuple of arguments or a mapping of keyword arguments): layers that
@@ -73,12 +88,12 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
     _warn_of_idle_rules(model, recipe)
     _say_what_is_left(model, recipe, layers)
     _warn_of_what_cannot_be_packed(layers)
-    for plain, layer in layers:  # only now: a rule that cannot be met leaves the model as it was
-        become(plain, layer)
-        changed = cast(QuantizedLayer, plain)
-        changed.rotate_stored_weight()
-        if changed.weight_quantizer is not None:
-            changed.weight_quantizer.initialize(changed.weight_rows().detach())
+    for plain, made in layers:  # only now: a rule that cannot be met leaves the model as it was
+        become(plain, made)
+        for layer in quantized_inside(cast(Replacement, plain)):
+            layer.rotate_stored_weight()
+            if layer.weight_quantizer is not None:
+                layer.weight_quantizer.initialize(layer.weight_rows().detach())
     without_fused_paths(model)
     look_before_loading(model)
     have_plain_weights_saved(model)
@@ -87,10 +102,11 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
 
 def new_layers(
     model: nn.Module, recipe: Recipe, deferred: bool = False, example: Any = None
-) -> list[tuple[Plain, QuantizedLayer]]:
-    """Each layer that `prepare` would replace, and what by; nothing is changed yet and no scale is set.
+) -> list[tuple[nn.Module, Replacement]]:
+    """Each layer, and module of fused experts, that `prepare` would replace, and what by.
 
-    So it is also the quick way to learn whether a recipe fits a model, which may lie on the meta device.
+    Nothing is changed yet and no scale is set. So it is also the quick way to learn whether a recipe fits a model,
+    which may lie on the meta device.
 
     Args:
         model: not prepared.
@@ -106,9 +122,10 @@ def new_layers(
     if any(isinstance(module, (QuantizedLayer, CodedLayer)) for module in model.modules()):
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
     decided = decide(model, recipe)
-    if recipe.rules and not decided:
+    experts = _new_experts(model, recipe)
+    if recipe.rules and not decided and not experts:
         raise BellboxError(coverage.why_nothing(model, recipe))
-    layers: list[tuple[Plain, QuantizedLayer]] = []
+    layers: list[tuple[nn.Module, Replacement]] = []
     owners: dict[tuple[str, ...], ActivationQuantizer] = {}
     groups = _input_groups(model, decided, example) if recipe.share_inputs else {}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
@@ -126,15 +143,59 @@ def new_layers(
         weight = None if rule.weights is None else _weight_quantizer(where, plain, rule.weights)
         choices = weight, activation, shared is None, rule.weights_rotated
         try:
-            layer = (
-                QuantizedLinear(plain, *choices)
-                if isinstance(plain, nn.Linear)
-                else QuantizedConv2d(plain, *choices)
-            )
+            layer = _quantized_kind(plain)(plain, *choices)
         except BellboxError as error:
             raise BellboxError(f"{where}: {error}") from None
         layers.append((plain, layer.train(plain.training)))
+    return layers + experts
+
+
+def _new_experts(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Module, Replacement]]:
+    """Each module of fused experts that is to be quantized, and what by."""
+    found: dict[int, tuple[nn.Module, dict[str, list[QuantizedExpert]]]] = {}
+    for name, experts, stack in expert_stacks(model):
+        rule = rule_for_experts(recipe, name, stack)
+        if rule is not None:
+            where = f"{name}.{stack}" if name else stack
+            layers = _expert_layers(where, experts, stack, rule)
+            found.setdefault(id(experts), (experts, {}))[1][stack] = layers
+    return [(experts, QuantizedExperts(experts, layers)) for experts, layers in found.values()]
+
+
+def _expert_layers(where: str, experts: nn.Module, stack: str, rule: Rule) -> list[QuantizedExpert]:
+    """A layer for each expert of one projection, whose parameter stays as it is: what is rotated, in each forward."""
+    parameter = experts._parameters[stack]
+    assert parameter is not None
+    inputs, outputs = expert_sizes(experts, parameter)
+    rule = _rotated_in_forward(rule) if rule.weights_rotated else rule
+    layers: list[QuantizedExpert] = []
+    for i in range(len(parameter)):
+        weight = rule.weights and build_quantizer(rule.weights, inputs, outputs, name=f"{where}.{i}.weight")
+        given = rule.activations and build_quantizer(
+            rule.activations, inputs, None, name=f"{where}.{i}.input"
+        )
+        try:
+            made = QuantizedExpert(experts, stack, i, weight, given and ActivationQuantizer(given))
+        except BellboxError as error:
+            raise BellboxError(f"{where}: {error}") from None
+        layers.append(made.to(parameter.device))
     return layers
+
+
+def _quantized_kind(layer: Plain) -> type[QuantizedLayer]:
+    if isinstance(layer, nn.Conv2d):
+        return QuantizedConv2d
+    if isinstance(layer, nn.Conv1d):
+        return QuantizedConv1d
+    return QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedTransposed
+
+
+def _packed_kind(layer: QuantizedLayer) -> type[PackedLayer]:
+    if isinstance(layer, QuantizedConv2d):
+        return PackedConv2d
+    if isinstance(layer, QuantizedConv1d):
+        return PackedConv1d
+    return PackedTransposed if isinstance(layer, QuantizedTransposed) else PackedLinear
 
 
 def decide(model: nn.Module, recipe: Recipe) -> list[tuple[str, Plain, Rule]]:
@@ -160,6 +221,8 @@ def unprepare(model: Model) -> Model:
     Returns:
         The same model (a new layer where `model` is itself one quantized layer).
     """
+    for experts in [module for module in model.modules() if isinstance(module, QuantizedExperts)]:
+        become(experts, experts.unquantized())
     for _, layer in list(quantized_layers(model)):
         layer.rotate_stored_weight_back()
         become(layer, layer.unquantized())
@@ -195,17 +258,21 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     for name, layer in layers.items():
         activation = layer.activation_quantizer
         if _is_weight_only(layer):
-            memo[id(layer)] = WeightOnlyLinear.from_quantized(layer)
+            kind = WeightOnlyTransposed if isinstance(layer, QuantizedTransposed) else WeightOnlyLinear
+            memo[id(layer)] = kind.from_quantized(layer)
             continue
         if layer.weight_quantizer is not None and not layer.weight_quantizer.on_grid:
             raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         if activation is None or layer.weight_quantizer is None:
             raise BellboxError(f"{name or 'the layer'} cannot be packed: {_why_never_packed(layer)}")
         # Deep copy finds the packed layer in place of the trained one, so float weights are never copied.
-        kind = PackedConv2d if isinstance(layer, QuantizedConv2d) else PackedLinear
-        memo[id(layer)] = kind.from_quantized(layer, groups.get(id(layer)))
+        memo[id(layer)] = _packed_kind(layer).from_quantized(layer, groups.get(id(layer)))
+    for experts in model.modules():
+        if isinstance(experts, QuantizedExperts):
+            PackedExperts.from_quantized(experts, memo)
     for layer in layers.values():  # only now: an attribute may lead to any other layer
-        cast(CodedLayer, memo[id(layer)]).take_over(layer, memo)
+        if not isinstance(layer, QuantizedExpert):  # whose owner is the module around it
+            cast(CodedLayer, memo[id(layer)]).take_over(layer, memo)
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
     stop_saving_plain_weights(packed)
     compact(packed, embeddings)
@@ -316,11 +383,11 @@ def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:
             warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no layer", stacklevel=3)
 
 
-def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[Plain, QuantizedLayer]]) -> None:
+def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[nn.Module, Replacement]]) -> None:
     """One line: a warning where much is left with no rule asking for it, else an entry of the log."""
     if recipe.rules:
         line, warn = coverage.say(
-            model, recipe, (layer.stored_weight for _, layer in layers if layer.weight_quantizer)
+            model, recipe, (layer.parameter for layer in _inside(layers) if layer.weight_quantizer)
         )
         if warn:
             warnings.warn(line, stacklevel=3)
@@ -328,9 +395,13 @@ def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[Plain
             logger.info(line)
 
 
-def _warn_of_what_cannot_be_packed(layers: list[tuple[Plain, QuantizedLayer]]) -> None:
+def _inside(layers: list[tuple[nn.Module, Replacement]]) -> list[QuantizedLayer]:
+    return [layer for _, made in layers for layer in quantized_inside(made)]
+
+
+def _warn_of_what_cannot_be_packed(layers: list[tuple[nn.Module, Replacement]]) -> None:
     """Before the training, not after it."""
-    for _, layer in layers:
+    for layer in _inside(layers):
         why = _why_never_packed(layer)
         if why is not None:
             quantizer = layer.weight_quantizer or (
@@ -349,7 +420,7 @@ def can_be_packed(layer: QuantizedLayer) -> bool:
 def _is_weight_only(layer: QuantizedLayer) -> bool:
     """Whether a layer is packed with floats as inputs."""
     quantized = layer.weight_quantizer is not None and layer.activation_quantizer is None
-    return quantized and isinstance(layer, QuantizedLinear)
+    return quantized and isinstance(layer, QuantizedMatrix)
 
 
 def _why_never_packed(layer: QuantizedLayer) -> str | None:
@@ -385,8 +456,8 @@ def _rotated_in_forward(rule: Rule) -> Rule:
 def _activation_quantizer(name: str, layer: Plain, rule: Rule, readers: int) -> ActivationQuantizer | None:
     if rule.activations is None:
         return None
-    conv = isinstance(layer, nn.Conv2d)
-    features = layer.in_channels // layer.groups if conv else layer.in_features
+    conv = isinstance(layer, nn.Conv1d | nn.Conv2d)
+    features = layer.in_channels // layer.groups if conv else _sizes(layer)[0]
     quantizer = build_quantizer(rule.activations, features, None, name=f"{name}.input")
     quantizer.samples = conv
     return ActivationQuantizer(quantizer, readers).to(layer.weight.device).train(layer.training)
@@ -394,10 +465,10 @@ def _activation_quantizer(name: str, layer: Plain, rule: Rule, readers: int) -> 
 
 def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer:
     where = f"{name}.weight"
-    if isinstance(layer, nn.Linear):
-        quantizer = build_quantizer(spec, layer.in_features, layer.out_features, name=where)
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+        quantizer = build_quantizer(spec, *_sizes(layer), name=where)
         return quantizer.to(layer.weight.device)
-    depth, pixels = layer.in_channels // layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
+    depth, pixels = layer.in_channels // layer.groups, math.prod(layer.kernel_size)
     # A row is a whole filter, its rotation goes over the channels of a pixel alone.
     block = block_size(depth, METHODS[spec.method].own_block if spec.block is None else spec.block)
     spec = dataclasses.replace(spec, block=block)
@@ -407,6 +478,13 @@ def _weight_quantizer(name: str, layer: Plain, spec: QuantizerSpec) -> Quantizer
         assert once is not None
         quantizer.signs = once.repeat(pixels)
     return quantizer.to(layer.weight.device)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a layer that is known to have them."""
+    sizes = widths(layer)
+    assert sizes is not None
+    return sizes
 
 
 def rotated_weights(model: nn.Module) -> frozenset[Tensor]:
@@ -423,9 +501,9 @@ def _input_groups(
     on the example showed.
     """
     rules = {
-        name: (layer.in_features, rule.activations)
+        name: (_sizes(layer)[0], rule.activations)
         for name, layer, rule in decided
-        if isinstance(layer, nn.Linear) and rule.activations is not None
+        if not isinstance(layer, nn.Conv1d | nn.Conv2d) and rule.activations is not None
     }
     candidates: list[tuple[str, ...]] = []
     for parent, module in model.named_modules():
@@ -477,14 +555,16 @@ def _hinted_groups(layers: Mapping[str, QuantizedLayer]) -> dict[int, PackedGrou
     found: dict[int, PackedGroup] = {}
     for name, layer in layers.items():
         activation = layer.activation_quantizer
-        if not isinstance(layer, QuantizedLinear) or activation is None:
+        if not isinstance(layer, QuantizedMatrix) or activation is None:
             continue
         key: Any = id(activation)
         if activation.shared.readers == 1:
             parent, _, leaf = name.rpartition(".")
             hint = next((names for names in INPUT_GROUPS if leaf in names), None)
             if hint is not None:
-                key = parent, hint, layer.packed_numbers()[3:], layer.row_length, activation.levels
+                quantizer = activation.quantizer  # a stored number may have been learned apart
+                number = float(quantizer.rstd()) if quantizer.normalise == "static" else None
+                key = parent, hint, layer.packed_numbers()[3:], layer.row_length, activation.levels, number
         found[id(layer)] = groups.setdefault(key, PackedGroup())
     return found
 
@@ -504,7 +584,7 @@ def summary(model: nn.Module) -> str:
         if isinstance(layer, QuantizedLayer):
             weight, activation = layer.weight_quantizer, layer.activation_quantizer
             if weight is not None:
-                inside[id(layer.stored_weight)] = layer.stored_weight.numel()
+                inside[id(layer.parameter)] = layer.parameter.numel()
             shape = layer.row_count, layer.row_length
             cells = (
                 _label(weight.levels) if weight else "float",
@@ -513,7 +593,7 @@ def summary(model: nn.Module) -> str:
                 str((activation.quantizer if activation else weight).block),  # type: ignore[union-attr]
                 "shared" if activation is not None and activation.shared.readers > 1 else "own",
             )
-        elif isinstance(layer, WeightOnlyLinear):
+        elif isinstance(layer, WeightOnlyMatrix):
             inside[id(layer)] = layer.row_length * layer.row_count
             shape = layer.row_count, layer.row_length
             cells = _label(layer.weight_levels), "float", "-", str(layer.block), "own"

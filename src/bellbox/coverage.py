@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
@@ -16,14 +17,17 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from bellbox.nn import CodedLayer, QuantizedLayer
+from bellbox.nn import CodedLayer, QuantizedExperts, QuantizedLayer, is_fused_experts, is_transposed_linear
+from bellbox.nn.experts import ExpertsForward, stack_names
 from bellbox.nn.tools import stored_weight
+from bellbox.nn.transposed import computes_as_transposed_linear
 from bellbox.past_forward import WHY, inside_attention, read_past_forward
 from bellbox.quantizers import Quantizer
-from bellbox.recipe import LayerKind, Recipe
-from bellbox.structure import ends, is_transposed_linear
+from bellbox.recipe import LayerKind, Recipe, Rule
+from bellbox.structure import ends
 
-Plain = nn.Linear | nn.Conv2d
+Plain = nn.Linear | nn.Conv1d | nn.Conv2d
+"""Torch's layers that are quantized; transformers' `Conv1D`, which nobody imports for its name, is another."""
 
 MUCH = 0.1
 """Share of the weights, left out with no rule asking for it, above which `prepare` warns."""
@@ -51,15 +55,16 @@ class Left:
 
 
 def plain_layers(model: nn.Module) -> Iterator[tuple[str, Plain]]:
-    """Layers by name that compute as `nn.Linear` and `nn.Conv2d` do, subclasses too."""
+    """Layers by name that compute as `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` or `Conv1D` do, subclasses too."""
     past = inside_attention(model)
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Linear | nn.Conv2d)
-            and id(module) not in past
-            and why_special(module) is None
-        ):
-            yield name, module
+        if is_known(module) and id(module) not in past and why_special(cast(Plain, module)) is None:
+            yield name, cast(Plain, module)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether it is of a class of layers that are quantized, or of a subclass."""
+    return isinstance(module, Plain) or is_transposed_linear(module)
 
 
 def why_special(layer: Plain) -> str | None:
@@ -73,12 +78,14 @@ def why_special(layer: Plain) -> str | None:
     name = type(layer).__name__
     if isinstance(layer, nn.Linear):
         same, base = type(layer).forward is nn.Linear.forward, "Linear"
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d):
+        own, torchs = type(layer), nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Conv1d
+        same = (own.forward, own._conv_forward) == (torchs.forward, torchs._conv_forward)
+        base = torchs.__name__
     else:
-        own = type(layer)
-        same, base = (
-            (own.forward, own._conv_forward) == (nn.Conv2d.forward, nn.Conv2d._conv_forward),
-            "Conv2d",
-        )
+        same, base = computes_as_transposed_linear(layer), "Conv1D"
+    if same and isinstance(layer, nn.Conv1d) and layer.padding_mode != "zeros":
+        return f"{name} padded with {layer.padding_mode}, not zeros"
     return None if same else f"{name}, a subclass of {base} with a forward of its own"
 
 
@@ -88,7 +95,7 @@ def is_made(layer: nn.Module) -> bool:
     Such a layer stays as it is: a quantized one would not follow what makes its weight.
     """
     own = layer._parameters
-    if not isinstance(layer, nn.Linear | _ConvNd):
+    if not isinstance(layer, nn.Linear | _ConvNd) and not is_transposed_linear(layer):
         return False
     return is_parametrized(layer) or "weight" not in own or "bias" not in own
 
@@ -112,6 +119,9 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
     for name, module in model.named_modules():
         if isinstance(module, (QuantizedLayer, CodedLayer, Quantizer, *_TABLES, *_NORMS)):
             continue
+        if isinstance(module, ExpertsForward) or is_fused_experts(module):
+            found += _left_of_experts(name, module, recipe)
+            continue
         rule = None if recipe is None else recipe.rule_for(name, kind_of_layer(module), name in kept)
         if id(module) in plain and id(module) in past and (rule is not None or recipe is None):
             why, asked = WHY, False
@@ -129,6 +139,33 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
     return found
 
 
+def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Fused experts in full precision: dotted name, module and the name of each of its two 3-D parameters."""
+    for name, module in model.named_modules():
+        if is_fused_experts(module) and not isinstance(module, ExpertsForward):
+            for stack in stack_names(module):
+                yield name, module, stack
+
+
+def rule_for_experts(recipe: Recipe, name: str, stack: str) -> Rule | None:
+    """The rule that decides about a 3-D parameter of fused experts: by its own name or that of the module."""
+    return recipe.rule_for(f"{name}.{stack}" if name else stack, within=name)
+
+
+def _left_of_experts(name: str, experts: nn.Module, recipe: Recipe | None) -> Iterator[Left]:
+    """The projections of fused experts that stay in full precision."""
+    done: list[str] = []
+    if isinstance(experts, QuantizedExperts):
+        done = experts.quantized_stacks
+    elif recipe is not None:
+        done = [stack for stack in stack_names(experts) if rule_for_experts(recipe, name, stack)]
+    for stack in stack_names(experts):
+        weight = experts._parameters.get(stack)
+        if weight is not None and stack not in done:
+            where = f"{name}.{stack}" if name else stack
+            yield Left(where, "the recipe leaves it", True, (weight,), made=False)
+
+
 def kind_of_layer(layer: nn.Module) -> LayerKind:
     """What rules call it."""
     return "conv" if isinstance(layer, _ConvNd) else "linear"
@@ -137,7 +174,10 @@ def kind_of_layer(layer: nn.Module) -> LayerKind:
 def names_of_weights(model: nn.Module) -> list[tuple[str, LayerKind]]:
     """Every module with weights of its own that a pattern may mean, and its kind."""
     modules = model.named_modules()
-    return [(name, kind_of_layer(module)) for name, module in modules if _weights(module)]
+    found = [(name, kind_of_layer(module)) for name, module in modules if _weights(module)]
+    for name, _, stack in expert_stacks(model):
+        found.append((f"{name}.{stack}" if name else stack, "linear"))
+    return found
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
@@ -154,8 +194,8 @@ def _why_no_layer(module: nn.Module, past: bool) -> str:
     kind = type(module).__name__
     if past or isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention, which reads its weights past the layers"
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        return why_special(module) or kind
+    if is_known(module):
+        return why_special(cast(Plain, module)) or kind
     if is_parametrized(module):
         return f"parametrized {type(module).__name__.removeprefix('Parametrized')}"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -212,11 +252,6 @@ def _part(why: str, lefts: list[Left], share: float) -> str:
 
 def why_nothing(model: nn.Module, recipe: Recipe) -> str:
     """The message where a recipe quantizes no layer: what the model has instead."""
-    if any(map(is_transposed_linear, model.modules())):
-        return (
-            "the recipe matches no layer: this model keeps its matrices in Conv1D; load a GPT-2 with "
-            "bellbox.models.load_hf(folder), which has linear layers"
-        )
     line = "the recipe matches no linear layer or convolution of the model; look at the patterns of its rules"
     reasons: dict[str, Left] = {}
     for left in left_out(model, recipe):

@@ -15,7 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from bellbox.nn.tools import stored_weight
+from bellbox.nn import is_fused_experts, is_transposed_linear
+from bellbox.nn.experts import ExpertsForward
+from bellbox.nn.tools import stored_weights
 from bellbox.quantizers import Quantizer
 from bellbox.recipe import is_head
 
@@ -23,7 +25,7 @@ from bellbox.recipe import is_head
 def parameter_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, decay_head: bool = True
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters: weights of linear layers and convolutions decay, everything else does not.
+    """Split the trainable parameters: weights of linear layers, experts and convolutions decay, all else does not.
 
     A weight that is tied to an embedding counts as the embedding's. A quantizer may name parameters of its own that
     decay too (`decayed`), or learn at another rate (`learning_rates`, such as BBQ's gamma). Each parameter appears
@@ -41,11 +43,12 @@ def parameter_groups(
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     weights = (
-        stored_weight(m)
+        weight
         for name, m in model.named_modules()
         if multiplies(m) and (decay_head or not is_head(name))
+        for weight in stored_weights(m)
     )
-    decayed = {id(weight) for weight in weights if weight is not None and id(weight) not in embeddings}
+    decayed = {id(weight) for weight in weights if id(weight) not in embeddings}
     rates: dict[int, float] = {}
     for module in model.modules():
         if isinstance(module, Quantizer):
@@ -69,5 +72,6 @@ def parameter_groups(
 
 
 def multiplies(module: nn.Module) -> bool:
-    """Whether it is a layer whose weight is multiplied with."""
-    return isinstance(module, nn.Linear | nn.Conv2d)
+    """Whether it is a layer whose weight is multiplied with, or fused experts."""
+    known = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | ExpertsForward)
+    return known or is_transposed_linear(module) or is_fused_experts(module)

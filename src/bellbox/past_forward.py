@@ -3,6 +3,9 @@
 Such a layer never sees its input, so it cannot be quantized: what the model computes with is the weight itself. It is
 read off the source of the module that holds the layer: a method names `self.layer.weight`, and none names `self.layer`
 for itself, to call it or to hand it on. Where there is no source, `convert` finds out, after a batch.
+
+A convolution over a line is left for the first alone: state-space models call it in training, and read its weight for a
+step of decoding, which would then be another function.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import inspect
 import textwrap
 
 from torch import nn
+
+from bellbox.nn import is_transposed_linear
 
 WHY = "its weight is read past its forward"
 """The reason that users are told."""
@@ -28,10 +33,14 @@ def read_past_forward(model: nn.Module) -> set[int]:
     found = inside_attention(model)
     for holder in model.modules():
         layers = {
-            name: child for name, child in holder.named_children() if isinstance(child, nn.Linear | nn.Conv2d)
+            name: child
+            for name, child in holder.named_children()
+            if isinstance(child, nn.Linear | nn.Conv1d | nn.Conv2d) or is_transposed_linear(child)
         }
         if layers and not type(holder).__module__.startswith("torch.nn."):
-            found.update(id(layers[name]) for name in _names_read(type(holder)) & set(layers))
+            read, used = _names_read(type(holder))
+            lines = {name for name, child in layers.items() if isinstance(child, nn.Conv1d)}
+            found.update(id(layers[name]) for name in ((read - used) | (read & lines)) & set(layers))
     return found
 
 
@@ -42,8 +51,8 @@ def inside_attention(model: nn.Module) -> set[int]:
 
 
 @functools.cache
-def _names_read(kind: type) -> frozenset[str]:
-    """Attributes whose weight the methods of a class read, while they use the attribute for nothing else."""
+def _names_read(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Attributes whose weight the methods of a class read, and those that they use for anything else."""
     read: set[str] = set()
     used: set[str] = set()
     for each in kind.__mro__:
@@ -52,9 +61,9 @@ def _names_read(kind: type) -> frozenset[str]:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
         except (OSError, TypeError, SyntaxError, ValueError):
-            return frozenset()  # nothing is known of what else it does
+            return frozenset(), frozenset()  # nothing is known of what else it does
         _look(tree, read, used)
-    return frozenset(read - used)
+    return frozenset(read), frozenset(used)
 
 
 def _look(tree: ast.AST, read: set[str], used: set[str]) -> None:

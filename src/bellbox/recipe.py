@@ -261,18 +261,21 @@ class Recipe:
         """Leave every layer as it is: the full-precision baseline."""
         return cls()
 
-    def rule_for(self, name: str, kind: LayerKind = "linear", end: bool = False) -> Rule | None:
+    def rule_for(
+        self, name: str, kind: LayerKind = "linear", end: bool = False, within: str = ""
+    ) -> Rule | None:
         """The rule that decides about a layer, or None where it is left as it is.
 
         Args:
             name: dotted.
             kind: of the layer.
             end: whether it is one of the network's ends (`bellbox.structure.ends`).
+            within: dotted name of the module that it is a parameter of, which a pattern may mean as well.
         """
         for rule in self.rules:
             if end and self.keep_ends and rule.pattern == EVERYTHING:
                 continue
-            if rule.matches(name, kind):
+            if rule.matches(name, kind) or (within and rule.matches(within, kind)):
                 return rule if rule.weights or rule.activations else None
         return None
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
-from bellbox.nn import PackedConv2d, QuantizedConv2d
+from bellbox.nn import PackedExperts, is_transposed_linear
+from bellbox.nn.transposed import transposed_sizes
 
 IMAGE_CHANNELS = (1, 3, 4)
 """Channels of pictures and sounds as networks read them."""
@@ -57,7 +58,7 @@ class _Layer(NamedTuple):
 
     @property
     def conv(self) -> bool:
-        return isinstance(self.module, _ConvNd | QuantizedConv2d | PackedConv2d)
+        return isinstance(self.module, _ConvNd)
 
 
 def ends(model: nn.Module) -> dict[str, str]:
@@ -91,13 +92,8 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if is_transposed_linear(module):
-        return module.weight.shape[0], module.weight.shape[1]  # type: ignore[union-attr,return-value]
+        return transposed_sizes(module)
     return None
-
-
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, a linear layer whose weight is `[in, out]`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
@@ -395,6 +391,8 @@ def _numbers_of_experts(parent: nn.Module) -> set[int]:
     """How many experts may lie beside a router that is a child of this module."""
     counts = {getattr(parent, key, None) for key in _EXPERT_COUNTS}
     for module in (parent, *parent.children()):
+        if isinstance(module, PackedExperts):
+            counts.add(getattr(module, "num_experts", None))
         if widths(module) is None:
             counts.update(len(p) for p in module._parameters.values() if p is not None and p.dim() == 3)
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1 and module is not parent:

@@ -14,16 +14,17 @@ from bellbox.nn.binarized_linear import BinarizedLinear
 
 
 class Net(nn.Module):
-    """A convolution and a linear layer."""
+    """Convolutions over images and lines, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.linear = nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 5)
+        self.line = nn.Conv1d(8, 8, 3, padding=1)
         self.last: nn.Module = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, 16, 6, 5]` to `[batch, 5]`."""
-        return self.last(self.linear(self.conv(x).mean((2, 3))))
+        return self.last(self.linear(self.line(self.conv(x).flatten(2)).mean(2)))
 
 
 def images() -> torch.Tensor:

@@ -218,3 +218,57 @@ def test_the_class_of_a_low_bit_layer_makes_plain_layers_as_its_owners_does() ->
     )
     assert type(PackedLinear(8, 2, bias=False)) is nn.Linear  # type: ignore[call-arg]
     assert type(PackedConv2d(8, 2, 3)) is nn.Conv2d  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ["o_proj", "mlp", "layers.0"])
+def test_a_copy_of_a_packed_layer_to_be_trained_is_refused(peft: Any, name: str) -> None:
+    base = bb.convert(prepared(RECIPES["bbq"]))
+    with pytest.raises(
+        bb.BellboxError, match=r"nothing to train in a packed layer.*target_modules"
+    ) as refused:
+        with_adapters(peft, base, target_modules=["q_proj"], modules_to_save=[name])
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_not_packed_may_be_a_module_to_save(peft: Any) -> None:
+    base = bb.convert(prepared(RECIPES["bbq"]))
+    model = with_adapters(peft, base, modules_to_save=["lm_head"])
+    before = model.base_model.model.lm_head.weight.detach().clone()
+    train(model, 1)
+    assert not torch.equal(model.base_model.model.lm_head.weight, before)
+
+
+def test_a_copy_of_a_prepared_layer_is_trained_and_packed(peft: Any) -> None:
+    model = with_adapters(
+        peft, prepared(RECIPES["bbq"]), target_modules=["q_proj"], modules_to_save=["o_proj"]
+    )
+    layer = model.base_model.model.model.layers[0].self_attn.o_proj
+    before, old = layer.weight.detach().clone(), layer.original_module.weight.detach().clone()
+    train(model, 2)
+    assert not torch.equal(layer.weight, before)
+    assert torch.equal(layer.original_module.weight, old)
+    assert torch.equal(logits(bb.convert(model)), logits(model))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_adapters_of_a_gpt2(peft: Any, packed: bool) -> None:
+    transformers = package("transformers")
+    assert transformers is not None
+    sizes = {"vocab_size": 96, "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    torch.manual_seed(0)
+    base = bb.prepare(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)), RECIPES["bbq"])
+    with torch.no_grad():
+        base.train()(IDS)
+    base = bb.convert(base) if packed else base.eval()
+    before = logits(base)
+    model = with_adapters(peft, base, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    assert torch.equal(logits(model), before)
+    train(model, 2)
+    if packed:
+        return
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    merged_weight = layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach()
+    merged = model.merge_and_unload()
+    weight = merged.transformer.h[0].attn.c_attn.weight.detach()
+    assert weight.shape == (32, 96)
+    torch.testing.assert_close(weight, merged_weight, rtol=0, atol=1e-6)

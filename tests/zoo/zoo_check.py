@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo_models import Model
 
 import bellbox as bb
-from bellbox.coverage import plain_layers
+from bellbox.coverage import is_known, plain_layers
 from bellbox.nn import quantized_layers
 from bellbox.optim import parameter_groups
 
@@ -47,7 +47,7 @@ STEPS = 2
 def prepared(about: Model) -> nn.Module:
     """The model, made low-bit; what is left are the layers that the zoo names, no more and no less."""
     model = about.build()
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    names = [name for name, module in model.named_modules() if is_known(module)]
     unmatched = [pattern for pattern in about.kept if not any(fnmatchcase(name, pattern) for name in names)]
     assert not unmatched, f"the model has no layers {sorted(unmatched)}"
     kept = {name for name, _ in plain_layers(model) if about.is_kept(name)}

@@ -156,6 +156,13 @@ TRANSFORMERS = [
         **{k: v for k, v in DECODER.items() if k != "intermediate_size"},
     ),
     hf("BloomForCausalLM", "lm_head", vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+    hf(
+        "GPT2LMHeadModel",
+        "lm_head",
+        fast=True,
+        **{"vocab_size": 96, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4},
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    ),
     hf("MixtralForCausalLM", "lm_head", num_local_experts=4, **DECODER),
     hf(
         "Qwen3MoeForCausalLM",
@@ -181,6 +188,7 @@ TRANSFORMERS = [
         "MambaForCausalLM",
         "lm_head",
         "backbone.layers.*.mixer.dt_proj",  # its weight is read past the layer
+        "backbone.layers.*.mixer.conv1d",  # likewise, by a step of decoding
         vocab_size=96,
         hidden_size=32,
         state_size=8,
@@ -245,6 +253,7 @@ TRANSFORMERS = [
     hf(
         "WhisperForConditionalGeneration",
         "proj_out",
+        "model.encoder.conv1",
         fast=True,
         max_source_positions=8,
         max_target_positions=8,
@@ -258,6 +267,7 @@ TRANSFORMERS = [
     hf(
         "Wav2Vec2ForCTC",
         "lm_head",
+        "wav2vec2.feature_extractor.conv_layers.0.conv",
         vocab_size=16,
         conv_dim=(16, 16),
         conv_kernel=(10, 3),

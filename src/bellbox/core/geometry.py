@@ -33,8 +33,8 @@ class ConvGeometry:
     groups: int = 1
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> ConvGeometry:
-        """That of a layer.
+    def of(cls, conv: nn.Conv1d | nn.Conv2d) -> ConvGeometry:
+        """That of a layer; one over a line is one over an image of height 1.
 
         Raises:
             BellboxError: padding with anything but zeros.
@@ -44,12 +44,15 @@ class ConvGeometry:
                 f"padding_mode {conv.padding_mode!r}: only convolutions padded with zeros are quantized; "
                 "leave this one out with keep=(...)"
             )
-        left, right, top, bottom = conv._reversed_padding_repeated_twice
-        kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-        return cls(
-            (kernel[0], kernel[1]), (stride[0], stride[1]), (left, right, top, bottom),
-            (dilation[0], dilation[1]), conv.groups,
-        )  # fmt: skip
+        left, right, *vertical = conv._reversed_padding_repeated_twice
+        top, bottom = vertical or (0, 0)
+        kernel, stride, dilation = map(_pair, (conv.kernel_size, conv.stride, conv.dilation))
+        return cls(kernel, stride, (left, right, top, bottom), dilation, conv.groups)
+
+    @property
+    def is_line(self) -> bool:
+        """Whether it may be that of a convolution over a line: height 1, and nothing above or below."""
+        return self.kernel[0] == self.stride[0] == self.dilation[0] == 1 and not any(self.padding[2:])
 
     @property
     def is_pixel(self) -> bool:
@@ -139,6 +142,23 @@ class ConvGeometry:
         for start in range(0, batch, step):
             part = slice(start, min(batch, start + step))
             yield part, self.patches(image[part])
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def lines_as_images(x: Tensor, name: str) -> Tensor:
+    """`[batch, channels, length]` as `[batch, channels, 1, length]`.
+
+    Raises:
+        BellboxError: an input of another rank.
+    """
+    if x.dim() != 3:
+        raise BellboxError(
+            f"input of {name or 'a convolution'} has shape {tuple(x.shape)}: [batch, channels, length] is needed"
+        )
+    return x.unsqueeze(2)
 
 
 def pixels_of(x: Tensor, depth: int, name: str) -> Tensor:

@@ -1,7 +1,8 @@
-"""The `config.json` of a packed folder: what a model says of itself in version 4, and all versions read into one form.
+"""The `config.json` of a packed folder: what a model says of itself, and all versions read into one form.
 
-Version 4 is a section of the configuration that transformers reads; versions 2 and 3 were a file of their own. What is
-read is validated field by field and comes out as version 4 has it, so that nobody else needs to know of the others.
+Version 4 is a section of the configuration that transformers reads, and version 5 is that with a model's fused experts;
+versions 2 and 3 were a file of their own. What is read is validated field by field and comes out as version 5 has it,
+so that nobody else needs to know of the others.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch import nn
 
 from bellbox.core.grid import Grid, Levels
 from bellbox.errors import BellboxError
-from bellbox.nn import CodedLayer, PackedConv2d, PackedLayer, WeightOnlyLinear
+from bellbox.nn import CodedLayer, PackedConv, PackedExperts, PackedLayer, WeightOnlyMatrix
 from bellbox.nn.compact import Compact
 from bellbox.utils.files import canonical_sha256, checksum, read_json
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-VERSION = 4
-"""What is written."""
-VERSIONS = (2, 3, 4)
+VERSION, WITH_EXPERTS = 4, 5
+"""What is written, and what is written of a model with fused experts."""
+VERSIONS = (2, 3, 4, 5)
 """What is read."""
 SECTION, QUANT_METHOD = "quantization_config", "bellbox"
 """Where version 4 stands in `config.json`, and its `quant_method`."""
@@ -47,9 +48,11 @@ def describe(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[
     Raises:
         BellboxError: a layer whose method has a name that no file can hold.
     """
+    experts = _describe_experts(model)
     section = {
         "quant_method": QUANT_METHOD,
-        "version": VERSION,
+        "version": WITH_EXPERTS if experts else VERSION,
+        **({"experts": experts} if experts else {}),
         "model": _describe_model(model),
         "layers": _describe_layers(layers),
         "embeddings": {name: m.precision for name, m in model.named_modules() if isinstance(m, Compact)},
@@ -79,6 +82,15 @@ def _fields_of_transformers(model: nn.Module) -> dict[str, Any]:
     return write_config(model.config, "float32") if isinstance(model, (Llama, GPT)) else {}
 
 
+def _describe_experts(model: nn.Module) -> dict[str, Any]:
+    """Of each module of fused experts the number of experts, and which of its projections are packed."""
+    return {
+        name: {"count": module.num_experts, "projections": module.packed_stacks}
+        for name, module in model.named_modules()
+        if isinstance(module, PackedExperts)
+    }
+
+
 def _describe_layers(layers: Mapping[str, CodedLayer]) -> dict[str, Any]:
     owners: dict[int, str] = {}
     return {name: _describe_layer(name, layer, owners) for name, layer in layers.items()}
@@ -96,7 +108,7 @@ def _describe_layer(name: str, layer: CodedLayer, owners: dict[int, str]) -> dic
         "out_features": layer.row_count,
         "bias": layer.bias is not None,
     }
-    if isinstance(layer, WeightOnlyLinear):
+    if isinstance(layer, WeightOnlyMatrix):
         levels = _describe_grid(layer.weight_levels)
         if layer.weight_table is not None:
             levels["zero_point"] = None
@@ -116,7 +128,7 @@ def _describe_layer(name: str, layer: CodedLayer, owners: dict[int, str]) -> dic
         "weight": _describe_grid(layer.weight_levels),
         "activation": _describe_levels(layer.input_levels()),
     }
-    if isinstance(layer, PackedConv2d):
+    if isinstance(layer, PackedConv):
         return {"function": "packed_conv2d", **common, "convolution": _describe_geometry(layer)}
     return {"function": "packed_linear", **common, "input": owners.setdefault(id(layer.group), name)}
 
@@ -130,7 +142,7 @@ def _describe_levels(levels: Levels) -> dict[str, Any]:
     return {**_describe_grid(levels), "thresholds": "gaussian" if gaussian else list(levels.thresholds)}
 
 
-def _describe_geometry(layer: PackedConv2d) -> dict[str, Any]:
+def _describe_geometry(layer: PackedConv) -> dict[str, Any]:
     geometry = layer.geometry
     return {
         "channels": layer.in_channels,
@@ -158,7 +170,7 @@ def read(path: Path) -> dict[str, Any]:
     """A `config.json`, its version and checksum verified, with every field known and every value of its type.
 
     Returns:
-        `version`, `model`, `layers`, `embeddings` and `files` as docs/format.md has them in version 4.
+        `version`, `model`, `layers`, `experts`, `embeddings` and `files` as docs/format.md has them in version 5.
 
     Raises:
         BellboxError: otherwise; of a field, by its name.
@@ -178,12 +190,14 @@ def read(path: Path) -> dict[str, Any]:
         raise BellboxError(f"{path}: format version {version} does not stand in this place of the file")
     if section.get("sha256") != (checksum(config) if former else seal(config)):
         raise BellboxError(f"{path}: damaged, its checksum does not match; save the model again")
-    return (
-        _upgraded(path, _validated(path, _FORMER, section)) if former else _validated(path, _PRESENT, section)
-    )
+    if former:
+        return _upgraded(path, _validated(path, _FORMER, section))
+    if version == WITH_EXPERTS:
+        return _validated(path, _EXPERTS, section)
+    return {**_validated(path, _PRESENT, section), "experts": {}}
 
 
-_FORMER, _PRESENT = "former", "present"
+_FORMER, _PRESENT, _EXPERTS = "former", "present", "experts"
 
 
 def _validated(path: Path, kind: str, section: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +212,7 @@ def _validated(path: Path, kind: str, section: dict[str, Any]) -> dict[str, Any]
 
 
 def _upgraded(path: Path, former: dict[str, Any]) -> dict[str, Any]:
-    """Versions 2 and 3 as version 4 has them."""
+    """Versions 2 and 3 as version 5 has them."""
     layers: dict[str, Any] = {}
     for name, entry in former["quantization"]["layers"].items():
         entry["method"] = ""
@@ -217,6 +231,7 @@ def _upgraded(path: Path, former: dict[str, Any]) -> dict[str, Any]:
         "version": former["version"],
         "model": former["model"],
         "layers": layers,
+        "experts": {},
         "embeddings": former["quantization"]["embeddings"],
         "files": former["files"],
     }
@@ -224,7 +239,7 @@ def _upgraded(path: Path, former: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _schema(kind: str) -> Any:
-    """The pydantic model of the whole file (versions 2 and 3), or of the section (version 4)."""
+    """The pydantic model of the whole file (versions 2 and 3), or of the section (versions 4 and 5)."""
     from typing import Annotated
 
     from pydantic import BaseModel, ConfigDict, Field
@@ -309,6 +324,13 @@ def _schema(kind: str) -> Any:
         )
         embeddings: dict[str, Literal["bf16", "int8"]]
 
+    class StoredExperts(Strict):
+        count: int = Field(ge=1, le=1 << 16)
+        projections: list[Literal["gate_up_proj", "up_proj", "down_proj"]] = Field(min_length=1, max_length=2)
+
+    class WithExperts(Present):
+        experts: dict[str, StoredExperts] = Field(min_length=1)
+
     # Annotations are strings here, and these names are of this function.
     for each in (
         FormerLayer,
@@ -318,8 +340,9 @@ def _schema(kind: str) -> Any:
         FormerQuantization,
         Former,
         Present,
+        WithExperts,
         Common,
         Coded,
     ):
         each.model_rebuild(_types_namespace={**globals(), **locals()})
-    return Former if kind == _FORMER else Present
+    return {_FORMER: Former, _PRESENT: Present, _EXPERTS: WithExperts}[kind]

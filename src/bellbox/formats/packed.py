@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.formats import BINARIZED, description, schema
 from bellbox.formats.description import CONFIG, TENSORS, TOKENIZER
+from bellbox.formats.expert_places import packed_projections
 from bellbox.nn import CodedLayer, PackedConv2d, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
@@ -131,11 +132,11 @@ def load(
     tensors = _read_tensors(root, config)
     model = _build(root, config["model"]) if into is None else into
     device = None if into is None else next((t.device for t in (*into.parameters(), *into.buffers())), None)
-    replaced = {
-        **schema.packed_layers(root, config["layers"]),
-        **schema.compact_tables(root, model, config["embeddings"]),
-    }
-    schema.check_fit(root, model, replaced, tensors)
+    layers = schema.packed_layers(root, model, config["layers"])
+    experts = packed_projections(root, model, layers, config["experts"])
+    replaced = {**layers, **schema.compact_tables(root, model, config["embeddings"])}
+    schema.check_fit(root, model, replaced, experts, tensors)
+    experts.put_into(model)
     for name, layer in replaced.items():
         model = replace_layer(model, model.get_submodule(name), layer)
     without_fused_paths(model)

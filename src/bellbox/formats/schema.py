@@ -17,18 +17,28 @@ from bellbox.core.grid import Grid, Levels
 from bellbox.core.packing import row_bytes, unpack_slabs
 from bellbox.errors import BellboxError
 from bellbox.formats.description import CONFIG, TENSORS
+from bellbox.formats.expert_places import ExpertPlace, PackedProjections, expert_places
 from bellbox.nn import (
     CodedLayer,
     InputCoding,
+    PackedConv,
+    PackedConv1d,
     PackedConv2d,
     PackedGroup,
     PackedLayer,
     PackedLinear,
+    PackedMatrix,
+    PackedTransposed,
     WeightOnlyLinear,
+    WeightOnlyMatrix,
+    WeightOnlyTransposed,
+    is_transposed_linear,
 )
+from bellbox.nn.adopted import class_for, owners_class
 from bellbox.nn.compact import Compact, Precision, empty_like
 from bellbox.nn.huge_pages import may_leave_memory, own_copy
 from bellbox.nn.tools import unique_tensors
+from bellbox.nn.transposed import transposed_sizes
 
 
 def _read_levels(stored: Mapping[str, Any]) -> Levels:
@@ -37,24 +47,30 @@ def _read_levels(stored: Mapping[str, Any]) -> Levels:
     return Levels(stored["levels"], stored["zero_point"], tuple(stored["thresholds"]))
 
 
-def packed_layers(root: Path, stored: Mapping[str, Any]) -> dict[str, CodedLayer]:
-    """Empty layers, without memory, as the description has them.
+def packed_layers(root: Path, model: nn.Module, stored: Mapping[str, Any]) -> dict[str, CodedLayer]:
+    """Empty layers, without memory, as the description has them, each of the kind that its place in the model has.
 
     Raises:
         BellboxError: a description that no layer can have.
     """
     groups: dict[str, PackedGroup] = {}
     layers: dict[str, CodedLayer] = {}
+    places = _places(model)
     for name, entry in stored.items():
         try:
-            layers[name] = layer = _empty_layer(entry)
+            layers[name] = layer = _empty_layer(entry, places.get(name))
             layer.quantization_method = entry["method"]
-            if isinstance(layer, PackedLinear):
+            if isinstance(layer, PackedMatrix):
                 _check_owner(entry, stored)
                 layer.join(groups.setdefault(entry["input"], PackedGroup()))
         except BellboxError as error:
             raise BellboxError(f"{root / CONFIG}: layer {name!r}: {error}") from None
     return layers
+
+
+def _places(model: nn.Module) -> dict[str, nn.Module | ExpertPlace]:
+    """Where layers may be put: modules, and the matrices of fused experts."""
+    return {**dict(model.named_modules()), **expert_places(model)}
 
 
 def _check_owner(entry: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -76,14 +92,14 @@ def _check_block(block: int, features: int) -> None:
         raise BellboxError(f"Hadamard block {block}: must be a power of two that divides {features}")
 
 
-def _empty_layer(entry: Mapping[str, Any]) -> CodedLayer:
-    """A layer without memory.
+def _empty_layer(entry: Mapping[str, Any], place: nn.Module | ExpertPlace | None) -> CodedLayer:
+    """A layer without memory, for a place in a model.
 
     Raises:
         BellboxError: numbers that do not fit together.
     """
     if entry["function"] == "weight_only_linear":
-        return _empty_weight_only(entry)
+        return _empty_weight_only(entry, place)
     weight = Grid(entry["weight"]["levels"], entry["weight"]["zero_point"])
     activation, block = _read_levels(entry["activation"]), entry["hadamard_block"]
     conv = entry.get("convolution")
@@ -98,20 +114,30 @@ def _empty_layer(entry: Mapping[str, Any]) -> CodedLayer:
     outputs, bias = entry["out_features"], entry["bias"]
     with torch.device("meta"):
         if conv is None:
-            return PackedLinear(entry["in_features"], outputs, weight, coding, bias)
+            kind = _kind_for(place, PackedLinear, PackedTransposed)
+            return kind(entry["in_features"], outputs, weight, coding, bias)
         sizes = (tuple(conv[name]) for name in ("kernel", "stride", "padding", "dilation"))
         geometry = ConvGeometry(*sizes, conv["groups"])  # type: ignore[arg-type]
-        return PackedConv2d(conv["channels"], outputs, geometry, weight, coding, bias)
+        line = isinstance(place, nn.Conv1d) and geometry.is_line
+        made = PackedConv1d if line else PackedConv2d
+        return made(conv["channels"], outputs, geometry, weight, coding, bias)
 
 
-def _empty_weight_only(entry: Mapping[str, Any]) -> WeightOnlyLinear:
+def _kind_for(place: nn.Module | ExpertPlace | None, linear: Any, transposed: Any) -> Any:
+    """The class for the product with a matrix, where a model may have it as a `Conv1D`."""
+    if not isinstance(place, nn.Module) or not is_transposed_linear(place):
+        return linear
+    return class_for(transposed, owners_class(place))
+
+
+def _empty_weight_only(entry: Mapping[str, Any], place: nn.Module | ExpertPlace | None) -> WeightOnlyMatrix:
     columns, group, zero_point = entry["in_features"], entry["weight"]["group"], entry["weight"]["zero_point"]
     _check_block(entry["hadamard_block"], columns)
     if group is not None and columns % group:
         raise BellboxError(f"group {group}: must divide the {columns} in_features")
     levels = Grid(entry["weight"]["levels"], -0.5 if zero_point is None else zero_point)
     with torch.device("meta"):
-        return WeightOnlyLinear(
+        return _kind_for(place, WeightOnlyLinear, WeightOnlyTransposed)(
             columns,
             entry["out_features"],
             levels,
@@ -162,6 +188,7 @@ def check_fit(
     root: Path,
     model: nn.Module,
     replaced: Mapping[str, CodedLayer | Compact],
+    experts: PackedProjections,
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Names, shapes and dtypes against the model, and values that no packed layer can have; changes nothing.
@@ -171,7 +198,7 @@ def check_fit(
     """
     coded = {name: layer for name, layer in replaced.items() if isinstance(layer, CodedLayer)}
     _check_places(root, model, coded)
-    _check_tensors(root, model, replaced, tensors)
+    _check_tensors(root, model, replaced, experts, tensors)
     _check_inputs(root, coded, tensors)
     for name, layer in replaced.items():
         prefix = f"{name}." if name else ""
@@ -183,7 +210,7 @@ def check_fit(
             if value is not None and not bool(value.isfinite().all()):
                 raise BellboxError(f"{root / TENSORS}: tensor {prefix + buffer!r} holds NaN or infinity")
         table = tensors.get(prefix + "weight_table")
-        if isinstance(layer, WeightOnlyLinear) and table is not None and bool((table.diff() < 0).any()):
+        if isinstance(layer, WeightOnlyMatrix) and table is not None and bool((table.diff() < 0).any()):
             raise BellboxError(f"{root / TENSORS}: tensor {prefix + 'weight_table'!r} does not rise")
         if isinstance(layer, CodedLayer):
             _check_codes(root, prefix, layer, tensors)
@@ -199,11 +226,11 @@ def _check_codes(root: Path, prefix: str, layer: CodedLayer, tensors: Mapping[st
 
 
 def _check_places(root: Path, model: nn.Module, coded: Mapping[str, CodedLayer]) -> None:
-    places = dict(model.named_modules())
+    places = _places(model)
     for name, layer in coded.items():
         place = places.get(name)
-        conv = isinstance(layer, PackedConv2d)
-        if not isinstance(place, nn.Conv2d if conv else nn.Linear):
+        conv = isinstance(layer, PackedConv)
+        if place is None or not _is_of_kind(place, conv):
             kind = "nothing" if place is None else type(place).__name__
             wanted = "a convolution" if conv else "a linear layer"
             raise BellboxError(f"{root}: layer {name!r} is {kind} in the model, not {wanted}")
@@ -212,23 +239,42 @@ def _check_places(root: Path, model: nn.Module, coded: Mapping[str, CodedLayer])
             raise BellboxError(f"{root}: layer {name!r} is {there} in the file and {here} in the model")
 
 
-def _shape(layer: nn.Module) -> tuple[Any, ...]:
+def _shape(layer: nn.Module | ExpertPlace) -> tuple[Any, ...]:
     """What must be equal of the layer in the file and that in the model: outputs, inputs, geometry."""
-    if isinstance(layer, nn.Conv2d):
-        geometry = layer.geometry if isinstance(layer, PackedConv2d) else ConvGeometry.of(layer)
+    if isinstance(layer, ExpertPlace):
+        return layer.outputs, layer.inputs
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        geometry = layer.geometry if isinstance(layer, PackedConv) else ConvGeometry.of(layer)
         return layer.out_channels, layer.in_channels, geometry
-    return layer.out_features, layer.in_features
+    if isinstance(layer, CodedLayer):
+        return layer.row_count, layer.row_length
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return transposed_sizes(layer)[::-1]
+
+
+def _is_of_kind(place: nn.Module | ExpertPlace, conv: bool) -> bool:
+    """Whether a place in a model is for a convolution, or for the product with a matrix."""
+    if isinstance(place, ExpertPlace):
+        return not conv
+    if conv:
+        return isinstance(place, nn.Conv1d | nn.Conv2d)
+    return isinstance(place, nn.Linear) or is_transposed_linear(place)
 
 
 def _check_tensors(
     root: Path,
     model: nn.Module,
     replaced: Mapping[str, CodedLayer | Compact],
+    experts: PackedProjections,
     tensors: Mapping[str, Tensor],
 ) -> None:
     places = dict(model.named_modules(remove_duplicate=False))
-    gone = {id(places[name]) for name in replaced}
+    gone = {
+        id(places[name]) for name in replaced if name in places
+    }  # layers of experts may have no module yet
     inside = tuple(f"{name}." if name else "" for name, module in places.items() if id(module) in gone)
+    inside += experts.names(model)
     # What is not packed may be stored in another precision than the model has, but not as another kind of number.
     expected: dict[str, tuple[torch.Size, torch.dtype | None]] = {
         name: (value.shape, None if value.is_floating_point() else value.dtype)

@@ -31,6 +31,12 @@ def plain_class_of(kind: Any) -> type:
     return kind.plain_kind if made_of is None else made_of[1]
 
 
+def owners_class(layer: Any) -> type:
+    """The owner's class of a layer, whether low-bit or not."""
+    kind: Any = type(layer)
+    return getattr(layer, "plain_class", None) or kind.__dict__.get("_made_of", (None, kind))[1]
+
+
 def _reduce(layer: Any, protocol: Any) -> Any:
     """A class made at run time is made again where the layer is read."""
     del protocol

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bellbox.core.grid import Grid
 from bellbox.errors import BellboxError
+from bellbox.nn.adapters import refuse_as_modules_to_save
 from bellbox.nn.adopted import class_for, plain_class_of
 from bellbox.nn.lazy_weight import LazyWeight, WeightSource
 from bellbox.nn.quantized import OF_LAYER, QuantizedLayer
@@ -71,6 +72,7 @@ class CodedLayer(nn.Module, ABC):
         """A layer of codes; of the owner's class where the arguments are that one's, as adapters call it."""
         if (given or named) and not any(isinstance(each, Grid) for each in (*given, *named.values())):
             return plain_class_of(cls)(*given, **named)
+        refuse_as_modules_to_save(CodedLayer)
         return super().__new__(cls)
 
     @property

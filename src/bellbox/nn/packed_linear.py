@@ -16,8 +16,8 @@ from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import Bound, operation, with_signs
 
 
-class PackedLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
-    """A linear layer of integers; see `PackedLayer` for its buffers.
+class PackedMatrix(PackedLayer):
+    """A layer of integers that multiplies rows of its input with a matrix; see `PackedLayer` for its buffers.
 
     Args:
         in_features: length of the last dimension of the input.
@@ -27,13 +27,10 @@ class PackedLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
         bias: whether there is a bias.
     """
 
-    plain_kind = nn.Linear
-
     def __init__(
         self, in_features: int, out_features: int, weight_levels: Grid, coding: InputCoding, bias: bool
     ) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
         self._set_up(out_features, in_features, 1, weight_levels, coding, bias)
 
     @classmethod
@@ -44,7 +41,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.row_length}, out_features={self.row_count}, bias={self.bias is not None}, "
             f"weight_levels={self.weight_levels.n}, activation_levels={self.coding.levels.n}"
         )
 
@@ -62,10 +59,10 @@ class PackedLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
 
     def input_codes(self, x: Tensor) -> Tensor:
         """uint8 codes `[rows, in_features]` of an input."""
-        return self._input_codes_of(with_signs(x.detach().reshape(-1, self.in_features), self.act_signs))
+        return self._input_codes_of(with_signs(x.detach().reshape(-1, self.row_length), self.act_signs))
 
     def _weight_shape(self) -> tuple[int, ...]:
-        return self.out_features, self.in_features
+        return self.row_count, self.row_length
 
     def _as_weight(self, rows: Tensor) -> Tensor:
         rows = hadamard(rows, self.coding.block)
@@ -73,5 +70,17 @@ class PackedLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
 
     def explain(self) -> Choice:
         """See `PackedLayer.explain`."""
-        x = torch.zeros(1, self.in_features, device=self.packed.device)
+        x = torch.zeros(1, self.row_length, device=self.packed.device)
         return operation.choose((x, *self.bound.tensors(), *self.numbers, torch.float32))[1]
+
+
+class PackedLinear(PackedMatrix, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    """A linear layer of integers; see `PackedMatrix` for the arguments."""
+
+    plain_kind = nn.Linear
+
+    def __init__(
+        self, in_features: int, out_features: int, weight_levels: Grid, coding: InputCoding, bias: bool
+    ) -> None:
+        super().__init__(in_features, out_features, weight_levels, coding, bias)
+        self.in_features, self.out_features = in_features, out_features

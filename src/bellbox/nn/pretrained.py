@@ -27,7 +27,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     )
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
     for name, layer in layers.items():
-        key = f"{name}.weight" if name else "weight"
+        key = layer.weight_key(f"{name}." if name else "")
         if key not in state:
             state[key] = layer.turned(layer.stored_weight.detach(), back=True)
     return state

@@ -205,6 +205,15 @@ class QuantizedLayer(nn.Module, ABC):
         return found
 
     @property
+    def parameter(self) -> Tensor:
+        """The parameter that the weight lies in, which is what optimizers and checkpoints have: mostly the weight."""
+        return self.stored_weight
+
+    def weight_key(self, prefix: str) -> str:
+        """Name of the plain weight in a state dict where the names of this layer's tensors begin with `prefix`."""
+        return f"{prefix}weight"
+
+    @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The plain weight, whoever asks: where it is stored rotated, a `LazyWeight` that reads and writes through."""
         stored = self.stored_weight

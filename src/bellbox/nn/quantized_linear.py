@@ -13,16 +13,8 @@ from bellbox.ops.encode import result_dtype
 from bellbox.ops.packed_linear import Bound
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
-    """`nn.Linear` whose weight and input are fake-quantized; see `QuantizedLayer` for the arguments."""
-
-    plain_kind = nn.Linear
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+class QuantizedMatrix(QuantizedLayer):
+    """A layer that multiplies rows of its input with a matrix, `[out, in]` where it does not say otherwise."""
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """The weight itself."""
@@ -34,7 +26,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # pyright: ignore[reportIncom
         return weight if quantizer is None else turned_vectors(weight, quantizer, back)
 
     def _dequantized(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
+        """`[..., row_length]` to `[..., row_count]`."""
         weight, activation = self._quantized_rows(), self.activation_quantizer
         if activation is not None:
             x = activation(x, self)
@@ -50,3 +42,15 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # pyright: ignore[reportIncom
         self.activation_quantizer.observe(x, self)
         with torch.no_grad():
             return self.packed_call(x)(x, result_dtype(x))
+
+
+class QuantizedLinear(QuantizedMatrix, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    """`nn.Linear` whose weight and input are fake-quantized; see `QuantizedLayer` for the arguments."""
+
+    plain_kind = nn.Linear
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )

@@ -52,7 +52,8 @@ def adopt(layer: QuantizedLayer, state: MutableMapping[str, Any], prefix: str, n
     Raises:
         BellboxError: the state is that of another function.
     """
-    mine, key, plain, turned = record_of(layer), prefix + EXTRA_STATE, prefix + "weight", prefix + ROTATED
+    mine, key, turned = record_of(layer), prefix + EXTRA_STATE, prefix + ROTATED
+    plain = layer.weight_key(prefix)
     has_quantizer = any(
         each.startswith((prefix + "weight_quantizer.", prefix + "activation_quantizer.")) for each in state
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bellbox.core.entropy import code_counts
 from bellbox.errors import BellboxError
+from bellbox.nn.experts import ExpertsForward, is_fused_experts, stack_names
 from bellbox.nn.quantized import EXTRA_STATE, ActivationQuantizer, QuantizedLayer
 
 
@@ -29,7 +30,16 @@ def without_fused_paths(model: nn.Module) -> None:
 
 def stored_weight(layer: nn.Module) -> Tensor | None:
     """The parameter of a layer's weight as it is stored, rotated or not; None of a module without one."""
-    return layer.stored_weight if isinstance(layer, QuantizedLayer) else layer._parameters.get("weight")
+    return layer.parameter if isinstance(layer, QuantizedLayer) else layer._parameters.get("weight")
+
+
+def stored_weights(module: nn.Module) -> list[Tensor]:
+    """The parameters of two and more dimensions that a layer, or fused experts, multiply with, as they are stored."""
+    if is_fused_experts(module) or isinstance(module, ExpertsForward):
+        found = [module._parameters.get(name) for name in stack_names(module)]
+    else:
+        found = [stored_weight(module)]
+    return [weight for weight in found if weight is not None]
 
 
 def replace_layer(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from bellbox.ops.encode import result_dtype
 from bellbox.quantizers.base import rotate_vectors
 
 
-class WeightOnlyLinear(CodedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
-    """A linear layer that multiplies its input, rotated where the weight is, with the decoded weight.
+class WeightOnlyMatrix(CodedLayer):
+    """A layer that multiplies its input, rotated where the weight is, with the decoded weight.
 
     Its buffers: `packed` uint8 `[out, row bytes]`, codes as files hold them; `weight_scale` fp32 `[out]`, or
     `[out, groups]` where columns share scales in groups; `weight_table` fp32 `[n]`, the values of the codes where they
@@ -38,11 +38,11 @@ class WeightOnlyLinear(CodedLayer, nn.Linear):  # pyright: ignore[reportIncompat
         signs: whether entries of the input change sign before the rotation.
     """
 
-    plain_kind = nn.Linear
     packed: Tensor
     weight_scale: Tensor
     weight_table: Tensor | None
     act_signs: Tensor | None
+    bias: Tensor | None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -57,8 +57,7 @@ class WeightOnlyLinear(CodedLayer, nn.Linear):  # pyright: ignore[reportIncompat
         signs: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        self.in_features = self.row_length = in_features
-        self.out_features = self.row_count = out_features
+        self.row_length, self.row_count = in_features, out_features
         self.weight_levels, self.scale_group, self.block = weight_levels, group, block
         n = weight_levels.n
         size = packing.row_bytes(in_features, n)
@@ -106,7 +105,7 @@ class WeightOnlyLinear(CodedLayer, nn.Linear):  # pyright: ignore[reportIncompat
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.row_length}, out_features={self.row_count}, bias={self.bias is not None}, "
             f"weight_levels={self.weight_levels.n}, group={self.scale_group}"
         )
 
@@ -147,7 +146,7 @@ class WeightOnlyLinear(CodedLayer, nn.Linear):  # pyright: ignore[reportIncompat
         return rows if self.act_signs is None else rows * self.act_signs
 
     def _weight_shape(self) -> tuple[int, ...]:
-        return self.out_features, self.in_features
+        return self.row_count, self.row_length
 
     # --- running ---
 
@@ -157,9 +156,9 @@ class WeightOnlyLinear(CodedLayer, nn.Linear):  # pyright: ignore[reportIncompat
         Raises:
             BellboxError: another last dimension, or no floats.
         """
-        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+        if x.shape[-1:] != (self.row_length,) or not x.is_floating_point():
             raise BellboxError(
-                f"a weight-only layer of {self.in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
+                f"a weight-only layer of {self.row_length} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
             )
         dtype = result_dtype(x)
         x = x if self.act_signs is None else x * self.act_signs
@@ -171,3 +170,15 @@ class WeightOnlyLinear(CodedLayer, nn.Linear):  # pyright: ignore[reportIncompat
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves between devices, never a change of dtype: scales are stored in fp32."""
         return super()._apply(keeping_dtype(fn), recurse)
+
+
+class WeightOnlyLinear(WeightOnlyMatrix, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    """A linear layer with a weight of codes; see `WeightOnlyMatrix` for the arguments."""
+
+    plain_kind = nn.Linear
+
+    def __init__(
+        self, in_features: int, out_features: int, weight_levels: Grid, bias: bool, **more: Any
+    ) -> None:
+        super().__init__(in_features, out_features, weight_levels, bias, **more)
+        self.in_features, self.out_features = in_features, out_features

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.nn import QuantizedLayer, quantized_layers
+from bellbox.nn import QuantizedExpert, QuantizedLayer, quantized_layers
 
 Turn = Callable[[bool], Tensor]
 """A weight rotated into the domain that it is coded in; called with True, rotated back from there."""
@@ -159,9 +159,14 @@ def _turned(layer: QuantizedLayer, back: bool = False) -> Tensor:
 
 
 def constrained_weights(model: nn.Module) -> dict[Tensor, Turn | None]:
-    """The weights of all the layers of a prepared model that quantize their weight, each once, as `CEWT` takes them."""
+    """The weights of all the layers of a prepared model that quantize their weight, each once, as `CEWT` takes them.
+
+    Experts in one 3-D parameter are not among them: a matrix of theirs is no parameter of an optimizer.
+    """
     return {
         layer.stored_weight: None if layer.weights_rotated else partial(_turned, layer)
         for _, layer in quantized_layers(model)
-        if layer.weight_quantizer is not None and layer.stored_weight.requires_grad
+        if layer.weight_quantizer is not None
+        and layer.stored_weight.requires_grad
+        and not isinstance(layer, QuantizedExpert)
     }
