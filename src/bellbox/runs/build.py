@@ -36,9 +36,16 @@ def check_quantization(config: TrainConfig, section: QuantizationSection) -> Non
     """Whether the layers of the model can be what a quantization section says, in no time and memory.
 
     Raises:
-        BellboxError: they cannot; as `make_model` would.
+        BellboxError: they cannot; as `make_model` would, or the first fit of a codebook.
     """
-    new_layers(skeleton(config), make_recipe(section))
+    for _, layer in new_layers(skeleton(config), make_recipe(section)):
+        quantizer = layer.weight_quantizer
+        wants = quantizer is not None and quantizer.by_squared_gradients and quantizer.refit_every > 0
+        if wants and config.optimizer.kind == "muon" and layer.stored_weight.dim() == 2:
+            raise BellboxError(
+                "optimizer.kind is muon, which keeps no squared gradients of matrices, as fisher=true of "
+                f"{section.method} needs them; use adamw, or fisher=false"
+            )
 
 
 def make_recipe(section: QuantizationSection) -> Recipe:

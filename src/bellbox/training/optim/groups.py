@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import ROTATED
 from bellbox.nn.tools import stored_weight
-from bellbox.optim import multiplies, parameter_groups
+from bellbox.optim import multiplies, parameter_groups, refit_codebooks, second_moments
 from bellbox.recipe import is_head
 from bellbox.runs.config import OptimizerSection
 from bellbox.training.optim.cewt import CEWT, constrained_weights
@@ -77,6 +77,10 @@ class ModelOptimizer:
             return
         for part in self.parts:
             part.step()
+
+    def refit_codebooks(self, model: nn.Module, step: int) -> None:
+        """Fit those codebooks anew that are due after `step` steps (`bellbox.optim.refit_codebooks`)."""
+        refit_codebooks(model, second_moments(*self.parts), step)
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What is remembered of a parameter, and saved: moments, and under `cewt_norm` the norm that CEWT keeps."""
