@@ -236,6 +236,25 @@ class Recipe:
         return cls.of("bbq", bits, **choices)
 
     @classmethod
+    def cewt(cls, bits: int | None = None, *, weights_rotated: bool | None = None, **choices: Any) -> Recipe:
+        """CEWT as published (arXiv 2609.32659): scales that keep each token's norm and each weight's, a half-integer
+        grid at every width, taken over the whole weight; weights learned in the rotated domain.
+
+        Initialisation and optimizer belong to it: `bellbox train` adds them with `method: cewt`; in a loop of your own,
+        `bellbox.models.lecun_` and `bellbox.training.optim.cewt`. Ours is `Recipe.bbq` with the latter.
+
+        Args:
+            bits: of weights and activations, 1 to 8 (2 where nothing is said).
+            weights_rotated: see `Recipe.of`. Where None, yes if activations are quantized.
+            choices: as in `Recipe.of`.
+
+        Raises:
+            BellboxError: both `bits` and `levels`, or a value out of range.
+        """
+        rotated = choices.get("weight_only") != "float" if weights_rotated is None else weights_rotated
+        return cls.of("cewt", bits, weights_rotated=rotated, **choices)
+
+    @classmethod
     def bbq_vision(cls, bits: int | None = None, *, zeta: float | None = 2.45, **choices: Any) -> Recipe:
         """BBQ-Vision: blocks of 64 channels in convolutions and of 32 in linear layers, and no learned gamma.
 

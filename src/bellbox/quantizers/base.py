@@ -112,8 +112,9 @@ class Quantizer(nn.Module, ABC):
     own_levels: ClassVar[int] = 4
     """Levels where a recipe names none."""
     granularity: Granularity
-    normalise: Literal["rms", "absmax", "static", "tensor"]
-    """Where 1/sigma comes from in evaluation; `tensor` exists for training only."""
+    normalise: Literal["rms", "absmax", "norm", "static", "tensor"]
+    """Where 1/sigma comes from in evaluation; `tensor` exists for training only. `norm` is the RMS, with a row scale
+    that gives levels the L2 norm of the row."""
     rescale: bool = False
     """Whether the result is multiplied by sigma again."""
     signs: Tensor | None

@@ -205,6 +205,23 @@ class _Gradient(TransformableFunction):
         )  # fmt: skip
 
 
+def boxed(
+    rows: Tensor, norm: Normaliser, levels: Levels, block: int, whole_tensor: bool, dtype: torch.dtype
+) -> Tensor:
+    """Levels of `[rows, features]` over n/2 in `dtype`, with BBQ's gradient to the rows; no scale.
+
+    Args:
+        rows: float.
+        norm: their normaliser.
+        levels: grid and thresholds.
+        block: rotation block.
+        whole_tensor: whether `norm` is of all rows together.
+        dtype: of the result.
+    """
+    unit = torch.ones((), dtype=norm.r.dtype, device=rows.device)
+    return apply(_FakeQuantize, rows, unit, norm.r, norm.free, levels, block, whole_tensor, False, dtype)[0]
+
+
 @dataclass(frozen=True)
 class BBQOptions:
     """What the paper's ablations and our own studies change."""
