@@ -28,7 +28,7 @@ MAY_KNOW = {
     "coverage": "nn past_forward quantizers recipe structure",
     "convert": "errors core nn past_forward quantizers recipe structure coverage",
     "calibrate": "errors quantizers",
-    "optim": "nn quantizers recipe",
+    "optim": "errors nn quantizers recipe",
     "models": "errors utils ops",
     "data": "errors utils",
     "inference": "errors ops nn models data convert",

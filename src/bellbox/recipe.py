@@ -198,7 +198,7 @@ class Recipe:
         cls,
         bits: int | None = None,
         *,
-        gamma_init: float | None = None,
+        gamma_init: float | Literal["optimal", "one"] | None = None,
         gamma_lr: float = GAMMA_LR,
         weights_rotated: bool | None = None,
         **choices: Any,
@@ -211,7 +211,8 @@ class Recipe:
 
         Args:
             bits: of weights and activations, 1 to 8 (2 where nothing is said).
-            gamma_init: initial scale in units of the RMS of the whole tensor; the paper's 1.694 where None.
+            gamma_init: initial scale in units of the RMS of the whole tensor (or `optimal`, `one`, see
+                `BBQOptions`); the paper's 1.694 where None.
             gamma_lr: what the learning rate is multiplied with for gamma, as an optimizer over
                 `bellbox.optim.parameter_groups` does; the paper's is 1.
             weights_rotated: see `Recipe.of`. Where None, yes if activations are quantized.
@@ -233,6 +234,25 @@ class Recipe:
         weights rotated in every step, and gamma learned like everything else."""
         choices["granularity"] = choices.get("granularity") or choices.pop("statistic", None) or "tensor"
         return cls.of("bbq", bits, **choices)
+
+    @classmethod
+    def cewt(cls, bits: int | None = None, *, weights_rotated: bool | None = None, **choices: Any) -> Recipe:
+        """CEWT as published (arXiv 2609.32659): scales that keep each token's norm and each weight's, a half-integer
+        grid at every width, taken over the whole weight; weights learned in the rotated domain.
+
+        Initialisation and optimizer belong to it: `bellbox train` adds them with `method: cewt`; in a loop of your own,
+        `bellbox.models.lecun_` and `bellbox.training.optim.cewt`. Ours is `Recipe.bbq` with the latter.
+
+        Args:
+            bits: of weights and activations, 1 to 8 (2 where nothing is said).
+            weights_rotated: see `Recipe.of`. Where None, yes if activations are quantized.
+            choices: as in `Recipe.of`.
+
+        Raises:
+            BellboxError: both `bits` and `levels`, or a value out of range.
+        """
+        rotated = choices.get("weight_only") != "float" if weights_rotated is None else weights_rotated
+        return cls.of("cewt", bits, weights_rotated=rotated, **choices)
 
     @classmethod
     def bbq_vision(cls, bits: int | None = None, *, zeta: float | None = 2.45, **choices: Any) -> Recipe:

@@ -16,11 +16,11 @@ from bellbox.core.entropy import code_counts
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
 from bellbox.quantizers import build_quantizer
-from bellbox.recipe import QuantizerSpec, Recipe
+from bellbox.recipe import QuantizerSpec, Recipe, Rule
 from bellbox.runs.config import CewtSection, OptimizerSection, PhasesSection, QuantizationSection
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
-from bellbox.training.optim.cewt import CEWT, constrained_weights, normal_scores, project_
+from bellbox.training.optim.cewt import CEWT, constrained_weights, head_weights, normal_scores, project_
 
 Tiny = Callable[..., TrainConfig]
 
@@ -176,6 +176,7 @@ def section(kind: Any = "adamw", **choices: Any) -> OptimizerSection:
     return OptimizerSection(kind=kind, lr=1e-2, cewt=CewtSection(**{"every": 1, **choices}))
 
 
+SPEC = QuantizerSpec("cewt", 4)
 TENSOR = QuantizationSection(weight_granularity="tensor")
 
 
@@ -287,3 +288,95 @@ def test_codebooks_are_fitted_to_the_weights_as_they_are_projected(tiny: Tiny) -
         found = copy.deepcopy(layer.weight_quantizer)
         found.initialize(layer.weight_rows())
         assert torch.equal(found.state_dict()["centroids"], layer.weight_quantizer.state_dict()["centroids"])
+
+
+def test_a_published_run_has_the_published_optimizer_and_first_weights(tiny: Tiny) -> None:
+    config = tiny(steps=3, quantization=QuantizationSection(method="cewt"), log_every=100)
+    trainer = Trainer(config, show=False)
+    cewt = trainer.config.optimizer.cewt
+    assert (cewt.rule, cewt.every, cewt.lr, cewt.hyperball) == ("published", 1, 0.01, True)
+    constraint = trainer.optimizer.cewt
+    assert constraint is not None
+    head = trainer.model.get_parameter("lm_head.weight")
+    inside = {layer.stored_weight for _, layer in quantized_layers(trainer.model)}
+    assert set(constraint.norms) == {head, *inside}
+    for weight in constraint.norms:  # LeCun's, and not yet projected
+        assert float(weight.detach().std()) * weight.shape[1] ** 0.5 == pytest.approx(1, abs=0.08)
+        assert not torch.equal(project_(weight.detach().clone(), constraint.norms[weight]), weight)
+    embedding = trainer.model.get_parameter("model.embed_tokens.weight")
+    assert float(embedding.detach().std()) == pytest.approx(0.02, rel=0.05)
+    before = {weight: weight.detach().clone() for weight in constraint.norms}
+    norms = {weight: norm.clone() for weight, norm in constraint.norms.items()}
+    trainer.run()
+    for weight, norm in norms.items():
+        assert float(weight.detach().double().norm()) == pytest.approx(float(norm), rel=1e-5)
+        scores = normal_scores(weight.numel(), weight.device)
+        gaussian = torch.allclose(
+            weight.detach().flatten().sort().values,
+            scores * (norm / weight.numel() ** 0.5).float(),
+            atol=1e-6,
+        )
+        assert gaussian == (weight in inside)
+        assert not torch.equal(weight, before[weight])
+
+
+def test_a_published_step_is_the_authors_on_the_head_and_inside() -> None:
+    """Hyperball of AdamW's first update; the projection of the matrix, the norm of the head."""
+    torch.manual_seed(0)
+    inner, head = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(6, 8))
+    optimizer = torch.optim.AdamW([inner, head], lr=1e-3, weight_decay=0.1)
+    starts = [weight.detach().double().clone() for weight in (inner, head)]
+    cewt = CEWT([optimizer], [inner], norms_only=[head], at_once=False)
+    assert torch.equal(inner.detach().double(), starts[0])
+    inner.grad, head.grad = torch.randn(12, 8), torch.randn(6, 8)
+    moved = []
+    for start, weight in zip(starts, (inner, head), strict=True):
+        assert weight.grad is not None
+        update = -weight.grad.double() / (weight.grad.double().abs() + 1e-8)
+        moved.append(start + 0.01 * start.norm() * update / update.norm())
+    cewt.step(lr=0.01)
+    scores = torch.special.ndtri((torch.arange(96, dtype=torch.float64) + 0.5) / 96)
+    expected = torch.empty(96, dtype=torch.float64)
+    expected[moved[0].flatten().argsort()] = scores * starts[0].norm() / scores.norm()
+    assert torch.allclose(inner.detach().double().flatten(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        head.detach().double(), moved[1] * starts[1].norm() / moved[1].norm(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_head_that_is_tied_quantized_or_frozen_is_not_on_the_hyperball_by_itself() -> None:
+    def model(tied: bool = False) -> nn.Module:
+        net = nn.ModuleDict(
+            {
+                "embed": nn.Embedding(32, 16),
+                "body": nn.Linear(16, 16),
+                "lm_head": nn.Linear(16, 32, bias=False),
+            }
+        )
+        if tied:
+            net["lm_head"].weight = net["embed"].weight
+        return net
+
+    plain = model()
+    assert head_weights(plain) == [plain["lm_head"].weight]  # type: ignore[index]
+    assert head_weights(model(tied=True)) == []
+    assert (
+        head_weights(prepare(model(), Recipe.cewt(2, keep_ends=False, rules=(Rule("lm_head", SPEC, SPEC),))))
+        == []
+    )
+    plain["lm_head"].weight.requires_grad = False  # type: ignore[index]
+    assert head_weights(plain) == []
+
+
+def test_a_published_run_in_pieces_equals_a_run_in_one_and_packs(tiny: Tiny) -> None:
+    settings = {"steps": 5, "eval_every": 5, "quantization": QuantizationSection(method="cewt", bits=3)}
+    whole, pieces = tiny("whole", **settings), tiny("pieces", **settings)
+    train(whole, show=False)
+    while not Cut(pieces, show=False).run().finished:
+        pass
+    model = load_run(whole.folder).model
+    ours, theirs = model.state_dict(), load_run(pieces.folder).model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    tokens = torch.arange(32).reshape(2, 16)
+    with torch.no_grad():
+        assert torch.equal(convert(model)(tokens), model(tokens))

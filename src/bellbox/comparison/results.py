@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
-from bellbox.runs.config import DEFAULT_STEPS, TrainConfig
+from bellbox.runs.config import CEWT, CEWT_RATES, DEFAULT_STEPS, TrainConfig
 from bellbox.runs.config_file import WITHOUT_EFFECT, with_field_names
 from bellbox.utils.files import named, one_line
 
@@ -127,6 +127,9 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
         full["steps"], full["tokens"] = -(-full["tokens"] // per_step(full)), None
     for key in WITHOUT_EFFECT:
         full.pop(key, None)
+    cewt = full["optimizer"]["cewt"]
+    if cewt["lr"] is None:  # a number, before it could be left open
+        cewt["lr"] = CEWT_RATES["published" if full["quantization"]["method"] == CEWT else cewt["rule"]]
     full["data"] = {key: value for key, value in full["data"].items() if key != "source"}
     if full["quantization"]["method"] == "none" and full["quantization"].get("recipe") is None:
         full["quantization"] = None  # nothing is quantized, whatever the other keys say

@@ -275,7 +275,7 @@ def _schema(kind: str) -> Any:
         signs: bool
 
     class Coded(Sized):
-        normalise: Literal["rms", "absmax", "static"]
+        normalise: Literal["rms", "absmax", "norm", "static"]
         rescale: bool
         weight: StoredGrid
         activation: StoredLevels

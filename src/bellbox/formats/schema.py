@@ -108,6 +108,8 @@ def _empty_layer(entry: Mapping[str, Any], place: nn.Module | ExpertPlace | None
         raise BellboxError(f"normalise 'absmax' goes with hadamard_block 1, not {block}")
     if entry["normalise"] == "static" and entry["rescale"]:
         raise BellboxError("rescale needs a sigma that follows the input, not normalise 'static'")
+    if entry["normalise"] == "norm" and not entry["rescale"]:
+        raise BellboxError("normalise 'norm' keeps the norm by a scale, so rescale must be true")
     if not (weight.fits_int8 and activation.fits_int8):
         raise BellboxError("levels do not fit int8")
     coding = InputCoding(activation, block, entry["normalise"], entry["rescale"], entry["signs"])

@@ -32,6 +32,7 @@ from bellbox.models.config import (
 )
 from bellbox.models.gpt import GPT
 from bellbox.models.hf import load_hf, save_hf
+from bellbox.models.initial import lecun_
 from bellbox.models.llama import Llama
 from bellbox.models.resnet import ResNet
 from bellbox.models.vit import ViT
@@ -54,6 +55,7 @@ __all__ = [
     "any_config_from_dict",
     "build",
     "config_from_dict",
+    "lecun_",
     "load_hf",
     "preset",
     "save_hf",

@@ -69,8 +69,12 @@ def sizes(experts: Any, stack: Tensor) -> tuple[int, int]:
 
 def matrix(experts: Any, name: str, index: int) -> Tensor:
     """One expert's matrix as a linear layer has it, `[out, in]`: a view."""
-    found = getattr(experts, name)[index]  # a parametrization made after `prepare` counts
-    return found.T if experts.is_transposed else found
+    return one_of(experts, getattr(experts, name), index)  # a parametrization made after `prepare` counts
+
+
+def one_of(experts: Any, stack: Tensor, index: int) -> Tensor:
+    """`[out, in]` of one expert, from what belongs to all of them."""
+    return stack[index].T if experts.is_transposed else stack[index]
 
 
 def bias(experts: Any, name: str, index: int) -> Tensor | None:

@@ -29,8 +29,9 @@ class InputCoding:
     """Grid and thresholds that a new layer begins with; the thresholds in use are its buffer `act_thresholds`."""
     block: int = 1
     """Rotation block."""
-    normalise: Literal["rms", "absmax", "static"] = "rms"
-    """What a row is divided by: its RMS, its largest magnitude, or a stored number."""
+    normalise: Literal["rms", "absmax", "norm", "static"] = "rms"
+    """What a row is divided by: its RMS, its largest magnitude, or a stored number. `norm`: its RMS, and the product is
+    multiplied by what gives the row's levels its L2 norm."""
     rescale: bool = False
     """Whether the product is multiplied by it again."""
     signs: bool = False
@@ -189,7 +190,13 @@ class PackedLayer(CodedLayer):
         """uint8 codes of `[rows, features]`, signs not yet changed."""
         coding = self.coding
         return encode_input(
-            rows, self.act_thresholds, self.act_rstd, coding.block, coding.normalise, coding.rescale
+            rows,
+            self.act_thresholds,
+            self.act_rstd,
+            coding.levels.zero_point,
+            coding.block,
+            coding.normalise,
+            coding.rescale,
         )[0]
 
     @abstractmethod

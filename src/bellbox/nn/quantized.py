@@ -209,6 +209,10 @@ class QuantizedLayer(nn.Module, ABC):
         """The parameter that the weight lies in, which is what optimizers and checkpoints have: mostly the weight."""
         return self.stored_weight
 
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Of a tensor that belongs to `parameter` number by number, what belongs to `stored_weight`, in its shape."""
+        return whole
+
     def weight_key(self, prefix: str) -> str:
         """Name of the plain weight in a state dict where the names of this layer's tensors begin with `prefix`."""
         return f"{prefix}weight"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bellbox.nn.adopted import class_for, twin
-from bellbox.nn.experts import ExpertsForward, bias, matrix
+from bellbox.nn.experts import ExpertsForward, bias, matrix, one_of
 from bellbox.nn.quantized import ActivationQuantizer, QuantizedLayer
 from bellbox.nn.quantized_linear import QuantizedMatrix
 from bellbox.quantizers.base import Quantizer
@@ -71,6 +71,10 @@ class QuantizedExpert(QuantizedMatrix):
     def parameter(self) -> Tensor:
         """See `QuantizedLayer.parameter`: the matrices of all experts."""
         return getattr(self.experts, self.stack)
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """See `QuantizedLayer.part_of`: `[out, in]`."""
+        return one_of(self.experts, whole, self.index)
 
     @property
     def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -59,7 +59,7 @@ def row_absmax(rows: Tensor) -> Tensor:
     return rows.abs().amax(-1, keepdim=True).to(torch.float64)
 
 
-MEASURES = {"rms": row_sigma, "absmax": row_absmax}
+MEASURES = {"rms": row_sigma, "absmax": row_absmax, "norm": row_sigma}
 """What a row may be divided by, by the name that the packed format has for it."""
 
 
@@ -85,6 +85,21 @@ def row_scale(r: Tensor, rows: int, sigma: Tensor | None = None) -> Tensor:
     if sigma is not None:
         row_scales = row_scales * sigma.clamp(min=SIGMA_FLOOR).to(torch.float32)
     return row_scales.expand(rows, 1)
+
+
+def kept_norm(rows: Tensor, levels: Tensor, r: Tensor) -> Tensor:
+    """What levels are multiplied with to have the L2 norm of their row again, fp32 `[rows, 1]`.
+
+    Args:
+        rows: float `[rows, features]`.
+        levels: what they are coded as, of the same shape; a row of zeros gets 0.
+        r: the normaliser, NaN where a row is not finite; so is the result.
+    """
+    given, coded = (
+        torch.linalg.vector_norm(each, dim=-1, keepdim=True, dtype=torch.float64) for each in (rows, levels)
+    )
+    kept = torch.where(coded > 0, given / coded, 0.0)
+    return (kept * (r - r + 1)).to(torch.float32)
 
 
 def rotate_normalise(

@@ -96,7 +96,9 @@ def _reference(
     if in_features != shape.kernel[0] * shape.kernel[1] * depth or outputs % shape.groups:
         raise BellboxError(f"packed convolution: {in_features} weights a filter do not fit the geometry")
     rows = with_signs(pixels_of(x, depth, ""), act_signs).flatten(1)
-    codes, row_scales = encode_input(rows, act_thresholds, act_rstd, block, normalise, rescale)
+    codes, row_scales = encode_input(
+        rows, act_thresholds, act_rstd, act_zero_point, block, normalise, rescale
+    )
     inputs, weights = Grid(act_thresholds.numel() + 1, act_zero_point), Grid(weight_levels, weight_zero_point)
     product = integer_convolution(
         inputs.decode_int8(codes).view(len(x), *x.shape[2:], channels),
@@ -178,7 +180,7 @@ class BoundConv:
 
     def _gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         weight, weight_scale, _, act_scale, thresholds, rstd, signs = self.tensors()
-        columns, n, zero_point, _, block, normalise, rescale = self._numbers
+        columns, n, zero_point, act_zero_point, block, normalise, rescale = self._numbers
         assert weight is not None
         assert weight_scale is not None
         assert act_scale is not None
@@ -199,8 +201,9 @@ class BoundConv:
             return pixels_of(found, depth, "").flatten(1)
 
         with torch.no_grad():
+            numbers = act_zero_point, block, normalise, rescale
             found = input_gradient(
-                rows.flatten(1), into_levels, act_scale, thresholds, rstd, None, block, normalise, rescale
+                rows.flatten(1), into_levels, act_scale, thresholds, rstd, None, *numbers
             ).view(len(x), -1, depth)
             found = with_signs(found, signs).view(len(x), *x.shape[2:], self._channels).permute(0, 3, 1, 2)
         return found.to(x.dtype)

@@ -2,7 +2,8 @@
 
     y = float32(sum of integers) * (weight_scale[row] * act_scale') * row_scale + bias
 
-`row_scale` is 1, or the input row's sigma where the output follows it. Everything that the function depends on is an
+`row_scale` is 1, or the input row's sigma where the output follows it, or what gives its levels the norm of the row.
+Everything that the function depends on is an
 argument (docs/format.md has it step by step), so a graph that holds the operation holds the layer.
 """
 
@@ -21,6 +22,7 @@ from bellbox.ops.dispatch import Circumstances, Operation, bind, is_direct
 from bellbox.ops.encode import (
     MEASURES,
     compute_dtype,
+    kept_norm,
     normaliser,
     reference_encode,
     row_scale,
@@ -44,7 +46,13 @@ def with_signs(x: Tensor, signs: Tensor | None) -> Tensor:
 
 
 def encode_input(
-    rows: Tensor, thresholds: Tensor, act_rstd: Tensor | None, block: int, normalise: str, rescale: bool
+    rows: Tensor,
+    thresholds: Tensor,
+    act_rstd: Tensor | None,
+    zero_point: float,
+    block: int,
+    normalise: str,
+    rescale: bool,
 ) -> tuple[Tensor, Tensor]:
     """Codes of an input as a packed layer takes it: uint8 `[rows, features]` and fp32 row scales `[rows, 1]`.
 
@@ -52,9 +60,10 @@ def encode_input(
         rows: float `[rows, features]`, signs changed already.
         thresholds: fp32 `[n - 1]`, rising.
         act_rstd: `[1]`, 1/sigma for `static`.
+        zero_point: of the codes' grid.
         block: rotation block.
-        normalise: `rms` or `absmax` of each row, or `static`.
-        rescale: whether row scales are sigma in place of 1.
+        normalise: `rms`, `absmax` or `norm` of each row, or `static`.
+        rescale: whether row scales are sigma (of `norm`, the row's L2 norm over that of its levels) in place of 1.
     """
     sigma = None
     if normalise == "static":
@@ -65,6 +74,9 @@ def encode_input(
         r = normaliser(sigma, block)
     r = r.to(compute_dtype(rows))
     codes = reference_encode(rows, r, thresholds.tolist(), block)
+    if normalise == "norm":
+        grid = Grid(thresholds.numel() + 1, zero_point)
+        return codes, kept_norm(rows, grid.decode(codes, torch.float64), r)
     return codes, row_scale(r, len(rows), sigma if rescale else None)
 
 
@@ -101,7 +113,11 @@ def check(
             f"block {block} does not divide {features}",
         ),
         (act_signs is None or act_signs.numel() == features, f"act_signs does not have {features} numbers"),
-        (normalise in ("rms", "absmax", "static"), f"normalise is {normalise!r}: rms, absmax or static"),
+        (
+            normalise in ("rms", "absmax", "norm", "static"),
+            f"normalise is {normalise!r}: rms, absmax, norm or static",
+        ),
+        (normalise != "norm" or rescale, "norm needs rescale: it is the scale that keeps the norm"),
         (
             normalise != "static" or (act_rstd is not None and act_rstd.numel() == 1),
             "static needs act_rstd [1]",
@@ -131,7 +147,9 @@ def _reference(
         )
     outputs = weight_scale.numel()
     rows = with_signs(x.reshape(-1, in_features), act_signs)
-    codes, row_scales = encode_input(rows, act_thresholds, act_rstd, block, normalise, rescale)
+    codes, row_scales = encode_input(
+        rows, act_thresholds, act_rstd, act_zero_point, block, normalise, rescale
+    )
     inputs = Grid(act_thresholds.numel() + 1, act_zero_point)
     weights = Grid(weight_levels, weight_zero_point)
     product = scaled_product(
@@ -197,6 +215,7 @@ def input_gradient(
     thresholds: Tensor,
     act_rstd: Tensor | None,
     signs: Tensor | None,
+    zero_point: float,
     block: int,
     normalise: str,
     rescale: bool,
@@ -224,6 +243,11 @@ def input_gradient(
     inside = (cell >= 0) & (cell < len(edges) - 1)
     slope = torch.where(inside, (act_scale.reshape(()) / edges.diff())[cell.clamp(0, len(edges) - 2)], 0.0)
     follows = torch.ones_like(r) if sigma is None or not rescale else sigma.to(rows.dtype)
+    if normalise == "norm":
+        levels = Grid(thresholds.numel() + 1, zero_point).decode(
+            cell.clamp(0, len(thresholds)), torch.float64
+        )
+        follows = kept_norm(rows, levels, r).to(rows.dtype)
     g = into_levels(follows) * slope * r
     g = butterfly(g, block)
     return g if signs is None else g * signs
@@ -276,7 +300,7 @@ class Bound:
     @torch.no_grad()
     def _gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         weight, weight_scale, _, act_scale, thresholds, rstd, signs = self.tensors()
-        columns, n, zero_point, _, block, normalise, rescale = self._numbers
+        columns, n, zero_point, act_zero_point, block, normalise, rescale = self._numbers
         assert weight is not None
         assert weight_scale is not None
         assert act_scale is not None
@@ -292,6 +316,7 @@ class Bound:
             thresholds,
             rstd,
             signs,
+            act_zero_point,
             block,
             normalise,
             rescale,

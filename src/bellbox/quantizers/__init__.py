@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bellbox.quantizers.base import Quantizer, set_debug
 from bellbox.quantizers.bbq import BBQ
+from bellbox.quantizers.cewt import CEWTQuantizer
 from bellbox.quantizers.kmeans import KMeans
 from bellbox.quantizers.lsq import LSQ
 from bellbox.quantizers.n2uq import N2UQ
@@ -17,8 +18,8 @@ from bellbox.quantizers.spec import QuantizerSpec
 from bellbox.quantizers.ternary import TernaryMass, TernarySupport
 
 __all__ = [
-    "BBQ", "LSQ", "METHODS", "N2UQ", "NF", "PACT", "RTN", "SEQ", "KMeans", "QuEST", "Quantizer", "QuantizerSpec",
-    "TernaryMass", "TernarySupport", "build_quantizer", "check_method", "set_debug",
+    "BBQ", "LSQ", "METHODS", "N2UQ", "NF", "PACT", "RTN", "SEQ", "CEWTQuantizer", "KMeans", "QuEST", "Quantizer",
+    "QuantizerSpec", "TernaryMass", "TernarySupport", "build_quantizer", "check_method", "set_debug",
 ]  # fmt: skip
 
 

@@ -102,12 +102,19 @@ class Quantizer(nn.Module, ABC):
     """Names of options that only training depends on: states of different ones are of one function."""
     decayed: tuple[str, ...] = ()
     """Names of own parameters that weight decay pulls on."""
+    refits: ClassVar[bool] = False
+    """Whether `refit` fits something to the weight anew, such as a codebook."""
+    refit_every: int = 0
+    """Training steps between such fits; 0 for never."""
+    by_squared_gradients: bool = False
+    """Whether they want the squared gradients of the weight."""
 
     own_levels: ClassVar[int] = 4
     """Levels where a recipe names none."""
     granularity: Granularity
-    normalise: Literal["rms", "absmax", "static", "tensor"]
-    """Where 1/sigma comes from in evaluation; `tensor` exists for training only."""
+    normalise: Literal["rms", "absmax", "norm", "static", "tensor"]
+    """Where 1/sigma comes from in evaluation; `tensor` exists for training only. `norm` is the RMS, with a row scale
+    that gives levels the L2 norm of the row."""
     rescale: bool = False
     """Whether the result is multiplied by sigma again."""
     signs: Tensor | None
@@ -194,6 +201,16 @@ class Quantizer(nn.Module, ABC):
 
     def initialize(self, x: Tensor) -> None:
         """Set what is learned from a first tensor. A weight's is called when its layer is prepared."""
+
+    def refit(self, x: Tensor, squared_gradients: Tensor | None = None) -> None:
+        """Fit anew what follows from the weight as a whole, where the method `refits`.
+
+        Args:
+            x: the weight as it is now, `[rows, features]`.
+            squared_gradients: mean or sum over steps of the squared gradient of each entry, the shape of `x`; None
+                where every entry counts alike.
+        """
+        raise NotImplementedError
 
     def rstd(self) -> Tensor:
         """The stored 1/sigma of a static granularity, `[]` or `[rows, 1]`."""

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from bellbox.convert import new_layers, prepare
 from bellbox.core.grid import levels_from_bits
 from bellbox.errors import BellboxError
-from bellbox.models import build, preset, vision_preset
+from bellbox.models import build, lecun_, preset, vision_preset
 from bellbox.nn.state import adopt_all
 from bellbox.nn.tools import unique_tensors
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.recipe import Recipe, recipe_from_dict
-from bellbox.runs.config import PAPER, QuantizationSection, ResolvedConfig, TrainConfig
+from bellbox.runs.config import CEWT, PAPER, QuantizationSection, ResolvedConfig, TrainConfig
 
 
 def skeleton(config: TrainConfig) -> nn.Module:
@@ -36,9 +36,16 @@ def check_quantization(config: TrainConfig, section: QuantizationSection) -> Non
     """Whether the layers of the model can be what a quantization section says, in no time and memory.
 
     Raises:
-        BellboxError: they cannot; as `make_model` would.
+        BellboxError: they cannot; as `make_model` would, or the first fit of a codebook.
     """
-    new_layers(skeleton(config), make_recipe(section))
+    for _, layer in new_layers(skeleton(config), make_recipe(section)):
+        quantizer = layer.weight_quantizer
+        wants = quantizer is not None and quantizer.by_squared_gradients and quantizer.refit_every > 0
+        if wants and config.optimizer.kind == "muon" and layer.stored_weight.dim() == 2:
+            raise BellboxError(
+                "optimizer.kind is muon, which keeps no squared gradients of matrices, as fisher=true of "
+                f"{section.method} needs them; use adamw, or fisher=false"
+            )
 
 
 def make_recipe(section: QuantizationSection) -> Recipe:
@@ -64,6 +71,8 @@ def make_recipe(section: QuantizationSection) -> Recipe:
     }
     if section.method == "bbq":
         return Recipe.bbq(weights_rotated=section.weights_rotated, **choices)
+    if section.method == CEWT:
+        return Recipe.cewt(weights_rotated=section.weights_rotated, **choices)
     rotated = bool(section.weights_rotated)
     if section.method == PAPER:
         return Recipe.bbq_paper(weights_rotated=rotated, **choices)
@@ -77,6 +86,8 @@ def make_model(
 ) -> nn.Module:
     """Build and prepare the model of a resolved configuration, on the CPU; weights follow `seed`.
 
+    Under the published rule of CEWT linear layers begin as LeCun's.
+
     Args:
         config: the configuration.
         quantization: that of the phase; the final one where None.
@@ -85,6 +96,8 @@ def make_model(
     model = _network(config, config.seed)
     if load is not None:
         load(model)
+    elif config.optimizer.cewt.every and config.optimizer.cewt.rule == "published":
+        lecun_(model, config.seed)
     return prepare(model, make_recipe(quantization or config.quantization))
 
 

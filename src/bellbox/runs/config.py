@@ -34,6 +34,10 @@ MOST_STEPS = 10**12
 
 PAPER = "bbq_paper"
 """Method name of `Recipe.bbq_paper`; all others are quantizers' own."""
+CEWT = "cewt"
+"""Method name of `Recipe.cewt`: CEWT as published, its optimizer and initialisation included."""
+CEWT_RATES = {"ours": 0.02, "published": 0.01}
+"""Peak rate of the hyperball where a run names none; the published one is that of 95M and 125M parameters."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class QuantizationSection:
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     method: str = "bbq"
     """One of `bellbox.quantizers.METHODS` (bbq, quest, lsq, ...), `bbq_paper` for BBQ just as published (`bbq` is
-    `Recipe.bbq`), or `none` for full precision."""
+    `Recipe.bbq`, `cewt` is `Recipe.cewt` with its optimizer), or `none` for full precision."""
     bits: int | None = 2
     """Bits of weights and activations: 1 to 8. Ignored where `levels` is given."""
     levels: int | None = None
@@ -125,12 +129,21 @@ class CewtSection:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     every: int | None = None
-    """Steps between projections; 0: no constraint at all, 1: after each. Where null, 16 with BBQ, else 0."""
+    """Steps between projections; 0: no constraint at all, 1: after each. Where null, 16 with BBQ, 1 with the rule
+    `published`, else 0."""
     hyperball: bool = True
     """Whether an update is scaled to the weight's norm, in place of weight decay."""
-    lr: float = 0.02
+    lr: float | None = None
     """Peak learning rate of the hyperball, in units of the weight's norm; it follows `schedule`. `optimizer.lr` is
-    then for all other parameters."""
+    then for all other parameters. Where null, 0.02, and 0.01 with the rule `published`."""
+    rule: Literal["ours", "published"] = "ours"
+    """`published`, always with `method: cewt`: linear layers begin as LeCun's, N(0, 1/in_features); the output layer's
+    weight is on the hyperball too, never projected; other weights are first projected by the first step."""
+
+    @property
+    def rate(self) -> float:
+        """`lr`, or what it is where nothing is said."""
+        return CEWT_RATES[self.rule] if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -379,7 +392,7 @@ class TrainConfig:
             ("optimizer.clip", optimizer.clip >= 0, "at least 0"),
             ("optimizer.momentum", 0 <= optimizer.momentum < 1, "in [0, 1)"),
             ("optimizer.cewt.every", (optimizer.cewt.every or 0) >= 0, "at least 0"),
-            ("optimizer.cewt.lr", 0 < optimizer.cewt.lr < 1, "between 0 and 1"),
+            ("optimizer.cewt.lr", 0 < optimizer.cewt.rate < 1, "between 0 and 1"),
             ("distill.weight", 0 < self.distill.weight <= 1, "in (0, 1]"),
             *(
                 (

@@ -19,7 +19,14 @@ from bellbox.errors import BellboxError
 from bellbox.models import ViTConfig, preset, vision_preset
 from bellbox.quantizers.own import modules_of
 from bellbox.runs.build import make_recipe, pick_device, skeleton
-from bellbox.runs.config import CewtSection, QuantizationSection, ResolvedConfig, TrainConfig, methods_named
+from bellbox.runs.config import (
+    CEWT,
+    CewtSection,
+    QuantizationSection,
+    ResolvedConfig,
+    TrainConfig,
+    methods_named,
+)
 from bellbox.runs.config_file import load_config
 from bellbox.runs.planner import quantized_fraction
 from bellbox.utils.processor import choose_precision
@@ -152,9 +159,14 @@ def _vision_overrides(raw: TrainConfig, images: ImageDataset) -> dict[str, Any]:
 def _resolve_cewt(cewt: CewtSection, section: QuantizationSection) -> tuple[CewtSection, QuantizationSection]:
     """Write out what is left open: BBQ learns rotated weights on the hyperball, other methods neither."""
     own = section.recipe is None and section.method == "bbq" and section.weight_only is None
-    if cewt.every is None:
+    if section.recipe is None and section.method == CEWT:
+        cewt = dataclasses.replace(cewt, rule="published")
+    every = cewt.every
+    if every is None and cewt.rule == "published":
+        every = 1
+    elif every is None:
         every = BBQ_EVERY if own and section.weights_rotated is not False else 0
-        cewt = dataclasses.replace(cewt, every=every)
+    cewt = dataclasses.replace(cewt, every=every, lr=cewt.rate)
     if cewt.every == 0 or section.recipe is not None:
         return cewt, section
     if section.method == "none":

@@ -335,6 +335,7 @@ class Trainer:
         every = config.optimizer.cewt.every or 0
         last = state.step + 1 == phase.end
         self.optimizer.step(lr, project=last or (every > 0 and (state.step + 1) % every == 0))
+        self.optimizer.refit_codebooks(self.model, state.step + 1)
         self.average.update()
 
         state.step += 1

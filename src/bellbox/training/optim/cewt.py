@@ -16,6 +16,12 @@ the norm of the matrix and multiplied with a learning rate of its own, in place 
 
     W <- project(W + lr * |W_0| * U / |U|)        U: what the wrapped optimizer would have added
 
+**Ours and the published one.** What is described here serves both. As published, with the quantizer of
+`bellbox.quantizers.cewt`, a projection follows every step and none goes before the first, the rate is .01 (95M and
+125M parameters; .005 at 200M, .0025 at 300M), linear layers begin as LeCun's (`bellbox.models.lecun_`), and the weight
+of the output layer is on the hyperball as well, never projected: `norms_only=head_weights(model), at_once=False`, or
+`method: cewt` of a run. Ours is BBQ with learned gammas, at .02, projected at once and every 16 steps: `method: bbq`.
+
 **How often.** Learned in the domain that they are coded in, weights stay nearly Gaussian by themselves: a projection
 now and then, and one at the end, keeps the codes as equally used as one after every step, and the perplexity is the
 same (docs/studies.md).
@@ -35,6 +41,7 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.nn import QuantizedExpert, QuantizedLayer, quantized_layers
+from bellbox.recipe import is_head
 
 Turn = Callable[[bool], Tensor]
 """A weight rotated into the domain that it is coded in; called with True, rotated back from there."""
@@ -92,8 +99,11 @@ class CEWT:
     Args:
         optimizers: which train the weights, and perhaps other parameters, which they step as usual.
         weights: fp32 matrices to constrain; as a mapping, with how those are rotated that are coded in another domain
-            than they are learned in. They are projected at once.
+            than they are learned in.
         hyperball: whether updates are scaled to the norm; otherwise the optimizers' own are taken as they are.
+        norms_only: further matrices, which keep their norm and are never projected; without `hyperball` they are left
+            alone.
+        at_once: whether `weights` are projected now; else the first step does.
 
     A weight of zeros has neither a norm to keep nor a rank order: the optimizers step it as usual.
 
@@ -106,6 +116,8 @@ class CEWT:
         optimizers: Sequence[torch.optim.Optimizer],
         weights: Iterable[Tensor] | Mapping[Tensor, Turn | None],
         hyperball: bool = True,
+        norms_only: Iterable[Tensor] = (),
+        at_once: bool = True,
     ) -> None:
         self.optimizers, self.hyperball = optimizers, hyperball
         self._turns: dict[Tensor, Turn | None] = (
@@ -113,11 +125,12 @@ class CEWT:
         )
         self.norms: dict[Tensor, Tensor] = {}
         """The norm that each weight keeps, 0-dimensional fp64."""
-        for weight in self._turns:
+        for weight in (*self._turns, *(norms_only if hyperball else ())):
             norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
             if norm > 0:
                 self.norms[weight] = norm
-                self._project(weight)
+                if at_once and weight in self._turns:
+                    self._project(weight)
 
     @torch.no_grad()
     def _project(self, weight: Tensor) -> None:
@@ -148,7 +161,7 @@ class CEWT:
                 length = torch.linalg.vector_norm(weight, dtype=torch.float64)
                 # An update of zero moves nothing.
                 weight.mul_(torch.where(length > 0, lr * norm / length, 0.0).float()).add_(before[weight])
-            if project:
+            if project and weight in self._turns:
                 self._project(weight)
             elif self.hyperball:
                 weight.mul_((norm / torch.linalg.vector_norm(weight, dtype=torch.float64)).float())
@@ -170,3 +183,15 @@ def constrained_weights(model: nn.Module) -> dict[Tensor, Turn | None]:
         and layer.stored_weight.requires_grad
         and not isinstance(layer, QuantizedExpert)
     }
+
+
+def head_weights(model: nn.Module) -> list[Tensor]:
+    """The trained weight of the layer that gives the logits (found by its name); none that is tied or quantized."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found: dict[int, Tensor] = {}
+    for name, module in model.named_modules():
+        is_plain = isinstance(module, nn.Linear) and not isinstance(module, QuantizedLayer)
+        weight = module.weight if is_plain and is_head(name) else None
+        if isinstance(weight, Tensor) and weight.requires_grad and id(weight) not in embeddings:
+            found[id(weight)] = weight
+    return list(found.values())

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import ROTATED
 from bellbox.nn.tools import stored_weight
-from bellbox.optim import multiplies, parameter_groups
+from bellbox.optim import multiplies, parameter_groups, refit_codebooks, second_moments
 from bellbox.recipe import is_head
-from bellbox.runs.config import OptimizerSection
-from bellbox.training.optim.cewt import CEWT, constrained_weights
+from bellbox.runs.config import CewtSection, OptimizerSection
+from bellbox.training.optim.cewt import CEWT, constrained_weights, head_weights
 
 _NORM = "cewt_norm"
 
@@ -49,8 +49,7 @@ class ModelOptimizer:
         self.parts.append(
             torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
         )
-        cewt = section.cewt
-        self.cewt = CEWT(self.parts, constrained_weights(model), cewt.hyperball) if cewt.every else None
+        self.cewt = _constraint(self.parts, model, section.cewt) if section.cewt.every else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -73,10 +72,14 @@ class ModelOptimizer:
         for group in self.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.cewt is not None:
-            self.cewt.step(self.section.cewt.lr * lr / self.section.lr, project)
+            self.cewt.step(self.section.cewt.rate * lr / self.section.lr, project)
             return
         for part in self.parts:
             part.step()
+
+    def refit_codebooks(self, model: nn.Module, step: int) -> None:
+        """Fit those codebooks anew that are due after `step` steps (`bellbox.optim.refit_codebooks`)."""
+        refit_codebooks(model, second_moments(*self.parts), step)
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What is remembered of a parameter, and saved: moments, and under `cewt_norm` the norm that CEWT keeps."""
@@ -141,6 +144,14 @@ class ModelOptimizer:
                 owners[parameter].state[parameter][key] = copy
             elif self.cewt is not None:
                 self.cewt.norms[parameter] = copy
+
+
+def _constraint(parts: list[torch.optim.Optimizer], model: nn.Module, section: CewtSection) -> CEWT:
+    """CEWT around optimizers, by the rule of the section."""
+    weights = constrained_weights(model)
+    if section.rule == "ours":
+        return CEWT(parts, weights, section.hyperball)
+    return CEWT(parts, weights, section.hyperball, norms_only=head_weights(model), at_once=False)
 
 
 def require_matrices(found: Sequence[object]) -> None:

@@ -49,6 +49,8 @@ def plan_of(buffers: Mapping[str, Tensor | None], numbers: tuple[Any, ...]) -> A
 
 
 def _why_not_packed(arguments: Mapping[str, Any]) -> str | None:
+    if arguments["normalise"] == "norm":
+        return "no kernel keeps the norm of a row"
     n = arguments["act_thresholds"].numel() + 1
     inputs = Grid(n, arguments["act_zero_point"]).integers
     if max(arguments["weight_levels"], n) > native.MAX_LEVELS:
