@@ -6,6 +6,7 @@ ignored `optimiser.lr` would be found out a day later.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -17,6 +18,8 @@ from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import PhasesSection, TrainConfig
 from bellbox.utils.files import write_text
 from bellbox.utils.yaml import read_yaml
+
+_MOST_LAYERS = 8
 
 
 def config_from_dict(data: object, where: str = "config") -> TrainConfig:
@@ -80,13 +83,47 @@ def _explain(error: Any) -> str:
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
-    """Read a YAML file.
+    """Read a YAML file, and the one that it names as its `base`, over which it is laid.
 
     Raises:
         BellboxError: no such file, not YAML, a key twice, or anything that `config_from_dict` refuses.
     """
+    return config_from_dict(read_layers(path), str(path))
+
+
+def read_layers(path: str | os.PathLike[str]) -> Any:
+    """What a YAML file holds, laid over the file that its `base` names (from the folder that it lies in), if it does.
+
+    Raises:
+        BellboxError: a file that cannot be read, or a `base` that is no name, or whose own bases never end.
+    """
+    return _read_layers(Path(path), _MOST_LAYERS)
+
+
+def _read_layers(path: Path, layers: int) -> Any:
     data = read_yaml(path)
-    return config_from_dict({} if data is None else data, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or "base" not in data:
+        return data
+    base = data.pop("base")
+    if not isinstance(base, str):
+        raise BellboxError(f"{path}: base is {base!r}, must be the name of a YAML file beside this one")
+    if not layers:
+        raise BellboxError(
+            f"{path}: more than {_MOST_LAYERS} files, each the base of the other; is it a circle?"
+        )
+    below = _read_layers(path.parent / base, layers - 1)
+    return merged(below, data) if isinstance(below, dict) else below
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping; neither is changed."""
+    result = copy.deepcopy(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
+    return result
 
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
