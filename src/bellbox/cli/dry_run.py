@@ -16,7 +16,7 @@ from bellbox.cli.output import require_writable, write_file
 from bellbox.errors import BellboxError
 from bellbox.runs.build import pick_device
 from bellbox.runs.config import TrainConfig
-from bellbox.training.dry_run import DryRun, dry_run
+from bellbox.training.dry_run import dry_run
 
 _GIB = 1 << 30
 _LIMITS = ((86400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds"))
@@ -111,8 +111,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"first batch  {found['first_batch']} {dtype}, {found['passes']} such pass(es) a step",
         f"data         {found['data']}",
         f"memory       {_gib(memory['total'])} at the fullest of a step, counted in fp32: {parts}",
-        f"time         at least {_duration(found['seconds'])}: {found['operations']:.3g} operations, {attention:.0%} of "
-        f"them attention's, at {machine['operations_a_second'] / 1e9:,.0f} G/s",
+        f"time         at least {_duration(found['seconds'])}: {found['operations']:.3g} operations, {attention:.0%} "
+        f"of them attention's, at {machine['operations_a_second'] / 1e9:,.0f} G/s",
         f"             (3 times the forward's products; the rate is that of a product of square matrices in "
         f"{machine['precision']}, measured now",
         f"             on {machine['device']}, {machine['threads']} thread(s); quantizers, norms, optimizer and "

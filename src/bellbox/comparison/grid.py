@@ -13,10 +13,11 @@ rows:
 ```
 
 A row holds any keys of a training configuration, laid over `base`; its own `lr`, `bits` and `seeds` go before the
-grid's. Where nobody says `lr`, the `optimizer.lr` of `base` counts. Rows that fix their levels themselves (full precision, `bits` or `levels` of the quantization, a whole
-`recipe`) ignore the grid's `bits`; where nobody says any, those of `base` count. A seed decides the initial weights and
-the order of the text, alike for every row. All rows must ask for the same budget and context: where batches differ, say
-`tokens`, not `steps`. The first row in full precision is the one that the others are compared with.
+grid's. Where nobody says `lr`, the `optimizer.lr` of `base` counts. Rows that fix their levels themselves (full
+precision, `bits` or `levels` of the quantization, a whole `recipe`) ignore the grid's `bits`; where nobody says any,
+those of `base` count. A seed decides the initial weights and the order of the text, alike for every row. All rows must
+ask for the same budget and context: where batches differ, say `tokens`, not `steps`. The first row in full precision is
+the one that the others are compared with.
 """
 
 from __future__ import annotations
