@@ -198,7 +198,7 @@ class Recipe:
         cls,
         bits: int | None = None,
         *,
-        gamma_init: float | None = None,
+        gamma_init: float | Literal["optimal", "one"] | None = None,
         gamma_lr: float = GAMMA_LR,
         weights_rotated: bool | None = None,
         **choices: Any,
@@ -211,7 +211,8 @@ class Recipe:
 
         Args:
             bits: of weights and activations, 1 to 8 (2 where nothing is said).
-            gamma_init: initial scale in units of the RMS of the whole tensor; the paper's 1.694 where None.
+            gamma_init: initial scale in units of the RMS of the whole tensor (or `optimal`, `one`, see
+                `BBQOptions`); the paper's 1.694 where None.
             gamma_lr: what the learning rate is multiplied with for gamma, as an optimizer over
                 `bellbox.optim.parameter_groups` does; the paper's is 1.
             weights_rotated: see `Recipe.of`. Where None, yes if activations are quantized.

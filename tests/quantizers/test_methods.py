@@ -37,6 +37,7 @@ OPTIONS = {
     "pact": ({}, {"signed": True}),
     "n2uq": ({}, {"released_gradient": False, "masked": True}),
     "nf": ({}, {"group": 8}),
+    "seq": ({}, {"rule": "paretoq"}),
 }
 
 

@@ -209,8 +209,9 @@ class _Gradient(TransformableFunction):
 class BBQOptions:
     """What the paper's ablations and our own studies change."""
 
-    gamma_init: float | Literal["optimal"] = GAMMA_INIT
-    """Initial gamma in units of the RMS of the whole first tensor; `optimal`: of least squared error for a Gaussian."""
+    gamma_init: float | Literal["optimal", "one"] = GAMMA_INIT
+    """Initial gamma in units of the RMS of the whole first tensor; `optimal`: of least squared error for a Gaussian;
+    `one`: 1, whatever the tensor, as in the paper's ablation without gamma's start (Table 5)."""
     gamma: Literal["learned", "frozen"] = "learned"
     """Whether gamma is trained."""
     gamma_lr: float = 1.0
@@ -285,13 +286,16 @@ class BBQ(LearnedQuantizer):
         return Levels.gaussian(n, zero_point)
 
     def set_from_moments(self, moments: Moments) -> None:
-        """gamma is `gamma_init` times the RMS of the whole tensor."""
+        """gamma is `gamma_init` times the RMS of the whole tensor, or one."""
         if self.options.zeta is not None:
             return
         rms = moments.rms.clamp(min=SIGMA_FLOOR)  # a weight that starts at zero can still learn
         init = self.options.gamma_init
-        init = optimal_gamma(self.levels) if init == "optimal" else init
-        self.gamma.copy_((init * rms).to(self.gamma.dtype).expand_as(self.gamma))
+        if init == "one":
+            self.gamma.fill_(1.0)
+        else:
+            init = optimal_gamma(self.levels) if init == "optimal" else init
+            self.gamma.copy_((init * rms).to(self.gamma.dtype).expand_as(self.gamma))
         if self.granularity == "ema":
             self.r_ema.copy_(1 / rms)
 
