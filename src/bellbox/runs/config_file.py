@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import os
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -32,18 +33,26 @@ def config_from_dict(data: object, where: str = "config") -> TrainConfig:
     Raises:
         BellboxError: an unknown key, a wrong type or a value out of range, by its dotted name, in one line.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     if not isinstance(data, dict):
         raise BellboxError(f"{where}: holds {type(data).__name__}, must be a mapping of keys to values")
     try:
-        config = TypeAdapter(TrainConfig).validate_python(with_field_names(with_present_names(data)))
+        config = _reader().validate_python(with_field_names(with_present_names(data)))
     except ValidationError as error:
         raise BellboxError(f"{where}: {_explain(error.errors()[0])}") from None
     try:
         return config.check()
     except BellboxError as error:
         raise BellboxError(f"{where}: {error}") from None
+
+
+@functools.cache
+def _reader() -> Any:
+    """What reads a configuration; making it takes longer than reading with it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(TrainConfig)
 
 
 def with_field_names(data: dict[str, Any]) -> dict[str, Any]:
@@ -118,11 +127,19 @@ def _read_layers(path: Path, layers: int) -> Any:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, mapping by mapping; neither is changed."""
+    """`over` laid over `base`, mapping by mapping; neither is changed.
+
+    Where it names another quantization method, the `options` beside that of the base are left out: they were its own.
+    """
     result = copy.deepcopy(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
+        below = result.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            if value.get("method", below.get("method")) != below.get("method"):
+                below.pop("options", None)
+            result[key] = merged(below, value)
+        else:
+            result[key] = copy.deepcopy(value)
     return result
 
 
