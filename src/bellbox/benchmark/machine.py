@@ -96,7 +96,7 @@ class Memory:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Operations a second (additions and multiplications) of a product of square matrices, the best of five.
+    """Operations a second (additions and multiplications) of a product of square matrices, the best of three.
 
     Args:
         device: where.
@@ -105,7 +105,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
     """
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     times: list[float] = []
-    for _ in range(6):  # the first one warms up
+    for _ in range(4):  # the first one warms up
         begun = time.perf_counter()
         float((left @ right)[0, 0])  # reading waits for a GPU
         times.append(time.perf_counter() - begun)

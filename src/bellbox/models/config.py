@@ -291,7 +291,7 @@ class ViTConfig(_Config):
     drop_path: float = 0.0
     """Probability that a sample skips the last block in training; it rises from 0 block by block."""
     class_token: bool = False
-    """Whether the classifier sees a learned token that stands before the patches, as in DeiT, in place of their mean."""
+    """Whether the classifier sees a learned token before the patches, as in DeiT, in place of their mean."""
     fused_qkv: bool = False
     """Whether queries, keys and values are rows of one matrix."""
 
@@ -335,6 +335,7 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt-tiny": GPTConfig(4096, 256, 1024, 2, 4, max_position_embeddings=256),
     "gpt-95M": GPTConfig(PAPER_VOCABULARY, activation="gelu_erf", bias=False),
 }
+
 
 def _imagenet_resnet(blocks: int) -> ResNetConfig:
     return ResNetConfig(1000, width=64, stages=4, blocks=blocks, stem_stride=2, stem_kernel=7, max_pool=True)

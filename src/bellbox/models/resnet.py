@@ -1,5 +1,5 @@
-"""A ResNet of basic blocks, written plainly (He et al. 2015, arXiv 1512.03385): for small images (section 4.2), and with
-the stem of ResNet-18 for those of ImageNet (section 3.3).
+"""A ResNet of basic blocks, written plainly (He et al. 2015, arXiv 1512.03385): for small images (section 4.2), or with
+the stem of ResNet-18, for those of ImageNet (section 3.3).
 
 Every convolution inside the blocks is a plain `nn.Conv2d` that a recipe may swap, the 1 x 1 ones of the shortcuts
 too. Stem (`stem`), norms and classifier (`head`) keep their precision by the recipe's own defaults.
