@@ -83,7 +83,12 @@ def test_exact_bytes_of_the_tensors(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize(
     "make",
-    [lambda: ResNet(ResNetConfig(width=8, stages=2)), lambda: ViT(ViTConfig(image_size=16, hidden_size=16))],
+    [
+        lambda: ResNet(ResNetConfig(width=8, stages=2)),
+        lambda: ResNet(ResNetConfig(width=8, stages=2, stem_kernel=7, stem_stride=2, max_pool=True)),
+        lambda: ViT(ViTConfig(image_size=16, hidden_size=16)),
+        lambda: ViT(ViTConfig(image_size=16, hidden_size=16, class_token=True, fused_qkv=True)),
+    ],
 )
 def test_a_loaded_model_is_the_saved_one(
     make: Callable[[], nn.Module], choices: dict[str, Any], tmp_path: Path

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from bellbox.errors import BellboxError
-from bellbox.models import PRESETS, GPTConfig, LlamaConfig, build, config_from_dict, preset
+from bellbox.models import (
+    PRESETS,
+    VISION_PRESETS,
+    GPTConfig,
+    LlamaConfig,
+    any_config_from_dict,
+    build,
+    config_from_dict,
+    preset,
+    vision_preset,
+)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -49,6 +59,15 @@ def test_the_papers_presets_have_the_parameters_of_its_runs():
         assert not [name for name, _ in build(gpt).named_parameters() if name.endswith("bias")]
 
 
+@pytest.mark.parametrize("name", list(VISION_PRESETS))
+def test_a_vision_preset_survives_json_and_says_no_more_than_it_did(name):
+    config = vision_preset(name)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert any_config_from_dict(values) == config
+    later = {"stem_kernel", "max_pool", "class_token", "fused_qkv"} & set(values)
+    assert bool(later) == (name.startswith("deit") or name in ("resnet-10", "resnet-18"))
+
+
 @pytest.mark.parametrize(("name", "low", "high"), [("tiny", 1.2e6, 1.8e6), ("small", 2.5e6, 3.5e6)])
 def test_the_blocks_of_the_small_presets_have_the_promised_size(name, low, high):
     with torch.device("meta"):
@@ -83,11 +102,17 @@ def test_overrides_replace_fields_and_derived_sizes_follow():
         ({"architecture": "llama", "head_dim": 256, "max_position_embeddings": 2**20}, "rotary positions"),
         ({"architecture": "gpt", "tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
         ({"architecture": "gpt", "rope_theta": 1.0}, "'rope_theta'"),
+        ({"architecture": "resnet", "stem_kernel": 4}, "stem_kernel is 4; it must be odd"),
+        ({"architecture": "resnet", "stem_kernel": 99}, "stem_kernel is 99"),
+        ({"architecture": "resnet", "max_pool": 1}, "max_pool is 1"),
+        ({"architecture": "vit", "class_token": "yes"}, "class_token is 'yes'"),
     ],
 )
 def test_the_impossible_is_refused_with_one_line(values, says):
     with pytest.raises(BellboxError) as caught:
-        config_from_dict(values)
+        (any_config_from_dict if values.get("architecture") in ("resnet", "vit") else config_from_dict)(
+            values
+        )
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 

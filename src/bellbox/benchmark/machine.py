@@ -95,6 +95,23 @@ class Memory:
         return _BYTES / min(times)
 
 
+def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Operations a second (additions and multiplications) of a product of square matrices, the best of three.
+
+    Args:
+        device: where.
+        dtype: of the matrices.
+        size: of their sides; enough for the caches' and threads' best on a CPU, 8192 for a GPU's.
+    """
+    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    times: list[float] = []
+    for _ in range(4):  # the first one warms up
+        begun = time.perf_counter()
+        float((left @ right)[0, 0])  # reading waits for a GPU
+        times.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(times[1:])
+
+
 def integer_rate() -> float | None:
     """Multiply-adds a second that the instruction set in use does with everything in registers, the best of five."""
     module = native.compiled()

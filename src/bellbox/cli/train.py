@@ -6,12 +6,15 @@ bellbox train --config my.yaml --optimizer.lr 6e-4 --model.overrides num_hidden_
 bellbox train --config runs/w4/config.yaml                  # go on after a kill
 bellbox train --task vision --data.source cifar10.npz --model.preset resnet-small
 bellbox train --import mine --quantization.method mine       # a method of your own: mine.py (docs/methods.md)
+bellbox train --config configs/paper/llama-95M-2bit.yaml --dry-run     # sizes, steps, memory and time, and no run
+bellbox train --config grid.yaml --row "BBQ, 2 bits"         # one row of a grid for bellbox compare
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,9 @@ from typing import Annotated, Any, Literal
 
 from torch import nn
 
+from bellbox.cli.dry_run import show_dry_run, show_dry_runs
 from bellbox.cli.output import parse_flags
+from bellbox.comparison.grid import Cell, Grid, is_grid, load_grid
 from bellbox.convert import can_be_packed, summary
 from bellbox.errors import BellboxError, require
 from bellbox.models import ResNet, ViT
@@ -38,6 +43,13 @@ class TrainFlags(TrainConfig):
     """YAML file with any of the keys below."""
     resume: Literal["auto", "none"] = "auto"
     """auto: go on from the last checkpoint in the folder. none: refuse a folder that has one."""
+    row: str | None = None
+    """Where --config is a grid for bellbox compare: the row to train, with its bits, such as "BBQ, 2 bits"."""
+    dry_run: bool = False
+    """Say what the run would be and take (parameters, steps, memory, time, data), and train, fetch and write nothing.
+    Of a grid, without --row, each row."""
+    json: str | None = None
+    """With --dry-run: write the numbers to this file, - for standard output in place of the text."""
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +59,36 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, both with a checkpoint saved.
     """
-    config, resume = parse(argv)
+    path, row, dry = _asked_first(argv)
+    grid = load_grid(path) if path is not None and is_grid(path) else None
+    if grid is not None and row is None:
+        _dry_run_of_rows(grid, path, argv, dry)
+        return
+    config, flags = _read(argv, _base(path, grid, row))
+    if flags.json is not None and not flags.dry_run:
+        raise BellboxError("--json is for --dry-run; a run writes metrics.jsonl into its folder")
+    if flags.dry_run:
+        show_dry_run(config, flags.json)
+        return
+    _train(config, flags.resume)
+
+
+def _dry_run_of_rows(grid: Grid, path: str | None, argv: list[str], dry: bool) -> None:
+    """What each row of a grid would be, which no other command says.
+
+    Raises:
+        BellboxError: a run is wanted, but not which.
+    """
+    if not dry:
+        raise BellboxError(
+            f"{path}: is a grid of {len(grid.cells)} rows; train one with --row '{grid.cells[0].label}', all with "
+            f"bellbox compare {path} --out FOLDER, or look at them with --dry-run"
+        )
+    runs = [(cell.label, *_read(argv, _of_cell(cell))) for cell in grid.cells]
+    show_dry_runs(((label, config) for label, config, _ in runs), runs[0][2].json)
+
+
+def _train(config: TrainConfig, resume: str) -> None:
     _refuse_folder(Path(config.folder))
     keep_freed_memory()
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
@@ -83,15 +124,47 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
         BellboxError: an unreadable file, a flag that does not exist or is repeated, a value out of range.
         SystemExit: 0 for --help.
     """
-    tyro = require("tyro", "cli")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    path, row, _ = _asked_first(argv)
+    grid = load_grid(path) if path is not None and is_grid(path) else None
+    config, flags = _read(argv, _base(path, grid, row))
+    return config, flags.resume
+
+
+def _asked_first(argv: list[str]) -> tuple[str | None, str | None, bool]:
+    """`--config`, `--row` and `--dry-run`, which say what the defaults of all other flags are."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
+    first.add_argument("--row")
+    first.add_argument("--dry-run", "--dry_run", action="store_true")
     try:
-        path = first.parse_known_args(argv)[0].config
-    except SystemExit:
-        raise BellboxError("--config needs a YAML file after it") from None
-    base = TrainConfig() if path is None else load_config(path)
-    default = TrainFlags(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}, config=path)
+        found = first.parse_known_args(argv)[0]
+    except argparse.ArgumentError as error:
+        raise BellboxError(
+            f"{error.argument_name} needs a value after it; see bellbox train --help"
+        ) from None
+    return found.config, found.row, found.dry_run
+
+
+def _base(path: str | None, grid: Grid | None, row: str | None) -> TrainConfig:
+    """What the flags are laid over: the defaults, a file, or one row of a grid."""
+    if grid is not None and row is not None:
+        return _of_cell(grid.cell(row))
+    if row is not None:
+        raise BellboxError(f"--row {row}: is for a grid, and {path or 'no --config'} is none")
+    return TrainConfig() if path is None else load_config(path)
+
+
+def _of_cell(cell: Cell) -> TrainConfig:
+    """A row's configuration, in a folder of its own beside the other rows."""
+    config = cell.config(cell.lrs[0], cell.seeds[0])
+    name = re.sub(r"[^a-z0-9.]+", "-", cell.label.lower()).strip("-")
+    return dataclasses.replace(config, folder=f"{config.folder}/{name}")
+
+
+def _read(argv: list[str], base: TrainConfig) -> tuple[TrainConfig, TrainFlags]:
+    """The configuration that the flags make of another one, and the flags themselves."""
+    tyro = require("tyro", "cli")
+    default = TrainFlags(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
     model = base.model
     from_flag = tyro.conf.arg(
         name="from", help="Begin with the weights of this folder (a Hugging Face model or a run)."
@@ -124,7 +197,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, str]:
     values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(TrainConfig)}
     chosen = flags.model
     values["model"] = ModelSection(chosen.preset, chosen.overrides, chosen.pretrained)
-    return TrainConfig(**values), flags.resume
+    return TrainConfig(**values), flags
 
 
 def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:

@@ -13,15 +13,16 @@ rows:
 ```
 
 A row holds any keys of a training configuration, laid over `base`; its own `lr`, `bits` and `seeds` go before the
-grid's. Rows that fix their levels themselves (full precision, `bits` or `levels` of the quantization, a whole
-`recipe`) ignore the grid's `bits`; where nobody says any, those of `base` count. A seed decides the initial weights and
-the order of the text, alike for every row. All rows must ask for the same budget and context: where batches differ, say
-`tokens`, not `steps`. The first row in full precision is the one that the others are compared with.
+grid's. Where nobody says `lr`, the `optimizer.lr` of `base` counts. Rows that fix their levels themselves (full
+precision, `bits` or `levels` of the quantization, a whole `recipe`) ignore the grid's `bits`; where nobody says any,
+those of `base` count. A seed decides the initial weights and the order of the text, alike for every row. All rows must
+ask for the same budget and context: where batches differ, say `tokens`, not `steps`. The first row in full precision is
+the one that the others are compared with.
 """
 
 from __future__ import annotations
 
-import copy
+import difflib
 import math
 import os
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from bellbox.comparison.results import FRAME, frame
 from bellbox.errors import BellboxError
 from bellbox.runs.build import check_quantization
 from bellbox.runs.config import QuantizationSection, TrainConfig, methods_named
-from bellbox.runs.config_file import config_from_dict
+from bellbox.runs.config_file import config_from_dict, merged, read_layers
 from bellbox.utils.yaml import read_yaml
 
 KEYS = ("about", "base", "lr", "seeds", "bits", "rows")
@@ -78,6 +79,19 @@ class Grid:
         """How many runs there are if none fails: learning rates on the first seed, then the other seeds."""
         return sum(len(cell.lrs) + len(cell.seeds) - 1 for cell in self.cells)
 
+    def cell(self, label: str) -> Cell:
+        """The row of this name and width, as `Cell.label` has it.
+
+        Raises:
+            BellboxError: none is called so.
+        """
+        labels = [cell.label for cell in self.cells]
+        if label in labels:
+            return self.cells[labels.index(label)]
+        near = difflib.get_close_matches(label, labels, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are: {'; '.join(labels)}"
+        raise BellboxError(f"{self.study}: no row '{label}'; {hint}")
+
     @property
     def methods(self) -> set[str]:
         """The quantizers' methods in it."""
@@ -90,13 +104,14 @@ def bits_text(bits: float) -> str:
     return f"{bits:.3g}"
 
 
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, mapping by mapping; neither is changed."""
-    result = copy.deepcopy(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
-    return result
+def is_grid(path: str | os.PathLike[str]) -> bool:
+    """Whether a YAML file is a grid, not the configuration of one run.
+
+    Raises:
+        BellboxError: it cannot be read.
+    """
+    data = read_yaml(path)
+    return isinstance(data, dict) and "rows" in data
 
 
 def load_grid(path: str | os.PathLike[str]) -> Grid:
@@ -113,7 +128,7 @@ def load_grid(path: str | os.PathLike[str]) -> Grid:
         raise BellboxError(f"{file}: unknown key '{unknown[0]}'; there are: {', '.join(KEYS)}")
     base = data.get("base", {})
     if isinstance(base, str):
-        base = _read_mapping(file.parent / base)
+        base = read_layers(file.parent / base)
     rows = data.get("rows")
     if not isinstance(base, dict):
         raise BellboxError(f"{file}: base must be a mapping of training keys, or the name of a YAML file")
@@ -121,8 +136,12 @@ def load_grid(path: str | os.PathLike[str]) -> Grid:
         raise BellboxError(
             f"{file}: rows must map names to training keys, such as BBQ: {{quantization: ...}}"
         )
-    _refuse_overruled(f"{file}: base", base)
     common = {key: data[key] for key in ROW_KEYS if key in data}
+    if "lr" in common or any(isinstance(row, dict) and "lr" in row for row in rows.values()):
+        _refuse_overruled(f"{file}: base", base)
+    else:
+        common["lr"], base = _taken_rate(base)
+        _refuse_overruled(f"{file}: base", base)
     cells: list[Cell] = []
     for name, row in rows.items():
         if not isinstance(row, dict):
@@ -167,6 +186,13 @@ def _cells(
         except BellboxError as error:
             raise BellboxError(f"{where}: {error}") from None
     return cells
+
+
+def _taken_rate(base: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The learning rate of a base, and the rest of it."""
+    optimizer = dict(_section(base, "optimizer"))
+    lr = optimizer.pop("lr", None)
+    return lr, {**base, "optimizer": optimizer} if lr is not None else base
 
 
 def _section(values: dict[str, Any], key: str) -> dict[str, Any]:

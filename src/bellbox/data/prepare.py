@@ -110,12 +110,7 @@ def prepare(
         BellboxError: for a source, tokenizer or option that cannot be used, or an `out` that is not empty.
     """
     out = Path(out)
-    if tokenizer is not None and vocab_size is not None:
-        raise BellboxError(
-            "a tokenizer and a vocabulary size were given; the size is the tokenizer's own: drop it"
-        )
-    size = DEFAULT_VOCAB if vocab_size is None else vocab_size
-    check_vocab_size(size)
+    size = size_to_train(tokenizer, vocab_size)
     if valid and valid_fraction is not None:
         raise BellboxError("validation files and a validation fraction were given; drop one of them")
     if shard_tokens < 1:
@@ -185,6 +180,21 @@ def prepare(
     except OSError as error:
         raise BellboxError(f"{out}: cannot be written: {error.strerror or error}") from error
     return shards.TokenDataset.open(out)
+
+
+def size_to_train(tokenizer: object, vocab_size: int | None) -> int:
+    """Entries of the tokenizer that `prepare` would train.
+
+    Raises:
+        BellboxError: a size beside a tokenizer, or one that no tokenizer has.
+    """
+    if tokenizer is not None and vocab_size is not None:
+        raise BellboxError(
+            "a tokenizer and a vocabulary size were given; the size is the tokenizer's own: drop it"
+        )
+    size = DEFAULT_VOCAB if vocab_size is None else vocab_size
+    check_vocab_size(size)
+    return size
 
 
 @dataclass

@@ -31,14 +31,17 @@ _POSITIVE_INTS = (
     "stages",
     "blocks",
     "stem_stride",
+    "stem_kernel",
 )
 # Far beyond any model, and low enough that a spoilt file cannot make a loader build layers for hours.
 _MOST = {
     "num_hidden_layers": 1024, "max_position_embeddings": 2**20, "num_channels": 256, "image_size": 4096,
     "patch_size": 256, "width": 8192, "stages": 8, "blocks": 256, "stem_stride": 8,
+    "stem_kernel": 15,
 }  # fmt: skip
 # cos and sin of every position, half a head wide each, stand in memory and in no file: half a GiB at this product.
 _MOST_ROTARY = 2**27
+_BOOLS = ("tie_word_embeddings", "fused_qkv", "bias", "max_pool", "class_token")
 _POSITIVE_FLOATS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range")
 
 
@@ -65,7 +68,7 @@ class _Config:
                     or not 0 < value <= float_info.max
                 ):
                     raise BellboxError(f"{name} is {value!r}; it must be a finite number above 0")
-            elif name in ("tie_word_embeddings", "fused_qkv", "bias") and not isinstance(value, bool):
+            elif name in _BOOLS and not isinstance(value, bool):
                 raise BellboxError(f"{name} is {value!r}; it must be true or false")
             elif name == "drop_path" and (
                 isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1
@@ -217,14 +220,17 @@ class GPTConfig(_Config):
 
 @dataclass(frozen=True)
 class ResNetConfig(_Config):
-    """The shape of a CIFAR-style ResNet: 3 x 3 stem, basic blocks, each stage half as large and twice as wide.
+    """The shape of a ResNet of basic blocks: each stage half as large and twice as wide as the one before.
+
+    The stem is CIFAR's, 3 x 3, or ImageNet's, 7 x 7 with stride 2 and a max pooling behind it.
 
     Raises:
-        BellboxError: a size that is no positive whole number.
+        BellboxError: a size that is no positive whole number, or a stem kernel without a middle.
     """
 
     architecture: ClassVar[str] = "resnet"
     optional: ClassVar[tuple[str, ...]] = ("image_size",)
+    later: ClassVar[dict[str, Any]] = {"stem_kernel": 3, "max_pool": False}
 
     num_labels: int = 10
     """Classes."""
@@ -237,6 +243,10 @@ class ResNetConfig(_Config):
     """Of each stage, two convolutions each."""
     stem_stride: int = 1
     """2 halves the image at once: four times as quick."""
+    stem_kernel: int = 3
+    """Height and width of the stem's filters, odd."""
+    max_pool: bool = False
+    """Whether the largest of each 3 x 3 pixels, every second one, goes on behind the stem."""
     drop_path: float = 0.0
     """Probability that a sample skips the last block in training; it rises from 0 block by block."""
     image_size: int | None = None
@@ -245,17 +255,20 @@ class ResNetConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_values()
+        if self.stem_kernel % 2 == 0:
+            raise BellboxError(f"stem_kernel is {self.stem_kernel}; it must be odd, such as 3 or 7")
 
 
 @dataclass(frozen=True)
 class ViTConfig(_Config):
-    """The shape of a small vision transformer: learned positions, GELU, mean over the patches.
+    """The shape of a vision transformer: learned positions, GELU, mean over the patches or a class token.
 
     Raises:
         BellboxError: a size that is no positive whole number, heads or patches that do not divide.
     """
 
     architecture: ClassVar[str] = "vit"
+    later: ClassVar[dict[str, Any]] = {"class_token": False, "fused_qkv": False}
 
     num_labels: int = 10
     """Classes."""
@@ -277,6 +290,10 @@ class ViTConfig(_Config):
     """Standard deviation of the initial weights."""
     drop_path: float = 0.0
     """Probability that a sample skips the last block in training; it rises from 0 block by block."""
+    class_token: bool = False
+    """Whether the classifier sees a learned token before the patches, as in DeiT, in place of their mean."""
+    fused_qkv: bool = False
+    """Whether queries, keys and values are rows of one matrix."""
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -319,11 +336,28 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt-95M": GPTConfig(PAPER_VOCABULARY, activation="gelu_erf", bias=False),
 }
 
-# resnet-small and vit-small see an epoch of CIFAR-10 in minutes on one core; resnet-20 is the usual size.
+
+def _imagenet_resnet(blocks: int) -> ResNetConfig:
+    return ResNetConfig(1000, width=64, stages=4, blocks=blocks, stem_stride=2, stem_kernel=7, max_pool=True)
+
+
+def _deit(width: int, heads: int) -> ViTConfig:
+    return ViTConfig(
+        1000, image_size=224, patch_size=16, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12,
+        num_attention_heads=heads, class_token=True, fused_qkv=True,
+    )  # fmt: skip
+
+
+# resnet-small and vit-small see an epoch of CIFAR-10 in minutes on one core; resnet-20 is the usual size. The others
+# are ImageNet's (He et al. 2015, arXiv 1512.03385, table 1; Touvron et al. 2020, arXiv 2012.12877, table 1).
 VISION_PRESETS: dict[str, VisionConfig] = {
     "resnet-small": ResNetConfig(stem_stride=2),
     "resnet-20": ResNetConfig(width=16, blocks=3),
     "vit-small": ViTConfig(),
+    "resnet-10": _imagenet_resnet(blocks=1),
+    "resnet-18": _imagenet_resnet(blocks=2),
+    "deit-tiny": _deit(width=192, heads=3),
+    "deit-small": _deit(width=384, heads=6),
 }
 
 

@@ -1,4 +1,5 @@
-"""A ResNet for small images, written plainly (He et al. 2015, arXiv 1512.03385, section 4.2).
+"""A ResNet of basic blocks, written plainly (He et al. 2015, arXiv 1512.03385): for small images (section 4.2), or with
+the stem of ResNet-18, for those of ImageNet (section 3.3).
 
 Every convolution inside the blocks is a plain `nn.Conv2d` that a recipe may swap, the 1 x 1 ones of the shortcuts
 too. Stem (`stem`), norms and classifier (`head`) keep their precision by the recipe's own defaults.
@@ -56,7 +57,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.config = config
         self.normalise = Normalise(config.num_channels)
-        self.stem = ConvNorm(config.num_channels, config.width, 3, config.stem_stride)
+        self.stem = ConvNorm(config.num_channels, config.width, config.stem_kernel, config.stem_stride)
         chances = iter(rising(config.drop_path, config.stages * config.blocks))
         stages, inputs = [], config.width
         for stage in range(config.stages):
@@ -74,7 +75,10 @@ class ResNet(nn.Module):
         x = self.normalise(x).contiguous(
             memory_format=torch.channels_last
         )  # the layout that convolutions want
-        return self.stages(F.relu(self.stem(x), inplace=True)).mean((2, 3))
+        x = F.relu(self.stem(x), inplace=True)
+        if self.config.max_pool:
+            x = F.max_pool2d(x, 3, 2, 1)
+        return self.stages(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""

@@ -1,8 +1,9 @@
-"""A small vision transformer, written plainly (Dosovitskiy et al. 2020, arXiv 2010.11929), with DeiT's training tricks
+"""A vision transformer, written plainly (Dosovitskiy et al. 2020, arXiv 2010.11929), with DeiT's training tricks
 (arXiv 2012.12877) left to the trainer.
 
-q, k and v read the very same tensor, so that they can share a quantizer. Patch embedding (`patch_embed`), norms and
-classifier (`head`) keep their precision by the recipe's own defaults. The classifier sees the mean of the patches.
+q, k and v read the very same tensor, so that they can share a quantizer, or are one matrix. Patch embedding
+(`patch_embed`), norms and classifier (`head`) keep their precision by the recipe's own defaults. The classifier sees
+the mean of the patches, or the class token.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ class Attention(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
+        self.heads, self.fused = config.num_attention_heads, config.fused_qkv
         width = config.hidden_size
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+        if self.fused:
+            self.qkv_proj = nn.Linear(width, 3 * width)
+        else:
+            self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+            self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, patches, hidden]` to the same."""
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        parts = (
+            self.qkv_proj(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -79,7 +84,9 @@ class ViT(nn.Module):
         self.normalise = Normalise(config.num_channels)
         width, patch = config.hidden_size, config.patch_size
         self.patch_embed = nn.Conv2d(config.num_channels, width, patch, patch)
-        self.positions = nn.Parameter(torch.empty(1, (config.image_size // patch) ** 2, width))
+        places = (config.image_size // patch) ** 2 + config.class_token
+        self.positions = nn.Parameter(torch.empty(1, places, width))
+        self.class_token = nn.Parameter(torch.empty(1, 1, width)) if config.class_token else None
         chances = rising(config.drop_path, config.num_hidden_layers)
         self.blocks = nn.ModuleList(Block(config, chance) for chance in chances)
         self.norm = nn.LayerNorm(width, config.layer_norm_epsilon)
@@ -90,13 +97,19 @@ class ViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.positions, std=config.initializer_range)
+        if self.class_token is not None:
+            nn.init.trunc_normal_(self.class_token, std=config.initializer_range)
 
     def features(self, x: Tensor) -> Tensor:
         """What the classifier sees: `[batch, hidden]`."""
-        x = self.patch_embed(self.normalise(x)).flatten(2).transpose(1, 2) + self.positions
+        x = self.patch_embed(self.normalise(x)).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), 1)
+        x = x + self.positions
         for block in self.blocks:
             x = block(x)
-        return self.norm(x).mean(1)
+        x = self.norm(x)
+        return x.mean(1) if self.class_token is None else x[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""

@@ -6,8 +6,10 @@ ignored `optimiser.lr` would be found out a day later.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import os
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -17,6 +19,8 @@ from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import PhasesSection, TrainConfig
 from bellbox.utils.files import write_text
 from bellbox.utils.yaml import read_yaml
+
+_MOST_LAYERS = 8
 
 
 def config_from_dict(data: object, where: str = "config") -> TrainConfig:
@@ -29,18 +33,26 @@ def config_from_dict(data: object, where: str = "config") -> TrainConfig:
     Raises:
         BellboxError: an unknown key, a wrong type or a value out of range, by its dotted name, in one line.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     if not isinstance(data, dict):
         raise BellboxError(f"{where}: holds {type(data).__name__}, must be a mapping of keys to values")
     try:
-        config = TypeAdapter(TrainConfig).validate_python(with_field_names(with_present_names(data)))
+        config = _reader().validate_python(with_field_names(with_present_names(data)))
     except ValidationError as error:
         raise BellboxError(f"{where}: {_explain(error.errors()[0])}") from None
     try:
         return config.check()
     except BellboxError as error:
         raise BellboxError(f"{where}: {error}") from None
+
+
+@functools.cache
+def _reader() -> Any:
+    """What reads a configuration; making it takes longer than reading with it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(TrainConfig)
 
 
 def with_field_names(data: dict[str, Any]) -> dict[str, Any]:
@@ -80,13 +92,55 @@ def _explain(error: Any) -> str:
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
-    """Read a YAML file.
+    """Read a YAML file, and the one that it names as its `base`, over which it is laid.
 
     Raises:
         BellboxError: no such file, not YAML, a key twice, or anything that `config_from_dict` refuses.
     """
+    return config_from_dict(read_layers(path), str(path))
+
+
+def read_layers(path: str | os.PathLike[str]) -> Any:
+    """What a YAML file holds, laid over the file that its `base` names (from the folder that it lies in), if it does.
+
+    Raises:
+        BellboxError: a file that cannot be read, or a `base` that is no name, or whose own bases never end.
+    """
+    return _read_layers(Path(path), _MOST_LAYERS)
+
+
+def _read_layers(path: Path, layers: int) -> Any:
     data = read_yaml(path)
-    return config_from_dict({} if data is None else data, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or "base" not in data:
+        return data
+    base = data.pop("base")
+    if not isinstance(base, str):
+        raise BellboxError(f"{path}: base is {base!r}, must be the name of a YAML file beside this one")
+    if not layers:
+        raise BellboxError(
+            f"{path}: more than {_MOST_LAYERS} files, each the base of the other; is it a circle?"
+        )
+    below = _read_layers(path.parent / base, layers - 1)
+    return merged(below, data) if isinstance(below, dict) else below
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping; neither is changed.
+
+    Where it names another quantization method, the `options` beside that of the base are left out: they were its own.
+    """
+    result = copy.deepcopy(base)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            if value.get("method", below.get("method")) != below.get("method"):
+                below.pop("options", None)
+            result[key] = merged(below, value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
 
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ from bellbox.data.images.base import ImageDataset, ImageSplit
 from bellbox.data.images.batches import ImageBatches
 from bellbox.errors import BellboxError
 
-__all__ = ["Augmentation", "ImageBatches", "ImageDataset", "ImageSplit", "open_images"]
+__all__ = ["Augmentation", "ImageBatches", "ImageDataset", "ImageSplit", "open_images", "required_size"]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
@@ -42,14 +42,14 @@ def open_images(source: str, size: int | None = None, usual: int | None = None) 
 
     wanted = usual if size is None else size
     if source.startswith("hf:"):
-        return hub.open_hub(source.removeprefix("hf:"), _required(source, wanted))
+        return hub.open_hub(source.removeprefix("hf:"), required_size(source, wanted))
     path = FASHION_MNIST if source == "fashion-mnist" else Path(source)
     if path.suffix == ".npz":
         opened = npz.open_npz(path)
     elif idx.is_idx_folder(path):
         opened = idx.open_idx(path)
     elif (path / "train").is_dir():
-        return folder.open_folder(path, _required(source, wanted))
+        return folder.open_folder(path, required_size(source, wanted))
     elif source == "fashion-mnist":
         raise BellboxError(f"{path}: no such folder; install Debian's package dataset-fashion-mnist")
     else:
@@ -63,7 +63,12 @@ def open_images(source: str, size: int | None = None, usual: int | None = None) 
     return opened
 
 
-def _required(source: str, size: int | None) -> int:
+def required_size(source: str, size: int | None) -> int:
+    """The size that the images of a folder or of the hub are scaled to.
+
+    Raises:
+        BellboxError: none is given.
+    """
     if size is None:
         raise BellboxError(f"'{source}' holds images of any size; say what to scale them to ({_SIZE})")
     return size
