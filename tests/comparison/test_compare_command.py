@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bellbox.cli.main import main
@@ -14,6 +15,8 @@ from bellbox.comparison import Results, load_grid, run_grid
 from bellbox.runs.metrics import read_records
 from bellbox.training import train
 from waiting import finish, wait_for
+
+pytest.importorskip("scipy", reason="scipy, of the extra cli: `bellbox compare` asks for it")
 
 
 def run_folders(out: Path) -> list[Path]:
@@ -51,6 +54,9 @@ def test_a_grid_runs_goes_on_after_a_failing_row_and_then_has_nothing_to_do(
     assert 1.5 < bbq.weight_entropy <= 2.0
     assert [point["step"] for point in bbq.history] == [2, 4]
     assert bbq.config["quantization"]["block"] == 16
+    assert bbq.parts is not None
+    assert bbq.parts["unit"] == "blocks of tokens"
+    assert bbq.loss == pytest.approx(np.average(bbq.parts["losses"], weights=bbq.parts["sizes"]), rel=1e-5)
     assert bbq.overrides == {"quantization": {"block": 16, "bits": 2}}
     # q, k, v, o of 32 x 32, gate and up of 64 x 32, down of 32 x 64: 2 bits a code, 4 bytes a row and an input each.
     full = next(one for one in results if one.row == "full")
@@ -139,6 +145,10 @@ def test_what_cannot_be_compared_is_refused_in_a_line(
         ([tmp_path, "--tables", "--retry"], "--retry does not apply to --tables"),
         ([tmp_path / "none.yaml", "--out", tmp_path / "o"], "cannot be read"),
         ([file, "--out", tmp_path / "o", "--jobs", 0], "jobs is 0"),
+        (
+            [file, "--out", tmp_path / "o", "--against", "LSQ"],
+            "--against 'LSQ': the grid has no such row; there are: BBQ",
+        ),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["compare", *map(str, arguments)])
@@ -154,6 +164,9 @@ def test_tables_are_drawn_anew_from_results_alone(
 ) -> None:
     results = Results(tmp_path)
     results.add(result())
+    results.add(result("LSQ", perplexity=22.5))
     main(["compare", str(tmp_path), "--tables"])
-    assert "| BBQ | 2 | 20.00 |" in capsys.readouterr().out
-    assert "20.00" in (tmp_path / "tables.md").read_text()
+    assert "| LSQ | 2 | 22.50 | - | +2.50§ |" in capsys.readouterr().out
+    assert "22.50" in (tmp_path / "tables.md").read_text()
+    main(["compare", str(tmp_path), "--tables", "--against", "LSQ"])
+    assert "| BBQ | 2 | 20.00 | - | -2.50§ |" in (tmp_path / "tables.md").read_text()

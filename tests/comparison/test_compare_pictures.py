@@ -8,6 +8,8 @@ from bellbox.comparison import summarise
 from bellbox.report import comparison_page, comparison_pictures
 from bellbox.report.comparison import _looks
 
+pytest.importorskip("scipy", reason="scipy, of the extra cli: intervals of several seeds")
+
 
 def studied(result, widths: tuple[float, ...]):
     history = [

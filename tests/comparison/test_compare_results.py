@@ -125,6 +125,11 @@ def test_a_run_known_from_another_study_is_found_and_a_failed_one_is_not(
         ({"gamma": {"up": {"low": 0.0, "high": 1.0, "counts": [0] * 20_000}}}, "up.counts"),
         ({"loss": float("nan")}, "NaN is no number"),
         ({"extra": 1}, "unknown key 'extra'"),
+        ({"parts": {"unit": "pages", "sizes": [1], "losses": [1.0]}}, "unit"),
+        ({"parts": {"unit": "images", "sizes": [1, 2], "losses": [1.0]}}, "different lengths"),
+        ({"parts": {"unit": "images", "sizes": [1], "losses": [1.0], "right": []}}, "different lengths"),
+        ({"parts": {"unit": "documents", "sizes": [0], "losses": [1.0]}}, "sizes.0"),
+        ({"parts": {"unit": "documents", "sizes": [1] * 2000, "losses": [1.0] * 2000}}, "sizes"),
     ],
 )
 def test_what_a_line_says_is_no_path_and_no_markup(

@@ -40,9 +40,11 @@ def test_every_grid_can_be_trained(file: Path, images: ImageDataset) -> None:
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
 def test_kept_tables_are_those_of_the_kept_results(folder: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy, of the extra cli: intervals of several seeds")
     studies = summarise(Results(folder).all, kept(folder))
     assert (folder / "tables.md").read_text(encoding="utf-8") == tables.markdown(studies)
     assert (folder / "tables.csv").read_text(encoding="utf-8") == tables.comma_separated(studies)
+    assert (folder / "tables.tex").read_text(encoding="utf-8") == tables.latex(studies)
 
 
 def test_the_document_of_results_shows_rows_of_the_kept_tables() -> None:

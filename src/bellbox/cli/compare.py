@@ -3,6 +3,7 @@
 bellbox compare benchmarks/studies/screen.yaml --out studies/screen
 bellbox compare my-grid.yaml --out studies/mine --jobs 2 --keep-runs
 bellbox compare studies/screen --tables
+bellbox compare studies/screen --tables --against "BBQ, paper"
 bellbox compare my-grid.yaml --out studies/mine --import mine   # rows with methods of your own, from mine.py
 """
 
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Annotated
 
 from bellbox.cli.output import parse_flags, refuse_flags, write_file
-from bellbox.comparison import Outcome, Results, load_grid, run_grid, summarise, tables
+from bellbox.comparison import Grid, Outcome, Results, load_grid, run_grid, summarise, tables
 from bellbox.comparison.selection import kept
 from bellbox.errors import BellboxError, require
 from bellbox.quantizers.own import modules_of
 from bellbox.report import comparison_page, comparison_pictures
 
 require("tyro", "cli")
+require("scipy", "cli")  # asked for before hours of training, not after them
 
 import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
 
@@ -34,6 +36,9 @@ class Compare:
     """Where results.jsonl lies or shall lie. Runs that it holds are not run again."""
     tables: bool = False
     """Only draw tables and pictures anew from the results in FOLDER."""
+    against: str | None = None
+    """Row that the tables' differences are to, at the same bits where it has several; without it full precision, or
+    the first row."""
     jobs: int = 1
     """Runs at a time, each with the threads that its configuration says."""
     keep_runs: bool = False
@@ -56,24 +61,31 @@ def main(argv: list[str]) -> None:
                 "--tables takes the folder of an earlier comparison and no --out: compare FOLDER --tables"
             )
         refuse_flags(command, ("jobs", "keep_runs", "retry"), "--tables")
-        _draw(command.grid)
+        _draw(command.grid, command.against)
         return
     if command.grid.is_dir():
         raise BellboxError(f"{command.grid}: is a folder; to draw its tables anew, add --tables")
     if command.out is None:
         raise BellboxError("where shall the results go? name a folder: --out FOLDER")
     grid = load_grid(command.grid)
+    _refuse_unknown(command.against, grid)
     outcome = run_grid(grid, command.out, jobs=command.jobs, keep_runs=command.keep_runs, retry=command.retry)
     if outcome.done:
-        _draw(command.out)
+        _draw(command.out, command.against)
     _farewell(command, outcome, modules_of(grid.methods))
 
 
-def _draw(folder: Path) -> None:
+def _refuse_unknown(against: str | None, grid: Grid) -> None:
+    names = dict.fromkeys(cell.row for cell in grid.cells)
+    if against is not None and against not in names:
+        raise BellboxError(f"--against '{against}': the grid has no such row; there are: {', '.join(names)}")
+
+
+def _draw(folder: Path, against: str | None) -> None:
     results = Results(folder)
     if not results.all:
         raise BellboxError(f"{results.path}: holds no results yet")
-    studies = summarise(results.all, kept(folder))
+    studies = summarise(results.all, kept(folder), against=against)
     write_file(folder / "tables.md", tables.markdown(studies))
     write_file(folder / "tables.csv", tables.comma_separated(studies))
     write_file(folder / "tables.tex", tables.latex(studies))

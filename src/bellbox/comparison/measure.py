@@ -55,6 +55,7 @@ def measure(model: nn.Module, folder: Path) -> dict[str, Any]:
             for record in evals
         ],
         "feature_spectrum": last.get("feature_spectrum", []),
+        "parts": last.get("parts"),
         "gamma": _gamma_histograms(model),
         "seconds": last["seconds"],
     }

@@ -17,9 +17,9 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
@@ -72,6 +72,8 @@ class Result:
     """Kind of layer -> low, high, counts: histogram of the learned row scales over the blocks."""
     feature_spectrum: list[float] = field(default_factory=list)
     """Of the last validation: see `bellbox.runs.metrics`."""
+    parts: dict[str, Any] | None = None
+    """Of the last validation, document by document: see `bellbox.evaluation.parts`. None in results from before."""
     seconds: float | None = None
     """Training and validation, wall clock."""
     machine: dict[str, Any] = field(default_factory=dict)
@@ -173,9 +175,26 @@ class _Histogram(BaseModel):
     counts: Annotated[list[int], Field(max_length=10_000)]
 
 
+class _Parts(BaseModel):
+    """What is read of `Result.parts`."""
+
+    model_config = ConfigDict(strict=True)
+    unit: Literal["documents", "blocks of tokens", "images"]
+    sizes: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=1024)]
+    losses: Annotated[list[float], Field(max_length=1024)]
+    right: Annotated[list[int], Field(max_length=1024)] | None = None
+
+    @model_validator(mode="after")
+    def _of_equal_length(self) -> _Parts:
+        lengths = {len(self.sizes), len(self.losses), len(self.sizes if self.right is None else self.right)}
+        if len(lengths) > 1:
+            raise ValueError("sizes, losses and right have different lengths")
+        return self
+
+
 @functools.cache
 def _adapters() -> tuple[TypeAdapter[Any], ...]:
-    kinds = (Result, TrainConfig, list[_Point], dict[str, _Histogram])
+    kinds = (Result, TrainConfig, list[_Point], dict[str, _Histogram], _Parts | None)
     return tuple(TypeAdapter(kind) for kind in kinds)
 
 
@@ -185,7 +204,7 @@ def _parsed(line: bytes) -> Result:
     Raises:
         BellboxError: why it is none.
     """
-    result_of, config_of, history_of, gamma_of = _adapters()
+    result_of, config_of, history_of, gamma_of, parts_of = _adapters()
     try:
         values = with_present_names(json.loads(line, parse_constant=_refuse_constant))
         if unknown := set(values) - {each.name for each in dataclasses.fields(Result)}:
@@ -194,6 +213,7 @@ def _parsed(line: bytes) -> Result:
         config_of.validate_python(with_field_names(_filled(result.config, TrainConfig().to_dict())))
         history_of.validate_python(result.history)
         gamma_of.validate_python(result.gamma)
+        parts_of.validate_python(result.parts)
     except BellboxError:
         raise
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""From single runs to one line a method: the best learning rate, the mean over seeds and its deviation."""
+"""From single runs to one line a method: the best learning rate, the mean over seeds, how far it is from another."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bellbox.comparison.differences import Difference, difference, pooled_deviation, reach
 from bellbox.comparison.plan import best_lr
 from bellbox.comparison.results import Result, is_vision
 from bellbox.comparison.selection import Asked, definition_of, last_asked
+from bellbox.errors import BellboxError
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Summary:
     results: tuple[Result, ...] = field(repr=False)
     """The runs at the best rate."""
     full_precision: bool = False
+    difference: Difference | None = None
+    """To `Study.baseline`; None in its own rows, and where the two have no seed in common."""
 
     @property
     def mean(self) -> float | None:
@@ -81,32 +85,66 @@ class Study:
     """Results of the study that are of no row as it is asked for now."""
     missing: int | None
     """Runs that the grid asks for and that are not there yet; None where no grid is kept."""
+    baseline: str | None = None
+    """The row that differences are to."""
+
+    @property
+    def differences(self) -> list[Difference]:
+        """Of those rows that have one."""
+        return [summary.difference for summary in self.summaries if summary.difference is not None]
+
+    @property
+    def seed_deviation(self) -> tuple[float, int] | None:
+        """What a seed does to a difference: standard deviation, pooled over the rows, and its degrees of freedom."""
+        return pooled_deviation(self.differences)
+
+    def is_open(self, found: Difference) -> bool:
+        """Whether it may be chance: zero lies in its interval, or it has one seed and is within what those of the
+        other rows do."""
+        pooled = self.seed_deviation if found.seeds == 1 else None
+        return found.holds_zero or (pooled is not None and abs(found.value) <= reach(*pooled))
 
 
-def summarise(results: Iterable[Result], grids: Mapping[str, Sequence[Asked]] | None = None) -> list[Study]:
+def summarise(
+    results: Iterable[Result],
+    grids: Mapping[str, Sequence[Asked]] | None = None,
+    *,
+    against: str | None = None,
+) -> list[Study]:
     """One `Study` a study name.
 
     Args:
         results: of a folder.
         grids: study -> what its grid asks for (`bellbox.comparison.selection.kept`), which its rows are then made of.
             Of a study that is not in it the last results say (`last_asked`).
+        against: the row that differences are to, at the same bits where it has several; where None, the first one in
+            full precision, or the first one of all where none is.
+
+    Raises:
+        BellboxError: no study has a row called `against`, or scipy is needed and not installed.
     """
     studies: dict[str, list[Result]] = {}
     for result in results:
         studies.setdefault(result.study, []).append(result)
-    return [_study(name, found, (grids or {}).get(name)) for name, found in studies.items()]
+    made = [_study(name, found, (grids or {}).get(name), against) for name, found in studies.items()]
+    if against is not None and all(study.baseline is None for study in made):
+        names = dict.fromkeys(summary.row for study in made for summary in study.summaries)
+        raise BellboxError(f"against '{against}': no row has this name; there are: {', '.join(names)}")
+    return made
 
 
-def _study(name: str, everything: list[Result], grid: Sequence[Asked] | None) -> Study:
+def _study(name: str, everything: list[Result], grid: Sequence[Asked] | None, against: str | None) -> Study:
     asked = last_asked(everything) if grid is None else grid
     rows = [_Row(one, one.runs(everything)) for one in asked]
     missing = sum(row.missing() for row in rows)
     rows = [row for row in rows if row.runs]
-    floor = next((row.best for row in rows if _is_full_precision(row.asked.config)), {})
+    floor = next((row for row in rows if _is_full_precision(row.asked.config)), None)
+    first = [floor or row for row in rows[:1]]
+    base = first if against is None else [row for row in rows if row.asked.row == against]
     used = [result for row in rows for result in row.runs.values()]
     return Study(
         name=name,
-        summaries=tuple(_summary(row, floor) for row in rows),
+        summaries=tuple(_summary(row, {} if floor is None else floor.best, base) for row in rows),
         metric="accuracy" if is_vision(asked[0].config) else "perplexity",
         tokens=max((result.tokens for result in used), default=0),
         context=asked[0].config["data"]["context"],
@@ -115,6 +153,7 @@ def _study(name: str, everything: list[Result], grid: Sequence[Asked] | None) ->
         versions=tuple(dict.fromkeys(result.version for result in used)),
         left_out=len(everything) - len(used),
         missing=None if grid is None else missing,
+        baseline=base[0].asked.row if base else None,
     )
 
 
@@ -156,7 +195,13 @@ def _inputs(asked: Asked) -> tuple[float | None, str | None]:
     return asked.bits if own is None else float(own), None
 
 
-def _summary(row: _Row, floor: dict[int, Result]) -> Summary:
+def _difference(row: _Row, base: Sequence[_Row]) -> Difference | None:
+    """To the one of the baseline's rows that has its bits, or to its only one."""
+    alike = base if len(base) == 1 else [one for one in base if one.asked.bits == row.asked.bits]
+    return None if not alike or row in base else difference(row.best, alike[0].best)
+
+
+def _summary(row: _Row, floor: dict[int, Result], base: Sequence[_Row]) -> Summary:
     asked = row.asked
     sound = {seed: result.metric for seed, result in row.best.items() if result.metric is not None}
     floors = {seed: r.metric for seed, r in floor.items() if r.metric is not None and seed in sound}
@@ -187,6 +232,7 @@ def _summary(row: _Row, floor: dict[int, Result]) -> Summary:
         ),
         results=tuple(good),
         full_precision=_is_full_precision(asked.config),
+        difference=_difference(row, base),
     )
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable
 
+from bellbox.comparison.differences import CONFIDENCE, Difference
 from bellbox.comparison.grid import bits_text
 from bellbox.comparison.summary import Study, Summary
 
@@ -21,6 +22,17 @@ def _judged(summary: Summary, factor: float) -> str:
         return "failed"
     deviation = summary.deviation
     return f"{factor * summary.mean:.2f}" + ("" if deviation is None else f" ± {factor * deviation:.2f}")
+
+
+def _difference(study: Study, found: Difference | None) -> str:
+    if found is None:
+        return _NONE
+    factor = factor_of(study)
+    text = f"{factor * found.value:+.2f}" + ("§" if found.seeds == 1 else "")
+    text += "¶" if study.is_open(found) else ""
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} [{factor * found.low:+.2f}, {factor * found.high:+.2f}]"
 
 
 def factor_of(study: Study) -> float:
@@ -59,6 +71,7 @@ def _columns(study: Study) -> tuple[tuple[str, Callable[[Summary], str]], ...]:
         ("bits", _bits),
         (title_of(study), lambda s: _judged(s, factor_of(study))),
         ("of full precision", lambda s: _number(s.ratio, ".3f")),
+        ("difference", lambda s: _difference(study, s.difference)),
         ("weight entropy", lambda s: _number(s.weight_entropy, ".3f")),
         ("input entropy", lambda s: _number(s.activation_entropy, ".3f")),
         ("step, ms", lambda s: _NONE if s.step_seconds is None else f"{1e3 * s.step_seconds:.0f}"),
@@ -98,6 +111,7 @@ def notes(study: Study) -> list[str]:
         found.append(
             f"Measured {' and '.join(study.dates)} on {'; '.join(study.machines)}; Bellbox {'; '.join(study.versions)}."
         )
+    found += _notes_on_differences(study)
     if any(summary.at_edge for summary in study.summaries):
         found.append("* The best rate is at the end of those tried: a better one may lie beyond.")
     if any(summary.untuned for summary in study.summaries):
@@ -122,6 +136,50 @@ def notes(study: Study) -> list[str]:
             " seed that is not asked for any more."
         )
     return found
+
+
+def _notes_on_differences(study: Study) -> list[str]:
+    differences = study.differences
+    if not differences:
+        return []
+    unit = "points, " if study.metric == "accuracy" else ""
+    found = [
+        f"Difference: {unit}row less {study.baseline}, over the seeds that both have. A seed gives both the same"
+        " initial weights and the same order of the data." + _what_is_in_brackets(differences)
+    ]
+    if all(not one.parts for one in differences):
+        found.append(
+            "These results have no losses per document: an interval is over seeds alone, and one seed has none."
+        )
+    elif any(not one.parts for one in differences):
+        found.append(
+            "Some of these results have no losses per document: their intervals are over seeds alone."
+        )
+    if any(one.seeds == 1 for one in differences):
+        found.append(f"§ One seed: another may change it{_what_a_seed_does(study)}.")
+    if any(study.is_open(one) for one in differences):
+        found.append(
+            "¶ Not told apart: zero lies in the interval, or within what a seed does to the other rows."
+        )
+    return found
+
+
+def _what_is_in_brackets(differences: list[Difference]) -> str:
+    if all(one.low is None for one in differences):
+        return ""
+    over = ["seeds"] if any(one.seeds > 1 for one in differences) else []
+    over += dict.fromkeys(one.unit for one in differences if one.unit is not None)
+    return f" In brackets {CONFIDENCE:.0%} for other {' and '.join(over)} (bootstrap, paired; Student's t)."
+
+
+def _what_a_seed_does(study: Study) -> str:
+    pooled = study.seed_deviation
+    if pooled is None:
+        return ", by how much no difference in this study says"
+    return (
+        f"; a seed moves the differences of the rows that have several by {factor_of(study) * pooled[0]:.2f} (standard"
+        " deviation, pooled)"
+    )
 
 
 def rates(study: Study) -> tuple[list[str], list[list[str]]]:
@@ -165,7 +223,8 @@ def comma_separated(studies: list[Study]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     metrics = sorted({study.metric for study in studies}, reverse=True)  # perplexity, then accuracy
     writer.writerow(
-        ["study", "method", "bits", *metrics, "deviation", "ratio", "weight_entropy",
+        ["study", "method", "bits", *metrics, "deviation", "ratio", "baseline", "difference",
+         "difference_low", "difference_high", "difference_seeds", "difference_parts", "weight_entropy",
          "lowest_weight_entropy", "activation_entropy", "step_seconds", "block_bytes", "packable", "lr",
          "lr_at_edge", "rates", "seeds", "tokens", "failed"]
     )  # fmt: skip
@@ -173,11 +232,18 @@ def comma_separated(studies: list[Study]) -> str:
         for s in study.summaries:
             values = [s.mean if study.metric == metric else None for metric in metrics]
             writer.writerow(
-                [study.name, s.row, s.bits, *values, s.deviation, s.ratio, s.weight_entropy,
+                [study.name, s.row, s.bits, *values, s.deviation, s.ratio,
+                 *_difference_fields(study, s.difference), s.weight_entropy,
                  s.lowest_weight_entropy, s.activation_entropy, s.step_seconds, s.block_bytes,
                  s.not_packed is None, s.lr, s.at_edge, len(s.tried), len(s.values), study.tokens, len(s.errors)]
             )  # fmt: skip
     return buffer.getvalue()
+
+
+def _difference_fields(study: Study, found: Difference | None) -> list[object]:
+    if found is None:
+        return [None] * 6
+    return [study.baseline, found.value, found.low, found.high, found.seeds, found.parts]
 
 
 def latex(studies: list[Study]) -> str:
@@ -203,7 +269,7 @@ def latex(studies: list[Study]) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "†": r"$^\dagger$",
-    "‡": r"$^\ddagger$",
+    "‡": r"$^\ddagger$", "§": r"$^\S$", "¶": r"$^\P$",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -34,6 +35,7 @@ def accuracy(
     batch_size: int = 128,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    each: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
 ) -> AccuracyResult:
     """Loss and top-1 accuracy; the model's train/eval modes are restored.
 
@@ -44,6 +46,8 @@ def accuracy(
         batch_size: images at once.
         device: where to compute; where the model's first parameter lies if None.
         progress: called with (images done, images in all) after every batch.
+        each: called with the number of an image among those used, the losses from there on, nats, float64 `[n]`, and
+            whether each is named rightly, bool `[n]`.
 
     Raises:
         BellboxError: more images than there are, or logits that are NaN.
@@ -62,7 +66,11 @@ def accuracy(
             part = float(F.cross_entropy(logits.double(), labels, reduction="sum"))
             if part != part:
                 raise BellboxError(f"{split.where}: the model's logits are NaN among images {start} and on")
-            loss, right = loss + part, right + int((logits.argmax(-1) == labels).sum())
+            hits = logits.argmax(-1) == labels
+            loss, right = loss + part, right + int(hits.sum())
+            if each is not None:
+                nats = F.cross_entropy(logits.double(), labels, reduction="none")
+                each(start, nats.cpu().numpy(), hits.cpu().numpy())
             if progress is not None:
                 progress(start + len(some), total)
     return AccuracyResult(loss / total, right / total, total)

@@ -59,6 +59,7 @@ def perplexity(
     device: torch.device | str | None = None,
     byte_lengths: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
+    each: Callable[[int, np.ndarray], None] | None = None,
 ) -> PerplexityResult:
     """Perplexity and bits per byte of a causal language model; its train/eval modes are restored.
 
@@ -72,6 +73,7 @@ def perplexity(
         device: where to compute; where the model's first parameter lies if None. The model is not moved.
         byte_lengths: UTF-8 bytes of each token id, int64 `[vocab]`; a `TokenSplit` has its own.
         progress: called with (tokens scored, tokens to score) after every batch.
+        each: called with the place of a token in the split and the losses from there on, nats, float64 `[n]`.
 
     Raises:
         BellboxError: for sizes that do not fit, under two tokens, or logits that are NaN.
@@ -98,7 +100,7 @@ def perplexity(
             tokens = torch.from_numpy(rows).to(device)
             new = windows[0][2]
             logits = logits_of(model(tokens[:, :-1]))[:, -new:]
-            nats += _sum_of_losses(logits, tokens[:, -new:], scored + 1)
+            nats += _sum_of_losses(logits, tokens[:, -new:], scored + 1, each)
             scored += new * len(windows)
             if progress is not None:
                 progress(scored, total - 1)
@@ -155,7 +157,12 @@ def logits_of(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
-def _sum_of_losses(logits: torch.Tensor, targets: torch.Tensor, first: int) -> float:
+def _sum_of_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    first: int,
+    each: Callable[[int, np.ndarray], None] | None,
+) -> float:
     """Sum over `[batch, T, vocab]` and `[batch, T]` of the cross entropy, a bounded part of it at a time."""
     vocab = logits.shape[-1]
     rows, labels = logits.reshape(-1, vocab), targets.reshape(-1)
@@ -163,13 +170,16 @@ def _sum_of_losses(logits: torch.Tensor, targets: torch.Tensor, first: int) -> f
     total = 0.0
     for at in range(0, len(labels), step):
         losses = F.cross_entropy(rows[at : at + step].float(), labels[at : at + step], reduction="none")
-        part = losses.cpu().double().sum().item()
+        nats = losses.cpu().double()
+        part = nats.sum().item()
         if math.isnan(part):
             raise BellboxError(
                 f"the model's logits are NaN among scored tokens {first:,} to {first + len(labels) - 1:,}; "
                 "its weights or its inputs are not finite"
             )
         total += part
+        if each is not None:
+            each(first + at, nats.numpy())
     return total
 
 

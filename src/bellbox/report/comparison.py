@@ -132,8 +132,8 @@ def _by_row(study: Study) -> Picture | None:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
     return Picture(
         f"{study.metric}-by-row",
-        "Every row and bit width. Ticks are single seeds, the marker is their mean, the bar one standard deviation;"
-        " rows whose bars overlap are not told apart by this study.",
+        "Every row and bit width. Ticks are single seeds, the marker is their mean, the bar one standard deviation."
+        " Seeds are paired, so which rows are told apart is for the table's differences to say, not for these bars.",
         to_svg(drawn, f"{study.metric.capitalize()} of every row"),
     )
 

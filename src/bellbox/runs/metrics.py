@@ -10,7 +10,8 @@ happened. Only the fields of `WALL_CLOCK` may differ between two equal runs.
      "weight_entropy": {"mean", "layers": {name: bits}}, "activation_entropy": likewise,
      "gamma": {"weight": {name: {"mean", "std", "min", "max"}}, "activation": {name: value}},
      "saturated": {"weight": {"mean", "layers"}, "activation": likewise},
-     "feature_spectrum": [shares, the largest first], "seconds"}
+     "feature_spectrum": [shares, the largest first],
+     "parts": {"unit", "sizes": [tokens], "losses": [nats a token]}, "seconds"}
 
 A vision run has "accuracy", a share, in place of "perplexity" and "bits_per_byte", and none in training records; its
 "tokens" and "tokens_per_s" are images.
@@ -18,7 +19,9 @@ A vision run has "accuracy", a share, in place of "perplexity" and "bits_per_byt
 Units: loss of the data and divergence from a teacher (only where there is one) in nats per token or image, entropy in
 bits per code, saturated as a share of all codes. The spectrum is that of the pooled features that a MEC term sees
 (`bellbox.objectives.spectrum`), over up to 2,048 validation samples; absent where fewer than three are known. Where
-nothing is quantized, the four fields before it are absent. A number that is not finite is written as null.
+nothing is quantized, the four fields before it are absent. Parts are documents, or what `bellbox.evaluation.parts`
+takes for them, at most 256; of images they also say how many are "right". A number that is not finite is written as
+null.
 """
 
 from __future__ import annotations

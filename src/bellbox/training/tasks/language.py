@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from bellbox import data
 from bellbox.data.shards import TokenDataset
 from bellbox.evaluation import perplexity
+from bellbox.evaluation.parts import TokenParts
 from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.metrics import perplexity_of
 from bellbox.training.tasks.base import Task
@@ -55,12 +57,19 @@ class LanguageTask(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """See `Task`."""
-        result = perplexity(model, self.dataset.valid, context=self.config.data.context)
+        parts = self.parts.losses()
+        result = perplexity(model, self.dataset.valid, context=self.config.data.context, each=parts.add)
         return {
             "loss": result.loss,
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
+            "parts": parts.record(),
         }
+
+    @functools.cached_property
+    def parts(self) -> TokenParts:
+        """Of the validation split."""
+        return TokenParts(self.dataset.valid)
 
     def counted_inputs(self) -> Tensor | None:
         """See `Task`."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from bellbox.data.images import Augmentation, ImageBatches, ImageDataset
 from bellbox.errors import BellboxError
 from bellbox.evaluation.accuracy import accuracy
+from bellbox.evaluation.parts import image_losses
 from bellbox.models.image import Normalise
 from bellbox.runs.config import ResolvedConfig
 from bellbox.training.tasks.base import Task
@@ -72,8 +73,10 @@ class VisionTask(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """See `Task`."""
-        result = accuracy(model, self.dataset.valid, images=self.config.vision.valid_images)
-        return {"loss": result.loss, "accuracy": result.accuracy}
+        images = self.config.vision.valid_images
+        parts = image_losses(len(self.dataset.valid) if images is None else images)
+        result = accuracy(model, self.dataset.valid, images=images, each=parts.add)
+        return {"loss": result.loss, "accuracy": result.accuracy, "parts": parts.record()}
 
     def counted_inputs(self) -> Tensor | None:
         """See `Task`."""
