@@ -39,7 +39,10 @@ MAY_KNOW = {
     "training": "errors utils core quantizers recipe nn optim convert models data objectives evaluation formats runs",
     "benchmark": "utils core ops recipe nn convert models inference",
     "report": "errors utils runs comparison",
-    "comparison": "errors utils core quantizers recipe nn convert data formats runs training report",
+    "comparison": (
+        "errors utils core quantizers recipe nn convert models data inference evaluation ptq formats runs training "
+        "benchmark report"
+    ),
 }  # fmt: skip
 
 

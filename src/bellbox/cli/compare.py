@@ -5,6 +5,7 @@ bellbox compare my-grid.yaml --out studies/mine --jobs 2 --keep-runs
 bellbox compare studies/screen --tables
 bellbox compare studies/screen --tables --against "BBQ, paper"
 bellbox compare my-grid.yaml --out studies/mine --import mine   # rows with methods of your own, from mine.py
+bellbox compare --baselines --help                              # GPTQ, AutoRound, HQQ ... on a trained checkpoint
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from bellbox.cli import compare_baselines
 from bellbox.cli.output import parse_flags, refuse_flags, write_file
 from bellbox.comparison import Grid, Outcome, Results, load_grid, run_grid, summarise, tables
 from bellbox.comparison.selection import kept
@@ -24,6 +26,8 @@ require("tyro", "cli")
 require("scipy", "cli")  # asked for before hours of training, not after them
 
 import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
+
+_BASELINES = "--baselines"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
         SystemExit: 1 where runs failed, 128 + signal after Ctrl-C or SIGTERM.
     """
+    if _BASELINES in argv:
+        compare_baselines.main([word for word in argv if word != _BASELINES])
+        return
     command = parse_flags(Compare, argv, "bellbox compare", __doc__)
     if command.tables:
         if command.out is not None or not command.grid.is_dir():

@@ -21,11 +21,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from bellbox.comparison.jsonl import append_line, whole_lines
 from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import CEWT, CEWT_RATES, DEFAULT_STEPS, TrainConfig
 from bellbox.runs.config_file import WITHOUT_EFFECT, with_field_names
-from bellbox.utils.files import named, one_line
+from bellbox.utils.files import one_line
 
 FILE = "results.jsonl"
 
@@ -253,7 +254,7 @@ class Results:
         self.path = Path(folder) / FILE
         self.all: list[Result] = []
         self._keys: list[str] = []
-        for number, line in enumerate(self._whole_lines(), 1):
+        for number, line in enumerate(whole_lines(self.path), 1):
             try:
                 self._remember(_parsed(line))
             except BellboxError as error:
@@ -271,16 +272,7 @@ class Results:
         Raises:
             OSError: it cannot be written, such as on a full disk; half a line is cut away by the next one.
         """
-        whole = b"".join(self._whole_lines())
-        line = json.dumps(dataclasses.asdict(result), allow_nan=False) + "\n"
-        try:
-            with self.path.open("ab") as file:
-                file.truncate(len(whole))  # half a line that a kill left
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise named(error, self.path) from None
+        append_line(self.path, json.dumps(dataclasses.asdict(result), allow_nan=False))
         self._remember(result)
 
     def drop_failed(self, keys: set[str]) -> int:
@@ -298,12 +290,3 @@ class Results:
     def _remember(self, result: Result) -> None:
         self.all.append(result)
         self._keys.append(identity(result.config, result.data))
-
-    def _whole_lines(self) -> list[bytes]:
-        try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise BellboxError(f"{self.path}: cannot be read ({error.strerror})") from None
-        return lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines

@@ -205,14 +205,15 @@ def markdown(studies: list[Study]) -> str:
     """All studies, each with its table, its notes and its learning rates."""
     parts = []
     for study in studies:
-        parts.append(f"## {study.name}\n\n" + _markdown_table(headings(study), cells(study)))
+        parts.append(f"## {study.name}\n\n" + markdown_table(headings(study), cells(study)))
         parts.append("\n".join(f"- {note}" for note in notes(study)) + "\n")
         if any(len(summary.tried) > 1 for summary in study.summaries):
-            parts.append(f"{rates_title(study)}:\n\n" + _markdown_table(*rates(study)))
+            parts.append(f"{rates_title(study)}:\n\n" + markdown_table(*rates(study)))
     return "\n".join(parts)
 
 
-def _markdown_table(headings: list[str], rows: list[list[str]]) -> str:
+def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 

@@ -10,6 +10,7 @@ page = render(ReportInput(record=read_record("runs/small")))
 ```
 """
 
+from bellbox.report.baselines_page import baselines_page
 from bellbox.report.binarized import binarized_page
 from bellbox.report.comparison import comparison_pictures
 from bellbox.report.comparison_page import comparison_page
@@ -26,6 +27,7 @@ __all__ = [
     "Sample",
     "SizeRow",
     "Verification",
+    "baselines_page",
     "binarized_page",
     "comparison_page",
     "comparison_pictures",

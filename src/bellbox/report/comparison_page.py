@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bellbox.comparison import tables
 from bellbox.comparison.summary import Study
-from bellbox.report.html import document, figure_with_caption, section, text
+from bellbox.report.html import document, figure_with_caption, section, table, text
 from bellbox.report.sheet import Picture
 
 
@@ -26,22 +26,12 @@ def comparison_page(drawn: Sequence[tuple[Study, Sequence[Picture]]]) -> str:
 
 
 def _study(study: Study, pictures: Sequence[Picture]) -> str:
-    body = _table(tables.headings(study), tables.cells(study))
+    body = table(tables.headings(study), tables.cells(study))
     body += "".join(f'<p class="caption">{text(note)}</p>\n' for note in tables.notes(study))
     body += "".join(figure_with_caption(picture.svg, picture.caption) for picture in pictures)
     if any(len(summary.tried) > 1 for summary in study.summaries):
         body += (
             f"<details open><summary>{tables.rates_title(study)}</summary>"
-            f"{_table(*tables.rates(study))}</details>\n"
+            f"{table(*tables.rates(study))}</details>\n"
         )
     return section(study.name, body)
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{text(name)}</th>" for name in headings)
-    body = "".join(
-        f'<tr><th scope="row">{text(line[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in line[1:])}</tr>'
-        for line in rows
-    )
-    table = f'<table class="sizes"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{table}</div>\n'

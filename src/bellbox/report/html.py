@@ -27,6 +27,17 @@ def figure_with_caption(svg: str, caption: str) -> str:
     return f"<figure>\n{svg}\n<figcaption>{text(caption)}</figcaption>\n</figure>\n"
 
 
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column names its rows; it scrolls by itself where the page is narrow."""
+    head = "".join(f"<th>{text(name)}</th>" for name in headings)
+    body = "".join(
+        f'<tr><th scope="row">{text(line[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in line[1:])}</tr>'
+        for line in rows
+    )
+    whole = f'<table class="sizes"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{whole}</div>\n'
+
+
 def text(value: str) -> str:
     """Escaped, for content and attributes alike."""
     return html.escape(value, quote=True)

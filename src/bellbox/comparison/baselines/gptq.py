@@ -1,0 +1,50 @@
+"""GPTQ through gptqmodel: columns fixed one after another, their error fed to the later ones; symmetric groups.
+
+It compiles a small extension the first time, which takes a minute or more, and needs a compiler and ninja.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bellbox.comparison.baselines.baseline import Baseline
+from bellbox.comparison.baselines.job import Job
+from bellbox.comparison.baselines.widen import widened
+from bellbox.errors import require
+
+
+def _package() -> Any:
+    os.environ.setdefault(
+        "GPTQMODEL_CPU_WORKERS", "2"
+    )  # with one, which it takes where there are two cores, it refuses
+    return require("gptqmodel", "baselines")
+
+
+def _make(job: Job, folder: Path) -> None:
+    package = _package()
+    config = package.QuantizeConfig(bits=4, group_size=_group(job), device="cpu")
+    model = package.GPTQModel.load(str(job.checkpoint), config)
+    model.quantize(job.calibration_batches(), batch_size=1)
+    model.save(str(folder))
+
+
+def _group(job: Job) -> int:
+    """The package pads a last group that is not whole."""
+    return job.group
+
+
+def _load(folder: Path, job: Job) -> nn.Module:  # noqa: ARG001
+    package = _package()
+    model = package.GPTQModel.load(str(folder), device="cpu", backend=package.BACKEND.TORCH).model
+    return widened(model, lambda module: hasattr(module, "qweight"), torch.float16)
+
+
+BASELINE = Baseline(
+    "gptq", "GPTQ", _make, _load, 4, module="gptqmodel", package="gptqmodel",
+    install="pip install --no-deps gptqmodel (docs/baselines.md says what it needs beside that)",
+)  # fmt: skip

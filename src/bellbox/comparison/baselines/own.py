@@ -1,0 +1,92 @@
+"""Bellbox's own rows: full precision in both libraries, weights rounded to 4 bits, post-training binarization."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bellbox.comparison.baselines.baseline import Baseline, plain_transformer, refused
+from bellbox.comparison.baselines.job import Job
+from bellbox.convert import convert, prepare
+from bellbox.errors import BellboxError
+from bellbox.formats import packed
+from bellbox.formats.auto import kind_of, open_model
+from bellbox.models import load_hf
+from bellbox.ptq import Job as Binarization
+from bellbox.ptq import Settings, binarize_folder
+from bellbox.recipe import Recipe
+
+
+def _round_weights(job: Job, folder: Path, method: str, options: dict[str, Any]) -> None:
+    model = prepare(load_hf(job.checkpoint), Recipe.of(method, 4, weight_only="float", options=options))
+    # Of a checkpoint in bf16, embeddings in bf16 are exact.
+    packed.save(convert(model, "bf16" if job.dtype == "bfloat16" else "fp32"), folder)
+
+
+def _binarize(job: Job, folder: Path, settings: Settings) -> None:
+    made = folder / "model"
+    context = int(job.tensors()["calibration"].shape[1])
+    binarize_folder(
+        Binarization(job.checkpoint, made, Path(job.calibration), settings, job.samples, context), show=False
+    )
+    for file in made.iterdir():
+        file.rename(folder / file.name)
+    made.rmdir()
+
+
+def _open(folder: Path, job: Job) -> nn.Module:  # noqa: ARG001
+    return open_model(folder).model
+
+
+def _nf(job: Job, folder: Path) -> None:
+    _round_weights(job, folder, "nf", {"group": job.group})
+
+
+FULL = Baseline(
+    "full", "full precision", refused("the checkpoint"), lambda folder, _: plain_transformer(folder, torch.float32),
+    module="transformers", package="transformers", extra="transformers",
+)  # fmt: skip
+FULL_BELLBOX = Baseline(
+    "full-bellbox", "full precision", refused("the checkpoint"), lambda folder, _: load_hf(folder)
+)
+
+OWN = (
+    FULL,
+    FULL_BELLBOX,
+    Baseline("rtn", "round to nearest", partial(_round_weights, method="rtn", options={}), _open, 4),
+    Baseline("nf4", "NF4", _nf, _open, 4),
+    Baseline(
+        "rtn-1bit", "round to nearest, ptq", partial(_binarize, settings=Settings(method="rtn")), _open, 1
+    ),
+    Baseline("billm", "BiLLM", partial(_binarize, settings=Settings(method="billm")), _open, 1),
+    Baseline(
+        "dbellquant", "DBellQuant", partial(_binarize, settings=Settings(method="dbellquant")), _open, 1
+    ),
+)
+
+
+def given(folder: Path, job: Job) -> Baseline:
+    """The row of a packed or binarized model that the user names.
+
+    Raises:
+        BellboxError: it is something else, or has another tokenizer than the checkpoint.
+    """
+    if kind_of(folder) not in ("packed", "binarized"):
+        raise BellboxError(f"{folder}: --packed takes packed or binarized models; convert it first")
+    opened = open_model(folder)
+    if opened.tokenizer is None or opened.load_tokenizer().sha256 != _tokenizer_of(job):
+        raise BellboxError(
+            f"{folder}: has no tokenizer or another one than {job.model}, so their perplexities do not compare"
+        )
+    name = folder.resolve().name
+    return Baseline(f"packed:{name}", name, refused(str(folder)), _open, made=folder.resolve())
+
+
+def _tokenizer_of(job: Job) -> str:
+    from bellbox.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(job.checkpoint).sha256
