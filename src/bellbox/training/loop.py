@@ -105,9 +105,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True):
+        config = config.check()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        config, self._why_precision = _with_precision(config.check())
+        config, self._why_precision = _with_precision(config)
         config = with_prepared_text(config, show)
         self.dataset = open_data(config)
         self.config = resolve(config, self.dataset)
