@@ -25,9 +25,10 @@ from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import DEFAULT_STEPS, TrainConfig
 from bellbox.runs.config_file import WITHOUT_EFFECT, with_field_names
-from bellbox.utils.files import named, one_line
+from bellbox.utils.files import named, one_line, read_bytes
 
 FILE = "results.jsonl"
+_MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -298,9 +299,11 @@ class Results:
 
     def _whole_lines(self) -> list[bytes]:
         try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
+            lines = (
+                read_bytes(self.path, _MOST_BYTES).splitlines(keepends=True)
+                if os.path.lexists(self.path)
+                else []
+            )
         except OSError as error:
             raise BellboxError(f"{self.path}: cannot be read ({error.strerror})") from None
         return lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines

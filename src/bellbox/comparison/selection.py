@@ -82,7 +82,13 @@ def kept(folder: Path) -> dict[str, list[Asked]]:
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
             found[path.stem] = [_asked(cell) for cell in read_json(path)["cells"]]
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError):  # pydantic's is a ValueError
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            RecursionError,
+        ):  # pydantic's is a ValueError
             found[path.stem] = []
         if not found[path.stem]:
             raise BellboxError(f"{path}: damaged; remove it, or run its grid again")
