@@ -510,10 +510,10 @@ def read_documents(folder: Path) -> Any:
 
 
 FORMATS: dict[str, Format] = {
-    "packed": Format(make_packed, read_packed, ("packed/*",), seal_packed),
-    "binarized": Format(make_binarized, read_binarized, ("out/*",), seal_binarized, share=0.7),
+    "packed": Format(make_packed, read_packed, ("packed/*",), seal_packed, share=0.4),
+    "binarized": Format(make_binarized, read_binarized, ("out/*",), seal_binarized, share=0.15),
     "unfinished": Format(
-        make_unfinished, read_unfinished, ("out.unfinished/*", "source/*.json", "text.txt"), share=0.03
+        make_unfinished, read_unfinished, ("out.unfinished/*", "source/*.json", "text.txt"), share=0.01
     ),
     "tokens": Format(lambda folder: make_tokens(folder) and None, read_tokens, ("set/*",), seal_tokens),
     "npz": Format(make_npz, lambda folder: read_images(folder / "a.npz"), ("a.npz",)),
@@ -521,15 +521,15 @@ FORMATS: dict[str, Format] = {
     "idx": Format(make_idx, read_images, ("*",)),
     "pictures": Format(make_pictures, read_pictures, ("*/*/*",)),
     "yaml": Format(
-        make_yaml, lambda folder: load_config(folder / "config.yaml"), ("config.yaml",), share=0.4
+        make_yaml, lambda folder: load_config(folder / "config.yaml"), ("config.yaml",), share=0.15
     ),
-    "grid": Format(make_grid, lambda folder: load_grid(folder / "grid.yaml"), ("grid.yaml",), share=0.1),
-    "recipe": Format(make_recipe, read_recipe, ("recipe.yaml",), share=0.5),
+    "grid": Format(make_grid, lambda folder: load_grid(folder / "grid.yaml"), ("grid.yaml",), share=0.02),
+    "recipe": Format(make_recipe, read_recipe, ("recipe.yaml",), share=0.15),
     "results": Format(make_results, read_results, ("results.jsonl", "grids/*")),
     "tokenizer": Format(make_tokenizer, read_tokenizer, ("tokenizer.json",)),
     "sentencepiece": Format(make_sentencepiece, read_sentencepiece, ("tokenizer.model",), share=0.4),
-    "huggingface": Format(make_hf, read_hf, ("*",), share=0.7),
-    "shards": Format(make_hf_shards, lambda folder: logits(load_hf(folder)), ("*",), share=0.7),
+    "huggingface": Format(make_hf, read_hf, ("*",), share=0.2),
+    "shards": Format(make_hf_shards, lambda folder: logits(load_hf(folder)), ("*",), share=0.2),
     "checkpoint": Format(make_checkpoint, read_checkpoint, ("checkpoints/*/*",), seal_checkpoint),
     "run": Format(
         make_run,
@@ -537,7 +537,7 @@ FORMATS: dict[str, Format] = {
         ("run/config.yaml", "run/tokenizer.json", "run/checkpoints/*/*"),
         seal_checkpoint,
         bound=("run/config.yaml", "run/tokenizer.json"),
-        share=0.3,
+        share=0.06,
     ),
     "resumed": Format(
         make_resumed,
@@ -545,9 +545,9 @@ FORMATS: dict[str, Format] = {
         ("run/*", "run/set/*", "run/checkpoints/*/*"),
         seal_checkpoint,
         bound=("run/config.yaml", "run/set/*"),
-        share=0.03,
+        share=0.008,
     ),
     "metrics": Format(make_run, lambda folder: read_record(folder / "run"), ("run/*.json*",), share=0.7),
-    "page": Format(make_run, read_page, ("run/metrics.jsonl", "run/environment.json"), share=0.01),
+    "page": Format(make_run, read_page, ("run/metrics.jsonl", "run/environment.json"), share=0.003),
     "documents": Format(make_documents, read_documents, ("*",)),
 }

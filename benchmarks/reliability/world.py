@@ -57,7 +57,7 @@ def make_world(root: Path) -> dict[str, str]:
 
 
 def _make_results(root: Path) -> None:
-    for name, study in (("names", "../up"), ("markupnames", ODD.replace("/", ""))):
+    for name, study in (("names", "../up"), ("markupnames", ODD.replace("\\", ""))):
         (root / name).mkdir()
         specimens.make_results(root / name)
         shutil.rmtree(root / name / "grids")

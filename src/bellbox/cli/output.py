@@ -18,6 +18,10 @@ from bellbox.errors import BellboxError, require
 from bellbox.utils.files import refuse_target, write_text
 
 
+_REFUSED = 2
+"""Exit code of tyro for arguments that it cannot read."""
+
+
 def parse_flags(kind: Any, argv: list[str], prog: str, docstring: str | None, **settings: Any) -> Any:
     """A command's arguments as a dataclass.
 
@@ -42,7 +46,7 @@ def parse_flags(kind: Any, argv: list[str], prog: str, docstring: str | None, **
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, args=arguments, prog=prog, description=help_text(docstring), **settings)
     except SystemExit as exit:
-        if not exit.code:
+        if exit.code != _REFUSED:  # after --help, or a signal that came in between
             raise
     raise BellboxError(f"{_first_section(said.getvalue())}; see {prog} --help")
 
