@@ -212,7 +212,8 @@ FULL: tuple[str, ...] = (
 """No file may grow beyond 500 bytes: exit code 2 and a line that names the file; what stood there stands there."""
 
 STOPPED: tuple[str, ...] = (
-    "@train --steps 100000 --no-tensorboard", "ptq {source} --calibration {text} --out {new} --samples 32 --context 16", "compare {longgrid} --out {new}",
+    "@train --steps 100000 --no-tensorboard",
+    "ptq {source} --calibration {text} --out {new} --samples 32 --context 16", "compare {longgrid} --out {new}",
     "data prepare {text} {jsonl} --out {new} --vocab-size 300", "eval {run} --stride 1",
     "generate {run} --prompt a --max-new-tokens 30", "bench kernels --shapes 8x8 --rows 1 --bits 1 --seconds 20",
     "demo --out {new} --steps 1000", "convert {run} --out {new}", "report {run} --out {new}/a.html",

@@ -117,6 +117,7 @@ def _codes(case: Case) -> tuple[int, ...]:
 
 def _limits(case: Case) -> None:
     """In the process of the command, before it begins."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has what runs in the background ignore it
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     if case.kind == "full":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -194,6 +195,7 @@ def _in_fork(case: Case, words: list[str], cwd: Path, output: int, error: int) -
             os.dup2(handle, number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         _limits(case)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             bellbox.cli.main.main(words)
             code = 0

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from bellbox.errors import BellboxError, require
 from bellbox.utils.files import refuse_target, write_text
 
-
 _REFUSED = 2
 """Exit code of tyro for arguments that it cannot read."""
 
