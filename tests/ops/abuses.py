@@ -10,9 +10,13 @@ from typing import Any
 import torch
 
 import bellbox as bb
-from bellbox.ops import native
+from bellbox.nn import PackedLayer  # what defines the operations of layers
+from bellbox.ops import binarized_linear, native
 from bellbox.ops.weight_layout import prepack
+from bellbox.quantizers import QuantizerSpec
+from bellbox.quantizers.bbq import BBQ
 
+del PackedLayer
 HUGE = 2**40
 OVERFLOW = 2**62
 LINEAR = (
@@ -69,6 +73,71 @@ def of_tensors() -> dict[str, list[Any]]:
     }  # fmt: skip
 
 
+def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Abuses of every other operation: its arguments as they should be, with one of them spoilt."""
+    f, r, one = torch.ones(4, 64), torch.ones(4, 1), torch.ones(1, 1)
+    u8, thresholds = torch.zeros(4, 64, dtype=torch.uint8), torch.tensor([-1.0, 0, 1])
+    i8, words = torch.zeros(5, 64, dtype=torch.int8), prepack(u8, 4)
+    laid = binarized_linear.empty_layout(5, 64, 32)
+    half, whole, flat = f.half(), f.long(), torch.ones(())
+    dtype = torch.float32
+    edges, scales = thresholds.clone(), list(BBQ(64, QuantizerSpec(), 4).own_scales().values())
+    bad_x = (None, "x", f.to(torch.complex64))
+    for name, good, spoilt in (
+        ("binarized_linear", (f, *laid, None, 5, 32, 8), {
+            0: (*bad_x, half, whole, f[:, :60], torch.ones(0), flat, torch.ones(4, 0)),
+            1: (None, laid.planes[:0], laid.planes[:, :1], laid.planes.float()),
+            2: (None, laid.scales.float(), laid.scales[:, :1], laid.scales[:0], laid.scales.transpose(0, 3)),
+            3: (None, laid.order + 64, laid.order - 65, laid.order[:-4], laid.order.long()),
+            4: (None, laid.steps + 1, -laid.steps, laid.steps[:1], laid.steps.long(), laid.steps.flatten(),
+                torch.tensor([[-8, 16], [0, 8]], dtype=torch.int32), torch.full((2, 2), 2**31 - 1, dtype=torch.int32)),
+            5: (torch.ones(4), torch.ones(5).half(), 1),
+            6: (0, -5, 17, HUGE, OVERFLOW, None), 7: (0, -1, 16, HUGE, OVERFLOW, 1.5), 8: (0, 1, 9, 16, -8, HUGE),
+        }),
+        ("int8_linear", (f, i8, torch.ones(5)), {
+            0: (*bad_x, f[:, :63], flat), 1: (None, u8, i8[:, :63], i8[0], i8[None]),
+            2: (None, torch.ones(4), torch.ones(6), torch.ones(0), torch.ones(5, 5)),
+        }),
+        ("prepack", (u8, 4, 1), {
+            0: (None, f, u8 + 4, u8[0], u8[None]), 1: (0, 1, -4, 257, HUGE, None), 2: (0, -1, 7, HUGE, OVERFLOW),
+        }),
+        ("unpack", (words, 4, 64, 4), {
+            0: (None, words[:9], words.float(), words[None], words[:0]), 1: (-1, 999, HUGE, OVERFLOW, None),
+            2: (-1, 999, HUGE, OVERFLOW), 3: (0, 1, -4, 257, HUGE),
+        }),
+        ("encode", (f, r, [-1.0, 0.0, 1.0], 64), {
+            0: (*bad_x, f[:, :63], flat), 1: (None, r[:3], torch.ones(9, 1), r[:0]), 2: (None, ["a"], [0.0] * 300),
+            3: (0, -1, 3, 128, HUGE, None),
+        }),
+        ("rotate", (f, 1.0, 64, dtype), {0: (*bad_x, f[:, :63], flat), 2: (0, -1, 3, 128, HUGE), 3: ("no",)}),
+        ("rms_norm", (f, torch.ones(64), 1e-5), {
+            0: (*bad_x, f[:, :63], flat), 1: (None, torch.ones(63), torch.ones(0), torch.ones(2, 64)), 2: (None, "a"),
+        }),
+        ("bbq_forward", (f, r, r, [-1.0, 0.0, 1.0], -0.5, 64, dtype), {
+            0: (*bad_x, f[:, :63], flat), 1: (None, r[:3], torch.ones(9, 1)), 2: (None, r[:3], torch.ones(9, 1)),
+            3: (None, ["a"]), 5: (0, -1, 3, 128, HUGE), 6: ("no",),
+        }),
+        ("bbq_backward", (f, f, f, r, one, one, 64, False), {
+            0: (*bad_x, f[:, :63]), 1: (None, f[:3]), 2: (None, f[:3]), 3: (None, r[:3]), 4: (None, torch.ones(3)),
+            6: (0, -1, 3, 128, HUGE),
+        }),
+        ("clip_backward", (f, f, None, -1.0, 1.0), {0: (*bad_x, f[:3]), 1: (None, f[:3]), 2: (f[:3], 1), 3: (None,)}),
+        ("learned_encode", (f, r, edges), {0: (*bad_x, f[:, :63][:3]), 1: (None, r[:3]), 2: (None, edges[None, None])}),
+        ("learned_forward", (f, r, one, edges, dtype), {0: bad_x, 1: (None, r[:3]), 2: (None,), 4: ("no",)}),
+        ("learned_backward", (f, f, torch.arange(4.0), torch.ones(3)), {
+            0: (*bad_x, f[:3]), 1: (None, f[:3]), 2: (None,),
+        }),
+        ("first_scale", (f, scales, '{"method": "bbq"}', 64, 4, "layer", False), {
+            0: (None,), 1: (None, [None]), 2: (None, "", "[", "{}", '{"method": 3}'), 3: (None, "a"), 5: (None,),
+        }),
+    ):  # fmt: skip
+        called = getattr(torch.ops.bellbox, name)
+        called(*good)  # else every one of them would be refused for another reason
+        for at, values in spoilt.items():
+            for i, value in enumerate(values):
+                yield f"{name} {at} {i}", lambda c=called, g=good, a=at, v=value: c(*g[:a], v, *g[a + 1 :])
+
+
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every abuse with a name."""
     for operation in (linear, conv):
@@ -87,6 +156,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         )
     yield "conv geometry short", lambda: conv(geometry=plain[:4])
     yield "conv add", lambda: conv(add=torch.ones(2, 5, 6, 8))
+    yield from of_operations()
     if native.available():
         yield from of_module()
 

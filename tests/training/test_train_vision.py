@@ -308,3 +308,77 @@ def test_a_packed_model_without_a_size_asks_for_one(
     with pytest.raises(SystemExit):
         main(["eval", str(tmp_path / "packed"), "--data", str(tmp_path / "pictures")])
     assert "say what to scale them to (vision.image_size, --image-size)" in capsys.readouterr().err
+
+
+def _as_pictures(images: Path, folder: Path) -> Path:
+    """The first few images as files in folders of classes."""
+    pillow = pytest.importorskip("PIL.Image")
+    with np.load(images) as arrays:
+        for split, name in (("train", "train"), ("valid", "test")):
+            for number in range(16):
+                place = folder / split / f"class{arrays[f'{name}_labels'][number]}" / f"{number}.bmp"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                pillow.fromarray(arrays[f"{name}_images"][number]).save(place)
+    return folder
+
+
+def _as_idx(images: Path, folder: Path) -> Path:
+    folder.mkdir()
+    with np.load(images) as arrays:
+        for name, split in (("train", "train"), ("t10k", "test")):
+            gray = arrays[f"{split}_images"][..., 0]
+            for kind, values in (
+                ("images-idx3", gray),
+                ("labels-idx1", arrays[f"{split}_labels"].astype(np.uint8)),
+            ):
+                sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+                content = bytes((0, 0, 8, values.ndim)) + sizes + values.tobytes()
+                (folder / f"{name}-{kind}-ubyte").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "at"),
+    [
+        (_as_pictures, "train/class1/3.bmp", -5),
+        (_as_pictures, "valid/class0/2.bmp", -5),
+        (_as_idx, "train-images-idx3-ubyte", 50),
+        (_as_idx, "t10k-labels-idx1-ubyte", 10),
+    ],
+)
+def test_a_picture_or_label_changed_between_two_starts_is_refused_by_name(
+    tiny_vision: VisionRun, images: Path, tmp_path: Path, make: Callable[..., Path], name: str, at: int
+) -> None:
+    source = make(images, tmp_path / "data")
+    vision = VisionSection(batch=8, crop=1, image_size=8 if make is _as_pictures else None)
+    config = tiny_vision(data=DataSection(source=str(source)), vision=vision, steps=1)
+    train(config, show=False)
+    file = source / name
+    content = bytearray(file.read_bytes())
+    file.write_bytes(content)  # looks another way, and holds the same
+    assert train(dataclasses.replace(config, steps=2), show=False).step == 2
+    content[at] ^= 1  # of the same size
+    file.write_bytes(content)
+    with pytest.raises(BellboxError, match=f"{file.name}: was changed since the run was begun"):
+        train(dataclasses.replace(config, steps=3), show=False)
+
+
+def test_a_picture_that_came_or_went_or_changed_its_class_is_refused_by_name(
+    tiny_vision: VisionRun, images: Path, tmp_path: Path
+) -> None:
+    source = _as_pictures(images, tmp_path / "data")
+    vision = VisionSection(batch=8, crop=1, image_size=8)
+    config = tiny_vision(data=DataSection(source=str(source)), vision=vision, steps=1)
+    train(config, show=False)
+    longer = dataclasses.replace(config, steps=2)
+    picture, elsewhere = source / "train/class1/3.bmp", source / "train/class0/3.bmp"
+    picture.rename(elsewhere)
+    with pytest.raises(BellboxError, match=r"class0/3\.bmp: was added since"):
+        train(longer, show=False)
+    elsewhere.unlink()
+    with pytest.raises(BellboxError, match=r"class1/3\.bmp: is gone since"):
+        train(longer, show=False)
+    moved = source.rename(tmp_path / "elsewhere")
+    (moved / "train/class1/3.bmp").write_bytes((moved / "train/class1/1.bmp").read_bytes())
+    with pytest.raises(BellboxError, match=r"3\.bmp: was changed"):
+        train(dataclasses.replace(longer, data=DataSection(source=str(moved))), show=False)

@@ -17,6 +17,9 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from bellbox.errors import BellboxError, require
 from bellbox.utils.files import refuse_target, write_text
 
+_REFUSED = 2
+"""Exit code of tyro for arguments that it cannot read."""
+
 
 def parse_flags(kind: Any, argv: list[str], prog: str, docstring: str | None, **settings: Any) -> Any:
     """A command's arguments as a dataclass.
@@ -42,7 +45,7 @@ def parse_flags(kind: Any, argv: list[str], prog: str, docstring: str | None, **
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, args=arguments, prog=prog, description=help_text(docstring), **settings)
     except SystemExit as exit:
-        if not exit.code:
+        if exit.code != _REFUSED:  # after --help, or a signal that came in between
             raise
     raise BellboxError(f"{_first_section(said.getvalue())}; see {prog} --help")
 

@@ -6,19 +6,19 @@ import os
 from pathlib import Path
 
 from bellbox.errors import BellboxError
-from bellbox.utils.files import named
+from bellbox.utils.files import named, read_bytes
+
+_MOST_BYTES = 1 << 30
 
 
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file that are complete, with their ends; none where there is no file.
 
     Raises:
-        BellboxError: it cannot be read.
+        BellboxError: it cannot be read, or is no regular file of at most 1 GiB.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
+        lines = read_bytes(path, _MOST_BYTES).splitlines(keepends=True) if os.path.lexists(path) else []
     except OSError as error:
         raise BellboxError(f"{path}: cannot be read ({error.strerror})") from None
     return lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines

@@ -110,7 +110,8 @@ FRAME = ("task", "context", "budget", "vision.valid_images")
 def frame(config: dict[str, Any]) -> tuple[str, int | None, int, int | None]:
     """What runs over the same data must share to be compared: task, tokens of context, the tokens or images that are
     asked for (before they are rounded up to whole steps), and what they are validated on. None where it is not the
-    task's."""
+    task's. Missing keys count as in `complete`."""
+    config = complete(config)
     steps = DEFAULT_STEPS if config["steps"] is None else config["steps"]
     budget = steps * per_step(config) if config["tokens"] is None else config["tokens"]
     if is_vision(config):
@@ -118,14 +119,19 @@ def frame(config: dict[str, Any]) -> tuple[str, int | None, int, int | None]:
     return "language", config["data"]["context"], budget, None
 
 
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as a line holds it, with the present defaults of the keys that it does not have (`precision` as
+    bf16, the default before `auto`)."""
+    return _filled(config, TrainConfig(precision="bf16").to_dict())
+
+
 def settings(config: dict[str, Any]) -> dict[str, Any]:
     """What decides a run's numbers besides its text: a configuration with defaults filled in, the rest left out.
 
     Args:
-        config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as their present defaults
-            (`precision` as bf16).
+        config: a configuration as `TrainConfig.to_dict` gives it; missing keys count as in `complete`.
     """
-    full = _filled(config, TrainConfig(precision="bf16").to_dict())  # the default before `auto`
+    full = complete(config)
     if full["tokens"] is not None:
         full["steps"], full["tokens"] = -(-full["tokens"] // per_step(full)), None
     for key in WITHOUT_EFFECT:
@@ -195,8 +201,22 @@ class _Parts(BaseModel):
 
 @functools.cache
 def _adapters() -> tuple[TypeAdapter[Any], ...]:
-    kinds = (Result, TrainConfig, list[_Point], dict[str, _Histogram], _Parts | None)
+    kinds = (Result, list[_Point], dict[str, _Histogram], _Parts | None)
     return tuple(TypeAdapter(kind) for kind in kinds)
+
+
+@functools.cache
+def _config_adapter() -> TypeAdapter[TrainConfig]:
+    return TypeAdapter(TrainConfig)
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Hold a stored configuration against the keys and types of one; ranges are not looked at.
+
+    Raises:
+        ValidationError: naming what is of another kind.
+    """
+    _config_adapter().validate_python(with_field_names(complete(config)))
 
 
 def _parsed(line: bytes) -> Result:
@@ -205,13 +225,13 @@ def _parsed(line: bytes) -> Result:
     Raises:
         BellboxError: why it is none.
     """
-    result_of, config_of, history_of, gamma_of, parts_of = _adapters()
+    result_of, history_of, gamma_of, parts_of = _adapters()
     try:
         values = with_present_names(json.loads(line, parse_constant=_refuse_constant))
         if unknown := set(values) - {each.name for each in dataclasses.fields(Result)}:
             raise BellboxError(f"unknown key {min(unknown)!r}")
         result: Result = result_of.validate_json(json.dumps(values), strict=True)
-        config_of.validate_python(with_field_names(_filled(result.config, TrainConfig().to_dict())))
+        check_config(result.config)
         history_of.validate_python(result.history)
         gamma_of.validate_python(result.gamma)
         parts_of.validate_python(result.parts)

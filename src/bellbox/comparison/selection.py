@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from bellbox.comparison.plan import Plan
-from bellbox.comparison.results import Result, frame, settings
+from bellbox.comparison.results import Result, check_config, complete, frame, settings
 from bellbox.errors import BellboxError
+from bellbox.quantizers.spec import with_present_names
 from bellbox.utils.files import read_json, write_text
 
 FOLDER = "grids"
@@ -78,15 +81,31 @@ def kept(folder: Path) -> dict[str, list[Asked]]:
     found: dict[str, list[Asked]] = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
-            cells = read_json(path)["cells"]
-            found[path.stem] = [
-                Asked(**{**cell, "lrs": tuple(cell["lrs"]), "seeds": tuple(cell["seeds"])}) for cell in cells
-            ]
-        except (KeyError, TypeError):
-            cells = []
-        if not cells:
+            found[path.stem] = [_asked(cell) for cell in read_json(path)["cells"]]
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            RecursionError,
+        ):  # pydantic's is a ValueError
+            found[path.stem] = []
+        if not found[path.stem]:
             raise BellboxError(f"{path}: damaged; remove it, or run its grid again")
     return found
+
+
+def _asked(cell: dict[str, Any]) -> Asked:
+    """What a kept grid says of one row.
+
+    Raises:
+        ValueError: it is not what `keep` writes.
+    """
+    asked: Asked = TypeAdapter(Asked).validate_json(json.dumps(with_present_names(cell)), strict=True)
+    if not asked.lrs or not asked.seeds:
+        raise ValueError("a row without rates or seeds")
+    check_config(asked.config)
+    return dataclasses.replace(asked, config=complete(asked.config))
 
 
 def last_asked(results: Sequence[Result]) -> list[Asked]:
@@ -102,5 +121,5 @@ def last_asked(results: Sequence[Result]) -> list[Asked]:
         definition = definition_of(members[-1].config)
         same = [result for result in members if definition_of(result.config) == definition]
         lrs, seeds = dict.fromkeys(r.lr for r in same), dict.fromkeys(r.seed for r in same)
-        found.append(Asked(row, bits, tuple(lrs), tuple(seeds), same[-1].config, last.data))
+        found.append(Asked(row, bits, tuple(lrs), tuple(seeds), complete(same[-1].config), last.data))
     return found

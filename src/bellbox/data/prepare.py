@@ -22,6 +22,7 @@ from bellbox.utils.files import new_folder
 DEFAULT_VOCAB = 8192
 DEFAULT_VALID_FRACTION = 0.01
 DEFAULT_SHARD_TOKENS = 1 << 27
+_MOST_SHARD_TOKENS = 1 << 40
 # A tokenizer learns nothing more from further text, and its table of words would go on growing.
 TOKENIZER_SAMPLE_CHARS = 1 << 28
 _BATCH_CHARS = 1 << 20
@@ -113,8 +114,10 @@ def prepare(
     size = size_to_train(tokenizer, vocab_size)
     if valid and valid_fraction is not None:
         raise BellboxError("validation files and a validation fraction were given; drop one of them")
-    if shard_tokens < 1:
-        raise BellboxError(f"shards of {shard_tokens} tokens: a shard holds at least 1")
+    if not 1 <= shard_tokens <= _MOST_SHARD_TOKENS:
+        raise BellboxError(f"shards of {shard_tokens} tokens: a shard holds from 1 to {_MOST_SHARD_TOKENS:,}")
+    if text_field is not None and not text_field:
+        raise BellboxError("the text field has no name; leave it out for 'text'")
     if max_tokens is not None and max_tokens < 1:
         raise BellboxError(f"at most {max_tokens} tokens: must be at least 1")
     fraction = DEFAULT_VALID_FRACTION if valid_fraction is None else valid_fraction
@@ -140,7 +143,7 @@ def prepare(
         )
 
     def rows() -> Rows:
-        return Rows(text_field or "text", skip_null, reporter.skipped)
+        return Rows("text" if text_field is None else text_field, skip_null, reporter.skipped)
 
     budget = _Budget(max_tokens)
     head: int | None = None

@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bellbox.errors import BellboxError
+from bellbox.utils.files import JSON_LIMIT, TOKENIZER_LIMIT, read_bytes, read_text, sha256_file
 
 if TYPE_CHECKING:
     from bellbox.data.tokenizer import Tokenizer
@@ -158,11 +159,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise BellboxError(
             f"{folder}: no such folder; make one with: bellbox data prepare INPUT --out {folder}"
         )
+    if not file.exists():
+        raise BellboxError(f"{folder}: no {MANIFEST} in it, so no token dataset")
+    content = read_bytes(file, JSON_LIMIT)
     try:
-        fields = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise BellboxError(f"{folder}: no {MANIFEST} in it, so no token dataset") from error
-    except (OSError, ValueError, RecursionError) as error:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise BellboxError(f"{file}: damaged, not readable as JSON; prepare the dataset again") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise BellboxError(f"{file}: not the manifest of a token dataset")
@@ -258,7 +260,7 @@ class TokenDataset:
         tokenizer = path / "tokenizer.json"
         if not tokenizer.is_file():
             raise BellboxError(f"{tokenizer}: missing; prepare the dataset again")
-        if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer_sha256:
+        if sha256_file(tokenizer) != manifest.tokenizer_sha256:
             raise BellboxError(f"{tokenizer}: not the tokenizer that the shards were made with")
         dtype = _DTYPES[manifest.dtype]
         splits = {
@@ -311,7 +313,7 @@ class TokenDataset:
         """
         from bellbox.data.tokenizer import token_bytes
 
-        table = token_bytes((self.path / "tokenizer.json").read_text(encoding="utf-8"))
+        table = token_bytes(read_text(self.path / "tokenizer.json", TOKENIZER_LIMIT))
         return np.array([len(one) for one in table], dtype=np.int64)
 
     def __repr__(self) -> str:

@@ -19,12 +19,11 @@ import numpy as np
 
 from bellbox.data.sources import END_OF_TEXT
 from bellbox.errors import BellboxError, require
-from bellbox.utils.files import one_line, parsing, read_json, read_text, write_text
+from bellbox.utils.files import TOKENIZER_LIMIT, one_line, parsing, read_json, read_text, write_text
 
 FILE_NAME = "tokenizer.json"
 _SMALLEST = 256 + 1  # every byte and the end of text
 _LARGEST = 1 << 24
-_MOST_BYTES = 256 << 20
 # Ids may have gaps (reserved ones), but a table of a line for each must not outgrow the file that names a few.
 _MOST_UNUSED_IDS = 1 << 17
 # Names under which other tokenizers keep the token that closes a document, in order of preference.
@@ -166,7 +165,7 @@ class Tokenizer:
 
             text = translate(file)
         else:
-            text = read_text(file, _MOST_BYTES)
+            text = read_text(file, TOKENIZER_LIMIT)
         try:
             return cls(text, end_of_text)
         except BellboxError as error:

@@ -26,7 +26,7 @@ from bellbox.models.gpt import GPT
 from bellbox.models.hf_config import read_config, read_json, write_config
 from bellbox.models.hf_names import block_prefix, canonical, from_hf, to_hf
 from bellbox.models.llama import Llama
-from bellbox.utils.files import write_tensors, write_text
+from bellbox.utils.files import open_regular, write_tensors, write_text
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -224,6 +224,7 @@ def _locate(root: Path, expected: dict[str, tuple[int, ...]], kind: str) -> dict
     places: dict[str, _Place] = {}
     for path, listed in _files(root).items():
         try:
+            open_regular(path).close()  # the library waits for a pipe
             with safe_open(path, framework="pt") as file:
                 present = set(file.keys())
                 absent = sorted((listed or set()) - present)

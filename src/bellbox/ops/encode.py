@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from bellbox.core.hadamard import butterfly, butterfly_between
+from bellbox.errors import BellboxError
 from bellbox.ops.batching import rows_together
 from bellbox.ops.dispatch import Operation
+from bellbox.ops.preconditions import check_rows
 
 SIGMA_FLOOR = 1e-8
 # Above it the fp32 additions of a rotation could overflow (sums reach sigma sqrt(features block)), and inf - inf
@@ -165,6 +167,9 @@ def reference_encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: i
     Returns:
         uint8 `[rows, features]`. Rows with a NaN in `x` or `r` get code 0; the caller's row scales make them NaN.
     """
+    check_rows(x, block, r)
+    if len(thresholds) > 255:
+        raise BellboxError(f"{len(thresholds)} thresholds: a code of a byte counts up to 255")
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scratch = Scratch(x, 4, compute_dtype(x))
     for rows in chunks(x):

@@ -23,6 +23,7 @@ from bellbox.core.hadamard import butterfly_between, hadamard_matrix
 from bellbox.ops.batching import rows_rule, rows_together, samples_rule
 from bellbox.ops.dispatch import Operation
 from bellbox.ops.encode import Scratch, chunks, compute_dtype, count_reached, per_row, rotate_normalise
+from bellbox.ops.preconditions import check_rows
 
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
@@ -50,6 +51,7 @@ def reference_forward(
     Returns:
         `x_hat` and the normalised rotated `v`, both `[rows, features]` in `dtype`.
     """
+    check_rows(x, block, r, scale)
     x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
     kept = torch.empty(x.shape, dtype=dtype, device=x.device)
     scratch = Scratch(x, 4, compute_dtype(x))
@@ -113,6 +115,7 @@ def reference_backward(
         dL/dx `[rows, features]` in the dtype of `grad`, and `sum(grad * x_hat)` of each row, `[rows, 1]` in the
         compute dtype, which gives the gradient of gamma.
     """
+    check_rows(grad, block, r, gamma, free)
     grad_x, dots = torch.empty_like(grad), torch.empty((len(grad), 1), dtype=r.dtype, device=grad.device)
     scratch = Scratch(grad, 5, r.dtype)
     # bf16 gradients: one small matrix product is cheaper than seven passes, at the gradient's own precision.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bellbox.errors import BellboxError
 from bellbox.ops.dispatch import Operation
 from bellbox.ops.rms_norm import check_width
 
@@ -13,8 +14,19 @@ INT8_COLUMNS = 8192
 _SMALLEST = 1e-30
 
 
-def _reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def check(x: Tensor, weight: Tensor, scale: Tensor) -> None:
+    """Refuse arguments that do not fit together.
+
+    Raises:
+        BellboxError: a weight that is no matrix, an input of another width, scales of other rows.
+    """
+    if weight.dim() != 2 or scale.shape != weight.shape[:1]:
+        raise BellboxError(f"an int8 layer of weight {tuple(weight.shape)} got scales {tuple(scale.shape)}")
     check_width("an int8 layer", x, weight.shape[1])
+
+
+def _reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check(x, weight, scale)
     x = x.contiguous()
     largest = x.abs().amax(dim=-1, keepdim=True)
     usable = largest.isfinite() & (largest >= _SMALLEST)
@@ -50,6 +62,6 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         `[..., rows]` fp32.
 
     Raises:
-        BellboxError: another number of columns than the weight's.
+        BellboxError: another number of columns than the weight's, or of scales than its rows.
     """
     return operation.direct(x, weight, scale)

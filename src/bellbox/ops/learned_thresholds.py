@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from bellbox.core.grid import strictly_rising
+from bellbox.errors import BellboxError
 from bellbox.ops.batching import one_by_one, rows_together
 from bellbox.ops.dispatch import Operation
 from bellbox.ops.encode import Scratch, chunks, encode
 from bellbox.ops.fake_quantize import bbq_forward
+from bellbox.ops.preconditions import check_rows
 
 
 def _encode(x: Tensor, r: Tensor, thresholds: Tensor) -> Tensor:
@@ -24,6 +26,8 @@ def _encode(x: Tensor, r: Tensor, thresholds: Tensor) -> Tensor:
         r: `[rows, 1]` or `[1, 1]`, compute dtype.
         thresholds: `[N]`, rising.
     """
+    if thresholds.dim() != 1:
+        raise BellboxError(f"thresholds are {tuple(thresholds.shape)}, must be a list of numbers")
     return encode(x, r, strictly_rising(thresholds.tolist()), 1)
 
 
@@ -69,6 +73,9 @@ def _backward(grad: Tensor, v: Tensor, edges: Tensor, slopes: Tensor) -> tuple[T
         `grad * slope`, in the dtype of `grad`; and fp64 `[2, N]`: for each interval the sum of `grad * slope`, and of
         `grad * slope * (v - its first edge)`.
     """
+    check_rows(grad, 1)
+    if grad.shape != v.shape:
+        raise BellboxError(f"a gradient of {tuple(grad.shape)} does not fit values of {tuple(v.shape)}")
     cuts, steps = edges.tolist(), torch.nn.functional.pad(slopes, (1, 1)).double().diff().tolist()
     above = torch.zeros(2, len(cuts), dtype=torch.float64, device=grad.device)
     out, scratch = torch.empty_like(grad), Scratch(grad, 5, edges.dtype)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bellbox.errors import BellboxError
+from bellbox.ops.preconditions import check_rows
 from bellbox.utils.files import one_line
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -148,6 +149,7 @@ def _table(thresholds: tuple[float, ...]) -> Tensor:
 
 def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Tensor:
     """`bellbox::encode` on fp32 or bf16 rows; see `bellbox.ops.encode`."""
+    check_rows(x, block, r)
     rows, features = x.shape
     codes = x.new_empty(rows, features, dtype=torch.uint8)
     if not codes.numel():
@@ -167,6 +169,7 @@ def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Ten
 
 def rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
     """`bellbox::rotate` on fp32 or bf16 rows; see `bellbox.ops.rotate`."""
+    check_rows(x, block)
     out = x.new_empty(x.shape, dtype=dtype)
     if x.numel():
         _required().rotate(x.contiguous(), x.shape[-1], block, factor, out, torch.get_num_threads())
@@ -183,6 +186,7 @@ def bbq_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`bellbox::bbq_forward` on fp32 or bf16 rows; see `bellbox.ops.fake_quantize`."""
+    check_rows(x, block, r, scale)
     rows, features = x.shape
     x, r, scale = x.contiguous(), r.contiguous(), scale.contiguous()
     x_hat, v = x.new_empty(rows, features, dtype=dtype), x.new_empty(rows, features, dtype=dtype)

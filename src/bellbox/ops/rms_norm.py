@@ -18,8 +18,8 @@ def check_width(what: str, x: Tensor, features: int) -> None:
     Raises:
         BellboxError: naming `what`, both widths.
     """
-    if x.shape[-1:] != (features,):
-        raise BellboxError(f"{what} of {features} inputs got shape {tuple(x.shape)}")
+    if x.shape[-1:] != (features,) or not x.is_floating_point():
+        raise BellboxError(f"{what} of {features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}")
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bellbox.core.hadamard import butterfly_between
 from bellbox.ops.dispatch import Operation
 from bellbox.ops.encode import Scratch, chunks, compute_dtype
+from bellbox.ops.preconditions import check_rows
 from bellbox.ops.transforms import TransformableFunction, apply
 
 
@@ -29,6 +30,7 @@ def reference_rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -
     Returns:
         A new tensor with the shape of `x`.
     """
+    check_rows(x, block)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     wide, flat, target = compute_dtype(x), x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
     scratch = Scratch(flat, 2, wide)

@@ -11,6 +11,7 @@ import json
 import torch
 from torch import Tensor
 
+from bellbox.errors import BellboxError
 from bellbox.ops.dispatch import Operation
 from bellbox.quantizers.registry import METHODS
 from bellbox.quantizers.spec import QuantizerSpec
@@ -33,7 +34,11 @@ def _first_scale(
     Returns:
         New tensors like `scales`.
     """
-    quantizer = METHODS[json.loads(spec)["method"]](features, QuantizerSpec(**json.loads(spec)), rows or None)
+    try:
+        values = json.loads(spec)
+        quantizer = METHODS[values["method"]](features, QuantizerSpec(**values), rows or None)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise BellboxError(f"no quantizer's specification: {type(error).__name__} {error}") from None
     quantizer.to(x.device).train(training)
     quantizer.name = name
     own = list(quantizer.own_scales().values())

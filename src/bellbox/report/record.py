@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bellbox.errors import BellboxError
 from bellbox.runs.metrics import read_records
-from bellbox.utils.files import read_json
+from bellbox.utils.files import JSON_LIMIT, read_json, read_text
 
 
 class _Fields(BaseModel):
@@ -97,10 +97,9 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
         BellboxError: no run there, damaged files, a record without the fields of its kind, or nothing recorded yet.
     """
     root = Path(folder)
-    try:
-        config = (root / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise BellboxError(f"{root}: no run here, config.yaml cannot be read") from None
+    if not (root / "config.yaml").exists():
+        raise BellboxError(f"{root}: no run here, there is no config.yaml")
+    config = read_text(root / "config.yaml", JSON_LIMIT)
     records = read_records(root / "metrics.jsonl")
     if not records:
         raise BellboxError(f"{root / 'metrics.jsonl'}: nothing is recorded yet; train the run first")

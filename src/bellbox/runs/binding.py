@@ -14,6 +14,7 @@ from bellbox.errors import BellboxError
 from bellbox.runs.checkpoint import MANIFEST, Checkpoint
 from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.config_file import config_from_dict, differences
+from bellbox.utils.files import TOKENIZER_LIMIT, read_bytes
 
 
 def binding(config: ResolvedConfig, tokenizer: str | None) -> dict[str, Any]:
@@ -59,10 +60,7 @@ def refuse_other_tokenizer(checkpoint: Checkpoint, tokenizer: Path) -> None:
     kept = checkpoint.run.get("tokenizer")
     if kept is None:
         return
-    try:
-        there = _digest(tokenizer.read_bytes())
-    except OSError as error:
-        raise BellboxError(f"{tokenizer}: cannot be read ({error.strerror})") from None
+    there = _digest(read_bytes(tokenizer, TOKENIZER_LIMIT))
     if there != kept:
         raise BellboxError(
             f"{tokenizer}: is not the tokenizer that {checkpoint.path} was trained with (sha256 {there[:12]}, not "

@@ -250,9 +250,9 @@ class Checkpoints:
 
     def _score(self, step: int) -> tuple[int, float] | None:
         try:
-            state = json.loads((self.path(step) / "state.json").read_text(encoding="utf-8"))
+            state = read_json(self.path(step) / "state.json")
             loss, phase = state["loss"], state.get("phase", 0)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (BellboxError, KeyError):
             return None
         return (-phase, loss) if isinstance(loss, float) and isinstance(phase, int) else None
 

@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bellbox.errors import BellboxError
-from bellbox.utils.files import named, write_text
+from bellbox.utils.files import named, read_bytes, write_text
 
+_MOST_BYTES = 1 << 30
 WALL_CLOCK = ("tokens_per_s", "seconds")
 
 
@@ -50,10 +51,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         BellboxError: no such file, or a line before the last is not a JSON object.
     """
-    try:
-        lines = Path(path).read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise BellboxError(f"cannot read metrics '{path}': {error}") from None
+    lines = read_bytes(path, _MOST_BYTES).splitlines(keepends=True)
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):

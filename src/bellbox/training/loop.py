@@ -49,6 +49,7 @@ from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
 from bellbox.runs.resolve import resolve
 from bellbox.training import random_state
 from bellbox.training.check import check_trainable
+from bellbox.training.data_files import DATA_FILE, refuse_other_files, remember_files
 from bellbox.training.distill import Teacher, divergence
 from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
@@ -58,7 +59,6 @@ from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.pretrained import pretrained_weights
 from bellbox.training.progress import Progress
 from bellbox.training.schedule import one_cycle
-from bellbox.training.shards import DATA_FILE, refuse_other_shards, remember_shards
 from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
 from bellbox.training.text_source import with_prepared_text
@@ -105,9 +105,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True):
+        config = config.check()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        config, self._why_precision = _with_precision(config.check())
+        config, self._why_precision = _with_precision(config)
         config = with_prepared_text(config, show)
         self.dataset = open_data(config)
         self.config = resolve(config, self.dataset)
@@ -218,7 +219,7 @@ class Trainer:
             self._restore(checkpoint)
         save_config(self.config, self.folder / CONFIG_FILE)
         write_text(self.folder / "environment.json", json.dumps(describe(self.device), indent=1) + "\n")
-        remember_shards(self.dataset, self.folder / DATA_FILE)
+        remember_files(self.dataset, self.folder / DATA_FILE)
         if self.task.tokenizer is not None:
             write_text(self.folder / TOKENIZER_FILE, self.task.tokenizer)
         state = self.state
@@ -266,6 +267,7 @@ class Trainer:
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        refuse_other_files(self.dataset, self.folder / DATA_FILE)
         if checkpoint.state.data != self.state.data:
             raise BellboxError(
                 f"data.source '{self.config.data.source}' is not what '{self.folder}' was begun with"
@@ -275,7 +277,6 @@ class Trainer:
                 f"distill.teacher '{self.config.distill.teacher}' is not what '{self.folder}' was begun with"
             )
         refuse_changed(checkpoint, self.config, self.folder / CONFIG_FILE)
-        refuse_other_shards(self.dataset, self.folder / DATA_FILE)
         phase = phase_after(self.phases, checkpoint.step)
         if phase != self.phase:
             self._enter(phase)

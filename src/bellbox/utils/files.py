@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 JSON_LIMIT = 64 << 20
 HEADER_LIMIT = 64 << 20
+TOKENIZER_LIMIT = 256 << 20
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -136,8 +137,13 @@ def named(error: Exception, path: Path) -> OSError:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as file:
+    """Hex digest of a regular file, read in pieces.
+
+    Raises:
+        BellboxError: a pipe, a device, a folder.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,6 +79,8 @@ class ImageDataset:
     """Says whether two data sets are the same."""
     note: str = ""
     """What one must know of the numbers that come out of it."""
+    files: dict[str, Path] = field(default_factory=dict, repr=False)
+    """What it was read from, by names that stay when it is moved; empty where that is another library's to know."""
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over at most 1,024 training images, scaled to [0, 1]."""
@@ -100,7 +103,13 @@ def numbered_classes(split: ImageSplit) -> list[str]:
 
 
 def checked_dataset(
-    source: str, train: ImageSplit, valid: ImageSplit, classes: Sequence[str], checksum: str, note: str = ""
+    source: str,
+    train: ImageSplit,
+    valid: ImageSplit,
+    classes: Sequence[str],
+    checksum: str,
+    note: str = "",
+    files: dict[str, Path] | None = None,
 ) -> ImageDataset:
     """A data set whose splits fit each other.
 
@@ -122,4 +131,4 @@ def checked_dataset(
             )
     if train.shape != valid.shape:
         raise BellboxError(f"{source}: training images are {train.shape}, the others {valid.shape}")
-    return ImageDataset(source, train, valid, tuple(map(str, classes)), checksum, note)
+    return ImageDataset(source, train, valid, tuple(map(str, classes)), checksum, note, files or {})

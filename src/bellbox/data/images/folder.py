@@ -28,7 +28,8 @@ class FolderSplit(ImageSplit):
 
 
 def open_folder(root: Path, size: int) -> ImageDataset:
-    """Open a folder of class folders. Its checksum covers names and sizes of the files, not their content.
+    """Open a folder of class folders. Its checksum covers names and sizes of the files; a run looks at their
+    content too (`bellbox.training.data_files`).
 
     Raises:
         BellboxError: no validation folder, or other classes there than in `train/`.
@@ -44,7 +45,7 @@ def open_folder(root: Path, size: int) -> ImageDataset:
     if unknown:
         raise BellboxError(f"{valid}: class {unknown[0]!r} is not in train/")
     digest = hashlib.sha256(str(size).encode())
-    splits = []
+    splits, everything = [], {}
     for folder in (root / "train", valid):
         files, labels = [], []
         for label, name in enumerate(classes):
@@ -54,6 +55,7 @@ def open_folder(root: Path, size: int) -> ImageDataset:
             files += found
             labels += [label] * len(found)
             for path in found:
+                everything[path.relative_to(root).as_posix()] = path
                 digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
         splits.append(FolderSplit(str(folder), np.array(labels, dtype=np.int64), files, size))
-    return checked_dataset(str(root), splits[0], splits[1], classes, digest.hexdigest())
+    return checked_dataset(str(root), splits[0], splits[1], classes, digest.hexdigest(), files=everything)

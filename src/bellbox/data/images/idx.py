@@ -39,17 +39,18 @@ def open_idx(folder: Path) -> ImageDataset:
     Raises:
         BellboxError: a file is missing, truncated, too long, or not of that format.
     """
-    digest, splits = hashlib.sha256(), []
+    digest, splits, files = hashlib.sha256(), [], {}
     for name in _SPLITS.values():
-        images = read_idx(_file(folder, f"{name}-images-idx3-ubyte"), 3)
-        labels = read_idx(_file(folder, f"{name}-labels-idx1-ubyte"), 1)
+        places = [_file(folder, f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+        files |= {path.name: path for path in places}
+        images, labels = read_idx(places[0], 3), read_idx(places[1], 1)
         if len(images) != len(labels):
             raise BellboxError(f"{folder}: {name} has {len(images)} images and {len(labels)} labels")
         digest.update(images.tobytes())
         digest.update(labels.tobytes())
         splits.append(ArraySplit(f"{folder}: {name}", labels.astype(np.int64), images[..., None]))
     classes = numbered_classes(splits[0])
-    return checked_dataset(str(folder), splits[0], splits[1], classes, digest.hexdigest())
+    return checked_dataset(str(folder), splits[0], splits[1], classes, digest.hexdigest(), files=files)
 
 
 def read_idx(path: Path, rank: int) -> np.ndarray:

@@ -81,7 +81,9 @@ def open_npz(path: Path) -> ImageDataset:
         raise BellboxError(f"{path}: class_name must be a list of names")
     classes = numbered_classes(splits[0]) if names is None else names.tolist()
     note = NOTE if isinstance(splits[0], JpegSplit) else ""
-    return checked_dataset(str(path), splits[0], splits[1], classes, sha256_file(path), note)
+    return checked_dataset(
+        str(path), splits[0], splits[1], classes, sha256_file(path), note, {path.name: path}
+    )
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bellbox.errors import BellboxError, require
+from bellbox.utils.files import parsing, read_bytes
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 _MOST_PIXELS = 1 << 26
@@ -26,26 +27,26 @@ def decode(data: bytes | Path, where: str, size: int | None = None) -> np.ndarra
         BellboxError: no picture, a damaged one, or one of more than 64 MiB or 67 million pixels.
     """
     require("PIL", "vision")
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    with parsing(where, "a picture"), Image.open(io.BytesIO(_bytes(data, where)), formats=FORMATS) as picture:
+        width, height = picture.size
+        if width * height > _MOST_PIXELS:
+            raise BellboxError(f"{where}: {width} x {height} pixels, more than {_MOST_PIXELS}")
+        picture = picture.convert("RGB")
+        if size is not None:
+            # The middle is cut out of the source: a scaled strip of 1 x 65000 would have gigabytes.
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            middle = (left, top, left + side, top + side)
+            picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=middle)
+        return np.asarray(picture)
+
+
+def _bytes(data: bytes | Path, where: str) -> bytes:
+    if not isinstance(data, Path):
+        return data
     try:
-        if isinstance(data, Path):
-            if data.stat().st_size > _MOST_BYTES:
-                raise BellboxError(f"{where}: {data.stat().st_size} bytes, more than a picture may have")
-            data = data.read_bytes()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            width, height = picture.size
-            if width * height > _MOST_PIXELS:
-                raise BellboxError(f"{where}: {width} x {height} pixels, more than {_MOST_PIXELS}")
-            picture = picture.convert("RGB")
-            if size is not None:
-                # The middle is cut out of the source: a scaled strip of 1 x 65000 would have gigabytes.
-                side = min(width, height)
-                left, top = (width - side) / 2, (height - side) / 2
-                middle = (left, top, left + side, top + side)
-                picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=middle)
-            return np.asarray(picture)
-    except BellboxError:
-        raise
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BellboxError(f"{where}: cannot be read as a picture ({error})") from None
+        return read_bytes(data, _MOST_BYTES)
+    except BellboxError as error:
+        raise BellboxError(str(error) if where == str(data) else f"{where}: {error}") from None

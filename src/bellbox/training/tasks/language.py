@@ -16,6 +16,7 @@ from bellbox.evaluation.parts import TokenParts
 from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.metrics import perplexity_of
 from bellbox.training.tasks.base import Task
+from bellbox.utils.files import TOKENIZER_LIMIT, read_text
 
 # Sequences of the validation split whose activation codes are counted.
 _COUNTED_SEQUENCES = 8
@@ -37,7 +38,7 @@ class LanguageTask(Task):
     def __init__(self, config: ResolvedConfig, dataset: TokenDataset) -> None:
         self.config, self.dataset = config, dataset
         self.checksum = self.dataset.manifest.checksum()
-        self.tokenizer = (self.dataset.path / "tokenizer.json").read_text(encoding="utf-8")
+        self.tokenizer = read_text(self.dataset.path / "tokenizer.json", TOKENIZER_LIMIT)
         self.batches = data.Batches(
             self.dataset.train,
             context=config.data.context,

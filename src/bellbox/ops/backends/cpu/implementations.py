@@ -15,6 +15,7 @@ from bellbox.errors import BellboxError
 from bellbox.ops import native
 from bellbox.ops.binarized_linear import MAX_BITS
 from bellbox.ops.int8_linear import INT8_COLUMNS
+from bellbox.ops.int8_linear import check as check_int8
 from bellbox.ops.packed_linear import TENSORS, check, with_signs
 from bellbox.ops.rms_norm import check_width
 from bellbox.ops.weight_layout import TILED_LEVELS, check_codes, check_packed, packed_size
@@ -306,14 +307,19 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _why_not_int8(arguments: Mapping[str, Any]) -> str | None:
     weight = arguments["weight"]
-    if weight.dtype != torch.int8 or not weight.is_contiguous() or weight.shape[1] > INT8_COLUMNS:
+    if (
+        weight.dim() != 2
+        or weight.dtype != torch.int8
+        or not weight.is_contiguous()
+        or weight.shape[1] > INT8_COLUMNS
+    ):
         return f"the weight is {weight.dtype} {tuple(weight.shape)}, contiguous: {weight.is_contiguous()}"
     return _why_not_plain(arguments, "x", "scale")
 
 
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check_int8(x, weight, scale)
     rows, columns = weight.shape
-    check_width("an int8 layer", x, columns)
     module = native.compiled()
     assert module is not None
     out = x.new_empty((*x.shape[:-1], rows))
@@ -333,8 +339,14 @@ def _binarized_linear(x: Tensor, *arguments: Any) -> Tensor:
     planes, scales, order, steps, bias, rows, block, bits = arguments
     module = native.compiled()
     assert module is not None
-    columns = x.shape[-1]
-    if not (2 <= bits <= MAX_BITS and steps.dim() == 2 and block >= 1 and len(steps) == -(-columns // block)):
+    columns = x.shape[-1] if x.dim() else 0
+    if not (
+        columns
+        and 2 <= bits <= MAX_BITS
+        and steps.dim() == 2
+        and block >= 1
+        and len(steps) == -(-columns // block)
+    ):
         raise BellboxError(
             f"binarized layer: {columns} columns in blocks of {block}, steps {tuple(steps.shape)}, bits {bits}"
         )
