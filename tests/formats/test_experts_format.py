@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_format_page import entries
 from test_packed import rewrite, section_of
 from torch import Tensor, nn
 
@@ -93,6 +94,11 @@ def test_a_folder_of_version_5(transposed: bool, bias: bool, tmp_path: Path) -> 
     bb.save(loaded, tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_the_example_of_the_page(tmp_path: Path) -> None:
+    bb.save(nn.ModuleDict({"mlp": packed()}), tmp_path / "m")
+    assert section_of(tmp_path / "m")["experts"] == entries()[3]
 
 
 def test_a_model_without_experts_is_version_4_as_before(tmp_path: Path) -> None:
