@@ -10,7 +10,7 @@ JOBS ?= 2
 help:
 	@echo "make demo    train, pack and run a 2-bit language model on bundled books (about 5 minutes)"
 	@echo "make test    linter, types and tests (under 10 minutes)"
-	@echo "make zoo     78 architectures of transformers, torchvision and timm (about 6 minutes)"
+	@echo "make zoo     80 architectures of transformers, torchvision and timm (about 6 minutes)"
 	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
 	@echo "make bench   the time of a training step and of a packed layer"
 

@@ -62,7 +62,7 @@ class _Layer(NamedTuple):
 
 
 def ends(model: nn.Module) -> dict[str, str]:
-    """The layers that stay in full precision by default.
+    """The layers that stay in full precision by default: the ends, and convolutions over lines that must be causal.
 
     Args:
         model: plain, prepared or packed; on any device, the meta device too.
@@ -74,7 +74,7 @@ def ends(model: nn.Module) -> dict[str, str]:
     adapters = dict(_adapters(model))
     layers = [layer for layer in _layers(model) if layer.name not in adapters]
     found: dict[str, str] = {}
-    for source in (_tied, _declared_outputs, _outputs, _declared_inputs, _inputs, _routers):
+    for source in (_tied, _declared_outputs, _outputs, _declared_inputs, _inputs, _routers, _causal_lines):
         for name, reason in source(model, layers):
             found.setdefault(name, reason)
     known = {layer.name for layer in layers}
@@ -337,6 +337,24 @@ def _declared_channels(model: nn.Module) -> tuple[int, ...]:
     keys = ("num_channels", "in_channels", "in_chans", "num_mel_bins")
     values = (getattr(holder, key, None) for holder, key in itertools.product(holders, keys))
     return tuple({value for value in values if isinstance(value, int)})
+
+
+# Convolutions over tokens
+
+
+def _causal_lines(model: nn.Module, layers: list[_Layer]) -> Iterator[tuple[str, str]]:
+    """Convolutions over lines that must not look ahead: one scale for the whole line would."""
+    generates = _called(model, "can_generate") is True
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    encoder = {id(each) for each in _inside(model, layers, _called(model, "get_encoder") if both else None)}
+    for layer in layers:
+        conv = layer.module
+        if not isinstance(conv, nn.Conv1d):
+            continue
+        reach = conv.dilation[0] * (conv.kernel_size[0] - 1)
+        padded = not isinstance(conv.padding, str) and conv.padding[0] >= reach > 0  # and cut off at the end
+        if padded or (generates and id(layer) not in encoder):
+            yield layer.name, "its tokens would see each other in one scale"
 
 
 # Adapters

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_format_page import entries
 from test_packed import rewrite, section_of
 from torch import Tensor, nn
 
@@ -95,6 +96,11 @@ def test_a_folder_of_version_5(transposed: bool, bias: bool, tmp_path: Path) -> 
         assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_the_example_of_the_page(tmp_path: Path) -> None:
+    bb.save(nn.ModuleDict({"mlp": packed()}), tmp_path / "m")
+    assert section_of(tmp_path / "m")["experts"] == entries()[3]
+
+
 def test_a_model_without_experts_is_version_4_as_before(tmp_path: Path) -> None:
     model = bb.prepare(nn.Linear(8, 8), bb.Recipe.bbq(2, keep_ends=False))
     model(ROWS)
@@ -109,7 +115,7 @@ def test_a_model_without_experts_is_version_4_as_before(tmp_path: Path) -> None:
         (lambda c: c["experts"]["experts"].update(count=2), "are 2 in the file and 3 in the model"),
         (lambda c: c["experts"]["experts"].update(count=1 << 40), "experts.experts.count"),
         (lambda c: c["experts"]["experts"].update(projections=["down_proj"]), "up_proj.0' is one of experts that"),
-        (lambda c: c["experts"]["experts"].update(projections=["gate_up_proj"]), "gate_up_proj.0' of the experts is mis"),
+        (lambda c: c["experts"]["experts"].update(projections=["gate_up_proj"]), "gate_up_proj.0' of the experts is"),
         (lambda c: c["experts"]["experts"].update(projections=["weight"]), "experts.experts.projections"),
         (lambda c: c["experts"].update(before={"count": 3, "projections": ["up_proj"]}), "'before' are none in the"),
         (lambda c: c.update(experts={}), "field 'experts'"),
@@ -131,7 +137,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(folder: Path, change: 
 def test_a_model_with_other_experts_is_refused(folder: Path) -> None:
     with pytest.raises(BellboxError, match="are 3 in the file and 4 in the model"):
         bb.load(folder, into=Mixture(count=4))
-    with pytest.raises(BellboxError, match="tensor 'experts.up_proj_bias' is missing|in the file and"):
+    with pytest.raises(BellboxError, match=r"in the file and"):
         bb.load(folder, into=Mixture(width=16))
     plain = Mixture()
     plain.experts.forward = plain.experts.act_fn  # type: ignore[method-assign]

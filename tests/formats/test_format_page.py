@@ -16,7 +16,7 @@ from bellbox.core.geometry import ConvGeometry
 from bellbox.core.grid import Grid, Levels
 from bellbox.core.hadamard import butterfly
 from bellbox.core.packing import pack, unpack
-from bellbox.formats.description import VERSIONS
+from bellbox.formats.description import VERSIONS, WITH_EXPERTS
 from bellbox.formats.schema import stored_buffers
 from bellbox.nn import InputCoding, PackedConv2d, PackedLinear, WeightOnlyLinear
 from bellbox.ops.encode import normaliser, row_sigma
@@ -89,7 +89,7 @@ def test_configuration(tmp_path):
     assert ours["files"]["model.safetensors"]["bytes"] == theirs["files"]["model.safetensors"]["bytes"]
     ours["files"] = theirs["files"]
     assert shown == written
-    assert (2, 3, ours["version"]) == VERSIONS
+    assert (2, 3, ours["version"], WITH_EXPERTS) == VERSIONS
 
 
 def test_the_worked_function():

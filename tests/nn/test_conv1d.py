@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -159,3 +160,42 @@ def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     for layer in (model, model.eval(), bb.convert(model)):
         with pytest.raises(BellboxError, match=r"needed|smaller"):
             layer(torch.randn(shape))
+
+
+class Causal(nn.Module):
+    """Convolutions over tokens; the second is padded outside, which nothing but the model's word shows."""
+
+    def __init__(self, generates: bool) -> None:
+        super().__init__()
+        self.linear, self.full = nn.Linear(32, 32), nn.Conv1d(32, 32, 3, padding=2)
+        self.bare, self.head = nn.Conv1d(32, 32, 3), nn.Linear(32, 5)
+        self.generates = generates
+
+    def can_generate(self) -> bool:
+        return self.generates
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.full(self.linear(x).transpose(1, 2))[..., :-2]
+        return self.head(self.bare(nn.functional.pad(x, (2, 0))).transpose(1, 2))
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_convolution_that_must_not_look_ahead_is_left(generates: bool) -> None:
+    model = bb.prepare(Causal(generates), Recipe.bbq(2))
+    assert type(model.full) is nn.Conv1d
+    assert isinstance(model.bare, QuantizedConv1d) is not generates
+    assert "left: full, 3,072 weights (its tokens would see each other in one scale)" in bb.summary(model)
+    x = torch.randn(2, 9, 32)
+    model(x)
+    packed, changed = bb.convert(model.eval()), x.clone()
+    changed[:, 5:] = 1
+    with torch.no_grad():
+        same = torch.equal(packed(x)[:, :5], packed(changed)[:, :5])
+    assert same is generates  # what only the user knows is theirs to say: keep=, or granularity="ema"
+    running = dataclasses.replace(Recipe.bbq(2, granularity="ema").rules[-1], pattern="*full")
+    asked = bb.prepare(Causal(True), Recipe.bbq(2, rules=(running,)))
+    assert isinstance(asked.full, QuantizedConv1d)
+    asked(x)
+    causal = bb.convert(asked.eval())
+    with torch.no_grad():
+        assert torch.equal(causal(x)[:, :5], causal(changed)[:, :5])

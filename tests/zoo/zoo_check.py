@@ -14,7 +14,7 @@ from zoo_models import Model
 
 import bellbox as bb
 from bellbox.coverage import is_known, plain_layers
-from bellbox.nn import quantized_layers
+from bellbox.nn import is_fused_experts, quantized_layers
 from bellbox.optim import parameter_groups
 
 
@@ -58,6 +58,7 @@ def prepared(about: Model) -> nn.Module:
         bb.prepare(model, bb.Recipe.bbq(2, granularity="token"))
     assert left(model) == kept, f"left are {sorted(left(model))}"
     assert any(quantized_layers(model))
+    assert not any(map(is_fused_experts, model.modules())), "experts are left"
     return model
 
 

@@ -183,6 +183,15 @@ TRANSFORMERS = [
         num_experts_per_tok=2,
         **DECODER,
     ),
+    hf(
+        "GptOssForCausalLM",
+        "lm_head",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **DECODER,
+    ),
     hf("PhimoeForCausalLM", "lm_head", "model.layers.*.mlp.router", num_local_experts=4, **DECODER),
     hf(
         "MambaForCausalLM",

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from bellbox.core.entropy import code_counts, entropy_bits
 from bellbox.errors import BellboxError
 from bellbox.nn import CodedLayer, PackedLayer, QuantizedLayer
+from bellbox.nn.quantized_experts import LAYERS
 
 LowBitLayer = QuantizedLayer | CodedLayer
 
 
 def low_bit_layers(model: nn.Module) -> dict[str, LowBitLayer]:
-    """Every fake-quantized or packed layer by its dotted name."""
-    found = model.named_modules()
+    """Every fake-quantized or packed layer by its dotted name; of fused experts by the one that it has when packed."""
+    found = ((name.replace(f".{LAYERS}.", "."), module) for name, module in model.named_modules())
     return {name: module for name, module in found if isinstance(module, QuantizedLayer | CodedLayer)}
 
 

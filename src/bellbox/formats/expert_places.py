@@ -75,7 +75,7 @@ def packed_projections(
     Raises:
         BellboxError: experts that the model has not, or layers that are not there, or are too many.
     """
-    places, modules = expert_places(model), dict(_fused(model))
+    modules = dict(_fused(model))
     found = PackedProjections()
     for name, entry in stored.items():
         module: Any = modules.get(name)
@@ -87,17 +87,25 @@ def packed_projections(
             )
         for stack in entry["projections"]:
             found.setdefault(name, {})[stack] = _stack(root, name, stack, entry["count"], layers)
+    _require_all(root, model, layers, found)
+    return found
+
+
+def _require_all(
+    root: Path, model: nn.Module, layers: Mapping[str, CodedLayer], found: PackedProjections
+) -> None:
+    """Refuse layers of experts that the description does not name, and packed experts that stay without any."""
     known = {id(layer) for stacks in found.values() for stack in stacks.values() for layer in stack}
+    places = expert_places(model)
     for name, layer in layers.items():
         if name in places and id(layer) not in known:
             raise BellboxError(f"{root}: layer {name!r} is one of experts that the file does not describe")
-    for name, module in modules.items():
+    for name, module in _fused(model):
         lost = [s for s in stack_names(module) if _is_packed(module, s) and s not in found.get(name, {})]
         if lost:
             raise BellboxError(
                 f"{root}: {lost[0]} of experts {name!r} is packed in the model, not in the file"
             )
-    return found
 
 
 def _stack(
