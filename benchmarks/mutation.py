@@ -47,7 +47,16 @@ TESTS: dict[str, tuple[str, ...]] = {
     "core/entropy": ("tests/core/test_entropy.py",),
     "core/binarize": ("tests/ptq/test_ptq_binarize.py",),
     "core/geometry": ("tests/nn/test_conv.py", "tests/ops/test_convolution.py"),
-    "quantizers/bbq": ("tests/quantizers/test_bbq.py", "tests/quantizers/test_bbq_options.py", *_METHODS),
+    "quantizers/bbq": (
+        "tests/quantizers/test_bbq.py",
+        "tests/quantizers/test_bbq_options.py",
+        "tests/quantizers/test_published_rules.py",
+        *_METHODS,
+    ),
+    "quantizers/cewt": ("tests/quantizers/test_cewt_published.py", *_METHODS),
+    "quantizers/kmeans": ("tests/quantizers/test_codebook_fits.py", *_QUANTIZERS, *_METHODS),
+    "quantizers/seq": ("tests/quantizers/test_published_rules.py", *_QUANTIZERS, *_METHODS),
+    "optim": ("tests/quantizers/test_codebook_fits.py", "tests/training/test_train_optimizer.py"),
     "quantizers/quest": (*_QUANTIZERS, "tests/quantizers/test_quest.py", *_METHODS),
     "quantizers/straight_through": (*_QUANTIZERS, "tests/quantizers/test_transforms.py", *_METHODS),
     "quantizers/learned": ("tests/quantizers/test_scales.py", "tests/quantizers/test_methods.py"),
@@ -112,7 +121,7 @@ def tests_of(module: str) -> tuple[str, ...]:
 def stages_of(module: str) -> list[list[str]]:
     """What pytest is given, the quick part first."""
     files, name = list(tests_of(module)), module.rpartition("/")[2]
-    methods = ("bbq", "kmeans", "lsq", "n2uq", "nf", "pact", "quest", "rtn", "seq", "ternary")
+    methods = ("bbq", "cewt", "kmeans", "lsq", "n2uq", "nf", "pact", "quest", "rtn", "seq", "ternary")
     quick = [[*files, "-k", name]] if module.startswith("quantizers/") and name in methods else []
     return [*quick, files]
 

@@ -12,6 +12,7 @@ from bellbox.comparison import Results, load_grid
 from bellbox.comparison.plan import Plan
 from bellbox.comparison.results import Result, identity
 from bellbox.errors import BellboxError
+from bellbox.runs.config import CewtSection, OptimizerSection, QuantizationSection
 from bellbox.training import TrainConfig
 from bellbox.utils import processor
 
@@ -157,3 +158,15 @@ def test_a_full_disk_names_the_file_and_half_a_line_is_no_result(tmp_path: Path,
             results.add(result(seed=1))
     assert caught.value.filename == str(results.path)
     assert results.all == [result()]
+
+
+def test_a_hyperballs_rate_that_is_left_open_is_the_run_of_its_number() -> None:
+    for method, rate in (("bbq", 0.02), ("cewt", 0.01)):
+        open_, said, other = (
+            TrainConfig(
+                quantization=QuantizationSection(method=method),
+                optimizer=OptimizerSection(cewt=CewtSection(lr=lr)),
+            ).to_dict()
+            for lr in (None, rate, 0.03)
+        )
+        assert identity(open_, "") == identity(said, "") != identity(other, "")

@@ -178,3 +178,48 @@ def test_equal_values_become_the_next_thresholds():
     assert b == 1.0 + 2.0**-23
     assert c == 1.0 + 2.0**-22
     assert Levels(4, -0.5, strictly_rising([0.0, 0.0, 0.0])).thresholds[0] == 0.0
+
+
+def test_each_threshold_rises_above_the_one_before_and_not_only_above_the_first():
+    assert strictly_rising([]) == ()
+    assert strictly_rising([-3.0]) == (-3.0,)
+    assert strictly_rising([1.0, 2.0, 1.5]) == (1.0, 2.0, 2.0 + 2.0**-22)
+    assert strictly_rising([5.0, 1.0]) == (5.0, 5.0 + 2.0**-21)
+    assert strictly_rising([0.0, -0.0])[1] == 2.0**-149
+    assert strictly_rising([1e39])[0] == math.inf  # beyond fp32; `Levels` refuses it
+    assert strictly_rising([-1e39])[0] == -math.inf
+
+
+@pytest.mark.parametrize("zero_point", [256.0, -256.0, 255.5])
+def test_a_zero_point_of_as_many_levels_as_there_can_be_is_a_shift(zero_point):
+    grid = Grid(2, zero_point)
+    assert grid.offset == 1 + zero_point
+    assert grid.decode(torch.tensor([0, 1])).tolist() == [-1 - zero_point, -zero_point]
+    assert not grid.fits_int8
+
+
+@pytest.mark.parametrize("zero_point", [256.5, -256.5, 257.0, 0.3])
+def test_a_zero_point_beyond_that_or_between_halves_is_none(zero_point):
+    with pytest.raises(BellboxError, match="must be a multiple of 1/2"):
+        Grid(2, zero_point)
+
+
+@pytest.mark.parametrize(
+    ("n", "zero_point", "fits"),
+    [
+        (128, -0.5, True),  # 2q from -127 to 127
+        (129, 0.0, False),  # 2q from -129 to 127
+        (129, -0.5, True),  # whole, -64 to 64
+        (2, -128.0, False),  # 127 and 128
+        (2, -127.0, True),  # 126 and 127
+        (2, 127.0, True),  # -128 and -127
+        (2, 128.0, False),  # -129 and -128
+        (256, 0.0, True),
+        (256, -1.0, False),
+        (2, -63.5, True),  # halves: 2q of 125 and 127
+        (2, -64.5, False),
+    ],
+)
+def test_int8_holds_minus_128_to_127_and_no_more(n, zero_point, fits):
+    grid = Grid(n, zero_point)
+    assert grid.fits_int8 == (min(grid.integers) >= -128 and max(grid.integers) <= 127) == fits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 import bellbox as bb
 from bellbox.quantizers import METHODS
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+PAGE_FOLDER = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (PAGE_FOLDER / "methods.md").read_text(encoding="utf-8")
 
 
 def test_every_method_stands_in_the_table_with_its_block_and_options():
@@ -26,6 +28,36 @@ def test_every_method_stands_in_the_table_with_its_block_and_options():
         assert cells[3].startswith("yes" if kind.on_grid else "no")
         options = [field.name for field in dataclasses.fields(kind.Options)]
         assert re.findall(r"`(\w+)`", cells[4]) == options, name
+
+
+def test_every_method_says_where_it_differs_and_names_each_of_its_options():
+    part = PAGE[PAGE.index("## Where each differs") : PAGE.index("How each codes Gaussian")]
+    cells = {
+        row[0]: row[1:] for row in re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", part, re.MULTILINE)
+    }
+    assert set(cells) == set(METHODS)
+    for name, (options, authors, why) in cells.items():
+        asked = {field.name: field.default for field in dataclasses.fields(METHODS[name].Options)}
+        sentences = [part for part in options.split(". ") if part != "none"]
+        assert [re.match(r"`(\w+)`", each)[1] for each in sentences] == list(asked), name  # type: ignore[index]
+        for each in sentences:
+            said = re.match(r"`(\w+)`: `?([\w.]+)", each)
+            if said:  # the default comes first
+                assert str(asked[said[1]]).lower() == said[2], each
+        assert authors
+        assert why
+
+
+def test_the_numbers_of_gaussian_weights_are_those_of_the_command():
+    sys.path.insert(0, str(PAGE_FOLDER.parent / "benchmarks"))
+    import gaussian
+
+    part = PAGE[PAGE.index("How each codes Gaussian") :]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", part, re.MULTILINE))
+    assert set(rows) == set(METHODS)
+    weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
+    for name, n in (("cewt", 4), ("ternary_mass", 3), ("quest", 2)):
+        assert rows[name].split(" | ")[gaussian.COUNTS.index(n)] == gaussian.cell(name, n, weight)
 
 
 def test_the_example_trains_packs_and_loads(monkeypatch, tmp_path):

@@ -13,15 +13,17 @@ from bellbox.errors import BellboxError
 from bellbox.runs.config import PhasesSection, QuantizationSection
 from bellbox.runs.config_file import config_from_dict
 from bellbox.runs.resolve import resolve
-from bellbox.training import TrainConfig, Trainer
+from bellbox.training import TrainConfig, Trainer, check
 from bellbox.training.check import check_trainable
+
+
+def checked(keys: dict) -> None:
+    check_trainable(resolve(config_from_dict({"device": "cpu", **keys}), text_of(300)))
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({}, None),
-        ({"phases": {"quantized": "optimal"}, "tokens": 10**10}, None),
         ({"phases": {"quantized": 1e-6}}, "phase 2 (bbq, 2 bits) gets none of the 1000 steps"),
         ({"phases": {"bits_before": [8]}, "quantization": {"method": "seq"}}, "seq has 2 to 128 levels"),
         ({"mec": {"weight": 1.0, "layer": "nowhere"}}, "mec.layer: "),
@@ -30,16 +32,32 @@ from bellbox.training.check import check_trainable
     ],
 )
 def test_what_cannot_be_trained_is_found_without_training(
-    keys: dict, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keys: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = resolve(config_from_dict({"device": "cpu", **keys}), text_of(300))
-    if message is None:
-        check_trainable(config)
-        return
     with pytest.raises(BellboxError, match=re.escape(message)) as caught:
-        check_trainable(config)
+        checked(keys)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "phases"),
+    [
+        ({}, 1),
+        ({"phases": {"quantized": "optimal"}, "tokens": 10**10}, 2),
+        ({"quantization": {"method": "cewt", "bits": 3}}, 1),
+    ],
+)
+def test_what_can_be_trained_is_not_refused_and_every_phase_is_looked_at(
+    keys: dict, phases: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[QuantizationSection] = []
+    looked = check.check_quantization
+    monkeypatch.setattr(
+        check, "check_quantization", lambda config, section: (seen.append(section), looked(config, section))
+    )
+    checked(keys)
+    assert len(seen) == phases
 
 
 def test_muon_needs_matrices_inside_the_blocks() -> None:
