@@ -193,6 +193,37 @@ def test_with_a_local_text_the_first_row_trains(
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("file", "smaller"),
+    [
+        ("resnet-18.yaml", ["width=8", "blocks=1"]),
+        (
+            "deit-small.yaml",
+            ["hidden_size=32", "intermediate_size=64", "num_hidden_layers=1", "num_attention_heads=2"],
+        ),
+    ],
+)
+def test_with_folders_of_pictures_vision_trains(
+    file: str, smaller: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = pytest.importorskip("PIL.Image")
+    for split, number in (("train", 4), ("val", 1)):
+        for name, color in (("bell", (200, 10, 0)), ("box", (0, 10, 200))):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for count in range(number):
+                pictures.new("RGB", (40, 36 + count), color).save(folder / f"{count}.png")
+    arguments = [
+        "train", "--config", str(FOLDER / file), "--data.source", str(tmp_path / "images"), "--device", "cpu",
+        "--folder", str(tmp_path / "run"), "--model.overrides", *smaller, "--vision.image-size", "32",
+        "--vision.crop", "2", "--vision.batch", "4", "--vision.micro-batch", "2", "--tokens", "8", "--no-tensorboard",
+    ]  # fmt: skip
+    main([*arguments, "--dry-run"])
+    assert "[2, 3, 32, 32] fp32, 2 such pass(es) a step" in capsys.readouterr().out
+    main(arguments)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
+
+
 def test_the_page_names_every_file_and_row(refused: Callable[..., str]) -> None:
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert [file.name for file in FILES if file.name not in page] == []
