@@ -88,6 +88,7 @@ def test_it_is_trained_measured_packed_and_compared(place: Path):
     (place / "run" / "report.html").unlink(missing_ok=True)
     succeeds(place, "report", "run", "--import", "laplace")
 
+    pytest.importorskip("scipy", reason="scipy, of the extra cli: `bellbox compare` asks for it")
     succeeds(place, "compare", "grid.yaml", "--import", "laplace", "--out", "out")
     (result,) = Results(place / "out").all
     assert result.error is None

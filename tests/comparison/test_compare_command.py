@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -170,3 +171,12 @@ def test_tables_are_drawn_anew_from_results_alone(
     assert "22.50" in (tmp_path / "tables.md").read_text()
     main(["compare", str(tmp_path), "--tables", "--against", "LSQ"])
     assert "| BBQ | 2 | 20.00 | - | -2.50§ |" in (tmp_path / "tables.md").read_text()
+
+
+def test_the_help_names_grids_that_there_are() -> None:
+    from bellbox.cli import compare
+
+    root = Path(__file__).parents[2]
+    named = re.findall(r"benchmarks/\S+\.yaml", compare.__doc__ or "")
+    assert named
+    assert [name for name in named if not (root / name).is_file()] == []

@@ -1,6 +1,6 @@
 """Compare methods: run what is missing of a grid, then draw its tables and pictures.
 
-bellbox compare benchmarks/studies/screen.yaml --out studies/screen
+bellbox compare benchmarks/studies/methods-2bit.yaml --out studies/screen
 bellbox compare my-grid.yaml --out studies/mine --jobs 2 --keep-runs
 bellbox compare studies/screen --tables
 bellbox compare studies/screen --tables --against "BBQ, paper"
