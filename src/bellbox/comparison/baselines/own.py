@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,22 @@ from bellbox.convert import convert, prepare
 from bellbox.errors import BellboxError
 from bellbox.formats import packed
 from bellbox.formats.auto import kind_of, open_model
-from bellbox.models import load_hf
+from bellbox.models import build, load_hf
+from bellbox.models.blocks import layer_names
+from bellbox.models.hf_config import read_config
+from bellbox.nn import replace_layer
+from bellbox.nn.compact import Compact, CompactEmbedding
 from bellbox.ptq import Job as Binarization
 from bellbox.ptq import Settings, binarize_folder
-from bellbox.recipe import Recipe
+from bellbox.quantizers.spec import QuantizerSpec
+from bellbox.recipe import Recipe, Rule
 
 
-def _round_weights(job: Job, folder: Path, method: str, options: dict[str, Any]) -> None:
-    model = prepare(load_hf(job.checkpoint), Recipe.of(method, 4, weight_only="float", options=options))
+def _round_weights(
+    job: Job, folder: Path, method: str, options: dict[str, Any], rules: tuple[Rule, ...] = ()
+) -> None:
+    recipe = Recipe.of(method, 4, weight_only="float", options=options, rules=rules)
+    model = prepare(load_hf(job.checkpoint), recipe)
     # Of a checkpoint in bf16, embeddings in bf16 are exact.
     packed.save(convert(model, "bf16" if job.dtype == "bfloat16" else "fp32"), folder)
 
@@ -42,8 +51,37 @@ def _open(folder: Path, job: Job) -> nn.Module:  # noqa: ARG001
     return open_model(folder).model
 
 
+def _open_wide(folder: Path, job: Job) -> nn.Module:
+    """Embeddings and head that are stored in bf16 compute in fp32, as those of the packages' models do."""
+    model = _open(folder, job)
+    for table in [each for each in model.modules() if isinstance(each, Compact)]:
+        replace_layer(model, table, _widened_table(table))
+    return model.eval()
+
+
+def _widened_table(table: Compact) -> nn.Module:
+    rows, columns = table.weight.shape
+    kind = (
+        nn.Embedding(rows, columns)
+        if isinstance(table, CompactEmbedding)
+        else nn.Linear(columns, rows, bias=False)
+    )
+    kind.weight = nn.Parameter(table.weight.float(), requires_grad=False)
+    return kind
+
+
 def _nf(job: Job, folder: Path) -> None:
-    _round_weights(job, folder, "nf", {"group": job.group})
+    """Groups of columns; a scale for the whole row in layers that they do not divide."""
+    odd = tuple(Rule(name, QuantizerSpec("nf", 16)) for name, columns in _columns(job) if columns % job.group)
+    _round_weights(job, folder, "nf", {"group": job.group}, odd)
+
+
+def _columns(job: Job) -> Iterator[tuple[str, int]]:
+    """The blocks' linear layers with their inputs."""
+    with torch.device("meta"):
+        model = build(read_config(job.checkpoint / "config.json")[0])
+    for name in layer_names(model.config):
+        yield name, model.get_submodule(name).in_features
 
 
 FULL = Baseline(
@@ -57,8 +95,8 @@ FULL_BELLBOX = Baseline(
 OWN = (
     FULL,
     FULL_BELLBOX,
-    Baseline("rtn", "round to nearest", partial(_round_weights, method="rtn", options={}), _open, 4),
-    Baseline("nf4", "NF4", _nf, _open, 4),
+    Baseline("rtn", "round to nearest", partial(_round_weights, method="rtn", options={}), _open_wide, 4),
+    Baseline("nf4", "NF4", _nf, _open_wide, 4),
     Baseline(
         "rtn-1bit", "round to nearest, ptq", partial(_binarize, settings=Settings(method="rtn")), _open, 1
     ),

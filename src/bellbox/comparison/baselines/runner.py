@@ -66,8 +66,11 @@ def run_baselines(
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, "measuring in"):
         lines, identity = Lines(out), prepare_job(job)
+        asked = list(
+            _wanted(job, rows, tasks, identity)
+        )  # all, so that a wrong one is refused before any runs
         added: list[Line] = []
-        for wanted in _wanted(job, rows, tasks, identity):
+        for wanted in asked:
             known = lines.find(wanted.key)
             if known is not None and known.skipped is None and (known.error is None or not retry):
                 continue
