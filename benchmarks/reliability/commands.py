@@ -54,7 +54,8 @@ def cases() -> Iterator[Case]:
             yield Case(command, kind)
     for number, command in enumerate(command_lines.STOPPED):
         for which in (signal.SIGTERM, signal.SIGINT):
-            yield Case(command, "stopped", which, (0.3, 1.0, 0.1, 2.0)[number % 4])
+            for delay in (0.1, 0.3 + number % 3, 4.0):
+                yield Case(command, "stopped", which, delay)
 
 
 KINDS = ("refused", "taken", "cut", "full", "stopped")
@@ -63,7 +64,7 @@ KINDS = ("refused", "taken", "cut", "full", "stopped")
 def short() -> list[Case]:
     """Some of each kind, for the tests."""
     everything = list(cases())
-    steps = {"refused": 17, "taken": 5, "cut": 5, "full": 3, "stopped": 7}
+    steps = {"refused": 17, "taken": 5, "cut": 5, "full": 3, "stopped": 14}
     return [one for kind, step in steps.items() for one in [c for c in everything if c.kind == kind][3::step]]
 
 

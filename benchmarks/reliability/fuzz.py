@@ -39,6 +39,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -56,6 +57,8 @@ ADDRESSES = 6 << 30
 """Bytes of address space that a worker may ask for beyond what it begins with."""
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where the files lie: in memory, so that the disk is not waited for."""
+ROUND = 2000
+"""Mutations, after which it is said how far it has come."""
 GOOD = ("refused", "same", "read")
 BAD = ("another", "traceback", "noise", "memory", "hang", "crash")
 
@@ -108,6 +111,17 @@ class Verdicts:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     """Failures by what they say, and the numbers of the mutations."""
+
+    def add(self, more: Verdicts) -> None:
+        """Those of further mutations."""
+        self.counts += more.counts
+        for said, numbers in more.examples.items():
+            self.examples.setdefault(said, []).extend(numbers)
+
+    @property
+    def total(self) -> int:
+        """How many there are."""
+        return sum(self.counts.values())
 
     @property
     def failures(self) -> int:
@@ -265,20 +279,29 @@ def run(
     seed: int,
     first: int = 0,
     limit: float = SECONDS,
-    tell: Callable[[str, Verdicts], None] | None = None,
+    tell: Callable[[dict[str, Verdicts]], None] = lambda _: None,
 ) -> dict[str, Verdicts]:
-    """Judge some `count` mutations, spread over the formats by their shares."""
+    """Judge some `count` mutations, spread over the formats by their shares, in rounds: `tell` is called after each.
+
+    Ctrl-C ends it early.
+    """
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     shares = sum(FORMATS[name].share for name in formats)
-    found = {}
-    with tempfile.TemporaryDirectory(prefix="bellbox-fuzz-", dir=SCRATCH) as root:
-        for name in formats:
-            good = prepare_format(name, Path(root))
-            numbers = range(first, first + math.ceil(count * FORMATS[name].share / shares))
-            found[name] = run_format(name, good, seed, list(numbers), limit)
-            if tell is not None:
-                tell(name, found[name])
+    found = {name: Verdicts() for name in formats}
+    with (
+        tempfile.TemporaryDirectory(prefix="bellbox-fuzz-", dir=SCRATCH) as root,
+        suppress(KeyboardInterrupt),
+    ):
+        good = {name: prepare_format(name, Path(root)) for name in formats}
+        for begin in range(0, count, ROUND):
+            for name in formats:
+                ends = [
+                    math.ceil(n * FORMATS[name].share / shares) for n in (begin, min(count, begin + ROUND))
+                ]
+                numbers = range(first + ends[0], first + ends[1])
+                found[name].add(run_format(name, good[name], seed, list(numbers), limit))
+            tell(found)
     return found
 
 
@@ -299,7 +322,7 @@ def replay(name: str, seed: int, number: int) -> None:
 
 def show(name: str, verdicts: Verdicts) -> None:
     """A format's line, and what failed."""
-    print(name.ljust(12) + "".join(f"{verdicts.counts[each]:10,}" for each in (*GOOD, *BAD)), flush=True)
+    print(name.ljust(14) + "".join(f"{verdicts.counts[each]:10,}" for each in (*GOOD, *BAD)), flush=True)
     for said, numbers in sorted(verdicts.examples.items(), key=lambda item: -len(item[1])):
         print(f"    {len(numbers):5,} x {said[:240]}   (--formats {name} --replay {numbers[0]})", flush=True)
 
@@ -316,10 +339,28 @@ def main() -> None:
         replay(command.formats[0], command.seed, command.replay)
         return
     begun = time.monotonic()
-    print("format".ljust(12) + "".join(each.rjust(10) for each in (*GOOD, *BAD)), flush=True)
-    found = run(command.formats, command.count, command.seed, command.first, tell=show)
-    total = sum(sum(each.counts.values()) for each in found.values())
-    print(f"{total:,} mutations, seed {command.seed}, {time.monotonic() - begun:.0f} s")
+
+    def tell(found: dict[str, Verdicts]) -> None:
+        total, failed = (
+            sum(each.total for each in found.values()),
+            sum(each.failures for each in found.values()),
+        )
+        print(
+            f"{total:,} mutations, {failed} failures, {time.monotonic() - begun:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    found = run(command.formats, command.count, command.seed, command.first, tell=tell)
+    print("format".ljust(14) + "".join(each.rjust(10) for each in (*GOOD, *BAD)))
+    for name, verdicts in found.items():
+        show(name, verdicts)
+    total = Counter[str]()
+    for verdicts in found.values():
+        total += verdicts.counts
+    show("all", Verdicts(total))
+    print(f"{total.total():,} mutations, seed {command.seed}, {time.monotonic() - begun:.0f} s")
     sys.exit(any(each.failures for each in found.values()))
 
 

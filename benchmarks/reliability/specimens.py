@@ -513,7 +513,11 @@ FORMATS: dict[str, Format] = {
     "packed": Format(make_packed, read_packed, ("packed/*",), seal_packed, share=0.4),
     "binarized": Format(make_binarized, read_binarized, ("out/*",), seal_binarized, share=0.15),
     "unfinished": Format(
-        make_unfinished, read_unfinished, ("out.unfinished/*", "source/*.json", "text.txt"), share=0.01
+        make_unfinished,
+        read_unfinished,
+        ("out.unfinished/*", "source/*.json", "text.txt"),
+        bound=("out.unfinished/*", "source/*.json", "text.txt"),
+        share=0.01,
     ),
     "tokens": Format(lambda folder: make_tokens(folder) and None, read_tokens, ("set/*",), seal_tokens),
     "npz": Format(make_npz, lambda folder: read_images(folder / "a.npz"), ("a.npz",)),

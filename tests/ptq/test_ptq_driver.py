@@ -205,12 +205,43 @@ def test_an_unfinished_folder_of_another_job_is_not_gone_on_with(places, tmp_pat
     work.mkdir()
     from bellbox.ptq import driver
 
-    tokens = driver.calibration_tokens(Tokenizer.load(places["llama"]), places["text"], 6, 32)
-    begun = driver._described(job(places, tmp_path / "out", method="billm"), 32, tokens)
+    tokenizer = Tokenizer.load(places["llama"])
+    tokens = driver.calibration_tokens(tokenizer, places["text"], 6, 32)
+    begun = driver._described(job(places, tmp_path / "out", method="billm"), 32, tokens, tokenizer)
     (work / "settings.json").write_text(json.dumps(begun))
     save_file({"hidden": torch.zeros(6, 32, 40)}, work / "hidden.safetensors", {"done": "1"})
     with pytest.raises(BellboxError, match=r"begun with another method \('billm', now 'dbellquant'\)"):
         binarize_folder(job(places, tmp_path / "out"), show=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("block-0000.safetensors", -9),
+        ("rest.safetensors", -9),
+        ("block-0000.json", 20),
+        ("hidden.safetensors", -9),
+    ],
+)
+def test_an_unfinished_block_that_was_changed_is_refused_by_name(places, tmp_path, monkeypatch, name, at):
+    from bellbox.ptq import driver
+
+    begun, run = job(places, tmp_path / "out", method="rtn"), driver._Run.block
+    with monkeypatch.context() as stopped:
+        stopped.setattr(
+            driver._Run, "block", lambda self, number, bar: 1 / 0 if number else run(self, number, bar)
+        )
+        with pytest.raises(ZeroDivisionError):
+            binarize_folder(begun, show=False)
+    file = tmp_path / "out.unfinished" / name
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(BellboxError, match=rf"{name}: was changed since it was written; delete"):
+        binarize_folder(begun, show=False)
+    content[at] ^= 1
+    file.write_bytes(content)
+    assert len(binarize_folder(begun, show=False)["blocks"]) == 4
 
 
 def test_a_resume_with_other_weights_is_refused_by_name(places, tmp_path, monkeypatch):

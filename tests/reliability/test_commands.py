@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -31,17 +32,33 @@ def commands() -> Iterator[ModuleType]:
         sys.path.remove(str(FOLDER))
 
 
-def test_hostile_commands_are_refused_in_one_line_and_change_nothing(commands: ModuleType) -> None:
-    assert len(commands.SHORT) >= 25
+def test_hostile_commands_end_as_they_should_and_change_nothing(commands: ModuleType) -> None:
+    chosen = commands.short()
+    assert len(chosen) >= 30
+    assert {case.kind for case in chosen} == set(commands.KINDS)
     commands.preload()
     faults: list[str] = []
 
-    def tell(command: str, outcome: object, fault: str | None) -> None:
+    def tell(case: Any, outcome: object, fault: str | None) -> None:
         if fault is not None:
-            faults.append(f"bellbox {command}: {fault}")
+            faults.append(f"bellbox {case.command}: {fault}")
 
-    assert commands.try_all(commands.SHORT, commands.forked, tell) == len(faults)
+    assert commands.try_all(chosen, commands.forked, tell) == len(faults)
     assert not faults, faults
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_flags_are_read_is_no_wrong_flag(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tyro
+
+    from bellbox.cli.main import main
+
+    monkeypatch.setattr(tyro, "cli", lambda *_, **__: os.kill(os.getpid(), number) or time.sleep(5))
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--tokens", "1e9", "--preset", "tiny"])
+    assert left.value.code == (130 if number == signal.SIGINT else 143)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -5,11 +5,13 @@ binarize its layers, run the text through what it has become, write it, forget i
 earlier ones will really give it (their inputs not yet rounded: one set of weights serves every width of activations).
 
 The work stands in `NAME.unfinished` beside the folder to be. A block counts as done when its file lies there and, by
-one rename after it, the hidden states that follow it. A kill at any moment costs the block that was in work.
+one rename after it, the hidden states that follow it, with the checksums of all that is done. A kill at any moment
+costs the block that was in work.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -44,6 +46,7 @@ from bellbox.ptq.hessian import InputStatistics
 from bellbox.ptq.memory import working_memory
 from bellbox.ptq.progress import BlockProgress
 from bellbox.utils.files import (
+    describe_file,
     lock,
     put_in_place,
     read_json,
@@ -103,7 +106,7 @@ def binarize_folder(job: Job, show: bool = True) -> dict[str, Any]:
         )
     work = job.out.absolute().with_name(job.out.name + ".unfinished")
     with _claimed(work):
-        described = _described(job, context, tokens)
+        described = _described(job, context, tokens, tokenizer)
         _same_job(work, described)
         _write_json(work / _SETTINGS, described)
         run = _Run(job, source, work, tokens)
@@ -134,11 +137,12 @@ class _Run:
     def __init__(self, job: Job, source: HFFolder, work: Path, tokens: Tensor) -> None:
         self.job, self.source, self.work = job, source, work
         self.run = Runner(source.config)
-        self.done, hidden = _restored(work)
+        self.done, hidden, self.files = _restored(work)
         if hidden is None:
             rest = source.rest()
             hidden = embed(source.config, rest, tokens)
             write_tensors(work / REST, {name: narrowed(value) for name, value in rest.items()})
+            self.files = {REST: describe_file(work / REST)}
         self.hidden = hidden
 
     def block(self, number: int, progress: BlockProgress) -> dict[str, Any]:
@@ -168,7 +172,10 @@ class _Run:
         tensors = {f"{name}.{key}": value for key, value in block.state_dict().items()}
         write_tensors(self.work / block_file(number), {key: _stored(value) for key, value in tensors.items()})
         _write_json(self.work / _record_file(number), record)
-        write_tensors(self.work / _HIDDEN, {"hidden": self.hidden}, {"done": str(number + 1)})
+        for file in (block_file(number), _record_file(number)):
+            self.files[file] = describe_file(self.work / file)
+        done = {"done": str(number + 1), "files": json.dumps(self.files), "sha256": _digest(self.hidden)}
+        write_tensors(self.work / _HIDDEN, {"hidden": self.hidden}, done)
         return record
 
     def _parts(self) -> tuple[Tensor, ...]:
@@ -193,19 +200,43 @@ def _adding_to(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor
     return lambda _, inputs: statistics.add(inputs[0])
 
 
-def _restored(work: Path) -> tuple[int, Tensor | None]:
-    """Blocks done, and the hidden states after them; None where none is."""
+def _restored(work: Path) -> tuple[int, Tensor | None, dict[str, Any]]:
+    """Blocks done, the hidden states after them (None where none is), and the files that were written for them."""
     path = work / _HIDDEN
     if not path.is_file():
-        return 0, None
+        return 0, None, {}
     try:
         with safe_open(path, framework="pt") as file:
-            return int(file.metadata()["done"]), file.get_tensor("hidden").clone()
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            said, hidden = file.metadata(), file.get_tensor("hidden").clone()
+        done, files = int(said["done"]), dict(json.loads(said["files"]))
+        sound = said["sha256"] == _digest(hidden) and 0 <= done <= len(files)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BellboxError(f"{path}: damaged ({error}); delete {work} and begin again") from None
+    expected = {
+        REST,
+        *(
+            file
+            for number in range(done if sound else 0)
+            for file in (block_file(number), _record_file(number))
+        ),
+    }
+    changed = [work / name for name in sorted(expected) if not _is_as_written(work / name, files.get(name))]
+    if changed or not sound:
+        raise BellboxError(
+            f"{[*changed, path][0]}: was changed since it was written; delete {work} and begin again"
+        )
+    return done, hidden, files
 
 
-def _described(job: Job, context: int, tokens: Tensor) -> dict[str, Any]:
+def _is_as_written(path: Path, described: object) -> bool:
+    return path.is_file() and describe_file(path) == described
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def _described(job: Job, context: int, tokens: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides the result."""
     return {
         **asdict(job.settings),
@@ -213,6 +244,7 @@ def _described(job: Job, context: int, tokens: Tensor) -> dict[str, Any]:
         "context": context,
         "batch": job.batch,
         "model": sha256_file(job.model / CONFIG),
+        "tokenizer": tokenizer.sha256,
         "tokens": int((tokens.double() * torch.arange(1, tokens.numel() + 1).view_as(tokens)).sum()),
         **{path.name: _size_and_time(path) for path in sorted(job.model.glob("*.safetensors"))},
     }
