@@ -31,6 +31,7 @@ RESAMPLES = 4999
 """The standard error is then known to 1 %."""
 FEWEST_PARTS = 8
 """Fewer documents say nothing about others."""
+_MOST_NATS = 700.0  # their exp is still a number
 _AT_ONCE = 250  # resamples: some megabytes
 
 
@@ -148,12 +149,15 @@ def _sums(run: Result) -> np.ndarray:
 
 
 def _parts_of(pairs: Sequence[tuple[Result, Result]]) -> dict[str, Any] | None:
-    """The parts that all runs share; None where they are not recorded, too few, or not the same."""
+    """The parts that all runs share; None where they are not recorded, too few, not the same, or lost entirely."""
     found = [run.parts for pair in pairs for run in pair]
     first = found[0]
     if first is None or len(first["sizes"]) < FEWEST_PARTS:
         return None
-    shared = all(one is not None and one["sizes"] == first["sizes"] for one in found)
+    shared = all(
+        one is not None and one["sizes"] == first["sizes"] and max(one["losses"]) < _MOST_NATS
+        for one in found
+    )
     judged = not is_vision(pairs[0][0].config) or all(one and one.get("right") for one in found)
     return first if shared and judged else None
 
