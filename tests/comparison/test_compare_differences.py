@@ -15,6 +15,7 @@ import pytest
 from bellbox.comparison import Result, differences, summarise, tables
 from bellbox.comparison.differences import difference
 from bellbox.errors import BellboxError
+from bellbox.report import comparison_page
 
 stats = pytest.importorskip("scipy.stats", reason="scipy, of the extra cli")
 
@@ -194,6 +195,9 @@ def test_a_table_marks_what_its_seeds_cannot_tell(result) -> None:
     said = "§ One seed: another may change it; a seed moves the differences of the rows that have several by 1.00"
     assert said in notes
     assert "¶ Not told apart: zero lies in the interval" in notes
+    page = comparison_page([(study, [])])
+    assert "<td>+0.50§¶</td>" in page
+    assert "¶ Not told apart: zero lies in the interval" in page
     latex = tables.latex([study])
     assert r"+0.50$^\S$$^\P$" in latex
     row = list(csv.DictReader(io.StringIO(tables.comma_separated([study]))))[1]

@@ -149,7 +149,7 @@ def _sums(run: Result) -> np.ndarray:
 
 
 def _parts_of(pairs: Sequence[tuple[Result, Result]]) -> dict[str, Any] | None:
-    """The parts that all runs share; None where they are not recorded, too few, not the same, or lost entirely."""
+    """The parts that all runs share; None where they are not recorded, too few, not the same, or beyond floats."""
     found = [run.parts for pair in pairs for run in pair]
     first = found[0]
     if first is None or len(first["sizes"]) < FEWEST_PARTS:

@@ -16,7 +16,8 @@ A row holds any keys of a training configuration, laid over `base`; its own `lr`
 grid's. Rows that fix their levels themselves (full precision, `bits` or `levels` of the quantization, a whole
 `recipe`) ignore the grid's `bits`; where nobody says any, those of `base` count. A seed decides the initial weights and
 the order of the text, alike for every row. All rows must ask for the same budget and context: where batches differ, say
-`tokens`, not `steps`. The first row in full precision is the one that the others are compared with.
+`tokens`, not `steps`. The first row in full precision is the one that the others are compared with;
+without any it is the first row, and `bellbox compare --against ROW` names another.
 """
 
 from __future__ import annotations
