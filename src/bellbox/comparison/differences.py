@@ -135,7 +135,7 @@ def _over_parts(pairs: Sequence[tuple[Result, Result]], sizes: Sequence[int]) ->
     def statistic(sizes: np.ndarray, *sums: np.ndarray, axis: int) -> np.ndarray:
         total = sizes.sum(axis)
         metrics = [of_total(one.sum(axis) / total) for one in sums]
-        return sum(metrics[::2]) / len(pairs) - sum(metrics[1::2]) / len(pairs)
+        return np.mean(metrics[::2], axis=0) - np.mean(metrics[1::2], axis=0)
 
     return _bootstrap((np.array(sizes, float), *sums), statistic)
 

@@ -196,7 +196,7 @@ class _Parts(BaseModel):
 
 @functools.cache
 def _adapters() -> tuple[TypeAdapter[Any], ...]:
-    kinds = (Result, TrainConfig, list[_Point], dict[str, _Histogram], _Parts | None)
+    kinds: tuple[Any, ...] = (Result, TrainConfig, list[_Point], dict[str, _Histogram], _Parts | None)
     return tuple(TypeAdapter(kind) for kind in kinds)
 
 
