@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import math
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from bellbox.comparison import Result, differences, summarise, tables
 from bellbox.comparison.differences import difference
 from bellbox.errors import BellboxError
+from bellbox.report import comparison_page
 
 stats = pytest.importorskip("scipy.stats", reason="scipy, of the extra cli")
 
@@ -193,6 +195,9 @@ def test_a_table_marks_what_its_seeds_cannot_tell(result) -> None:
     said = "§ One seed: another may change it; a seed moves the differences of the rows that have several by 1.00"
     assert said in notes
     assert "¶ Not told apart: zero lies in the interval" in notes
+    page = comparison_page([(study, [])])
+    assert "<td>+0.50§¶</td>" in page
+    assert "¶ Not told apart: zero lies in the interval" in page
     latex = tables.latex([study])
     assert r"+0.50$^\S$$^\P$" in latex
     row = list(csv.DictReader(io.StringIO(tables.comma_separated([study]))))[1]
@@ -245,3 +250,24 @@ def test_a_row_may_be_named_that_differences_are_to(result) -> None:
     ]
     with pytest.raises(BellboxError, match="against 'D': no row has this name; there are: full, A, B, C"):
         summarise(made, against="D")
+
+
+def test_losses_beyond_floating_point_do_not_count(result) -> None:
+    losses = np.full((1, 20), 800.0)
+    huge = {0: dataclasses.replace(runs(lambda *_: result(), np.full((1, 20), 3.0))[0], parts={
+        "unit": "documents", "sizes": [5] * 20, "losses": losses[0].tolist()})}  # fmt: skip
+    found = difference(huge, huge)
+    assert found is not None
+    assert (found.value, found.low, found.parts) == (0.0, None, 0)
+
+
+def test_without_scipy_the_extra_is_named(result, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    ours, theirs = without_parts(result, [20.0, 21.0]), without_parts(result, [18.0, 18.5])
+    with pytest.raises(
+        BellboxError, match=r"scipy.stats is not installed; install it with: pip install 'bellbox\[cli\]'"
+    ):
+        difference(ours, theirs)
+    single = difference({0: ours[0]}, {0: theirs[0]})  # a single seed without documents needs none
+    assert single is not None
+    assert single.value == 2.0

@@ -130,6 +130,7 @@ def test_a_run_known_from_another_study_is_found_and_a_failed_one_is_not(
         ({"parts": {"unit": "images", "sizes": [1, 2], "losses": [1.0]}}, "different lengths"),
         ({"parts": {"unit": "images", "sizes": [1], "losses": [1.0], "right": []}}, "different lengths"),
         ({"parts": {"unit": "documents", "sizes": [0], "losses": [1.0]}}, "sizes.0"),
+        ({"parts": {"unit": "documents", "sizes": [10**400], "losses": [1.0]}}, "sizes.0"),
         ({"parts": {"unit": "documents", "sizes": [1] * 2000, "losses": [1.0] * 2000}}, "sizes"),
     ],
 )

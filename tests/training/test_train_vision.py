@@ -83,6 +83,9 @@ def test_it_learns_and_records_accuracy(tiny_vision: VisionRun) -> None:
     result = train(config, show=False)
     assert result.validation is not None
     assert result.validation["accuracy"] > 0.9
+    parts = result.validation["parts"]
+    assert parts["unit"] == "images"
+    assert sum(parts["right"]) / sum(parts["sizes"]) == result.validation["accuracy"]
     assert "perplexity" not in result.validation
     assert result.tokens == 30 * 16
     last = records_of(config)[-2]

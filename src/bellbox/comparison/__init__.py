@@ -1,8 +1,9 @@
 """Comparing methods fairly: one grid file in; runs, tables and pictures out.
 
-`grid` reads what is to be compared, `plan` says which run comes next, `process` and `worker` train it in a
-process of its own, `results` keeps what came out, `asked` which of it belongs to the grid, `summary` boils that
-down to one line a method. Nothing here knows a quantizer: a row of a grid is any set of training keys.
+`grid` reads what is to be compared, `plan` says which run comes next, `process` and `worker` train it in a process of
+its own, `results` keeps what came out, `selection` which of it belongs to the grid, `summary` boils that down to one
+line a method, `differences` says how far two methods are apart. Nothing here knows a quantizer: a row of a grid is any
+set of training keys.
 """
 
 from bellbox.comparison.grid import Cell, Grid, load_grid

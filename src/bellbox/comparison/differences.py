@@ -31,6 +31,7 @@ RESAMPLES = 4999
 """The standard error is then known to 1 %."""
 FEWEST_PARTS = 8
 """Fewer documents say nothing about others."""
+_MOST_NATS = 700.0  # their exp is still a number
 _AT_ONCE = 250  # resamples: some megabytes
 
 
@@ -134,7 +135,7 @@ def _over_parts(pairs: Sequence[tuple[Result, Result]], sizes: Sequence[int]) ->
     def statistic(sizes: np.ndarray, *sums: np.ndarray, axis: int) -> np.ndarray:
         total = sizes.sum(axis)
         metrics = [of_total(one.sum(axis) / total) for one in sums]
-        return sum(metrics[::2]) / len(pairs) - sum(metrics[1::2]) / len(pairs)
+        return np.mean(metrics[::2], axis=0) - np.mean(metrics[1::2], axis=0)
 
     return _bootstrap((np.array(sizes, float), *sums), statistic)
 
@@ -148,12 +149,15 @@ def _sums(run: Result) -> np.ndarray:
 
 
 def _parts_of(pairs: Sequence[tuple[Result, Result]]) -> dict[str, Any] | None:
-    """The parts that all runs share; None where they are not recorded, too few, or not the same."""
+    """The parts that all runs share; None where they are not recorded, too few, not the same, or beyond floats."""
     found = [run.parts for pair in pairs for run in pair]
     first = found[0]
     if first is None or len(first["sizes"]) < FEWEST_PARTS:
         return None
-    shared = all(one is not None and one["sizes"] == first["sizes"] for one in found)
+    shared = all(
+        one is not None and one["sizes"] == first["sizes"] and max(one["losses"]) < _MOST_NATS
+        for one in found
+    )
     judged = not is_vision(pairs[0][0].config) or all(one and one.get("right") for one in found)
     return first if shared and judged else None
 

@@ -17,7 +17,8 @@ grid's. Where nobody says `lr`, the `optimizer.lr` of `base` counts. Rows that f
 precision, `bits` or `levels` of the quantization, a whole `recipe`) ignore the grid's `bits`; where nobody says any,
 those of `base` count. A seed decides the initial weights and the order of the text, alike for every row. All rows must
 ask for the same budget and context: where batches differ, say `tokens`, not `steps`. The first row in full precision is
-the one that the others are compared with.
+the one that the others are compared with; without any it is the first row, and `bellbox compare --against ROW` names
+another.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
 from bellbox.comparison.jsonl import append_line, whole_lines
 from bellbox.errors import BellboxError
@@ -182,14 +182,19 @@ class _Histogram(BaseModel):
     counts: Annotated[list[int], Field(max_length=10_000)]
 
 
+_MOST_PARTS = 1024
+
+
 class _Parts(BaseModel):
     """What is read of `Result.parts`."""
 
     model_config = ConfigDict(strict=True)
     unit: Literal["documents", "blocks of tokens", "images"]
-    sizes: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=1024)]
-    losses: Annotated[list[float], Field(max_length=1024)]
-    right: Annotated[list[int], Field(max_length=1024)] | None = None
+    sizes: Annotated[list[Annotated[int, Field(ge=1, le=1 << 53)]], Field(max_length=_MOST_PARTS)]
+    losses: Annotated[list[FiniteFloat], Field(max_length=_MOST_PARTS)]
+    right: Annotated[list[Annotated[int, Field(ge=0, le=1 << 53)]], Field(max_length=_MOST_PARTS)] | None = (
+        None
+    )
 
     @model_validator(mode="after")
     def _of_equal_length(self) -> _Parts:
@@ -201,7 +206,7 @@ class _Parts(BaseModel):
 
 @functools.cache
 def _adapters() -> tuple[TypeAdapter[Any], ...]:
-    kinds = (Result, list[_Point], dict[str, _Histogram], _Parts | None)
+    kinds: tuple[Any, ...] = (Result, list[_Point], dict[str, _Histogram], _Parts | None)
     return tuple(TypeAdapter(kind) for kind in kinds)
 
 

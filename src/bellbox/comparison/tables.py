@@ -244,7 +244,8 @@ def comma_separated(studies: list[Study]) -> str:
 def _difference_fields(study: Study, found: Difference | None) -> list[object]:
     if found is None:
         return [None] * 6
-    return [study.baseline, found.value, found.low, found.high, found.seeds, found.parts]
+    low, high = (None if end is None else float(f"{end:.6g}") for end in (found.low, found.high))
+    return [study.baseline, found.value, low, high, found.seeds, found.parts]
 
 
 def latex(studies: list[Study]) -> str:
