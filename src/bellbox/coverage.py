@@ -174,7 +174,9 @@ def kind_of_layer(layer: nn.Module) -> LayerKind:
 def names_of_weights(model: nn.Module) -> list[tuple[str, LayerKind]]:
     """Every module with weights of its own that a pattern may mean, and its kind."""
     modules = model.named_modules()
-    found = [(name, kind_of_layer(module)) for name, module in modules if _weights(module)]
+    found: list[tuple[str, LayerKind]] = [
+        (name, kind_of_layer(module)) for name, module in modules if _weights(module)
+    ]
     for name, _, stack in expert_stacks(model):
         found.append((f"{name}.{stack}" if name else stack, "linear"))
     return found
