@@ -46,7 +46,7 @@ def fitted(x: Tensor, n: int, fisher: Tensor | None = None, **options: bool | fl
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(rows=st.integers(1, 6), groups=st.integers(1, 3), seed=st.integers(0, 10**6))
 def test_a_fit_is_where_the_error_is_stationary(bits, weighted, rows, groups, seed):
     x = numbers(rows, 64 * groups, seed=seed)

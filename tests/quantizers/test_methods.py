@@ -53,7 +53,8 @@ def specs(roles: tuple[str, ...] = ("weight", "input")) -> Iterator[tuple[Quanti
         kind = METHODS[method]
         granularities = kind.weight_granularities if role == "weight" else kind.activation_granularities
         for granularity, n in itertools.product(granularities, NUMBERS.get(method, (2, 3, 4, 16))):
-            if not (granularity == "ema" and "zeta" in options):
+            same = options.get("rule") == "paretoq" and n <= 4  # the function of the other rule
+            if not (granularity == "ema" and "zeta" in options) and not same:
                 yield (
                     QuantizerSpec(method, n, None, granularity, None, options),
                     6 if role == "weight" else None,

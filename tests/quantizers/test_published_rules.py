@@ -73,7 +73,7 @@ def compared(q: Quantizer, name: str, x: Tensor, expected) -> None:
 
 @pytest.mark.parametrize("role", ["weight", "input"])
 @pytest.mark.parametrize("bits", BITS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(**shapes)
 def test_seq_with_the_rule_of_paretoq_is_paretoqs(bits, role, rows, features, seed):
     x = numbers(rows, features, seed)
