@@ -154,6 +154,7 @@ def test_what_could_not_be_trained_is_one_line(
         (["--model.overrides", "vocab_size=100", "--data.source", "hf:a"], "vocab_size is 100"),
         (["--config", tmp_path / "none.yaml"], "cannot be read"),
         (["--row", "BBQ"], "is for a grid"),
+        (["--model.from", tmp_path / "nowhere"], "model.from: "),
     ):
         assert says in refused("train", "--dry-run", *arguments)
     assert "--json is for --dry-run" in refused("train", "--json", "x.json")

@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from bellbox.convert import prepare
 from bellbox.data.images import ImageDataset
+from bellbox.errors import BellboxError
+from bellbox.formats.auto import kind_of
 from bellbox.nn import quantized_layers
 from bellbox.runs.build import make_recipe, skeleton
 from bellbox.runs.config import ResolvedConfig, TrainConfig
@@ -40,7 +42,7 @@ _BACKWARD_TOO = 3
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training step holds at its fullest, in fp32."""
+    """Bytes that a training step holds at its fullest, in fp32. A teacher's come on top."""
 
     weights: int
     """Parameters and buffers, twice where averaged weights are kept."""
@@ -95,6 +97,8 @@ def dry_run(config: TrainConfig) -> DryRun:
     data = look_at_data(config.check())
     resolved = resolve(config, data.data)
     check_trainable(resolved)
+    if resolved.model.pretrained is not None:
+        _require_model(resolved.model.pretrained)
     shape = _first_batch(resolved, data)
     model = skeleton(resolved)
     parameters = sum(p.numel() for p in model.parameters())
@@ -122,6 +126,14 @@ def dry_run(config: TrainConfig) -> DryRun:
         operations=times * (counted.layers + counted.attention),
         attention=times * counted.attention,
     )
+
+
+def _require_model(source: str) -> None:
+    """Of given weights only the folder is looked at."""
+    try:
+        kind_of(source)
+    except BellboxError as error:
+        raise BellboxError(f"model.from: {error}") from None
 
 
 def _input_levels(layer: Any) -> int | None:
