@@ -76,7 +76,7 @@ def job_of(place: Path, out: Path) -> Job:
         samples=2,
         context=32,
         tokens=200,
-        group=16,
+        group=32,
         seconds=0.05,
     )
 

@@ -1,7 +1,7 @@
 """GPTQ through gptqmodel: columns fixed one after another, their error fed to the later ones; symmetric groups.
 
-Where groups do not divide a row, the package pads it. It compiles a small extension the first time, which takes a minute
-or more, and needs a compiler and ninja.
+Where groups do not divide a row, the package pads it. It compiles a small extension the first time, which takes a
+minute or more, and needs a compiler and ninja.
 """
 
 from __future__ import annotations
