@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import bellbox as bb
 from bellbox.cli.main import main
-from bellbox.comparison.baselines import Job, Lines, baseline_of, names, registry, run_baselines
+from bellbox.comparison.baselines import Job, Line, Lines, baseline_of, registry, run_baselines
 from bellbox.comparison.baselines import table as tables
 from bellbox.comparison.baselines.job import prepare_job
-from bellbox.comparison.baselines.measure import left_whole, quality
+from bellbox.comparison.baselines.measure import left_whole, quality, speed
 from bellbox.comparison.baselines.own import FULL_BELLBOX
 from bellbox.comparison.baselines.widen import widened
 from bellbox.data.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from bellbox.nn.weight_only import WeightOnlyLinear
 
 WORDS = "the cat sat on the mat and the dog on the log while a hen ran from a fox to its box . "
 CONFIG = LlamaConfig(
-    vocab_size=270, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2,
+    vocab_size=270, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
     max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
 )  # fmt: skip
 
@@ -76,7 +76,7 @@ def job_of(place: Path, out: Path) -> Job:
         samples=2,
         context=32,
         tokens=200,
-        group=16,
+        group=32,
         seconds=0.05,
     )
 
@@ -115,11 +115,10 @@ def decoded(model: nn.Module) -> Llama:
 
 
 def test_a_row_runs_from_the_command_to_the_table_and_is_not_run_twice(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    said = command(*flags(place, tmp_path), "--rows", "rtn")
+    said = command(*flags(place, tmp_path), "--rows", "rtn", "--only", "quality")
     assert "rtn: perplexity" in said
-    first, second = Lines(tmp_path).all
-    assert (first.task, second.task, first.row) == ("quality", "speed", "rtn")
+    (first,) = Lines(tmp_path).all
+    assert (first.task, first.row, first.package) == ("quality", "rtn", "bellbox")
     assert first.package_version == bb.__version__
     # Bytes: what the system says of the two files that the format has.
     (folder,) = (each for each in (tmp_path / "models" / "tiny" / "rows").iterdir() if each.is_dir())
@@ -136,12 +135,6 @@ def test_a_row_runs_from_the_command_to_the_table_and_is_not_run_twice(place: Pa
     expected = loss_of(decoded(model), ids, 32)
     assert first.found["loss"] == pytest.approx(expected, rel=1e-5)
     assert first.found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
-    # Speed: both of the pair are there, and the ratio is theirs.
-    found = second.found
-    assert found["tokens_per_second"] > 0
-    assert found["times_full"] == pytest.approx(found["tokens_per_second"] / found["full_tokens_per_second"])
-    low, high = found["quartiles"]
-    assert low <= found["tokens_per_second"] <= high
 
     before = (tmp_path / "baselines.jsonl").read_bytes()
     assert run_baselines(job_of(place, tmp_path), ["rtn"], tasks=["quality"], tell=print) == []
@@ -160,6 +153,7 @@ def test_perplexity_of_our_own_rows_is_that_of_the_decoded_weights(
 ) -> None:
     job = job_of(place, tmp_path)
     prepare_job(job)
+    job = dataclasses.replace(job, group=128)  # which divides down_proj's inputs and no others
     made = tmp_path / "made"
     made.mkdir()
     baseline_of(row, job).make(job, made)
@@ -191,6 +185,33 @@ def test_full_precision_is_the_checkpoint_rounded_as_asked(place: Path, tmp_path
     assert expected != pytest.approx(loss_of(load_hf(place / "tiny"), job.tensors()["text"], 32), rel=1e-6)
 
 
+def test_speed_is_taken_in_turns_with_full_precision_and_stands_in_the_table(
+    place: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    job = job_of(place, tmp_path)
+    prepare_job(job)
+    found = speed(FULL_BELLBOX, job.checkpoint, job)
+    assert found["times_full"] == pytest.approx(found["tokens_per_second"] / found["full_tokens_per_second"])
+    for rate, (low, high) in (
+        (found["tokens_per_second"], found["quartiles"]),
+        (found["full_tokens_per_second"], found["full_quartiles"]),
+    ):
+        assert 0 < low <= rate <= high
+    alone = speed(baseline_of("full", job), job.checkpoint, job)
+    assert alone["times_full"] == 1
+    line = Line(
+        "tiny", "full-bellbox", "ours", "speed", "k", None, "bellbox", "1", dataclasses.asdict(job), found=found,
+        machine={"cpu": "a cpu", "cpu_count": 2, "torch": "2"},
+    )  # fmt: skip
+    (table,) = tables.tables_of([line])
+    low, high = found["quartiles"]
+    assert tables.cells(table)[0][-3:] == [
+        f"{found['tokens_per_second']:.1f}", f"{low:.1f} to {high:.1f}", f"{found['times_full']:.2f}",
+    ]  # fmt: skip
+    assert any(f"load of the machine up to {found['load']:.1f}" in note for note in tables.notes(table))
+
+
 def test_a_package_that_is_not_here_is_a_row_that_says_so(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,17 +230,22 @@ def test_a_package_that_is_not_here_is_a_row_that_says_so(
     assert f"HQQ (no-such-package): skipped: {way}." in tables.notes(table)
 
 
-def test_every_package_that_is_here_makes_and_opens_its_model(place: Path, tmp_path: Path) -> None:
-    job = job_of(place, tmp_path)
-    here = [name for name in names() if (row := baseline_of(name, job)).extra == "baselines" and row.module]
-    here = [name for name in here if baseline_of(name, job).absent() is None]
-    if not here:
-        pytest.skip("none of the packages of the extra `baselines` is installed")
-    full = quality(FULL_BELLBOX, (prepare_job(job), job.checkpoint)[1], job)["perplexity"]
-    for line in run_baselines(dataclasses.replace(job, iterations=2), here, tasks=["quality"]):
-        assert (
-            line.skipped is not None or line.error is not None or 0.5 < line.found["perplexity"] / full < 2
-        ), line
+@pytest.mark.parametrize("name", ["gptq", "autoround", "hqq", "bitsandbytes", "torchao"])
+def test_a_package_that_is_here_makes_and_opens_its_model(place: Path, tmp_path: Path, name: str) -> None:
+    job = dataclasses.replace(job_of(place, tmp_path), dtype="bfloat16", iterations=2)
+    prepare_job(job)
+    reason = baseline_of(name, job).absent()
+    if reason is not None:
+        pytest.skip(reason)
+    full = quality(FULL_BELLBOX, job.checkpoint, job)
+    (line,) = run_baselines(job, [name], tasks=["quality"])
+    assert line.error is None, line.error
+    if line.skipped is not None:
+        pytest.skip(line.skipped)
+    assert line.found["loss"] != pytest.approx(full["loss"], rel=1e-6)
+    assert line.found["loss"] == pytest.approx(full["loss"], rel=0.1)
+    assert line.found["left"] == []
+    assert line.found["bytes"] < full["bytes"]
 
 
 def test_what_cannot_be_compared_is_refused_in_a_line(

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from bellbox.comparison.baselines.job import Job
-from bellbox.errors import BellboxError
+from bellbox.errors import BellboxError, require
 
 EXTRA = "baselines"
 
@@ -68,18 +69,14 @@ def refused(what: str) -> Callable[[Job, Path], None]:
     return make
 
 
-def plain_transformer(folder: Path, dtype: Any) -> nn.Module:
+def plain_transformer(folder: Path, dtype: torch.dtype) -> Any:
     """The checkpoint in full precision, through transformers, on the CPU."""
-    from bellbox.errors import require
-
     transformers = require("transformers", "transformers")
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True
     ).eval()
 
 
-def dtype_of(job: Job) -> Any:
-    """The torch dtype that the checkpoint is stored in."""
-    import torch
-
+def dtype_of(job: Job) -> torch.dtype:
+    """What the checkpoint is stored in."""
     return getattr(torch, job.dtype)

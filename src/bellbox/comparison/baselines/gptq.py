@@ -1,6 +1,7 @@
 """GPTQ through gptqmodel: columns fixed one after another, their error fed to the later ones; symmetric groups.
 
-It compiles a small extension the first time, which takes a minute or more, and needs a compiler and ninja.
+Where groups do not divide a row, the package pads it. It compiles a small extension the first time, which takes a
+minute or more, and needs a compiler and ninja.
 """
 
 from __future__ import annotations
@@ -27,15 +28,10 @@ def _package() -> Any:
 
 def _make(job: Job, folder: Path) -> None:
     package = _package()
-    config = package.QuantizeConfig(bits=4, group_size=_group(job), device="cpu")
+    config = package.QuantizeConfig(bits=4, group_size=job.group, device="cpu")
     model = package.GPTQModel.load(str(job.checkpoint), config)
     model.quantize(job.calibration_batches(), batch_size=1)
     model.save(str(folder))
-
-
-def _group(job: Job) -> int:
-    """The package pads a last group that is not whole."""
-    return job.group
 
 
 def _load(folder: Path, job: Job) -> nn.Module:  # noqa: ARG001

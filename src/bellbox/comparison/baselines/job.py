@@ -130,9 +130,17 @@ def prepare_job(job: Job) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     write_tensors(job.folder / TOKENS, tokens)
     save_hf(model.to(getattr(torch, job.dtype)), job.checkpoint)
-    tokenizer.save(job.checkpoint / TOKENIZER)
+    _save_tokenizer(tokenizer, job.checkpoint)
     job.save()
     return _identity(job)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """As transformers reads it; some packages insist on a token to fill up with, though nothing is filled up here."""
+    tokenizer.save(folder / TOKENIZER)
+    end = next(name for name, number in tokenizer.vocab.items() if number == tokenizer.end_of_text)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
+    write_text(folder / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")
 
 
 def _opened(job: Job) -> tuple[Llama | GPT, Tokenizer]:

@@ -81,7 +81,9 @@ def _columns(job: Job) -> Iterator[tuple[str, int]]:
     with torch.device("meta"):
         model = build(read_config(job.checkpoint / "config.json")[0])
     for name in layer_names(model.config):
-        yield name, model.get_submodule(name).in_features
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        yield name, layer.in_features
 
 
 FULL = Baseline(
