@@ -279,13 +279,17 @@ def try_all(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--forked", action="store_true")
-    parser.add_argument("--only", default="", help="commands that contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="commands that contain one of these")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--show", action="store_true", help="the line of each")
     options = parser.parse_args()
     if options.forked:
         preload()
-    chosen = [case for case in cases() if options.only in case.command and case.kind in options.kinds]
+    chosen = [
+        case
+        for case in cases()
+        if case.kind in options.kinds and any(part in case.command for part in options.only)
+    ]
     tried: list[Case] = []
 
     def tell(case: Case, outcome: Outcome, fault: str | None) -> None:

@@ -325,7 +325,7 @@ def mutate_table(text: str, draw: Random) -> str:
     if kind == 0 and row:
         del row[draw.randrange(len(row)) :]
     elif kind == 1:
-        row += [draw.choice(odd)] * draw.choice((1, 2, 1000))
+        row += [draw.choice(odd)] * draw.choice((1, 2, 50))
     elif kind == 2:
         rows[rows.index(row) : rows.index(row)] = [draw.choice(rows)]
     else:

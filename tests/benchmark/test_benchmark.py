@@ -147,3 +147,10 @@ def test_what_cannot_be_measured_is_refused(
         main(["bench", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_clock_that_stands_still_divides_nothing_by_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("process_time", "perf_counter"):
+        monkeypatch.setattr(f"bellbox.benchmark.timing.time.{name}", lambda: 1.0)
+    found = take_turns({"a": lambda _: None}, -1.0, least=3)
+    assert found["a"].median > 0

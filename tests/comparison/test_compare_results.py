@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bellbox.comparison import Results, load_grid
+from bellbox.comparison import Results, load_grid, summarise, tables
 from bellbox.comparison.plan import Plan
 from bellbox.comparison.results import Result, identity
 from bellbox.errors import BellboxError
@@ -171,3 +171,26 @@ def test_a_hyperballs_rate_that_is_left_open_is_the_run_of_its_number() -> None:
             for lr in (None, rate, 0.03)
         )
         assert identity(open_, "") == identity(said, "") != identity(other, "")
+
+
+@pytest.mark.parametrize(
+    "section", ["steps", "tokens", "batch", "data", "quantization", "vision", "optimizer"]
+)
+def test_a_line_without_a_section_counts_as_having_its_defaults(tmp_path: Path, result, section: str) -> None:
+    whole = result(config=TrainConfig(precision="bf16").to_dict())
+    lines = [json.loads(json.dumps(dataclasses.asdict(whole))) for _ in range(2)]
+    del lines[1]["config"][section]
+    told = []
+    for number, line in enumerate(lines):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "results.jsonl").write_text(json.dumps(line) + "\n")
+        told.append(tables.markdown(summarise(Results(folder).all)))
+    assert told[0] == told[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_results_are_read_from_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "results.jsonl")
+    with pytest.raises(BellboxError, match="is a pipe, not a regular file"):
+        Results(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,4 +119,27 @@ def test_a_damaged_grid_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "grids").mkdir()
     (tmp_path / "grids" / "small.json").write_text(text)
     with pytest.raises(BellboxError, match=r"small.json: damaged; remove it, or run its grid again"):
+        kept(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda cell: cell.update(lrs="fast"),
+        lambda cell: cell.update(lrs=[]),
+        lambda cell: cell.update(seeds=[0.5]),
+        lambda cell: cell.update(config={"steps": "many"}),
+        lambda cell: cell.update(config=3),
+        lambda cell: cell.pop("row"),
+    ],
+)
+def test_a_kept_grid_that_is_damaged_is_refused_by_name(
+    run: Run, tmp_path: Path, spoil: Callable[..., Any]
+) -> None:
+    run(lambda _: 2.0, rows={"BBQ": {}})
+    (file,) = (tmp_path / "grids").glob("*.json")
+    content = json.loads(file.read_text())
+    spoil(content["cells"][0])
+    file.write_text(json.dumps(content))
+    with pytest.raises(BellboxError, match=rf"{file.name}: damaged; remove it, or run its grid again"):
         kept(tmp_path)

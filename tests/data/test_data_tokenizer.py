@@ -96,6 +96,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
         ("a.json", b"{}", "a.json: not a tokenizer.json that can be read"),
         ("b.json", b"\xff", "b.json: not UTF-8 at byte 0"),
         ("c.model", b"nothing", "c.model: not a sentencepiece model"),
+        ("c.model", b"", "c.model: is empty, not a sentencepiece model"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BellboxError, match=message) as caught:

@@ -506,9 +506,9 @@ def _text_lines(chunks: Iterable[str]) -> Iterator[str]:
     """Lines with their ends; of several chunks each is joined once."""
     parts: list[str] = []
     for chunk in chunks:
-        *whole, rest = re.split(r"(?<=\n)", chunk)
+        *whole, rest = chunk.split("\n")  # and at no other character that Python takes for the end of a line
         for line in whole:
-            yield "".join((*parts, line))
+            yield "".join((*parts, line, "\n"))
             parts = []
         parts.append(rest)
     if any(parts):

@@ -38,6 +38,8 @@ def translate(path: Path) -> str:
     sentencepiece = require("sentencepiece", "transformers")
     tokenizers = require("tokenizers", "cli")
     content = read_bytes(path, _MOST_BYTES)
+    if not content:  # which the library takes for a model to come
+        raise BellboxError(f"{path}: is empty, not a sentencepiece model")
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except (OSError, RuntimeError, ValueError) as error:

@@ -233,7 +233,7 @@ def _is_as_written(path: Path, described: object) -> bool:
 
 
 def _digest(values: Tensor) -> str:
-    return hashlib.sha256(values.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _described(job: Job, context: int, tokens: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
