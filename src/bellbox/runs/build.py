@@ -13,6 +13,7 @@ from bellbox.convert import new_layers, prepare
 from bellbox.core.grid import levels_from_bits
 from bellbox.errors import BellboxError
 from bellbox.models import build, lecun_, preset, vision_preset
+from bellbox.nn import quantized_inside
 from bellbox.nn.state import adopt_all
 from bellbox.nn.tools import unique_tensors
 from bellbox.quantizers.learned import LearnedQuantizer
@@ -48,7 +49,8 @@ def check_quantization(config: TrainConfig, section: QuantizationSection) -> Non
     Raises:
         BellboxError: they cannot; as `make_model` would, or the first fit of a codebook.
     """
-    for _, layer in new_layers(skeleton(config), make_recipe(section)):
+    made = [each for _, each in new_layers(skeleton(config), make_recipe(section))]
+    for layer in (inside for each in made for inside in quantized_inside(each)):
         quantizer = layer.weight_quantizer
         wants = quantizer is not None and quantizer.by_squared_gradients and quantizer.refit_every > 0
         if wants and config.optimizer.kind == "muon" and layer.stored_weight.dim() == 2:
