@@ -26,7 +26,7 @@ from bellbox.convert import prepare
 from bellbox.data.images import ImageDataset
 from bellbox.errors import BellboxError
 from bellbox.formats.auto import kind_of
-from bellbox.nn import quantized_layers
+from bellbox.nn import QuantizedLayer, quantized_layers
 from bellbox.runs.build import make_recipe, skeleton
 from bellbox.runs.config import ResolvedConfig, TrainConfig
 from bellbox.runs.resolve import resolve
@@ -95,37 +95,50 @@ def dry_run(config: TrainConfig) -> DryRun:
         BellboxError: what could not be trained, as the run itself would say it.
     """
     data = look_at_data(config.check())
-    resolved = resolve(config, data.data)
-    check_trainable(resolved)
-    if resolved.model.pretrained is not None:
-        _require_model(resolved.model.pretrained)
+    resolved = _trainable(config, data)
     shape = _first_batch(resolved, data)
     model = skeleton(resolved)
-    parameters = sum(p.numel() for p in model.parameters())
-    moments = _moments(model, resolved)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run says it, where it is of use
-        prepare(model, make_recipe(resolved.quantization))
-    layers = [layer for _, layer in quantized_layers(model) if layer.weight_quantizer is not None]
-    quantized = sum(layer.stored_weight.numel() for layer in layers)
+    parameters, moments = sum(p.numel() for p in model.parameters()), _moments(model, resolved)
+    layers = _prepared(model, resolved)
+    quantized = sum(layer.stored_weight.numel() for layer, _ in layers)
     counted, saved = _forward(model, shape, resolved)
     held = _FP32 * sum(t.numel() for t in (*model.parameters(), *model.buffers()))
     shared = _FP32 * quantized if resolved.accumulation > 1 else 0
-    pairs = {
-        (layer.weight_quantizer.levels.n, _input_levels(layer)) for layer in layers if layer.weight_quantizer
-    }
     times = 2 * _BACKWARD_TOO * resolved.accumulation * resolved.total_steps
     return DryRun(
         config=resolved,
         data=data,
         parameters=parameters,
         quantized=quantized,
-        levels=tuple(sorted(pairs, key=str)),
+        levels=tuple(sorted({levels for _, levels in layers}, key=str)),
         first_batch=shape,
         memory=Memory(held * (2 if resolved.averaging else 1), _FP32 * parameters + shared, moments, saved),
         operations=times * (counted.layers + counted.attention),
         attention=times * counted.attention,
     )
+
+
+def _trainable(config: TrainConfig, data: DataOutlook) -> ResolvedConfig:
+    resolved = resolve(config, data.data)
+    check_trainable(resolved)
+    if resolved.model.pretrained is not None:
+        _require_model(resolved.model.pretrained)
+    return resolved
+
+
+def _prepared(
+    model: nn.Module, config: ResolvedConfig
+) -> list[tuple[QuantizedLayer, tuple[int, int | None]]]:
+    """Prepare a model: its layers with quantized weights, and the levels of weights and inputs of each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run says it, where it is of use
+        prepare(model, make_recipe(config.quantization))
+    found: list[tuple[QuantizedLayer, tuple[int, int | None]]] = []
+    for _, layer in quantized_layers(model):
+        weights, inputs = layer.weight_quantizer, layer.activation_quantizer
+        if weights is not None:
+            found.append((layer, (weights.levels.n, None if inputs is None else inputs.levels.n)))
+    return found
 
 
 def _require_model(source: str) -> None:
@@ -134,10 +147,6 @@ def _require_model(source: str) -> None:
         kind_of(source)
     except BellboxError as error:
         raise BellboxError(f"model.from: {error}") from None
-
-
-def _input_levels(layer: Any) -> int | None:
-    return None if layer.activation_quantizer is None else layer.activation_quantizer.levels.n
 
 
 def _first_batch(config: ResolvedConfig, data: DataOutlook) -> tuple[int, ...]:
