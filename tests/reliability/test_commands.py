@@ -62,6 +62,28 @@ def test_a_signal_while_flags_are_read_is_no_wrong_flag(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_a_library_takes_for_an_error_of_its_own_is_a_signal(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bellbox.cli import plan
+    from bellbox.cli.main import main
+    from bellbox.errors import BellboxError
+
+    def swallow(_: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except (KeyboardInterrupt, SystemExit):
+            raise BellboxError("damaged") from None
+
+    monkeypatch.setattr(plan, "main", swallow)
+    with pytest.raises(SystemExit) as left:
+        main(["plan"])
+    assert left.value.code == 128 + number
+    assert capsys.readouterr().err == "bellbox: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_preparation_leaves_no_folder(tmp_path: Path, number: signal.Signals) -> None:
     """Stopped once its hidden folder is there: while text is encoded."""
     text = tmp_path / "text"

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "reliability"
 COUNTS = {
     "packed": 15, "binarized": 8, "unfinished": 4, "tokens": 40, "npz": 40, "jpegs": 25, "idx": 40, "pictures": 25,
     "yaml": 12, "grid": 3, "recipe": 10, "results": 40, "tokenizer": 40, "sentencepiece": 25, "huggingface": 10,
-    "shards": 10, "checkpoint": 40, "run": 6, "resumed": 3, "metrics": 40, "page": 1, "documents": 40,
+    "shards": 10, "checkpoint": 40, "run": 6, "resumed": 4, "metrics": 40, "page": 1, "documents": 40,
 }  # fmt: skip
 """Mutations of each format: what is slow to read gets fewer."""
 NEEDED = {"jpegs": "PIL", "pictures": "PIL", "sentencepiece": "sentencepiece"}
