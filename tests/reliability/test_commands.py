@@ -34,7 +34,7 @@ def commands() -> Iterator[ModuleType]:
 
 def test_hostile_commands_end_as_they_should_and_change_nothing(commands: ModuleType) -> None:
     chosen = commands.short()
-    assert len(chosen) >= 30
+    assert len(chosen) >= 20
     assert {case.kind for case in chosen} == set(commands.KINDS)
     commands.preload()
     faults: list[str] = []
@@ -59,6 +59,28 @@ def test_a_signal_while_flags_are_read_is_no_wrong_flag(
     with pytest.raises(SystemExit) as left:
         main(["plan", "--tokens", "1e9", "--preset", "tiny"])
     assert left.value.code == (130 if number == signal.SIGINT else 143)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_a_library_takes_for_an_error_of_its_own_is_a_signal(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bellbox.cli import plan
+    from bellbox.cli.main import main
+    from bellbox.errors import BellboxError
+
+    def swallow(_: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except (KeyboardInterrupt, SystemExit):
+            raise BellboxError("damaged") from None
+
+    monkeypatch.setattr(plan, "main", swallow)
+    with pytest.raises(SystemExit) as left:
+        main(["plan"])
+    assert left.value.code == 128 + number
+    assert capsys.readouterr().err == "bellbox: interrupted\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -129,11 +129,14 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text of any language, on a terminal of any encoding
             stream.reconfigure(errors="replace")
+    received: list[int] = []
     try:
-        with _terminated_cleanly():
+        with _terminated_cleanly(received):
             _run(arguments)
             sys.stdout.flush()
     except BellboxError as error:
+        if received:  # inside of a library that took the exception of a signal for one of its own
+            _fail("interrupted", 128 + received[0])
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted", 130)
@@ -210,8 +213,10 @@ def _is_utf8(text: str) -> bool:
 
 
 @contextmanager
-def _terminated_cleanly() -> Iterator[None]:
+def _terminated_cleanly(received: list[int]) -> Iterator[None]:
     """Leave by an exception on SIGTERM (and when the terminal closes), so that half-made folders are cleared away.
+
+    What came is put into `received`, Ctrl-C too.
 
     Training and comparisons have their own way of stopping, which holds while they run.
     """
@@ -220,14 +225,18 @@ def _terminated_cleanly() -> Iterator[None]:
         yield
         return
 
-    def leave(number: int, _: FrameType | None) -> None:
+    def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the clearing
         raise SystemExit(128 + number)
 
     # What was ignored before (nohup) stays ignored.
-    before = {number: signal.getsignal(number) for number in numbers}
-    taken = {number for number, handler in before.items() if handler is signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGINT)}
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    taken = {number for number, handler in before.items() if handler in usual}
     for number in taken:
         signal.signal(number, leave)
     try:
