@@ -56,7 +56,7 @@ def flags(place: Path, out: Path) -> list[str]:
         "--tokens",
         "200",
         "--group",
-        "16",
+        "32",
         "--seconds",
         "0.05",
         "--dtype",
