@@ -4,6 +4,12 @@ has other work, many times more. Processes that tests start decide for themselve
 
 from __future__ import annotations
 
+import signal
+
 import torch
 
 torch.set_num_threads(1)
+
+# Who starts the tests in the background may have them ignore Ctrl-C, and the processes that they start with them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -63,7 +63,7 @@ def test_a_reader_that_fails_is_found_out(fuzz: ModuleType, tmp_path: Path) -> N
         lambda content: content[10**9],
         lambda _: fuzz.os.kill(fuzz.os.getpid(), fuzz.signal.SIGKILL),
         hang,
-        lambda _: b"x" * (300 << 20),
+        lambda _: b"x" * (700 << 20),
         lambda _: fuzz.os.write(2, b"panicked"),
     ]
     fuzz.FORMATS["toy"] = fuzz.Format(
