@@ -343,11 +343,20 @@ def make_unfinished(folder: Path) -> None:
         driver._finish = finish
 
 
+def copy_as_it_is(folder: Path, to: Path) -> None:
+    """Links stay links, even to /dev/zero, and pipes pipes."""
+
+    def copy(source: str, target: str) -> object:
+        return os.mkfifo(target) if Path(source).is_fifo() else shutil.copy2(source, target)
+
+    shutil.copytree(folder, to, symlinks=True, copy_function=copy)
+
+
 def read_unfinished(folder: Path) -> Any:
     """Goes on in a copy, since that changes it."""
     again = folder.with_name(folder.name + "-again")
     shutil.rmtree(again, ignore_errors=True)
-    shutil.copytree(folder, again)
+    copy_as_it_is(folder, again)
     try:
         record = binarize_folder(job_of(again), show=False)
         return record["blocks"][0]["layers"], logits(binarized.load(again / "out"))
@@ -416,7 +425,7 @@ def read_resumed(folder: Path) -> Any:
 
     again, before = folder.with_name(folder.name + "-again"), os.getcwd()
     shutil.rmtree(again, ignore_errors=True)
-    shutil.copytree(folder, again)
+    copy_as_it_is(folder, again)
     os.chdir(again)  # what is in the folder is named from there
     try:
         # Wherever a changed configuration says that it lives, and with however many threads.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -159,6 +162,25 @@ def test_a_strip_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [(64, 64)]
     assert found.shape == (64, 64, 3)
     assert found.max() > 190
+
+
+def test_a_picture_that_pillow_complains_of_says_nothing_on_standard_error(tmp_path: Path) -> None:
+    tiff = bytearray(picture((1, 2, 3), form="TIFF"))
+    samples = struct.pack(
+        "<HHIH", 277, 3, 1, 3
+    )  # SamplesPerPixel, of which Pillow's log tells when it is absurd
+    at = tiff.index(samples)
+    tiff[at : at + len(samples)] = struct.pack("<HHIH", 277, 3, 1, 1027)
+    (tmp_path / "one.tif").write_bytes(tiff)
+    code = (
+        "import sys; from pathlib import Path; from bellbox.data.images.pictures import decode\n"
+        "try: decode(Path(sys.argv[1]), 'one.tif')\n"
+        "except Exception as error: print(type(error).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "one.tif")], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("BellboxError\n", "")
 
 
 def test_more_decoded_images_than_fit_are_refused() -> None:

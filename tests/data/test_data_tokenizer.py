@@ -167,3 +167,13 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path: Path) -> Non
         )  # fmt: skip
         with pytest.raises(BellboxError, match=r"convert it to a tokenizer\.json"):
             Tokenizer.load(tmp_path / f"{kind}.model")
+
+
+def test_a_merge_without_room_for_the_prefix_is_refused_before_the_library_panics(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    spec = json.loads(TRAINED.text)
+    spec["model"]["continuing_subword_prefix"] = "much longer than a letter"
+    with pytest.raises(BellboxError, match="has no room for the prefix 'much longer"):
+        Tokenizer(json.dumps(spec))
+    assert "panicked" not in capfd.readouterr().err

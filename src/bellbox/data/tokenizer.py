@@ -257,7 +257,30 @@ def check_specification(text: str) -> dict[str, Any]:
                 f"a token of it has the id {number!r}; of {len(ids):,} tokens, ids are whole numbers from 0 to at most "
                 f"{min(_LARGEST, len(ids) + _MOST_UNUSED_IDS) - 1:,}"
             )
+    _check_merges(model)
     return spec
+
+
+def _check_merges(model: dict[str, Any]) -> None:
+    """Whether a merge's right part is as long as the prefix that is cut from it: `tokenizers` would panic."""
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
+        return
+    length = len(prefix.encode(errors="replace"))
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        right = (
+            parts[1] if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], str) else None
+        )
+        # Cut in the middle of a character is as bad as beyond the end.
+        if right is not None and not _cuts(right.encode(errors="replace"), length):
+            raise BellboxError(
+                f"not a tokenizer.json that can be read: the merge {merge!r} has no room for the prefix {prefix[:50]!r}"
+            )
+
+
+def _cuts(text: bytes, at: int) -> bool:
+    return len(text) == at or (len(text) > at and text[at] & 0xC0 != 0x80)
 
 
 def token_bytes(text: str) -> list[bytes]:

@@ -288,7 +288,10 @@ class Trainer:
             raise BellboxError(
                 f"{checkpoint.path}: the optimizer's state does not fit the model: {error}"
             ) from None
-        random_state.restore(checkpoint.state.random)
+        try:
+            random_state.restore(checkpoint.state.random)
+        except BellboxError as error:
+            raise BellboxError(f"{checkpoint.path}/state.json: {error}") from None
         self.state, self.saved_step = checkpoint.state, checkpoint.step
 
     def _done(self) -> bool:

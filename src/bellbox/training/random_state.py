@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bellbox.errors import BellboxError
+from bellbox.utils.files import one_line
+
 
 def seed_all(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's global generators."""
@@ -32,7 +35,18 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """The inverse of `capture`."""
+    """The inverse of `capture`.
+
+    Raises:
+        BellboxError: the values are no states of these generators.
+    """
+    try:
+        _restore(state)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise BellboxError(f"no state of random generators: {one_line(error)}") from None
+
+
+def _restore(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from bellbox.utils.files import parsing, read_bytes
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 _MOST_PIXELS = 1 << 26
 _MOST_BYTES = 64 << 20
+_SILENT = logging.NullHandler()
 
 
 def decode(data: bytes | Path, where: str, size: int | None = None) -> np.ndarray:
@@ -29,6 +31,8 @@ def decode(data: bytes | Path, where: str, size: int | None = None) -> np.ndarra
     require("PIL", "vision")
     from PIL import Image
 
+    # It tells a log of a damaged picture besides raising: for who listens, not for standard error.
+    logging.getLogger("PIL").addHandler(_SILENT)
     with parsing(where, "a picture"), Image.open(io.BytesIO(_bytes(data, where)), formats=FORMATS) as picture:
         width, height = picture.size
         if width * height > _MOST_PIXELS:
