@@ -257,7 +257,7 @@ def check_specification(text: str) -> dict[str, Any]:
                 f"a token of it has the id {number!r}; of {len(ids):,} tokens, ids are whole numbers from 0 to at most "
                 f"{min(_LARGEST, len(ids) + _MOST_UNUSED_IDS) - 1:,}"
             )
-    _check_merges(model)
+    _check_merges(model if isinstance(model, dict) else {})
     return spec
 
 
