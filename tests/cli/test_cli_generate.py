@@ -22,7 +22,7 @@ def test_text_goes_to_standard_output_and_speed_to_standard_error(
     assert len(done.stdout) > len("The dog") + 10
     assert re.search(
         r"loaded in [\d.]+ s, prefill \d+ tokens at [\d,]+ tokens/s, decode 20 tokens at [\d,]+ tokens/s, "
-        r"peak memory \d+ MiB",
+        r"peak memory [\d,]+ MiB",
         done.stderr,
     )
 

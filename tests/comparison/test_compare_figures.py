@@ -85,6 +85,7 @@ def studies() -> list[Held]:
         *methods(),
         *heart_alone(),
         *together(),
+        *cewt(),
         *ends(),
         *default_at_1m(),
         *longer(),
@@ -290,6 +291,23 @@ def together() -> list[Held]:
             "| 8 bits by round-to-nearest under CEWT, hyperball 0.02 | {:.2f} |",
             (mean(TOGETHER, "8 bits by RTN, CEWT, hyperball 0.02"),),
         ),
+    ]
+
+
+def cewt() -> list[Held]:
+    """As published and ours."""
+    shown = {
+        "ours (hyperball 0.02, learned gamma)": "CEWT, ours",
+        "as published (hyperball 0.01)": "CEWT, as published",
+        "as published, but hyperball 0.04": "CEWT, as published, hyperball 0.04",
+    }
+    figures = (mean, deviation, entropy, inputs)
+    return [
+        (
+            f"| {text} | {{:.2f}} ± {{:.2f}} | {{:.3f}} | {{:.3f}} |",
+            tuple(one("cewt", name, 2) for one in figures),
+        )
+        for text, name in shown.items()
     ]
 
 

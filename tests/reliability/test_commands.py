@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from bellbox.data.bundled import TOKENIZER
+from bellbox.errors import BellboxError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "reliability"
 pytestmark = pytest.mark.skipif(
@@ -61,20 +62,23 @@ def test_a_signal_while_flags_are_read_is_no_wrong_flag(
     assert left.value.code == (130 if number == signal.SIGINT else 143)
 
 
+@pytest.mark.parametrize("error", [BellboxError, SystemError], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_a_library_takes_for_an_error_of_its_own_is_a_signal(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from bellbox.cli import plan
     from bellbox.cli.main import main
-    from bellbox.errors import BellboxError
 
     def swallow(_: list[str]) -> None:
         try:
             os.kill(os.getpid(), number)
             time.sleep(5)
         except (KeyboardInterrupt, SystemExit):
-            raise BellboxError("damaged") from None
+            raise error("damaged") from None
 
     monkeypatch.setattr(plan, "main", swallow)
     with pytest.raises(SystemExit) as left:

@@ -132,11 +132,14 @@ def main(argv: list[str] | None = None) -> None:
     received: list[int] = []
     try:
         with _terminated_cleanly(received):
-            _run(arguments)
+            try:
+                _run(arguments)
+            except Exception:
+                if received:  # inside of a library that took the exception of a signal for one of its own
+                    _fail("interrupted", 128 + received[0])
+                raise
             sys.stdout.flush()
     except BellboxError as error:
-        if received:  # inside of a library that took the exception of a signal for one of its own
-            _fail("interrupted", 128 + received[0])
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted", 130)
