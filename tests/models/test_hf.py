@@ -162,6 +162,13 @@ def test_an_opt_configuration_that_cannot_be_honoured_is_refused(tmp_path, field
         load_hf(tmp_path)
 
 
+def test_a_theta_beyond_64_bits_is_a_number_like_others():
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole, real = (build(LlamaConfig(64, **size, rope_theta=theta), 0) for theta in (10**30, 1e30))
+    tokens = torch.arange(8)[None]
+    assert torch.equal(whole(tokens), real(tokens))
+
+
 def test_own_head_width_and_rope_theta_survive(tmp_path):
     config = LlamaConfig(67, 48, 80, 1, 4, 2, 16, 64, rope_theta=500.0, initializer_range=0.2)
     model = build(config, seed=0)

@@ -68,7 +68,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.head_dim, self.theta, self.positions = (
             config.head_size,
-            config.rope_theta,
+            float(config.rope_theta),  # a whole number beyond 64 bits would be none for torch
             config.max_position_embeddings,
         )
         empty = torch.empty(self.positions, self.head_dim // 2)
