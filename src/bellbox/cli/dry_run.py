@@ -1,4 +1,4 @@
-"""What `bellbox train --dry-run` says: of one run, or of every row of a grid."""
+"""The text and figures of `bellbox train --dry-run`: of one run, or of every row of a grid."""
 
 from __future__ import annotations
 

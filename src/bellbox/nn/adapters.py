@@ -1,4 +1,4 @@
-"""What adapters of peft cannot do with layers of codes: train a copy of one (`modules_to_save`).
+"""A limit of peft's adapters on layers of codes: they cannot train a copy of one (`modules_to_save`).
 
 A copy of a packed layer has no parameters, so peft would train nothing and say nothing. peft asks nobody before it
 copies a module, but it registers the module under a known name in a wrapper; torch lets others see that.

@@ -1,4 +1,4 @@
-"""What operations on rows ask of their arguments, on every backend alike."""
+"""Preconditions of operations on rows, on every backend alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the data of a run would be: looked at where they lie on this machine, told from the configuration where not.
+"""The data that a run would read: looked at where they lie on this machine, told from the configuration where not.
 
 The Hugging Face hub is never asked. So a vocabulary is the one that would be trained, classes are those of the model.
 """

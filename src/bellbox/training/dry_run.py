@@ -1,4 +1,4 @@
-"""What a run would take, without running it: a model on the meta device has shapes, and neither weights nor arithmetic.
+"""Size, memory and arithmetic of a run, without running it: the meta device has shapes, and no weights.
 
 *Memory* is what a training step holds at its fullest, where its backward begins: weights, gradients, the optimizer's
 moments, and all that the forward saves for the backward, which autograd is asked for tensor by tensor

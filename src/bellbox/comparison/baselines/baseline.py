@@ -1,4 +1,4 @@
-"""What a row is: how a package makes its model from the checkpoint, and how it opens it again."""
+"""A row of the table: how a package makes its model from the checkpoint, and how it opens it again."""
 
 from __future__ import annotations
 

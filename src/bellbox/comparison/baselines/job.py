@@ -1,4 +1,4 @@
-"""What all rows of a table share: one checkpoint, one calibration, one text to score, one prompt to time."""
+"""The job that all rows of a table share: one checkpoint, one calibration, one text to score, one prompt to time."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from bellbox.utils.files import parsing, read_bytes
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 _MOST_PIXELS = 1 << 26
 _MOST_BYTES = 64 << 20
-_SILENT = logging.NullHandler()
+# It tells a log of a damaged picture besides raising: for who listens, not for standard error.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def decode(data: bytes | Path, where: str, size: int | None = None) -> np.ndarray:
@@ -31,8 +32,6 @@ def decode(data: bytes | Path, where: str, size: int | None = None) -> np.ndarra
     require("PIL", "vision")
     from PIL import Image
 
-    # It tells a log of a damaged picture besides raising: for who listens, not for standard error.
-    logging.getLogger("PIL").addHandler(_SILENT)
     with parsing(where, "a picture"), Image.open(io.BytesIO(_bytes(data, where)), formats=FORMATS) as picture:
         width, height = picture.size
         if width * height > _MOST_PIXELS:
