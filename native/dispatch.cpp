@@ -88,6 +88,19 @@ void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t
                 uint8_t* out) {
     const int vectors = 2 * width, fields = 8 / width;
     const uint8_t mask = static_cast<uint8_t>((1u << width) - 1);
+    if (row0 + 16 <= n && column0 + 64 <= k) {  // four columns at a time
+        const uint32_t masks = 0x01010101u * mask;
+        for (int r = 0; r < 16; ++r) {
+            uint32_t groups[16];
+            std::memcpy(groups, codes + (row0 + r) * ldc + column0, sizeof(groups));
+            for (int j = 0; j < vectors; ++j) {
+                uint32_t word = 0;
+                for (int f = 0; f < fields; ++f) word |= ((groups[f * vectors + j] >> low) & masks) << (f * width);
+                std::memcpy(out + 64 * j + 4 * r, &word, sizeof(word));
+            }
+        }
+        return;
+    }
     for (int j = 0; j < vectors; ++j)
         for (int r = 0; r < 16; ++r)
             for (int c = 0; c < 4; ++c) {
@@ -141,8 +154,9 @@ size_t packed_size(int32_t bits, int64_t n, int64_t k) {
     return static_cast<size_t>((n + 15) / 16) * static_cast<size_t>((k + 63) / 64) * 128u * static_cast<size_t>(bits);
 }
 
-void pack(const uint8_t* codes, int64_t ldc, int32_t bits, int64_t n, int64_t k, uint8_t* out) {
-    for (int64_t row = 0; row < n; row += 16)
+void pack(const uint8_t* codes, int64_t ldc, int32_t bits, int64_t n, int64_t k, int64_t row_begin, int64_t row_end, uint8_t* out) {
+    out += row_begin / 16 * ((k + 63) / 64) * 128 * bits;
+    for (int64_t row = row_begin; row < row_end; row += 16)
         for (int64_t column = 0; column < k; column += 64, out += 128 * bits) {
             if (bits == 3) {
                 pack_field(codes, ldc, n, k, row, column, 0, 2, out);

@@ -10,10 +10,14 @@
 
 namespace bellbox {
 
-enum class Type : int32_t { f32 = 0, bf16 = 1 };
+// kept: int8, in steps of 1/32, what training keeps of a normalised value (KeepArgs); only ever read.
+enum class Type : int32_t { f32 = 0, bf16 = 1, kept = 2 };
+static constexpr int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
+constexpr float kKeptSteps = 32;
+constexpr int kKeptMost = 127;
 enum class Normalise : int32_t { rms = 0, absmax = 1, fixed = 2 };  // sigma: of each row, or 1 / rstd
 
-// Rows of floats to rows of integer levels.
+// Rows of floats to rows of integer levels. Of `kept`, block is 1, and `r` the row_scales.
 struct EncodeArgs {
     const void* x;             // [rows, k], row stride ldx elements
     Type x_type;
@@ -42,6 +46,14 @@ struct RotateArgs {
     float factor;
     void* out;                 // [rows, k]
     Type out_type;
+};
+
+// The RMS of each row, as coding takes it.
+struct RmsArgs {
+    const void* x;             // [rows, k] contiguous
+    Type x_type;
+    int64_t rows, k;
+    double* out;               // [rows]
 };
 
 // A weight matrix in the layout of the kernels: see pack() in dispatch.cpp.
@@ -75,6 +87,21 @@ struct LinearArgs {
     int64_t ldo;
 };
 
+// Normalised rotated values v = butterfly(x) * r as bytes (src/bellbox/ops/kept.py): the nearest of -127..127 steps of 1/32
+// that has the code of v, when compared with the thresholds' own steps.
+struct KeepArgs {
+    const void* x;             // [rows, k] contiguous
+    Type x_type;
+    int64_t rows, k;
+    int32_t block;
+    const float* thresholds;
+    int32_t n;
+    const float* r;            // as below; a NaN gives the lowest step
+    int64_t r_stride;
+    const int8_t* lowest;      // [n], the least step of each code
+    int8_t* kept;              // [rows, k]
+};
+
 // Fake quantization for training (src/bellbox/ops/fake_quantize.py): x_hat = scale * (code - offset), v kept.
 struct ForwardArgs {
     const void* x;             // [rows, k] contiguous
@@ -89,14 +116,15 @@ struct ForwardArgs {
     const float* scale;        // gamma / (n/2)
     int64_t scale_stride;
     void* x_hat;               // [rows, k]
-    void* v;                   // [rows, k]
+    void* v;                   // [rows, k], or null
     Type out_type;             // of x_hat and v
 };
 
 struct BackwardArgs {
-    const void* grad;          // [rows, k], Type of v and grad_x too
+    const void* grad;          // [rows, k]
     const void* v;
-    Type type;
+    Type type, v_type;         // of grad and x_hat; of v, the same or `kept`
+    Type out_type;             // of grad_x: that of grad, or any float where v is `kept`
     int64_t rows, k;
     int32_t block;
     const float* r;
@@ -107,8 +135,12 @@ struct BackwardArgs {
     int64_t free_stride;
     const float* mean;         // given mean of g_v * v (whole-tensor statistic), or null: mean over each row
     void* grad_x;
-    const void* x_hat;         // what the forward returned; read only for row_dot
-    float* row_dot;            // [rows]: sum of grad * x_hat of each row (the gradient of gamma), or null
+    const void* x_hat;         // what the forward returned; read only for row_dot, and not where v is `kept`
+    const float* thresholds;   // where v is `kept`: of its steps, for row_dot
+    int32_t n;
+    float offset;
+    float* row_dot;            // [rows]: sum of grad * x_hat of each row (the gradient of gamma), of grad * (code - offset)
+                               // where v is `kept`; or null
 };
 
 // What stands between the packed layers of a decoder (native/kernels/decoder.h); all fp32 and contiguous.
@@ -200,6 +232,8 @@ struct Kernels {
     void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end);
     void (*forward)(const ForwardArgs&, int64_t row_begin, int64_t row_end);
     void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end);
+    void (*keep)(const KeepArgs&, int64_t row_begin, int64_t row_end);
+    void (*row_rms)(const RmsArgs&, int64_t row_begin, int64_t row_end);
     // Columns of the output [16*tile_begin, 16*tile_end) and rows [m_begin, m_end).
     void (*linear)(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
     void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end);
@@ -237,7 +271,8 @@ const char* available();       // names, best first, separated by commas
 
 // Codes [n, k] (uint8, row stride ldc) into the layout above. `out` has packed_size(bits, n, k) bytes.
 size_t packed_size(int32_t bits, int64_t n, int64_t k);
-void pack(const uint8_t* codes, int64_t ldc, int32_t bits, int64_t n, int64_t k, uint8_t* out);
+// Rows [row_begin, row_end), from a multiple of 16 on.
+void pack(const uint8_t* codes, int64_t ldc, int32_t bits, int64_t n, int64_t k, int64_t row_begin, int64_t row_end, uint8_t* out);
 void unpack(const uint8_t* data, int32_t bits, int64_t n, int64_t k, uint8_t* codes);  // the inverse: codes [n, k]
 
 // A number that is another one, all but surely, where a byte is: for what is derived from memory that anybody may write.

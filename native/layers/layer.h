@@ -49,6 +49,8 @@ void share(int64_t count, int threads, const F& f) {
     }
 }
 
+constexpr int64_t kPackGrain = 1 << 16;  // codes, below which a second thread costs more than it gives
+
 // A weight matrix as its tensor holds it (src/bellbox/ops/weight_layout.py): tiles, and for 1 and 2 bits the sums of the codes
 // of each row, of the whole row first and, of a filter with several places, place by place. Nothing is copied: whoever
 // makes it keeps the memory.
@@ -60,8 +62,9 @@ class PackedWeights {
         return packed_size(bits, n, k) + static_cast<size_t>(4 * n * sums);
     }
     // Fills one from codes [n, k], the columns place by place.
-    static void fill(const uint8_t* codes, int32_t bits, int64_t n, int64_t k, int64_t places, uint8_t* out) {
-        pack(codes, k, bits, n, k, out);
+    static void fill(const uint8_t* codes, int32_t bits, int64_t n, int64_t k, int64_t places, uint8_t* out, int threads) {
+        share((n + 15) / 16, static_cast<int>(std::clamp<int64_t>(n * k / kPackGrain, 1, std::clamp(threads, 1, 1024))),
+              [&](int64_t begin, int64_t end) { pack(codes, k, bits, n, k, 16 * begin, std::min(16 * end, n), out); });
         if (bits > 2) return;
         int32_t* sums = reinterpret_cast<int32_t*>(out + packed_size(bits, n, k));
         const int64_t depth = k / places;
@@ -152,7 +155,7 @@ struct Job {
     EncodeArgs rows(int64_t begin, int64_t end) const {
         EncodeArgs some = a;
         if (some.r != nullptr) some.r += begin;
-        some.x = static_cast<const char*>(a.x) + begin * a.ldx * (a.x_type == Type::f32 ? 4 : 2);
+        some.x = static_cast<const char*>(a.x) + begin * a.ldx * bytes_of(a.x_type);
         some.rows = end - begin;
         return some;
     }

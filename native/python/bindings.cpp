@@ -19,26 +19,37 @@ using namespace bellbox;
 
 namespace {
 
-const std::initializer_list<Kind> kFloats = {Kind::f32, Kind::bf16};
+const std::initializer_list<Kind> kFloats = {Kind::f32, Kind::bf16}, kInputs = {Kind::f32, Kind::bf16, Kind::i8};
 
 int useful_threads(int64_t work, int64_t grain, int threads) {
     return static_cast<int>(std::clamp<int64_t>(work / grain, 1, std::clamp(threads, 1, 1024)));
 }
 
-// x [rows, k], r [rows] or [1], thresholds [n - 1], codes uint8 [rows, k].
+// A number for each row, of a tensor that has one for each or one for all.
+class EachRow {
+  public:
+    EachRow(nb::handle numbers, const char* what, int64_t rows) : data_(read<float>(numbers, what, {Kind::f32}, 1)) {
+        require(numel_of(numbers) == 1 || numel_of(numbers) >= rows, std::string(what) + " has neither one number nor one for each row");
+        if (numel_of(numbers) < rows) copies_.assign(static_cast<size_t>(rows), data_[0]), data_ = copies_.data();
+    }
+    const float* data() const { return data_; }
+
+  private:
+    std::vector<float> copies_;
+    const float* data_;
+};
+
+// x [rows, k], r [rows] or [1], thresholds [n - 1], codes uint8 [rows, k]. Kept bytes are int8, their block 1.
 void encode(nb::handle x, nb::handle r, nb::handle thresholds, int64_t rows, int64_t k, int32_t block, nb::handle codes,
             int threads) {
     require_sizes({rows, k});
     require(power_of_two(block) && k % block == 0, "the block does not divide the features");
     const int64_t n = numel_of(thresholds) + 1, padded = (k + 63) / 64 * 64;
     require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
-    std::vector<float> normalisers;
-    const float* each = read<float>(r, "r", {Kind::f32}, 1);
-    require(numel_of(r) == 1 || numel_of(r) >= rows, "r has neither one number nor one for each row");
-    if (numel_of(r) < rows) normalisers.assign(static_cast<size_t>(rows), each[0]), each = normalisers.data();
+    const EachRow each(r, "r", rows);
     EncodeArgs a{};
-    a.x = read<void>(x, "x", kFloats, rows * k), a.x_type = type_of_tensor(x, "x");
-    a.rows = rows, a.k = a.ldx = k, a.block = block, a.n = static_cast<int32_t>(n), a.r = each, a.ldl = padded;
+    a.x = read<void>(x, "x", kInputs, rows * k), a.x_type = type_of_input(x, block);
+    a.rows = rows, a.k = a.ldx = k, a.block = block, a.n = static_cast<int32_t>(n), a.r = each.data(), a.ldl = padded;
     a.thresholds = read<float>(thresholds, "thresholds", {Kind::f32}, n - 1);
     a.normalise = Normalise::rms, a.multiplier = 1, a.shift = 0;
     uint8_t* const out = read<uint8_t>(codes, "codes", {Kind::u8}, rows * k);
@@ -49,13 +60,21 @@ void encode(nb::handle x, nb::handle r, nb::handle thresholds, int64_t rows, int
         for (int64_t row = begin; row < end; row += slab) {
             EncodeArgs some = a;
             some.rows = std::min(slab, end - row), some.r = a.r + row;
-            some.x = static_cast<const char*>(a.x) + row * k * (a.x_type == Type::f32 ? 4 : 2);
+            some.x = static_cast<const char*>(a.x) + row * k * bytes_of(a.x_type);
             levels_of_thread.attach(some);
             kernels().encode(some, 0, some.rows);
             for (int64_t i = 0; i < some.rows; ++i)
                 std::copy_n(reinterpret_cast<const uint8_t*>(some.levels) + i * padded, k, out + (row + i) * k);
         }
     });
+}
+
+// out fp64 [rows].
+void row_rms(nb::handle x, int64_t rows, int64_t k, nb::handle out, int threads) {
+    require_sizes({rows, k});
+    const RmsArgs a{read<void>(x, "x", kFloats, rows * k), type_of_tensor(x, "x"), rows, k, read<double>(out, "out", {Kind::f64}, rows)};
+    nb::gil_scoped_release release;
+    share(rows, useful_threads(rows * k, kEncodeGrain, threads), [&](int64_t begin, int64_t end) { kernels().row_rms(a, begin, end); });
 }
 
 void rms_norm(nb::handle x, nb::handle weight, double eps, nb::handle out, int threads) {
@@ -193,33 +212,75 @@ int64_t stride_of(nb::handle numbers, int64_t rows, const char* what) {
     return count == 1 ? 0 : 1;
 }
 
-// x_hat and v [rows, k] of one dtype.
+// The least step of each code, and so the thresholds as steps.
+std::vector<int8_t> lowest_steps(const float* thresholds, int64_t n) {
+    std::vector<int8_t> lowest(static_cast<size_t>(n), static_cast<int8_t>(-kKeptMost));
+    for (int64_t code = 1; code < n; ++code) {
+        const float step = std::ceil(thresholds[code - 1] * kKeptSteps);
+        require(step > lowest[static_cast<size_t>(code - 1)] && step <= kKeptMost, "bytes do not tell these thresholds apart");
+        lowest[static_cast<size_t>(code)] = static_cast<int8_t>(step);
+    }
+    return lowest;
+}
+
+// x and kept [rows, k].
+void keep(nb::handle x, int64_t rows, int64_t k, int block, nb::handle thresholds, nb::handle r, nb::handle kept, int threads) {
+    require_sizes({rows, k});
+    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
+    const int64_t n = numel_of(thresholds) + 1;
+    require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
+    const float* const cuts = read<float>(thresholds, "thresholds", {Kind::f32}, n - 1);
+    const std::vector<int8_t> lowest = lowest_steps(cuts, n);
+    const KeepArgs a{read<void>(x, "x", kFloats, rows * k), type_of_tensor(x, "x"), rows, k, block, cuts, static_cast<int32_t>(n),
+                     read<float>(r, "r", {Kind::f32}, 1), stride_of(r, rows, "r"), lowest.data(),
+                     read<int8_t>(kept, "kept", {Kind::i8}, rows * k)};
+    nb::gil_scoped_release release;
+    share(rows, useful_threads(rows * k, kEncodeGrain, threads), [&](int64_t begin, int64_t end) { kernels().keep(a, begin, end); });
+}
+
+// kept [rows, k] times a packed layer's weights, to out [rows, n of the weights]; row_scale [rows] or [1].
+void kept_linear(nb::handle kept, nb::handle row_scale, nb::dict buffers, int64_t columns, int32_t weight_levels,
+                 double weight_zero_point, double act_zero_point, nb::handle out, int threads) {
+    const Plan plan(std::move(buffers), {columns, weight_levels, weight_zero_point, act_zero_point, 1, "rms", false}, columns, 1);
+    const int64_t numel = numel_of(kept), rows = numel / columns, n = plan.weights().n();
+    require(numel % columns == 0, "kept does not consist of rows of the weights' length");
+    require_sizes({rows, n});
+    const EachRow each(row_scale, "row_scale", rows);
+    const void* const from = read<void>(kept, "kept", {Kind::i8}, numel);
+    void* const to = read<void>(out, "out", kFloats, rows * n);
+    const Type out_type = type_of_tensor(out, "out");
+    nb::gil_scoped_release release;
+    const std::vector<const PackedWeights*> weights{&plan.weights()};
+    const std::vector<float> act_scales{plan.act_scale()};
+    const std::vector<void*> outs{to};
+    Job job{plan.coding().of(from, Type::kept, rows, columns, columns), weights, act_scales, outs, out_type};
+    job.a.r = each.data();
+    linear(job, threads);
+}
+
+// x_hat and v [rows, k] of one dtype; v may be None.
 void forward(nb::handle x, int64_t rows, int64_t k, int block, nb::handle thresholds, float offset, nb::handle r, nb::handle scale,
              nb::handle x_hat, nb::handle v, int threads) {
     require_sizes({rows, k});
     require(power_of_two(block) && k % block == 0, "the block does not divide the features");
     const int64_t n = numel_of(thresholds) + 1;
     require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
-    require(type_of_tensor(x_hat, "x_hat") == type_of_tensor(v, "v"), "x_hat and v have different dtypes");
-    const ForwardArgs a{read<void>(x, "x", kFloats, rows * k), type_of_tensor(x, "x"), rows, k, block,
+    const Type type = type_of_input(x, block), out_type = type_of_tensor(x_hat, "x_hat");
+    require(v.is_none() || out_type == type_of_tensor(v, "v"), "x_hat and v have different dtypes");
+    require(v.is_none() == (type == Type::kept), "v is kept where, and only where, the input is not kept bytes");
+    const ForwardArgs a{read<void>(x, "x", kInputs, rows * k), type, rows, k, block,
                         read<float>(thresholds, "thresholds", {Kind::f32}, n - 1), static_cast<int32_t>(n), offset,
                         read<float>(r, "r", {Kind::f32}, 1), stride_of(r, rows, "r"),
                         read<float>(scale, "scale", {Kind::f32}, 1), stride_of(scale, rows, "scale"),
-                        read<void>(x_hat, "x_hat", kFloats, rows * k), read<void>(v, "v", kFloats, rows * k),
-                        type_of_tensor(v, "v")};
+                        read<void>(x_hat, "x_hat", kFloats, rows * k), read_or_null<void>(v, "v", kFloats, rows * k), out_type};
     nb::gil_scoped_release release;
     share(rows, threads, [&](int64_t begin, int64_t end) { kernels().forward(a, begin, end); });
 }
 
-void backward(nb::handle grad, nb::handle v, nb::handle x_hat, int64_t rows, int64_t k, int block, nb::handle r, nb::handle gamma,
-              nb::handle follows, nb::handle grad_x, nb::handle row_dot, int threads) {
-    require_sizes({rows, k});
-    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
-    BackwardArgs a{};
-    a.type = type_of_tensor(grad, "grad"), a.rows = rows, a.k = k, a.block = block;
-    for (const nb::handle each : {v, x_hat, grad_x}) require(type_of_tensor(each, "v") == a.type, "dtypes differ");
-    a.grad = read<void>(grad, "grad", kFloats, rows * k), a.v = read<void>(v, "v", kFloats, rows * k);
-    a.x_hat = read<void>(x_hat, "x_hat", kFloats, rows * k), a.grad_x = read<void>(grad_x, "grad_x", kFloats, rows * k);
+void run_backward(BackwardArgs a, nb::handle grad, nb::handle r, nb::handle gamma, nb::handle follows, nb::handle grad_x,
+                  nb::handle row_dot, int threads) {
+    const int64_t rows = a.rows;
+    a.grad = read<void>(grad, "grad", kFloats, rows * a.k), a.grad_x = read<void>(grad_x, "grad_x", kFloats, rows * a.k);
     a.r = read<float>(r, "r", {Kind::f32}, 1), a.r_stride = stride_of(r, rows, "r");
     a.gamma = read<float>(gamma, "gamma", {Kind::f32}, 1), a.gamma_stride = stride_of(gamma, rows, "gamma");
     a.free = read<float>(follows, "follows", {Kind::f32}, 1), a.free_stride = stride_of(follows, rows, "follows");
@@ -228,17 +289,45 @@ void backward(nb::handle grad, nb::handle v, nb::handle x_hat, int64_t rows, int
     share(rows, threads, [&](int64_t begin, int64_t end) { kernels().backward(a, begin, end); });
 }
 
+void backward(nb::handle grad, nb::handle v, nb::handle x_hat, int64_t rows, int64_t k, int block, nb::handle r, nb::handle gamma,
+              nb::handle follows, nb::handle grad_x, nb::handle row_dot, int threads) {
+    require_sizes({rows, k});
+    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
+    BackwardArgs a{};
+    a.type = a.out_type = type_of_tensor(grad, "grad"), a.rows = rows, a.k = k, a.block = block;
+    for (const nb::handle each : {v, x_hat, grad_x}) require(type_of_tensor(each, "v") == a.type, "dtypes differ");
+    a.v_type = a.type, a.v = read<void>(v, "v", kFloats, rows * k), a.x_hat = read<void>(x_hat, "x_hat", kFloats, rows * k);
+    run_backward(a, grad, r, gamma, follows, grad_x, row_dot, threads);
+}
+
+// The same from kept bytes; row_dot is the sum of grad * (code - offset).
+void backward_kept(nb::handle grad, nb::handle kept, nb::handle thresholds, float offset, int64_t rows, int64_t k, int block,
+                   nb::handle r, nb::handle gamma, nb::handle follows, nb::handle grad_x, nb::handle row_dot, int threads) {
+    require_sizes({rows, k});
+    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
+    const int64_t n = numel_of(thresholds) + 1;
+    require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
+    BackwardArgs a{};
+    a.type = type_of_tensor(grad, "grad"), a.rows = rows, a.k = k, a.block = block;
+    a.out_type = type_of_tensor(grad_x, "grad_x");
+    a.v_type = Type::kept, a.v = read<void>(kept, "kept", {Kind::i8}, rows * k);
+    a.thresholds = read<float>(thresholds, "thresholds", {Kind::f32}, n - 1), a.n = static_cast<int32_t>(n), a.offset = offset;
+    run_backward(a, grad, r, gamma, follows, grad_x, row_dot, threads);
+}
+
 // codes [rows, columns] into the layout of src/bellbox/ops/weight_layout.py.
-void prepack(nb::handle codes, int64_t rows, int64_t columns, int32_t bits, int64_t places, nb::handle out) {
+void prepack(nb::handle codes, int64_t rows, int64_t columns, int32_t bits, int64_t places, nb::handle out, int threads) {
     require(bits >= 1 && bits <= 4 && rows >= 0 && columns >= 1, "sizes or bits are out of range");
     require(places >= 1 && columns % places == 0, "places do not divide the columns");
     require_sizes({rows, columns});
     const uint8_t* const from = read<uint8_t>(codes, "codes", {Kind::u8}, rows * columns);
-    for (int64_t i = 0; i < rows * columns; ++i) require(from[i] < 1 << bits, "a code needs more bits");
+    uint8_t all = 0;
+    for (int64_t i = 0; i < rows * columns; ++i) all |= from[i];
+    require(all < 1 << bits, "a code needs more bits");
     uint8_t* const to = read<uint8_t>(out, "out", {Kind::u8}, static_cast<int64_t>(PackedWeights::bytes(bits, rows, columns, places)));
     require(reinterpret_cast<uintptr_t>(to) % 4 == 0, "out does not begin at a multiple of four bytes");
     nb::gil_scoped_release release;
-    PackedWeights::fill(from, bits, rows, columns, places, to);
+    PackedWeights::fill(from, bits, rows, columns, places, to, threads);
 }
 
 void unpack_codes(nb::handle packed, int64_t rows, int64_t columns, int32_t bits, nb::handle codes) {
@@ -391,6 +480,7 @@ NB_MODULE(_native, m) {
     m.def("available", [] { return std::string(available()); });
     m.def("encode", &encode);
     m.def("rotate", &rotate);
+    m.def("row_rms", &row_rms);
     m.def("rms_norm", &rms_norm);
     m.def("attend", &attend, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
@@ -398,8 +488,12 @@ NB_MODULE(_native, m) {
     m.def("binarized", &binarized, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg());
     m.def("integer_peak", &integer_peak);
-    m.def("forward", &forward);
+    m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg().none(), nb::arg());
     m.def("backward", &backward);
+    m.def("backward_kept", &backward_kept);
+    m.def("keep", &keep);
+    m.def("kept_linear", &kept_linear);
     m.def("prepack", &prepack);
     m.def("unpack", &unpack_codes);
     m.def("fingerprint", &fingerprint_of);

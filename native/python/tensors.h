@@ -107,6 +107,13 @@ inline void require(bool holds, const std::string& what) {
     if (!holds) refuse(what);
 }
 
+// Of floats, or of kept bytes, which are rotated already.
+inline Type type_of_input(nb::handle tensor, int64_t block) {
+    if (kind_of(tensor, "x", {Kind::f32, Kind::bf16, Kind::i8}) != Kind::i8) return type_of_tensor(tensor, "x");
+    require(block == 1, "kept bytes go with block 1");
+    return Type::kept;
+}
+
 inline bool power_of_two(int64_t value) { return value >= 1 && (value & (value - 1)) == 0; }
 
 // Sizes of a product that is counted in bytes later: none is so large that such a count could overflow.

@@ -137,7 +137,7 @@ OwnWeights random_weights(int64_t outputs, int64_t k, int weight_n, std::vector<
     };
     const auto scale = random_numbers(), bias = random_numbers();
     const auto data = std::make_shared<Aligned<uint8_t>>(aligned<uint8_t>(PackedWeights::bytes(bits, outputs, k, places)));
-    PackedWeights::fill(codes.data(), bits, outputs, k, places, data->get());
+    PackedWeights::fill(codes.data(), bits, outputs, k, places, data->get(), 1);
     return {PackedWeights(data->get(), bits, outputs, k, places, static_cast<int32_t>(pick(1, 2)), static_cast<int32_t>(pick(0, 9)),
                           scale->data(), pick(0, 1) == 0 ? bias->data() : nullptr),
             data, scale, bias};

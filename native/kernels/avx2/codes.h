@@ -13,6 +13,13 @@ namespace {
 namespace avx2 {
 namespace rows {
 
+// 32 integers as bytes, those out of range at the nearest that a byte holds.
+BELLBOX_INLINE __m256i joined_bytes(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    // Packing works within 128 bits: 32-bit word 4 * half + source holds that half of the source.
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
 // Binary search of BITS comparisons. A comparison gives 0 or -1, so what is kept is minus the code so far, and the
 // tables are laid out for its lowest bits. Thresholds that are missing are NaN, which no value reaches.
 template <int BITS>
@@ -57,11 +64,7 @@ struct Search {
 
     // The lowest four bits of minus the codes of 32 values, as bytes.
     BELLBOX_INLINE __m256i index(__m256 a, __m256 b, __m256 c, __m256 d) const {
-        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(minus_code(a), minus_code(b)),
-                                                 _mm256_packs_epi32(minus_code(c), minus_code(d)));
-        // Packing works within 128 bits: 32-bit word 4 * half + source holds that half of the source.
-        const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        return _mm256_and_si256(ordered, _mm256_set1_epi8(15));
+        return _mm256_and_si256(joined_bytes(minus_code(a), minus_code(b), minus_code(c), minus_code(d)), _mm256_set1_epi8(15));
     }
 
     BELLBOX_INLINE __m256i levels(__m256 a, __m256 b, __m256 c, __m256 d) const {

@@ -17,16 +17,14 @@ namespace rows {
 
 constexpr int64_t kChunk = 128;
 
-inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
-
 template <Type T>
 BELLBOX_INLINE const void* element(const void* p, int64_t i) {
-    return static_cast<const char*>(p) + i * (T == Type::f32 ? 4 : 2);
+    return static_cast<const char*>(p) + i * bytes_of(T);
 }
 
 template <Type T>
 BELLBOX_INLINE void* element(void* p, int64_t i) {
-    return static_cast<char*>(p) + i * (T == Type::f32 ? 4 : 2);
+    return static_cast<char*>(p) + i * bytes_of(T);
 }
 
 // ---- loading and storing ----
@@ -34,6 +32,10 @@ BELLBOX_INLINE void* element(void* p, int64_t i) {
 template <Type T>
 BELLBOX_INLINE __m256 load8(const void* p) {
     if (T == Type::f32) return _mm256_loadu_ps(static_cast<const float*>(p));
+    if (T == Type::kept) {
+        const __m256i steps = _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+        return _mm256_mul_ps(_mm256_cvtepi32_ps(steps), _mm256_set1_ps(1 / kKeptSteps));
+    }
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
@@ -66,7 +68,7 @@ struct PaddedColumns {
     BELLBOX_INLINE const void* read(const void* row, int64_t i, int64_t k) {
         if (k - i >= kChunk) return element<T>(row, i);
         memset(copy, 0, sizeof(copy));
-        memcpy(copy, element<T>(row, i), static_cast<size_t>(k - i) * size_of(T));
+        memcpy(copy, element<T>(row, i), static_cast<size_t>(k - i) * static_cast<size_t>(bytes_of(T)));
         return copy;
     }
     // Where to write them; done() copies what belongs to the row.
@@ -76,7 +78,7 @@ struct PaddedColumns {
     }
     template <Type T>
     BELLBOX_INLINE void done(void* row, int64_t i, int64_t k) const {
-        if (k - i < kChunk) memcpy(element<T>(row, i), copy, static_cast<size_t>(k - i) * size_of(T));
+        if (k - i < kChunk) memcpy(element<T>(row, i), copy, static_cast<size_t>(k - i) * static_cast<size_t>(bytes_of(T)));
     }
 };
 
@@ -252,6 +254,13 @@ inline double row_absmax(const void* x, int64_t k) {
 }
 
 }  // namespace rows
+
+inline void row_rms(const RmsArgs& a, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+        a.out[i] = rms(a.x_type == Type::f32 ? rows::row_norm<Type::f32>(rows::element<Type::f32>(a.x, i * a.k), a.k)
+                                             : rows::row_norm<Type::bf16>(rows::element<Type::bf16>(a.x, i * a.k), a.k),
+                       a.k);
+}
 
 inline void rotate(const RotateArgs& a, int64_t begin, int64_t end) {
     const bool whole = a.block > rows::kChunk;

@@ -37,7 +37,7 @@ BELLBOX_INLINE __mmask64 join(__mmask16 a, __mmask16 b, __mmask16 c, __mmask16 d
 // 64 bytes in the order of the bits of join() to the order of columns.
 template <Type ORDER>
 BELLBOX_INLINE __m512i in_columns(__m512i bytes) {
-    if (ORDER == Type::f32) return bytes;
+    if (ORDER != Type::bf16) return bytes;
     // Within each 32, columns 2i and 2i + 1 lie at i and 16 + i.
     const __m512i by_words = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 6, 4, 3, 1, 2, 0), bytes);
     const __m512i halves = _mm512_shuffle_epi8(

@@ -99,6 +99,8 @@ inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
     rows::with_coder(a.thresholds, a.n, rows::Values{a.multiplier, a.shift}, [&](const auto& coder) {
         if (a.x_type == Type::f32)
             rows::encode_rows<Type::f32>(a, coder, scratch.data, begin, end);
+        else if (a.x_type == Type::kept)
+            rows::encode_rows<Type::kept>(a, coder, scratch.data, begin, end);
         else
             rows::encode_rows<Type::bf16>(a, coder, scratch.data, begin, end);
     });

@@ -28,12 +28,12 @@ BELLBOX_INLINE uint64_t low_bits(int64_t count) {  // the lowest `count` bits; a
 
 template <Type T>
 BELLBOX_INLINE const void* element(const void* p, int64_t i) {
-    return static_cast<const char*>(p) + i * (T == Type::f32 ? 4 : 2);
+    return static_cast<const char*>(p) + i * bytes_of(T);
 }
 
 template <Type T>
 BELLBOX_INLINE void* element(void* p, int64_t i) {
-    return static_cast<char*>(p) + i * (T == Type::f32 ? 4 : 2);
+    return static_cast<char*>(p) + i * bytes_of(T);
 }
 
 // ---- loading and storing ----
@@ -55,6 +55,14 @@ BELLBOX_INLINE void load_chunk(const void* row, int64_t i, int64_t k, __m512 (&v
             v[j] = whole ? _mm512_loadu_ps(at)
                          : _mm512_maskz_loadu_ps(static_cast<__mmask16>(low_bits(k - i - 16 * j)), at);
         }
+    } else if (T == Type::kept) {
+        BELLBOX_UNROLL
+        for (int j = 0; j < R; ++j) {
+            const void* at = element<T>(p, 16 * j);
+            const __m128i bytes = whole ? _mm_loadu_si128(static_cast<const __m128i*>(at))
+                                        : _mm_maskz_loadu_epi8(static_cast<__mmask16>(low_bits(k - i - 16 * j)), at);
+            v[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), _mm512_set1_ps(1 / kKeptSteps));
+        }
     } else {
         BELLBOX_UNROLL
         for (int j = 0; j < R; j += 2) {
@@ -64,6 +72,23 @@ BELLBOX_INLINE void load_chunk(const void* row, int64_t i, int64_t k, __m512 (&v
             v[j] = even_columns(both);
             v[j + 1] = odd_columns(both);
         }
+    }
+}
+
+// Kept bytes in the order of another type.
+template <Type ORDER, int R>
+BELLBOX_INLINE void load_kept(const void* row, int64_t i, int64_t k, __m512 (&v)[R]) {
+    if (ORDER != Type::bf16) return load_chunk<Type::kept>(row, i, k, v);
+    const bool whole = k - i >= 16 * R;
+    const __m512 step = _mm512_set1_ps(1 / kKeptSteps);
+    BELLBOX_UNROLL
+    for (int j = 0; j < R; j += 2) {
+        const void* at = element<Type::kept>(row, i + 16 * j);
+        const __m256i bytes = whole ? _mm256_loadu_si256(static_cast<const __m256i*>(at))
+                                    : _mm256_maskz_loadu_epi8(static_cast<__mmask32>(low_bits(k - i - 16 * j)), at);
+        const __m512i words = _mm512_cvtepi8_epi16(bytes);
+        v[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16)), step);
+        v[j + 1] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16)), step);
     }
 }
 
@@ -92,7 +117,7 @@ BELLBOX_INLINE __m512 round_bf16(__m512 v) {
 // Where column j of 32 lies in two registers in ORDER: 0..15 in the first, 16..31 in the second.
 template <Type ORDER>
 constexpr int place(int j) {
-    return ORDER == Type::f32 ? j : j / 2 + 16 * (j % 2);
+    return ORDER != Type::bf16 ? j : j / 2 + 16 * (j % 2);
 }
 
 struct Words {
@@ -209,7 +234,7 @@ BELLBOX_INLINE void stage_across(__m512 (&v)[R]) {
 template <Type ORDER, int S>
 BELLBOX_INLINE void early(__m512 (&v)[kRegisters], int64_t block, const Signs& signs) {
     if (ORDER == Type::bf16 && S == 0 && block > 1) stage_across<1>(v);
-    if (block > (ORDER == Type::f32 ? 1 : 2) << S) stage<1 << S>(v, signs);
+    if (block > (ORDER != Type::bf16 ? 1 : 2) << S) stage<1 << S>(v, signs);
 }
 
 template <Type ORDER, int S>
@@ -354,6 +379,13 @@ inline double row_absmax(const void* x, int64_t k) {
 }
 
 }  // namespace rows
+
+inline void row_rms(const RmsArgs& a, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+        a.out[i] = rms(a.x_type == Type::f32 ? rows::row_norm<Type::f32>(rows::element<Type::f32>(a.x, i * a.k), a.k)
+                                             : rows::row_norm<Type::bf16>(rows::element<Type::bf16>(a.x, i * a.k), a.k),
+                       a.k);
+}
 
 inline void rotate(const RotateArgs& a, int64_t begin, int64_t end) {
     const Scratch scratch(a.block > rows::kChunk ? a.k : 0);

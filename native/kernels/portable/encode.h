@@ -40,7 +40,9 @@ inline uint16_t float_to_bf16(float f) {  // round to nearest even; NaN stays Na
 }
 
 inline float load(const void* p, Type type, int64_t i) {
-    return type == Type::f32 ? static_cast<const float*>(p)[i] : bf16_to_float(static_cast<const uint16_t*>(p)[i]);
+    if (type == Type::f32) return static_cast<const float*>(p)[i];
+    if (type == Type::kept) return static_cast<const int8_t*>(p)[i] / kKeptSteps;
+    return bf16_to_float(static_cast<const uint16_t*>(p)[i]);
 }
 
 inline void store(void* p, Type type, int64_t i, float value) {
@@ -58,6 +60,8 @@ struct Tag {
 
 template <typename F>
 inline void with_types(Type in, Type out, const F& f) {
+    if (in == Type::kept && out == Type::f32) return f(Tag<Type::kept>(), Tag<Type::f32>());
+    if (in == Type::kept) return f(Tag<Type::kept>(), Tag<Type::bf16>());
     if (in == Type::f32 && out == Type::f32) return f(Tag<Type::f32>(), Tag<Type::f32>());
     if (in == Type::f32) return f(Tag<Type::f32>(), Tag<Type::bf16>());
     if (out == Type::f32) return f(Tag<Type::bf16>(), Tag<Type::f32>());
@@ -81,6 +85,7 @@ inline float fixed_scale(const EncodeArgs& a) {
 
 // sigma: the statistic of the row, or its RMS where sigma is fixed (only its size matters then).
 inline RowScale row_scale(double sigma, const EncodeArgs& a, int64_t row) {
+    if (a.x_type == Type::kept) return {1, a.r[row]};
     if (a.r != nullptr) return {a.r[row], a.r[row] - a.r[row] + 1};
     if (!(sigma <= kSigmaCeiling)) return {__builtin_nanf(""), __builtin_nanf("")};
     if (a.normalise == Normalise::fixed) return {fixed_scale(a), 1};
@@ -151,6 +156,10 @@ inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
     }
 }
 
+inline void row_rms(const RmsArgs& a, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) a.out[i] = rms(row_norm(a.x, a.x_type, i * a.k, a.k), a.k);
+}
+
 inline void rotate(const RotateArgs& a, int64_t begin, int64_t end) {
     const Scratch scratch(a.k);
     float* row = scratch.data;
@@ -170,9 +179,30 @@ inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
         butterfly(row, a.k, a.block);
         for (int64_t j = 0; j < a.k; ++j) {
             const float v = row[j] * r;
-            store(a.v, a.out_type, i * a.k + j, v);
+            if (a.v != nullptr) store(a.v, a.out_type, i * a.k + j, v);
             const float code = static_cast<float>(code_of(v, a.thresholds, a.n));
             store(a.x_hat, a.out_type, i * a.k + j, (code - a.offset) * scale);
+        }
+    }
+}
+
+// The greatest step of a code.
+inline int8_t highest_step(const KeepArgs& a, int code) {
+    return code + 1 < a.n ? static_cast<int8_t>(a.lowest[code + 1] - 1) : static_cast<int8_t>(kKeptMost);
+}
+
+inline void keep(const KeepArgs& a, int64_t begin, int64_t end) {
+    const Scratch scratch(a.k);
+    float* row = scratch.data;
+    for (int64_t i = begin; i < end; ++i) {
+        const float r = a.r[i * a.r_stride];
+        for (int64_t j = 0; j < a.k; ++j) row[j] = load(a.x, a.x_type, i * a.k + j);
+        butterfly(row, a.k, a.block);
+        for (int64_t j = 0; j < a.k; ++j) {
+            const float v = row[j] * r, steps = v * kKeptSteps;
+            const int code = code_of(v, a.thresholds, a.n), least = a.lowest[code], most = highest_step(a, code);
+            const int step = steps > -kKeptMost ? (steps < kKeptMost ? static_cast<int>(nearbyintf(steps)) : kKeptMost) : -kKeptMost;
+            a.kept[i * a.k + j] = static_cast<int8_t>(step < least ? least : step > most ? most : step);
         }
     }
 }
@@ -185,19 +215,22 @@ inline void backward(const BackwardArgs& a, int64_t begin, int64_t end) {
         const float r = a.r[i * a.r_stride], factor = 2 * inv_sqrt_2pi * a.gamma[i * a.gamma_stride];
         double dot = 0, out_dot = 0;
         for (int64_t j = 0; j < a.k; ++j) {
-            const float v = load(a.v, a.type, i * a.k + j), g = load(a.grad, a.type, i * a.k + j);
+            const float v = load(a.v, a.v_type, i * a.k + j), g = load(a.grad, a.type, i * a.k + j);
             const float g_v = expf(-0.5f * v * v) * factor * g;
             row[j] = g_v;
             dot += static_cast<double>(g_v) * v;
-            if (a.row_dot != nullptr) out_dot += static_cast<double>(g) * load(a.x_hat, a.type, i * a.k + j);
+            if (a.row_dot == nullptr) continue;
+            const bool kept = a.v_type == Type::kept;
+            const float out = kept ? static_cast<float>(code_of(v, a.thresholds, a.n)) - a.offset : load(a.x_hat, a.type, i * a.k + j);
+            out_dot += static_cast<double>(g) * out;
         }
         if (a.row_dot != nullptr) a.row_dot[i] = static_cast<float>(out_dot);
         const float own_mean = static_cast<float>(dot / static_cast<double>(a.k)) * a.free[i * a.free_stride];
         const float mean = a.mean != nullptr ? *a.mean : own_mean;
         for (int64_t j = 0; j < a.k; ++j)
-            row[j] = (row[j] - load(a.v, a.type, i * a.k + j) * mean) * r;
+            row[j] = (row[j] - load(a.v, a.v_type, i * a.k + j) * mean) * r;
         butterfly(row, a.k, a.block);
-        for (int64_t j = 0; j < a.k; ++j) store(a.grad_x, a.type, i * a.k + j, row[j]);
+        for (int64_t j = 0; j < a.k; ++j) store(a.grad_x, a.out_type, i * a.k + j, row[j]);
     }
 }
 

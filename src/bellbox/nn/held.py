@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from bellbox.nn.quantized import QuantizedLayer
 from bellbox.nn.tools import quantized_layers
+from bellbox.ops.encode import autocast_dtype
 
 
 @contextmanager
-def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+def weights_quantized_once(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within it, each layer quantizes its weight once, however many forwards and backwards there are.
 
     Weights do not change between the micro-batches of one optimizer step, so the same codes would be made, and the same
@@ -26,17 +27,23 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: prepared; must not be changed within.
+        dtype: that the forwards compute in, where autocast is entered within; else that of now.
     """
     held: list[tuple[QuantizedLayer, Tensor, Tensor]] = []
     try:
         for _, layer in quantized_layers(model):
             if layer.weight_quantizer is None:
                 continue
+            device = layer.stored_weight.device.type
+            coded = layer.trains_on_integers(
+                device, dtype or autocast_dtype(device, layer.stored_weight.dtype)
+            )
             # fp32, so that the leaf sums in fp32; autocast rounds a copy, to what the quantizer would have given.
-            with torch.autocast(layer.stored_weight.device.type, enabled=False):
-                quantized = layer.weight_quantizer(layer.weight_rows())
+            with torch.autocast(device, enabled=False):
+                weight = layer.coded_weight() if coded else layer.weight_quantizer(layer.weight_rows())
+            quantized = weight if isinstance(weight, Tensor) else weight.coded.value
             leaf = quantized.detach().requires_grad_(quantized.requires_grad)
-            layer.held_weight = leaf
+            layer.held_weight = leaf if isinstance(weight, Tensor) else weight.with_value(leaf)
             held.append((layer, quantized, leaf))
         yield
     finally:

@@ -19,6 +19,7 @@ from bellbox.core.hadamard import hadamard
 from bellbox.errors import BellboxError
 from bellbox.nn.adopted import class_for, plain_class_of, twin
 from bellbox.nn.input_cache import InputCache
+from bellbox.nn.integer_product import CodedWeight
 from bellbox.nn.lazy_weight import LazyWeight, WeightSource
 from bellbox.nn.record import Record
 from bellbox.ops import native
@@ -26,11 +27,12 @@ from bellbox.ops.dispatch import is_unwatched
 from bellbox.ops.encode import SIGMA_CEILING, SIGMA_FLOOR
 from bellbox.ops.weight_layout import prepack
 from bellbox.quantizers.base import Quantizer
+from bellbox.quantizers.coded import Coded
 
 ROTATED = "rotated_weight"
 """Name of a weight that is stored rotated: no reader of a state dict takes it for the plain one."""
 OF_LAYER = (
-    "plain_class", "weights_rotated", "held_weight", "has_run", "weight_was_read", "_call", "_keeps_call"
+    "plain_class", "weights_rotated", "integer_forward", "held_weight", "has_run", "weight_was_read", "_call", "_keeps_call",
 )  # fmt: skip
 """Attributes that a plain layer does not have."""
 EXTRA_STATE = "_extra_state"
@@ -60,6 +62,10 @@ class ActivationQuantizer(nn.Module):
         """Fake-quantize `[..., features]` for a layer, differentiable."""
         return self.shared.get_or_compute(reader, x, ("fake", self.training), self._state(), self._fake)
 
+    def coded(self, x: Tensor, reader: object = None) -> Coded:
+        """The same as codes, for a product on integers."""
+        return self.shared.get_or_compute(reader, x, ("coded", self.training), self._state(), self._coded)
+
     def observe(self, x: Tensor, reader: object = None) -> None:
         """Show the codes of an input to the observers, once for all readers."""
         if self.observers:
@@ -72,6 +78,11 @@ class ActivationQuantizer(nn.Module):
         if self.observers:
             self._observe(x)
         return self.quantizer(x)
+
+    def _coded(self, x: Tensor) -> Coded:
+        if self.observers:
+            self._observe(x)
+        return self.quantizer.coded(x)
 
     def _observe(self, x: Tensor) -> None:
         codes = self.quantizer.codes(x)
@@ -137,8 +148,10 @@ class QuantizedLayer(nn.Module, ABC):
     weights_rotated: bool
     plain_class: type[nn.Module]
     """The owner's class."""
-    held_weight: Tensor | None
-    """The fake-quantized weight's rows, while `nn.weights_quantized_once` holds them for several forwards."""
+    integer_forward: bool | None = None
+    """Whether training multiplies integers too (`Recipe.integer_forward`); only layers that multiply matrices do."""
+    held_weight: Tensor | CodedWeight | None
+    """The fake-quantized or coded rows, while `nn.weights_quantized_once` holds them for several forwards."""
     has_run: bool
     """Whether its forward was called since it was prepared, as far as no compiler hid that."""
     weight_was_read: bool
@@ -280,6 +293,15 @@ class QuantizedLayer(nn.Module, ABC):
         activation = self.activation_quantizer
         pair = self.weight_quantizer, activation and activation.quantizer
         return all(q is not None and q.on_grid and q.levels.fits_int8 for q in pair)
+
+    def trains_on_integers(self, device: str, dtype: torch.dtype) -> bool:  # noqa: ARG002 (as where it is overridden)
+        """Whether a training forward in this dtype on this kind of device multiplies integers too."""
+        return False
+
+    def coded_weight(self) -> CodedWeight:
+        """The weight as such a forward takes it, differentiable; both sides must be quantized."""
+        assert self.weight_quantizer is not None
+        return CodedWeight.of(self.weight_rows(), self.weight_quantizer)
 
     @property
     def row_count(self) -> int:
@@ -428,7 +450,7 @@ class QuantizedLayer(nn.Module, ABC):
 
     def _quantized_rows(self) -> Tensor:
         """The fake-quantized rows of the weight; rotated only, where the input alone is quantized."""
-        if self.held_weight is not None:
+        if isinstance(self.held_weight, Tensor):
             return self.held_weight
         if self.weight_quantizer is not None:
             return self.weight_quantizer(self.weight_rows())

@@ -45,15 +45,34 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """The autocast dtype where that is active (never on a device without values), else that of `x`."""
-    device = "cpu" if x.is_cpu else x.device.type  # the former is quicker, and every small layer asks
+    return autocast_dtype(
+        "cpu" if x.is_cpu else x.device.type, x.dtype
+    )  # the former is quicker, and every small layer asks
+
+
+def autocast_dtype(device: str, otherwise: torch.dtype) -> torch.dtype:
+    """The autocast dtype of a kind of device where that is active (never of one without values), else the other."""
     active = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if active else x.dtype
+    return torch.get_autocast_dtype(device) if active else otherwise
+
+
+def _reference_rms(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    return norm / math.sqrt(max(1, x.shape[-1]))
+
+
+row_rms = Operation(
+    "row_rms(Tensor x) -> Tensor",
+    _reference_rms,
+    lambda x: x.new_empty((*x.shape[:-1], 1), dtype=torch.float64),
+)
+"""See `row_sigma`."""
+rows_together(row_rms, (0,))
 
 
 def row_sigma(rows: Tensor) -> Tensor:
     """RMS of each row, fp64 `[rows, 1]`, of `[rows, features]`; NaN or infinite where an entry is."""
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
-    return norm / math.sqrt(max(1, rows.shape[-1]))
+    return row_rms(rows)
 
 
 def row_absmax(rows: Tensor) -> Tensor:

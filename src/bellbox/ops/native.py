@@ -167,6 +167,14 @@ def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Ten
     return codes
 
 
+def row_rms(x: Tensor) -> Tensor:
+    """`bellbox::row_rms` of fp32 or bf16 rows; see `bellbox.ops.encode`."""
+    out = x.new_zeros((len(x), 1), dtype=torch.float64)
+    if x.numel():
+        _required().row_rms(x.contiguous(), *x.shape, out, torch.get_num_threads())
+    return out
+
+
 def rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
     """`bellbox::rotate` on fp32 or bf16 rows; see `bellbox.ops.rotate`."""
     check_rows(x, block)
@@ -221,6 +229,89 @@ def bbq_backward(
         torch.get_num_threads(),
     )
     return grad_x, dots
+
+
+def keep(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Tensor:
+    """`bellbox::keep` on fp32 or bf16 rows; see `bellbox.ops.kept`."""
+    check_rows(x, block, r)
+    kept = x.new_empty(x.shape, dtype=torch.int8)
+    if kept.numel():
+        table, threads = _table(tuple(thresholds)), torch.get_num_threads()
+        _required().keep(x.contiguous(), *x.shape, block, table, r.contiguous(), kept, threads)
+    return kept
+
+
+def kept_codes(kept: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """`bellbox::kept_codes`."""
+    codes = kept.new_empty(kept.shape, dtype=torch.uint8)
+    if codes.numel():
+        table, threads = _table(tuple(thresholds)), torch.get_num_threads()
+        _required().encode(kept.contiguous(), _table((1.0,)), table, *kept.shape, 1, codes, threads)
+    return codes
+
+
+def decode_kept(
+    kept: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, dtype: torch.dtype
+) -> Tensor:
+    """`bellbox::decode_kept` to fp32 or bf16."""
+    out = kept.new_empty(kept.shape, dtype=dtype)
+    if out.numel():
+        table, threads, one = _table(tuple(thresholds)), torch.get_num_threads(), _table((1.0,))
+        scale = scale.contiguous()
+        _required().forward(kept.contiguous(), *kept.shape, 1, table, offset, one, scale, out, None, threads)
+    return out
+
+
+def bbq_backward_kept(
+    grad: Tensor,
+    kept: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    free: Tensor,
+    thresholds: Sequence[float],
+    offset: float,
+    block: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`bellbox::bbq_backward_kept` from and to fp32 or bf16."""
+    check_rows(grad, block, r, gamma, free)
+    grad_x = grad.new_empty(grad.shape, dtype=dtype)
+    dots = grad.new_zeros(len(grad), 1, dtype=torch.float32)
+    if grad.numel():
+        of_rows = (r.contiguous(), gamma.contiguous(), free.contiguous())
+        table, threads = _table(tuple(thresholds)), torch.get_num_threads()
+        _required().backward_kept(
+            grad.contiguous(),
+            kept.contiguous(),
+            table,
+            offset,
+            *grad.shape,
+            block,
+            *of_rows,
+            grad_x,
+            dots,
+            threads,
+        )
+    return grad_x, dots
+
+
+def kept_linear(
+    kept: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, act_scale: Tensor,
+    thresholds: Sequence[float], weight_levels: int, weight_zero_point: float, act_zero_point: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`bellbox::kept_linear` to fp32 or bf16."""
+    buffers = {
+        "packed": weight.contiguous(), "weight_scale": weight_scale.reshape(-1).contiguous(), "bias": bias,
+        "act_scale": act_scale.reshape(1), "act_thresholds": _table(tuple(thresholds)),
+    }  # fmt: skip
+    out = kept.new_empty((len(kept), weight_scale.numel()), dtype=dtype)
+    if out.numel():
+        numbers = (kept.shape[1], weight_levels, weight_zero_point, act_zero_point)
+        _required().kept_linear(
+            kept.contiguous(), row_scale.contiguous(), buffers, *numbers, out, torch.get_num_threads()
+        )
+    return out
 
 
 def fingerprint(tensors: Iterable[Tensor | None]) -> tuple[int, ...] | None:

@@ -47,6 +47,19 @@ def differentiated_again() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def refuse_second_derivative() -> None:
+    """One line where the backward of a product on integers is differentiated again.
+
+    Raises:
+        BellboxError: with the way out.
+    """
+    if differentiated_again():
+        raise BellboxError(
+            "a training forward on integers has no second derivative: prepare the model with a recipe of "
+            "integer_forward=False"
+        )
+
+
 def transposed(
     formula: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:

@@ -40,7 +40,9 @@ from bellbox.ops.encode import (
     row_scale,
     static_normaliser,
 )
+from bellbox.ops.kept import thresholds_of_codes
 from bellbox.ops.rotate import rotation
+from bellbox.quantizers.coded import Coded
 from bellbox.quantizers.registry import METHODS, NoOptions, read_options
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
@@ -231,6 +233,29 @@ class Quantizer(nn.Module, ABC):
         dtype = result_dtype(x)
         norm = self.normaliser(rows, training=self.training)
         return self.fake_quantize(rows, norm, dtype).reshape(x.shape)
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether `coded` keeps less for the backward than `forward` does."""
+        return False
+
+    def coded(self, x: Tensor) -> Coded:
+        """`forward`, as codes that a product on integers takes: `[..., features]`, of at most 128 levels.
+
+        Other normalisers than `norm`.
+        """
+        rows = self.rows_of(x)
+        self.see_first(rows)
+        norm = self.normaliser(rows, training=self.training)
+        return self.coded_rows(rows, norm, result_dtype(x))
+
+    def coded_rows(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Coded:
+        """`coded` of `[rows, features]`; gradients are those of `fake_quantize`, to `dtype`."""
+        value = self.fake_quantize(rows, norm, dtype)
+        with torch.no_grad():
+            codes = self.codes_of(rows, norm.r).view(torch.int8)
+            row_scales = row_scale(norm.r, len(rows), norm.sigma if self.rescale else None)
+        return Coded(value, codes, thresholds_of_codes(self.levels.n), self.scale(), row_scales)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

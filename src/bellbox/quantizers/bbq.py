@@ -47,6 +47,7 @@ normalisation group NaN instead of some code.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -60,9 +61,17 @@ from bellbox.core.hadamard import DEFAULT_BLOCK, butterfly
 from bellbox.errors import BellboxError
 from bellbox.ops.encode import SIGMA_FLOOR, compute_dtype, normaliser
 from bellbox.ops.fake_quantize import bbq_backward, bbq_forward
+from bellbox.ops.kept import STEPS, bbq_backward_kept, decode_kept, keep, stepped
 from bellbox.ops.rotate import rotation
-from bellbox.ops.transforms import TransformableFunction, apply, differentiated_again, transposed
+from bellbox.ops.transforms import (
+    TransformableFunction,
+    apply,
+    differentiated_again,
+    refuse_second_derivative,
+    transposed,
+)
 from bellbox.quantizers.base import Normaliser
+from bellbox.quantizers.coded import Coded, stand_in
 from bellbox.quantizers.learned import LearnedQuantizer, plain_tensor, processes, transforming, unset
 from bellbox.quantizers.moments import Moments
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
@@ -134,6 +143,57 @@ def _through_normaliser(
     if grad_r is not None:
         pulled = pulled - v * (grad_r * r.square() * free / numel)
     return pulled
+
+
+class _Keep(torch.autograd.Function):
+    """`_FakeQuantize` for a product on integers: a byte a number is kept in place of x_hat and v."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,  # [rows, features]
+        gamma: Tensor,  # [rows, 1] or []  # noqa: ARG004
+        r: Tensor,  # as above, like what follows
+        free: Tensor,  # noqa: ARG004
+        thresholds: tuple[float, ...],
+        offset: float,  # noqa: ARG004
+        block: int,
+        whole_tensor: bool,  # noqa: ARG004
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        return stand_in(x.shape, dtype, x.device), keep(x, r, thresholds, block)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, gamma, r, free, thresholds, ctx.offset, ctx.block, ctx.whole_tensor, _ = inputs
+        _, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(kept, r, free, gamma)
+        ctx.input_dtype, ctx.thresholds = x.dtype, steps_of(thresholds)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivative()
+        kept, r, free, gamma = ctx.saved_tensors
+        grad, wide_gamma = grads[0].contiguous(), gamma.to(r.dtype).reshape(-1, 1)
+        if ctx.whole_tensor:
+            levels = decode_kept(kept, torch.ones_like(r[:1]), ctx.thresholds, ctx.offset, grad.dtype)
+            v = kept.to(grad.dtype) / STEPS
+            g_x, dots = bbq_backward(grad, v, levels, r, wide_gamma, free, ctx.block, True)
+        else:
+            numbers = ctx.thresholds, ctx.offset, ctx.block, ctx.input_dtype
+            g_x, dots = bbq_backward_kept(grad, kept, r, wide_gamma, free, *numbers)
+        half = (len(ctx.thresholds) + 1) / 2  # n/2 levels are worth gamma
+        g_gamma = dots.reshape(gamma.shape) if gamma.dim() else dots.sum(dtype=torch.float64)
+        g_gamma = g_gamma / half / math.sqrt(max(1, kept.numel()))
+        return g_x.to(ctx.input_dtype), g_gamma.to(gamma.dtype), *[None] * 7
+
+
+@functools.cache
+def steps_of(thresholds: tuple[float, ...]) -> tuple[float, ...]:
+    """`stepped` of thresholds that bytes tell apart."""
+    found = stepped(thresholds)
+    assert found is not None
+    return found
 
 
 class _Gradient(TransformableFunction):
@@ -327,6 +387,21 @@ class BBQ(LearnedQuantizer):
             gamma = (self.options.zeta * norm.sigma * (norm.r - norm.r + 1)).to(compute_dtype(rows))
         arguments = self.levels, self.block, whole, follow, dtype
         return apply(_FakeQuantize, rows, gamma, norm.r, norm.free, *arguments)[0]
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """See `Quantizer.keeps_bytes`: values of size 1, a learned gamma, thresholds that bytes tell apart."""
+        plain = self.options.rms and self.options.zeta is None
+        return plain and stepped(self.levels.thresholds) is not None
+
+    def coded_rows(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Coded:
+        """See `Quantizer.coded_rows`."""
+        if not self.keeps_bytes:
+            return super().coded_rows(rows, norm, dtype)
+        whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
+        numbers = self.levels.thresholds, self.levels.offset, self.block, whole, dtype
+        value, kept = _Keep.apply(rows, self.learned("gamma"), norm.r, norm.free, *numbers)  # type: ignore[misc]
+        return Coded(value, kept, steps_of(self.levels.thresholds), self.scale(), norm.r - norm.r + 1)
 
     def scale(self) -> Tensor:
         """gamma / (n/2), fp32."""

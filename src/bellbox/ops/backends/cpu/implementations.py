@@ -16,6 +16,7 @@ from bellbox.ops import native
 from bellbox.ops.binarized_linear import MAX_BITS
 from bellbox.ops.int8_linear import INT8_COLUMNS
 from bellbox.ops.int8_linear import check as check_int8
+from bellbox.ops.kept import stepped
 from bellbox.ops.packed_linear import TENSORS, check, with_signs
 from bellbox.ops.rms_norm import check_width
 from bellbox.ops.weight_layout import TILED_LEVELS, check_codes, check_packed, packed_size
@@ -268,7 +269,7 @@ def _prepack(codes: Tensor, levels: int, places: int) -> Tensor:
     rows, columns = codes.shape
     out = codes.new_empty(packed_size(rows, columns, levels, places))
     try:
-        module.prepack(codes.contiguous(), rows, columns, code_width(levels), places, out)
+        module.prepack(codes.contiguous(), rows, columns, code_width(levels), places, out, _threads())
     except ValueError as error:
         raise BellboxError(f"codes cannot be packed: {error}") from None
     return out
@@ -370,6 +371,11 @@ def _why_not_rotate(arguments: Mapping[str, Any]) -> str | None:
     return _why_not_rows(arguments, "x")
 
 
+def _why_not_rms(arguments: Mapping[str, Any]) -> str | None:
+    x = arguments["x"]
+    return None if x.dim() == 2 and x.dtype in native.TYPES else f"x is {x.dtype} {tuple(x.shape)}"
+
+
 def _why_not_coding(arguments: Mapping[str, Any]) -> str | None:
     return _why_not_rows(arguments, "x", len(arguments["thresholds"]) + 1)
 
@@ -387,11 +393,55 @@ def _bbq_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return native.bbq_backward(*arguments[:-1])
 
 
+def _why_not_keep(arguments: Mapping[str, Any]) -> str | None:
+    if stepped(arguments["thresholds"]) is None:
+        return "bytes do not tell the thresholds apart"
+    return _why_not_rows(arguments, "x", len(arguments["thresholds"]) + 1)
+
+
+def _why_not_kept(arguments: Mapping[str, Any]) -> str | None:
+    kept, levels = arguments["kept"], len(arguments["thresholds"]) + 1
+    if kept.dim() != 2 or kept.dtype != torch.int8 or levels > native.MAX_LEVELS:
+        return f"kept is {kept.dtype} {tuple(kept.shape)}, {levels} levels"
+    for name in ("scale", "r", "gamma", "free", "row_scale", "weight_scale", "act_scale", "bias"):
+        tensor = arguments.get(name)
+        if tensor is not None and tensor.dtype != torch.float32:
+            return f"{name} is {tensor.dtype}"
+    grad, out = arguments.get("grad"), arguments.get("dtype", torch.float32)
+    if out not in native.TYPES or (grad is not None and grad.dtype not in native.TYPES):
+        return f"the result is {out}"
+    return None
+
+
+def _why_not_kept_linear(arguments: Mapping[str, Any]) -> str | None:
+    inputs = Grid(len(arguments["thresholds"]) + 1, arguments["act_zero_point"]).integers
+    if max(map(abs, (inputs[0], inputs[-1]))) > native.MAX_INTEGER:
+        return f"integers above {native.MAX_INTEGER}"
+    if arguments["weight_levels"] > native.MAX_LEVELS:
+        return f"more than {native.MAX_LEVELS} levels"
+    return _why_not_kept(arguments)
+
+
+def _kept_linear(*arguments: Any) -> Tensor:
+    kept, _, weight, weight_scale = arguments[:4]
+    check_packed(weight, weight_scale.numel(), kept.shape[1], arguments[7])
+    try:
+        return native.kept_linear(*arguments)
+    except ValueError as error:
+        raise BellboxError(f"kept_linear: {error}") from None
+
+
 TABLE: dict[str, Implementation] = {
     "rotate": Implementation(_why_not_rotate, native.rotate),
+    "row_rms": Implementation(_why_not_rms, native.row_rms),
     "encode": Implementation(_why_not_coding, native.encode),
     "bbq_forward": Implementation(_why_not_coding, native.bbq_forward),
     "bbq_backward": Implementation(_why_not_backward, _bbq_backward),
+    "keep": Implementation(_why_not_keep, native.keep),
+    "kept_codes": Implementation(_why_not_kept, native.kept_codes),
+    "decode_kept": Implementation(_why_not_kept, native.decode_kept),
+    "bbq_backward_kept": Implementation(_why_not_kept, native.bbq_backward_kept),
+    "kept_linear": Implementation(_why_not_kept_linear, _kept_linear),
     "rms_norm": Implementation(_why_not_norm, _rms_norm),
     "int8_linear": Implementation(_why_not_int8, _int8_linear),
     "binarized_linear": Implementation(_why_not_binarized, _binarized_linear),
