@@ -147,6 +147,9 @@ def new_layers(
         except BellboxError as error:
             raise BellboxError(f"{where}: {error}") from None
         layers.append((plain, layer.train(plain.training)))
+    for _, made in layers + experts:
+        for layer in quantized_inside(made):
+            layer.integer_forward = recipe.integer_forward
     return layers + experts
 
 

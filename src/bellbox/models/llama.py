@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
+from bellbox.models import lean
 from bellbox.models.attention import causal_attention, compute_dtype, silu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import LlamaConfig
+from bellbox.models.lean import pays, swiglu
 from bellbox.ops.attend import attend, attends
 from bellbox.ops.rms_norm import rms_norm
 
@@ -43,10 +45,10 @@ class RMSNorm(nn.Module):
         if dtype == torch.float32 == x.dtype == self.weight.dtype and not torch.is_grad_enabled():
             return rms_norm(x, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
+        if pays(x, self.weight):
+            return lean.rms_norm(x, self.weight, self.eps, wide, dtype)
         row = x.to(wide)
-        norm = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norm * norm / x.shape[-1] + self.eps)
-        return (row * scale * self.weight).to(dtype)
+        return (row * lean.inverse_rms(row, self.eps) * self.weight).to(dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -155,7 +157,9 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor, exact: bool) -> Tensor:
         """`[B, T, hidden]` to the same."""
-        return self.down_proj(silu(self.gate_proj(x), exact=exact) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        kept = not exact and gate.dtype == up.dtype and pays(gate, up)
+        return self.down_proj(swiglu(gate, up) if kept else silu(gate, exact=exact) * up)
 
 
 class LlamaBlock(nn.Module):

@@ -1,8 +1,8 @@
 """The product of a training forward on integers: the packed layer's, with a straight-through gradient.
 
-Both sides are coded anyway. So the forward multiplies the codes on the packed kernels, and is the deployed function to the
-last bit. For the backward a byte a number is kept of each side (`bellbox.ops.kept`), in place of two numbers in the
-compute dtype; they are decoded when they are multiplied with the gradient.
+Both sides are coded anyway. So the forward multiplies the codes on the packed kernels, and is the deployed function
+to the last bit. For the backward a byte a number is kept of each side (`bellbox.ops.kept`), in place of two numbers in
+the compute dtype. They are decoded when they are multiplied with the gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bellbox.core.grid import Grid
 from bellbox.ops import native
 from bellbox.ops.dispatch import forced
 from bellbox.ops.kept import decode_kept, kept_codes, kept_linear
-from bellbox.ops.transforms import refuse_second_derivative
+from bellbox.ops.transforms import constant_when_traced, refuse_second_derivative
 from bellbox.ops.weight_layout import prepack
 from bellbox.quantizers.base import Quantizer
 from bellbox.quantizers.coded import Coded
@@ -68,9 +68,14 @@ def serves(
         return False
     if chosen:
         return True
-    fast = device == "cpu" and native.available() and forced() in (None, "cpu")
     few = all(each.keeps_bytes and each.levels.n <= native.MAX_LEVELS for each in pair)
-    return fast and few and dtype == torch.bfloat16
+    return few and dtype == torch.bfloat16 and on_kernels(device)
+
+
+@constant_when_traced
+def on_kernels(device: str) -> bool:
+    """Whether products on integers run on compiled kernels, on a kind of device."""
+    return device == "cpu" and native.available() and forced() in (None, "cpu")
 
 
 def _has_no_bytes(quantizer: Quantizer) -> bool:

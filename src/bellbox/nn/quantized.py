@@ -32,7 +32,8 @@ from bellbox.quantizers.coded import Coded
 ROTATED = "rotated_weight"
 """Name of a weight that is stored rotated: no reader of a state dict takes it for the plain one."""
 OF_LAYER = (
-    "plain_class", "weights_rotated", "integer_forward", "held_weight", "has_run", "weight_was_read", "_call", "_keeps_call",
+    "plain_class", "weights_rotated", "integer_forward", "held_weight", "has_run", "weight_was_read", "_call",
+    "_keeps_call",
 )  # fmt: skip
 """Attributes that a plain layer does not have."""
 EXTRA_STATE = "_extra_state"

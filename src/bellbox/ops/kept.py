@@ -1,9 +1,9 @@
 """What training on integers keeps of a coded tensor: one byte a number, which tells code and value.
 
 The backward of Bell Box Quantization needs the normalised rotated value v, and a product's backward the code. A byte
-holds both: v in steps of 1/32, from -127 to 127 of them, where no step lies across a threshold. The nearest step may have
-another code than v; then the nearest one with the same code is taken. So the code is exact, and v off by 1/64,
-beside a threshold by 1/32, beyond 3.97 by what is beyond it (where the bell's slope is below 0.0002).
+holds both: v in steps of 1/32, from -127 to 127 of them. The nearest step may have another code than v; then the
+nearest one with the same code is taken. So the code is exact. v is off by 1/64 at most, beside a threshold by 1/32;
+beyond 3.97 it counts as 3.97, where the bell's slope is below 0.0002.
 
 Thresholds t become `ceil(32 t) / 32`: the first step that has reached them. With codes in place of steps, and
 thresholds 1/32, 2/32, ..., the same operations serve any grid.
@@ -11,6 +11,7 @@ thresholds 1/32, 2/32, ..., the same operations serve any grid.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -39,7 +40,7 @@ def stepped(thresholds: Sequence[float]) -> tuple[float, ...] | None:
         thresholds: n-1 rising fp32 numbers.
     """
     steps = [-MOST, *(math.ceil(STEPS * t) if math.isfinite(t) else MOST + 1 for t in thresholds)]
-    rising = all(a < b for a, b in zip(steps, steps[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(steps))
     return tuple(step / STEPS for step in steps[1:]) if rising and steps[-1] <= MOST else None
 
 
@@ -170,7 +171,8 @@ def _reference_linear(
 
 kept_linear = Operation(
     "kept_linear(Tensor kept, Tensor row_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor act_scale,"
-    " float[] thresholds, int weight_levels, float weight_zero_point, float act_zero_point, ScalarType dtype) -> Tensor",
+    " float[] thresholds, int weight_levels, float weight_zero_point, float act_zero_point, ScalarType dtype)"
+    " -> Tensor",
     _reference_linear,
     lambda kept, row_scale, weight, weight_scale, *rest: kept.new_empty(  # noqa: ARG005
         (kept.shape[0], weight_scale.numel()), dtype=rest[-1]
@@ -178,6 +180,6 @@ kept_linear = Operation(
 )
 """`bellbox::packed_linear` of an input that is coded already, to the same bits.
 
-kept int8 `[rows, columns]`, row_scale fp32 `[rows, 1]` or `[1, 1]`: what a row's product is multiplied with; the rest as
-there. Returns `[rows, outputs]`.
+kept int8 `[rows, columns]`, row_scale fp32 `[rows, 1]` or `[1, 1]`: what a row's product is multiplied with; the rest
+as there. Returns `[rows, outputs]`.
 """

@@ -10,12 +10,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from bellbox.errors import BellboxError
+
+Asked = TypeVar("Asked", bound=Callable[..., Any])
+
+
+def constant_when_traced(function: Asked) -> Asked:
+    """Have a compiler take what a function gives for a constant.
+
+    As `torch.compiler.assume_constant_result` does, which imports the compiler.
+    """
+    cast(Any, function)._dynamo_marked_constant = True
+    return function
 
 
 class TransformableFunction(torch.autograd.Function):

@@ -7,25 +7,19 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
+from bellbox.ops.transforms import constant_when_traced
 from bellbox.quantizers.base import Quantizer
 from bellbox.quantizers.first_scale import first_scale
 from bellbox.quantizers.moments import Moments
 from bellbox.quantizers.spec import QuantizerSpec
 
 _functorch: Any = torch._C._functorch  # pyright: ignore
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _constant_when_traced(function: Function) -> Function:
-    # What torch.compiler.assume_constant_result does, without importing the compiler.
-    cast(Any, function)._dynamo_marked_constant = True
-    return function
 
 
 def unset(*shape: int) -> Tensor:
@@ -228,13 +222,13 @@ class LearnedQuantizer(Quantizer):
         self.collector = None
 
 
-@_constant_when_traced
+@constant_when_traced
 def is_set_when_traced(quantizer: LearnedQuantizer) -> bool:
     """`is_set`, as a constant of a compiled graph."""
     return quantizer.is_set
 
 
-@_constant_when_traced
+@constant_when_traced
 def spec_as_json(quantizer: Quantizer) -> str:
     """The specification, as an argument of an operation."""
     return json.dumps(dataclasses.asdict(quantizer.spec))

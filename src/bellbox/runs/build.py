@@ -80,6 +80,7 @@ def make_recipe(section: QuantizationSection) -> Recipe:
         "options": section.options,
         "weight_only": section.weight_only,
         "share_inputs": section.share,
+        "integer_forward": section.integer_forward,
     }
     if section.method == "bbq":
         return Recipe.bbq(weights_rotated=section.weights_rotated, **choices)

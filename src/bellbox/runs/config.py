@@ -105,6 +105,9 @@ class QuantizationSection:
     """Whether weights are learned in the rotated domain; where null, with BBQ and with CEWT they are."""
     share: bool = True
     """Whether layers that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
+    integer_forward: bool | None = None
+    """Whether linear layers multiply integers in training too (docs/training.md). Null: with BBQ on a CPU with the
+    compiled kernels, where it is faster."""
     recipe: dict[str, Any] | None = None
     """A whole recipe with rules by layer name, in place of all the other keys of this section."""
 

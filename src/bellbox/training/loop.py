@@ -14,7 +14,6 @@ print(result.validation["perplexity"])
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -48,6 +47,7 @@ from bellbox.runs.open import CONFIG_FILE, TOKENIZER_FILE
 from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
 from bellbox.runs.resolve import resolve
 from bellbox.training import random_state
+from bellbox.training.arithmetic import with_arithmetic
 from bellbox.training.check import check_trainable
 from bellbox.training.data_files import DATA_FILE, refuse_other_files, remember_files
 from bellbox.training.distill import Teacher, divergence
@@ -63,7 +63,6 @@ from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
 from bellbox.training.text_source import with_prepared_text
 from bellbox.utils.files import lock, write_text
-from bellbox.utils.processor import choose_precision
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Trainer:
         config = config.check()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        config, self._why_precision = _with_precision(config)
+        config, self._why_precision = with_arithmetic(config)
         config = with_prepared_text(config, show)
         self.dataset = open_data(config)
         self.config = resolve(config, self.dataset)
@@ -325,7 +324,8 @@ class Trainer:
         parts = [(x.to(self.device), y.to(self.device)) for x, y in self.task.micro_batches(state.step)]
         total = torch.zeros(4, device=self.device)
         try:
-            with weights_quantized_once(self.model) if len(parts) > 1 else nullcontext():
+            dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+            with weights_quantized_once(self.model, dtype) if len(parts) > 1 else nullcontext():
                 for inputs, targets in parts:
                     losses = self._losses(inputs, targets) / len(parts)
                     losses[0].backward()
@@ -454,20 +454,6 @@ class Trainer:
         )
         self.saved_step = state.step
         state.seconds += time.monotonic() - begun
-
-
-def _with_precision(config: TrainConfig) -> tuple[TrainConfig, str]:
-    """`precision: auto` as what the folder's run began with, else as what is fast here; and why, for the first line."""
-    if config.precision != "auto":
-        return config, ""
-    folder = Path(config.folder)
-    saved = folder / CONFIG_FILE
-    if saved.is_file() and Checkpoints(folder / "checkpoints").steps():
-        begun = load_config(saved).precision
-        if begun != "auto":
-            return dataclasses.replace(config, precision=begun), ": as the run was begun"
-    precision, why = choose_precision(pick_device(config.device))
-    return dataclasses.replace(config, precision=precision), f": {why}"
 
 
 def train(config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True) -> RunResult:
