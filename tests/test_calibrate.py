@@ -22,6 +22,7 @@ from bellbox.quantizers.learned import LearnedQuantizer
 
 RECIPES = {
     "bbq": bb.Recipe.bbq(bits=2),
+    "integers": bb.Recipe.bbq(bits=2, integer_forward=True),
     "lsq": bb.Recipe.of("lsq", bits=2),
     "seq": bb.Recipe.of("seq", bits=2),
     "n2uq": bb.Recipe.of("n2uq", bits=2),

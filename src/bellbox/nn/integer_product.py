@@ -15,7 +15,7 @@ from torch import Tensor
 from bellbox.core.grid import Grid
 from bellbox.ops import native
 from bellbox.ops.dispatch import forced
-from bellbox.ops.kept import decode_kept, kept_codes, kept_linear
+from bellbox.ops.kept import kept_codes, kept_linear, kept_product
 from bellbox.ops.transforms import constant_when_traced, refuse_second_derivative
 from bellbox.ops.weight_layout import prepack
 from bellbox.quantizers.base import Quantizer
@@ -132,12 +132,10 @@ class _Product(torch.autograd.Function):
         g_x = g_weight = g_bias = None
         if ctx.needs_input_grad[0]:
             offset = Grid(len(weight_thresholds) + 1, weight_zero_point).offset
-            g_x = grad @ decode_kept(weight_kept, weight_scale, weight_thresholds, offset, grad.dtype)
-            g_x = g_x.to(dtype)
+            g_x = kept_product(grad, weight_kept, weight_scale, weight_thresholds, offset, False).to(dtype)
         if ctx.needs_input_grad[1]:
             offset = Grid(len(thresholds) + 1, zero_point).offset
-            g_weight = grad.t() @ decode_kept(kept, worth, thresholds, offset, grad.dtype)
-            g_weight = g_weight.to(weight_dtype)
+            g_weight = kept_product(grad, kept, worth, thresholds, offset, True).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             g_bias = grad.sum(0).to(bias_dtype)
         return g_x, g_weight, g_bias, *[None] * 10

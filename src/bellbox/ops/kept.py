@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +117,30 @@ decode_kept = Operation(
     lambda kept, scale, thresholds, offset, dtype: torch.empty(kept.shape, dtype=dtype, device=kept.device),  # noqa: ARG005
 )
 """`scale * (code - offset)`: kept `[rows, features]`, scale fp32 `[rows, 1]` or `[1, 1]`."""
+
+
+def _reference_product(
+    grad: Tensor, kept: Tensor, scale: Tensor, thresholds: Sequence[float], offset: float, transposed: bool
+) -> Tensor:
+    rows = grad.t() if transposed else grad
+    if rows.dim() != 2 or rows.shape[1] != len(kept):
+        raise BellboxError(f"a gradient {tuple(grad.shape)} does not fit kept bytes {tuple(kept.shape)}")
+    return rows @ decode_kept(kept, scale, thresholds, offset, grad.dtype)
+
+
+def _fake_product(grad: Tensor, kept: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty((grad.shape[1] if rest[-1] else grad.shape[0], kept.shape[1]))
+
+
+kept_product = Operation(
+    "kept_product(Tensor grad, Tensor kept, Tensor scale, float[] thresholds, float offset, bool transposed) -> Tensor",
+    _reference_product,
+    _fake_product,
+)
+"""`grad @ decode_kept(...)`, or `grad.t() @ ...`: what a product's backward multiplies the gradient with.
+
+One operation, so that no compiler decodes in the forward what the backward needs, and keeps it.
+"""
 
 
 def _reference_backward(
