@@ -3,18 +3,15 @@
     python benchmarks/step_time.py                    # 2 bits, the precision that is fast here, 2 threads
     python benchmarks/step_time.py --bits 4 --json step.json
     python benchmarks/step_time.py --accumulation 4   # the same tokens in 4 micro-batches
+    python benchmarks/step_time.py --preset 300M      # layers of another shape
 
-Four contenders take turns in one process, so that a drift of the machine's speed meets all of them: the plain
-layers, Bellbox, and the textbook formula under autograd (rotation as a matrix product, erf, straight-through
-by detach) with and without siblings sharing their input. Medians and quartiles over the rounds; a step is
-forward, backward and AdamW.
-
-The floor of what quantization must add is memory traffic: read the input, write the dequantized value and what
-the backward needs, read both gradients, write one. It stands beside the measurement, from a copy timed in the
-same run.
+Contenders take turns in one process, so that a drift of the machine's speed meets all of them: the plain layers;
+Bellbox with its forward on integers and on floats; and the textbook formula under autograd (rotation as a matrix
+product, erf, straight-through by detach). Medians and quartiles over the rounds; a step is forward, backward and
+AdamW. What a forward keeps for its backward is counted too (`saved_tensors_hooks`), parameters aside.
 
 With several micro-batches in a step there is a contender more: the weights quantized once for all of them, as the
-trainer does it; and the floor counts the weights once.
+trainer does it.
 """
 
 from __future__ import annotations
@@ -68,11 +65,12 @@ class PlainBBQ(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Two layers of the model, without embedding and head."""
+    """Two layers of a preset, without embedding and head."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "95M") -> None:
         super().__init__()
-        self.whole = build(preset("95M", num_hidden_layers=2, vocab_size=8), seed=0)
+        self.whole = build(preset(name, num_hidden_layers=2, vocab_size=8), seed=0)
+        self.config = self.whole.config
 
     def forward(self, x: Tensor) -> Tensor:
         body = self.whole.model
@@ -90,7 +88,8 @@ def plain(model: nn.Module, bits: int) -> nn.Module:
 
 
 def stepper(model: nn.Module, accumulation: int, once: bool) -> Callable[[], None]:
-    x = torch.randn(TOKENS // CONTEXT, CONTEXT, 640, generator=torch.Generator().manual_seed(1))
+    width = model.config.hidden_size
+    x = torch.randn(TOKENS // CONTEXT, CONTEXT, width, generator=torch.Generator().manual_seed(1))
     parts = x.chunk(accumulation)
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "layers" in n], lr=1e-6)
 
@@ -106,16 +105,24 @@ def stepper(model: nn.Module, accumulation: int, once: bool) -> Callable[[], Non
     return step
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second read plus written by a large copy."""
-    source = torch.empty(1 << 26)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return 2 * source.numel() * 4 / statistics.median(times)
+def saved_bytes(model: nn.Module) -> int:
+    """Of tensors that a forward keeps for its backward; parameters and the input aside."""
+    x = torch.randn(TOKENS // CONTEXT, CONTEXT, model.config.hidden_size)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    found: dict[int, int] = {}
+    held: list[Tensor] = []  # so that no address is given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        model(x)
+    return sum(found.values())
 
 
 def cpu_name() -> str:
@@ -132,6 +139,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--preset", default="95M", help="whose layers (bellbox.models.preset)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
@@ -147,16 +155,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
 
-    separate = bb.Recipe.bbq(args.bits, share_inputs=False)
+    def low_bit(integers: bool) -> nn.Module:
+        return bb.prepare(Blocks(args.preset), bb.Recipe.bbq(args.bits, integer_forward=integers))
+
     models = {
-        "no quantization": Blocks(),
-        "Bellbox": bb.prepare(Blocks(), bb.Recipe.bbq(args.bits)),
-        "Bellbox, inputs not shared": bb.prepare(Blocks(), separate),
-        "plain formula, autograd": plain(Blocks(), args.bits),
+        "no quantization": Blocks(args.preset),
+        "Bellbox, on integers": low_bit(True),
+        "Bellbox, on floats": low_bit(False),
+        "plain formula, autograd": plain(Blocks(args.preset), args.bits),
     }
     once = "Bellbox, weights once"
     if args.accumulation > 1:
-        models[once] = bb.prepare(Blocks(), bb.Recipe.bbq(args.bits))
+        models[once] = low_bit(True)
     steps = {name: stepper(model, args.accumulation, name == once) for name, model in models.items()}
     for step in steps.values():
         step()
@@ -168,33 +178,31 @@ def main() -> None:
             step()
             times[name].append(clock() - start)
 
-    bandwidth = copy_bandwidth()
-    linears = [m for m in models["no quantization"].whole.model.layers.modules() if type(m) is nn.Linear]
-    weights = sum(m.weight.numel() for m in linears)
-    inputs = 2 * TOKENS * (640 + 640 + 640 + 1792)  # each shared input once: qkv, o, gate and up, down
-    # bf16 all but the fp32 weights: read x, write x_hat and v; read G, v and x_hat, write the gradient.
-    floor = (weights * (4 + 2 + 2 + 2 + 2 + 2 + 4) + inputs * (2 + 2 + 2 + 2 + 2 + 2 + 2)) / bandwidth
+    kept = {name: saved_bytes(model) / TOKENS / 2 for name, model in models.items()}
 
-    base = statistics.median(times["no quantization"])
     print(
         f"{cpu_name()}, torch {torch.__version__}, {args.threads} threads, {args.bits} bits, {args.rounds} rounds, "
         f"{args.accumulation} micro-batches a step"
     )
-    print(f"{'':28}{'median':>9} {'quartiles':>17} {'ratio':>6}")
+    print(f"{'':28}{'median':>9} {'quartiles':>17} {'ratio':>6}   kept a token and layer")
     rows = {}
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)
         ratio = statistics.median(t / b for t, b in zip(values, times["no quantization"], strict=True))
-        rows[name] = {"median_s": middle, "quartiles_s": [low, high], "ratio": ratio}
-        print(f"{name:28}{middle * 1e3:6.0f} ms {low * 1e3:6.0f} to {high * 1e3:4.0f} ms {ratio:6.2f}")
-    added = rows[once if args.accumulation > 1 else "Bellbox"]["median_s"] - base
-    print(
-        f"quantization adds {added * 1e3:.0f} ms; floor by memory traffic {floor * 1e3:.0f} ms "
-        f"({bandwidth / 1e9:.0f} GB/s copy): {added / floor:.1f} x the floor"
-    )
+        share = kept[name] / kept["no quantization"]
+        rows[name] = {
+            "median_s": middle,
+            "quartiles_s": [low, high],
+            "ratio": ratio,
+            "kept_bytes": kept[name],
+        }
+        spread = f"{low * 1e3:6.0f} to {high * 1e3:4.0f} ms"
+        print(
+            f"{name:28}{middle * 1e3:6.0f} ms {spread} {ratio:6.2f}   {kept[name] / 1e3:5.1f} kB, {share:.2f}"
+        )
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"cpu": cpu_name(), "bits": args.bits, "floor_s": floor, "rows": rows}, file, indent=1)
+            json.dump({"cpu": cpu_name(), "bits": args.bits, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def process(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     found: dict[str, Any] = {}
     for name, recipe in RECIPES.items():
-        for kind in WRAPPERS if name in ("bbq", "n2uq") else ("ddp",):
+        for kind in WRAPPERS if name in ("bbq", "n2uq", "integers") else ("ddp",):
             model = network(recipe)
             run = wrapped(model, kind)
             bb.calibrate(run, [x[rank::2] for x in BATCHES])
@@ -144,10 +144,10 @@ def test_every_process_has_the_scales_of_one_process_with_all_of_the_data(result
 
 def test_every_process_has_the_same_parameters_after_training(results):
     ends = [key for key in results[0] if key.endswith("end")]
-    assert len(ends) == 8
+    assert len(ends) == 11
     for key in ends:
         assert_same(results[0][key], results[1][key])
-    for name in ("bbq", "n2uq"):
+    for name in ("bbq", "n2uq", "integers"):
         for kind in ("fsdp", "nested"):
             assert_same(results[0][f"{name} {kind} end"], results[0][f"{name} ddp end"], rtol=1e-5)
 
