@@ -279,6 +279,17 @@ void check_rotation(const Kernels& kernels) {
     expect(same(mine, base, out), "rotate");
 }
 
+// fp32 numbers that agree but for the order of sums.
+bool near(const std::vector<char>& a, const std::vector<char>& b) {
+    const float *mine = reinterpret_cast<const float*>(a.data()), *base = reinterpret_cast<const float*>(b.data());
+    double error = 0, size = 1e-12;
+    for (size_t i = 0; i < a.size() / 4; ++i) {
+        error += std::pow(mine[i] - base[i], 2);
+        size += std::pow(base[i], 2) + 1e-4;
+    }
+    return std::sqrt(error / size) < 1e-4;
+}
+
 void check_training(const Kernels& kernels) {
     int64_t k = pick(1, 700);
     const int n = static_cast<int>(pick(2, 16));
@@ -297,20 +308,73 @@ void check_training(const Kernels& kernels) {
                                  gamma.data(), 0, x_hat[i].data(), v[i].data(), out},
                      0, rows);
         BackwardArgs b{};
-        b.grad = grad.data(), b.v = v[i].data(), b.type = out, b.rows = rows, b.k = k, b.block = coding.block;
+        b.grad = grad.data(), b.v = v[i].data(), b.type = b.v_type = b.out_type = out;
+        b.rows = rows, b.k = k, b.block = coding.block;
         b.r = r.data(), b.r_stride = 1, b.gamma = gamma.data(), b.free = free.data(), b.free_stride = 1;
         b.grad_x = grad_x[i].data(), b.x_hat = x_hat[i].data(), b.row_dot = reinterpret_cast<float*>(dots[i].data());
         used.backward(b, 0, rows);
     }
     expect(same(x_hat[0], x_hat[1], out) && same(v[0], v[1], out), "forward");
-    if (out != Type::f32) return;  // rounding to bf16 may fall either way
-    const float *mine = reinterpret_cast<float*>(grad_x[1].data()), *base = reinterpret_cast<float*>(grad_x[0].data());
-    double error = 0, size = 1e-12;
-    for (int64_t i = 0; i < rows * k; ++i) {
-        error += std::pow(mine[i] - base[i], 2);
-        size += std::pow(base[i], 2) + 1e-4;
+    if (out == Type::f32) expect(near(grad_x[1], grad_x[0]), "backward");  // rounding to bf16 may fall either way
+}
+
+// Kept bytes: made, decoded, coded, multiplied and differentiated.
+void check_kept(const Kernels& kernels) {
+    int64_t k = pick(1, 700);
+    const int n = static_cast<int>(pick(2, 16));
+    OwnCoding coding = random_coding(k, n);
+    std::vector<int8_t> lowest(static_cast<size_t>(n), static_cast<int8_t>(-kKeptMost));
+    std::vector<float> steps;
+    for (int code = 1; code < n; ++code) {
+        lowest[static_cast<size_t>(code)] = static_cast<int8_t>(lowest[static_cast<size_t>(code - 1)] + pick(1, 16));
+        const float step = lowest[static_cast<size_t>(code)];
+        steps.push_back(step / kKeptSteps);
+        (*coding.values)[static_cast<size_t>(code - 1)] = (step - one_of({0.0f, 0.4f, 0.9f})) / kKeptSteps;
     }
-    expect(std::sqrt(error / size) < 1e-4, "backward");
+    const int64_t rows = pick(1, 5), count = rows * k;
+    const Type in = one_of({Type::f32, Type::bf16}), out = one_of({Type::f32, Type::bf16}), back = one_of({Type::f32, Type::bf16});
+    const std::vector<char> x = numbers(count, in, *coding.values, true), grad = numbers(count, back, *coding.values, false);
+    std::vector<float> r(static_cast<size_t>(rows), 1.0f), scales(static_cast<size_t>(rows), 0.7f);
+    const std::vector<float> one = {1.0f}, free(static_cast<size_t>(rows), 1.0f);
+    if (pick(0, 3) == 0) r[0] = NAN;
+    scales[0] = one_of({0.3f, NAN});
+    std::vector<int8_t> kept[2];
+    std::vector<char> x_hat[2], grad_x[2], dots[2], rms[2];
+    EncodeArgs e = coding.of(nullptr, Type::kept, rows, k, k);
+    e.block = 1, e.thresholds = steps.data(), e.r = scales.data(), e.ldl = (k + 63) / 64 * 64;
+    Encoded coded[2];
+    for (size_t i = 0; i < 2; ++i) {
+        const Kernels& used = i == 0 ? portable_kernels : kernels;
+        kept[i].resize(static_cast<size_t>(count)), x_hat[i].resize(static_cast<size_t>(count) * size_of(out));
+        used.keep({x.data(), in, rows, k, coding.block, coding.thresholds, n, r.data(), 1, lowest.data(), kept[i].data()}, 0, rows);
+        used.forward(ForwardArgs{kept[i].data(), Type::kept, rows, k, 1, steps.data(), n, 1.5f, one.data(), 0, scales.data(), 1,
+                                 x_hat[i].data(), nullptr, out},
+                     0, rows);
+        e.x = kept[i].data();
+        coded[i] = encode(used, e);
+        grad_x[i].resize(static_cast<size_t>(4 * count)), dots[i].resize(static_cast<size_t>(4 * rows));
+        BackwardArgs b{};
+        b.grad = grad.data(), b.v = kept[i].data(), b.type = back, b.v_type = Type::kept, b.out_type = Type::f32;
+        b.rows = rows, b.k = k, b.block = coding.block, b.thresholds = steps.data(), b.n = n, b.offset = 1.5f;
+        b.r = free.data(), b.r_stride = 1, b.gamma = one.data(), b.free = free.data(), b.free_stride = 1;
+        b.grad_x = grad_x[i].data(), b.row_dot = reinterpret_cast<float*>(dots[i].data());
+        used.backward(b, 0, rows);
+        rms[i].resize(static_cast<size_t>(8 * rows));
+        used.row_rms({x.data(), in, rows, k, reinterpret_cast<double*>(rms[i].data())}, 0, rows);
+    }
+    expect(kept[0] == kept[1], "keep");
+    expect(same(x_hat[0], x_hat[1], out), "kept bytes decoded");
+    expect(coded[0].sums == coded[1].sums && same(coded[0].row_scales, coded[1].row_scales, Type::f32), "kept bytes coded");
+    for (int64_t row = 0; row < rows; ++row)
+        expect(std::equal(coded[0].levels.begin() + row * e.ldl, coded[0].levels.begin() + row * e.ldl + k,
+                          coded[1].levels.begin() + row * e.ldl),
+               "levels of kept bytes");
+    expect(near(grad_x[1], grad_x[0]) && near(dots[1], dots[0]), "backward of kept bytes");
+    for (int64_t row = 0; row < rows; ++row) {
+        double a, b;
+        memcpy(&a, &rms[0][static_cast<size_t>(8 * row)], 8), memcpy(&b, &rms[1][static_cast<size_t>(8 * row)], 8);
+        expect((a != a && b != b) || a == b || std::abs(a - b) < 1e-12 * std::abs(a), "row_rms");
+    }
 }
 
 // One token of a decoder: norm, attention over a cache that has room for exactly it, int8 head.
@@ -412,6 +476,7 @@ int main(int count, char** arguments) {
                 check_convolution();
                 check_rotation(kernels());
                 check_training(kernels());
+                check_kept(kernels());
                 check_decoder(kernels());
                 check_binarized(kernels());
             } catch (const std::exception& error) {

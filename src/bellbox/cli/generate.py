@@ -17,7 +17,7 @@ from bellbox.cli.output import parse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.formats.auto import OpenedModel, open_model
 from bellbox.inference.generation import TextGeneration, generate_text
-from bellbox.utils.memory import peak_memory
+from bellbox.utils.memory import peak_in_words
 
 require("tyro", "cli")
 
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     for piece in stream:
         print(piece, end="", flush=True)
     print()
-    print(f"loaded in {load_seconds:.2f} s, {speed_of(stream)}{_peak()}", file=sys.stderr)
+    print(f"loaded in {load_seconds:.2f} s, {speed_of(stream)}{peak_in_words(', ')}", file=sys.stderr)
 
 
 def continue_text(
@@ -135,11 +135,6 @@ def _stop_token(tokenizer: Tokenizer, stop: str | None) -> int:
     if len(ids) != 1:
         raise BellboxError(f"--stop {stop!r} is {len(ids)} tokens of this tokenizer; it must be exactly one")
     return ids[0]
-
-
-def _peak() -> str:
-    peak = peak_memory()
-    return "" if peak is None else f", peak memory {peak / 2**20:,.0f} MiB, Python and torch included"
 
 
 def speed_of(stream: TextGeneration) -> str:

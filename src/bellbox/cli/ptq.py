@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from bellbox.cli.output import parse_flags, refuse_file_name, refuse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.ptq import Job, Settings, binarize_folder, load, stored_size
-from bellbox.utils.memory import peak_memory
+from bellbox.utils.memory import peak_in_words
 
 require("tyro", "cli")
 
@@ -87,11 +87,10 @@ def main(argv: list[str]) -> None:
     )
     binarize_folder(job)
     size = stored_size(load(command.out))
-    peak = peak_memory()
     on_disk = sum(file.stat().st_size for file in command.out.iterdir() if file.is_file())
     print(
         f"{command.out}: {size.weights:,} weights in {size.bits_per_weight:.3f} bits each, scales and all "
         f"(bf16: 16), the rest in {size.other_bytes:,} bytes; the folder has {on_disk:,} bytes"
-        + ("" if peak is None else f"; peak memory {peak / 2**20:,.0f} MiB, Python and torch included")
+        + peak_in_words("; ")
         + f"\nbellbox eval {command.out} --data DATA; bellbox report {command.out}"
     )

@@ -32,6 +32,7 @@ from bellbox.nn import quantized_layers
 from bellbox.runs.config import ModelSection
 from bellbox.training import TrainConfig, Trainer, load_config
 from bellbox.utils.malloc import keep_freed_memory
+from bellbox.utils.memory import peak_in_words
 from bellbox.utils.yaml import parse_yaml
 
 
@@ -261,7 +262,10 @@ def _farewell(folder: Path, model: nn.Module, imports: str = "") -> str:
         if not isinstance(model, ResNet | ViT):
             commands.append(f'bellbox generate {folder}{imports} --prompt "Once upon a time"')
     return "\n  ".join(
-        [f"the run is in {folder}: config.yaml, metrics.jsonl, checkpoints/\nnext:", *commands]
+        [
+            f"the run is in {folder}: config.yaml, metrics.jsonl, checkpoints/{peak_in_words('; ')}\nnext:",
+            *commands,
+        ]
     )
 
 

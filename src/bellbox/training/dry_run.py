@@ -30,6 +30,7 @@ from bellbox.nn import QuantizedLayer, quantized_layers
 from bellbox.runs.build import make_recipe, skeleton
 from bellbox.runs.config import ResolvedConfig, TrainConfig
 from bellbox.runs.resolve import resolve
+from bellbox.training.arithmetic import with_arithmetic
 from bellbox.training.check import check_trainable
 from bellbox.training.dry_data import DataOutlook, Vocabulary, look_at_data
 from bellbox.training.optim.groups import block_matrices
@@ -94,7 +95,8 @@ def dry_run(config: TrainConfig) -> DryRun:
     Raises:
         BellboxError: what could not be trained, as the run itself would say it.
     """
-    data = look_at_data(config.check())
+    config, _ = with_arithmetic(config.check())
+    data = look_at_data(config)
     resolved = _trainable(config, data)
     shape = _first_batch(resolved, data)
     model = skeleton(resolved)
