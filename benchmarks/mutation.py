@@ -43,17 +43,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
 
 _FORMULAS = ("tests/quantizers/test_formulas.py", "tests/quantizers/test_oracles.py")
-_METHODS = (*_FORMULAS, "tests/quantizers/test_methods.py")
+_METHODS = (*_FORMULAS, "tests/core/test_values.py", "tests/quantizers/test_methods.py")
 _LEARNED = ("tests/quantizers/test_scales.py", *_METHODS)
 _OPTIMIZER = ("tests/training/test_train_optimizer.py", "tests/quantizers/test_codebook_fits.py")
 _LOOP = ("tests/training/test_train_loop.py", "tests/training/test_train_optimizer.py")
 TESTS: dict[str, tuple[str, ...]] = {
-    "core/grid": ("tests/core/test_grid.py", "tests/quantizers/test_oracles.py"),
+    "core/grid": ("tests/core/test_grid.py", "tests/core/test_values.py", "tests/quantizers/test_oracles.py"),
     "core/packing": ("tests/core/test_packing.py",),
     "core/hadamard": ("tests/core/test_hadamard.py", "tests/ops/test_rotate.py"),
     "core/entropy": ("tests/core/test_entropy.py",),
-    "core/binarize": ("tests/ptq/test_ptq_binarize.py",),
-    "core/geometry": ("tests/nn/test_conv.py", "tests/ops/test_convolution.py"),
+    "core/binarize": ("tests/ptq/test_ptq_binarize.py", "tests/core/test_values.py"),
+    "core/geometry": ("tests/core/test_geometry.py", "tests/core/test_values.py", "tests/nn/test_conv.py"),
     "ops/weight_layout": ("tests/ops/test_weight_layout.py",),
     "ops/encode": ("tests/ops/test_encode.py", *_FORMULAS),
     "ops/fake_quantize": ("tests/quantizers/test_bbq.py", *_FORMULAS),
@@ -83,7 +83,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "quantizers/quest": ("tests/quantizers/test_quest.py", *_METHODS),
     "quantizers/rtn": _METHODS,
     "quantizers/seq": ("tests/quantizers/test_published_rules.py", *_LEARNED),
-    "quantizers/straight_through": ("tests/quantizers/test_transforms.py", *_FORMULAS),
+    "quantizers/straight_through": (
+        "tests/quantizers/test_transforms.py",
+        "tests/core/test_values.py",
+        *_FORMULAS,
+    ),
     "quantizers/ternary": _METHODS,
     "optim": _OPTIMIZER,
     "training/schedule": ("tests/training/test_train_schedule.py",),
@@ -94,8 +98,16 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runs/average": (*_LOOP,),
 }
 """Tests of a module, by its path below `bellbox`."""
-LEFT_OUT = "not compile"
-"""Tests that wait for a compiler are left out: what they hold to the eager function, others hold to formulas."""
+METHODS = {
+    "base": "bbq",
+    "codebook": "nf or kmeans",
+    "first_scale": "lsq",
+    "learned": "lsq",
+    "learned_thresholds": "n2uq",
+    "moments": "lsq",
+    "own": "lsq",
+}
+"""Whose tests of `test_methods.py`, which holds every method to the contract, a module of `quantizers` is tried with."""
 
 REPLACEMENTS = {
     *("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "FloorDiv_Div", "Mod_Mul", "Pow_Mul"),
@@ -147,6 +159,15 @@ def tests_of(module: str) -> tuple[str, ...]:
     if not files:
         raise SystemExit(f"{module}: which tests concern it is not said; add it to TESTS")
     return tuple(file for file in files if (ROOT / file).is_file())
+
+
+def filter_of(module: str) -> str:
+    """What pytest's `-k` is given.
+
+    Tests that wait for a compiler are left out: what they hold to the eager function, others hold to formulas.
+    """
+    name = module.rpartition("/")[2]
+    return f"not compile and ({METHODS.get(name, name)} or not test_methods)"
 
 
 def never_run(source: str) -> set[int]:
@@ -399,14 +420,11 @@ def _forked(work: Callable[[], int], timeout: float) -> str:
     return "timeout"
 
 
-def _pytest(files: Sequence[str], *plugins: object) -> int:
+def _pytest(module: str, *plugins: object) -> int:
     import pytest
 
-    return int(
-        pytest.main(
-            ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-k", LEFT_OUT, *files], list(plugins)
-        )
-    )
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-k", filter_of(module)]
+    return int(pytest.main([*options, *tests_of(module)], list(plugins)))
 
 
 def fresh(module: str, source: str, timeout: float) -> str:
@@ -444,7 +462,7 @@ def run(modules: Sequence[str], out: Path, sample: int, minutes: float, again: b
         _say(f"{module}: {len(chosen)} to try of {places}")
         if chosen and time.monotonic() < ends:
             loop = _Loop(module, chosen, out, ends)
-            became = _forked(lambda module=module, loop=loop: _pytest(tests_of(module), loop), 1e9)
+            became = _forked(lambda module=module, loop=loop: _pytest(module, loop), 1e9)
             if became != "survived":
                 _say(f"{module}: its tests fail as it is, or cannot be collected")
 
@@ -497,7 +515,7 @@ def main() -> None:
         (module,) = given.modules
         name = f"bellbox.{module.replace('/', '.')}"
         sys.meta_path.insert(0, _Changed(name, path_of(module), given.changed.read_text(encoding="utf-8")))
-        sys.exit(_pytest(tests_of(module)))
+        sys.exit(_pytest(module))
     if given.report is None:
         run(given.modules or list(TESTS), given.out, given.sample, given.minutes, given.again)
     report(given.report or given.out)
