@@ -55,12 +55,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "core/binarize": ("tests/ptq/test_ptq_binarize.py", "tests/core/test_values.py"),
     "core/geometry": ("tests/core/test_geometry.py", "tests/core/test_values.py", "tests/nn/test_conv.py"),
     "ops/weight_layout": ("tests/ops/test_weight_layout.py",),
-    "ops/encode": ("tests/ops/test_encode.py", *_FORMULAS),
-    "ops/fake_quantize": ("tests/quantizers/test_bbq.py", *_FORMULAS),
-    "ops/clip_backward": ("tests/ops/test_clip_backward.py", *_FORMULAS),
+    "ops/encode": ("tests/ops/test_encode.py", "tests/ops/test_contracts.py", *_FORMULAS),
+    "ops/fake_quantize": ("tests/ops/test_contracts.py", "tests/quantizers/test_bbq.py", *_FORMULAS),
+    "ops/clip_backward": ("tests/ops/test_clip_backward.py", "tests/ops/test_contracts.py"),
     "ops/integer": ("tests/ops/test_integer.py",),
-    "ops/learned_thresholds": ("tests/ops/test_learned.py", *_FORMULAS),
-    "ops/rotate": ("tests/ops/test_rotate.py", *_FORMULAS),
+    "ops/learned_thresholds": ("tests/ops/test_learned.py", "tests/ops/test_contracts.py"),
+    "ops/rotate": ("tests/ops/test_rotate.py", "tests/ops/test_contracts.py"),
     "quantizers/base": _LEARNED,
     "quantizers/bbq": (
         "tests/quantizers/test_bbq.py",
@@ -95,7 +95,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/optim/groups": ("tests/training/test_train_optimizer.py", "tests/training/test_train_cewt.py"),
     "training/loop": (*_LOOP, "tests/training/test_train_checkpoint.py"),
     "training/distill": ("tests/training/test_train_distill.py",),
-    "runs/average": (*_LOOP,),
+    "runs/average": ("tests/training/test_average.py",),
 }
 """Tests of a module, by its path below `bellbox`."""
 METHODS = {
@@ -107,7 +107,7 @@ METHODS = {
     "moments": "lsq",
     "own": "lsq",
 }
-"""Whose tests of `test_methods.py`, which holds every method to the contract, a module of `quantizers` is tried with."""
+"""With whose tests of `test_methods.py`, which holds every method to one contract, a module is tried."""
 
 REPLACEMENTS = {
     *("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "FloorDiv_Div", "Mod_Mul", "Pow_Mul"),
