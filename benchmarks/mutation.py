@@ -42,7 +42,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
 
-_FORMULAS = ("tests/quantizers/test_formulas.py", "tests/quantizers/test_oracles.py")
+_FORMULAS = ("tests/quantizers/test_formulas.py",)
 _METHODS = (*_FORMULAS, "tests/core/test_values.py", "tests/quantizers/test_methods.py")
 _LEARNED = ("tests/quantizers/test_scales.py", *_METHODS)
 _OPTIMIZER = ("tests/training/test_train_optimizer.py", "tests/quantizers/test_codebook_fits.py")
@@ -55,8 +55,16 @@ TESTS: dict[str, tuple[str, ...]] = {
     "core/binarize": ("tests/ptq/test_ptq_binarize.py", "tests/core/test_values.py"),
     "core/geometry": ("tests/core/test_geometry.py", "tests/core/test_values.py", "tests/nn/test_conv.py"),
     "ops/weight_layout": ("tests/ops/test_weight_layout.py",),
-    "ops/encode": ("tests/ops/test_encode.py", "tests/ops/test_contracts.py", *_FORMULAS),
-    "ops/fake_quantize": ("tests/ops/test_contracts.py", "tests/quantizers/test_bbq.py", *_FORMULAS),
+    "ops/encode": (
+        "tests/ops/test_encode.py",
+        "tests/ops/test_contracts.py",
+        "tests/quantizers/test_quest.py",
+    ),
+    "ops/fake_quantize": (
+        "tests/ops/test_encode.py",
+        "tests/ops/test_contracts.py",
+        "tests/quantizers/test_bbq.py",
+    ),
     "ops/clip_backward": ("tests/ops/test_clip_backward.py", "tests/ops/test_contracts.py"),
     "ops/integer": ("tests/ops/test_integer.py",),
     "ops/learned_thresholds": ("tests/ops/test_learned.py", "tests/ops/test_contracts.py"),
