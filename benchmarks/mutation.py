@@ -46,7 +46,6 @@ _FORMULAS = ("tests/quantizers/test_formulas.py",)
 _METHODS = (*_FORMULAS, "tests/core/test_values.py", "tests/quantizers/test_methods.py")
 _LEARNED = ("tests/quantizers/test_scales.py", *_METHODS)
 _OPTIMIZER = ("tests/training/test_train_optimizer.py", "tests/quantizers/test_codebook_fits.py")
-_LOOP = ("tests/training/test_train_loop.py", "tests/training/test_train_optimizer.py")
 TESTS: dict[str, tuple[str, ...]] = {
     "core/grid": ("tests/core/test_grid.py", "tests/core/test_values.py", "tests/quantizers/test_oracles.py"),
     "core/packing": ("tests/core/test_packing.py",),
@@ -101,7 +100,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/schedule": ("tests/training/test_train_schedule.py",),
     "training/optim/cewt": ("tests/training/test_train_cewt.py",),
     "training/optim/groups": ("tests/training/test_train_optimizer.py", "tests/training/test_train_cewt.py"),
-    "training/loop": (*_LOOP, "tests/training/test_train_checkpoint.py"),
+    "training/loop": (
+        "tests/training/test_train_step.py",
+        "tests/training/test_train_loop.py",
+        "tests/training/test_train_checkpoint.py",
+    ),
     "training/distill": ("tests/training/test_train_distill.py",),
     "runs/average": ("tests/training/test_average.py",),
 }

@@ -181,3 +181,53 @@ def test_a_forward_uses_what_each_row_is_worth_and_keeps_its_value():
     rotated, w = bbq_forward(x[:1], r[:1], scale[:1], [-1.0, 0.0, 1.0], 1.5, 2, torch.float32)
     assert w.tolist() == [[-1.0, 2.0]]
     assert rotated.tolist() == [[-1.0, 3.0]]
+
+
+@pytest.mark.parametrize("whole_tensor", [False, True])
+@pytest.mark.parametrize("block", [1, 2, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_backward_is_the_derivative_of_the_box(block, whole_tensor, dtype):
+    """u = n Phi(v) in place of its floor, in float64 and left to autograd; v of the rotated row over its RMS."""
+    draw, n = torch.Generator().manual_seed(block), 4
+    x = torch.randn(6, 32, generator=draw, dtype=torch.float64)
+    x, grad = x.to(dtype).double(), torch.randn(6, 32, generator=draw, dtype=torch.float64).to(dtype)
+    gamma = torch.rand(1 if whole_tensor else 6, 1, generator=draw, dtype=torch.float64) + 0.5
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < block:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    x.requires_grad_(True)
+    rotated = (x.view(6, -1, block) @ matrix).view(6, 32) / math.sqrt(block)
+    sigma = x.square().mean().sqrt() if whole_tensor else x.square().mean(-1, keepdim=True).sqrt()
+    v = rotated / sigma
+    smooth = gamma * (n * 0.5 * torch.erfc(-v / math.sqrt(2)) - n / 2) / (n / 2)
+    (expected,) = torch.autograd.grad(smooth, x, grad.double())
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    r = (1 / (sigma.detach().reshape(-1, 1) * math.sqrt(block))).to(work)
+    x_hat = smooth.detach().to(dtype)
+    found, dots = bbq_backward(
+        grad, v.detach().to(dtype), x_hat, r, gamma.to(work), torch.ones_like(r), block, whole_tensor
+    )
+    bound = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=bound, atol=bound)
+    sums = (grad.double() * x_hat.double()).sum(-1, keepdim=True)
+    torch.testing.assert_close(dots.double(), sums, rtol=bound, atol=bound)
+    fixed, _ = bbq_backward(
+        grad, v.detach().to(dtype), x_hat, r, gamma.to(work), torch.zeros_like(r), block, whole_tensor
+    )
+    through = gamma * 2 * torch.exp(-v.detach().square() / 2) / math.sqrt(2 * math.pi) * grad.double()
+    constant = ((through / sigma.detach()).view(6, -1, block) @ matrix).view(6, 32) / math.sqrt(block)
+    torch.testing.assert_close(fixed.double(), constant, rtol=bound, atol=bound)
+
+
+def test_the_backward_in_chunks_is_that_of_all_rows(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    grad, v, x_hat = (torch.randn(7, 16, generator=draw) for _ in range(3))
+    r, gamma, free = torch.rand(7, 1) + 0.5, torch.rand(7, 1) + 0.5, torch.ones(7, 1)
+    one = torch.full((1, 1), 0.5), torch.full((1, 1), 2.0), torch.ones(1, 1)
+    calls = [((r, gamma, free), False), (one, True)]
+    whole = [bbq_backward(grad, v, x_hat, *numbers, 4, together) for numbers, together in calls]
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2 * 16)
+    for (numbers, together), expected in zip(calls, whole, strict=True):
+        found = bbq_backward(grad, v, x_hat, *numbers, 4, together)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
