@@ -178,7 +178,7 @@ def filter_of(module: str) -> str:
     Tests that wait for a compiler are left out: what they hold to the eager function, others hold to formulas.
     """
     name = module.rpartition("/")[2]
-    return f"not compile and ({METHODS.get(name, name)} or not test_methods)"
+    return f"not compiled and ({METHODS.get(name, name)} or not test_methods)"
 
 
 def never_run(source: str) -> set[int]:
