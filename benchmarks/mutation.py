@@ -32,8 +32,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -72,6 +73,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "quantizers/bbq": (
         "tests/quantizers/test_bbq.py",
         "tests/quantizers/test_bbq_options.py",
+        "tests/quantizers/test_transforms.py",
         "tests/quantizers/test_published_rules.py",
         *_FORMULAS,
     ),
@@ -80,7 +82,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "quantizers/first_scale": _LEARNED,
     "quantizers/kmeans": ("tests/quantizers/test_codebook_fits.py", *_METHODS),
     "quantizers/learned": _LEARNED,
-    "quantizers/learned_thresholds": ("tests/ops/test_learned.py", *_METHODS),
+    "quantizers/learned_thresholds": (
+        "tests/ops/test_learned.py",
+        "tests/quantizers/test_transforms.py",
+        *_METHODS,
+    ),
     "quantizers/lsq": _LEARNED,
     "quantizers/moments": _LEARNED,
     "quantizers/n2uq": _LEARNED,
@@ -179,6 +185,11 @@ def filter_of(module: str) -> str:
     """
     name = module.rpartition("/")[2]
     return f"not compiled and ({METHODS.get(name, name)} or not test_methods)"
+
+
+def environment_of(module: str) -> dict[str, str]:
+    """The Python code of an operation is its reference: no compiled kernel may stand in for it."""
+    return {"BELLBOX_BACKEND": "reference"} if module.startswith("ops/") else {}
 
 
 def never_run(source: str) -> set[int]:
@@ -405,8 +416,8 @@ _OUTPUT = os.dup(1)
 """Standard output, whatever pytest makes of it."""
 
 
-def _forked(work: Callable[[], int], timeout: float) -> str:
-    """`survived` where `work` gives 0 in a process of its own, `killed` or `timeout`; its output is thrown away."""
+def _forked(work: Callable[[], int], environment: Mapping[str, str]) -> str:
+    """`survived` where `work` gives 0 in a process of its own, else `killed`; its output is thrown away."""
     child = os.fork()
     if child == 0:
         code = 3
@@ -416,19 +427,12 @@ def _forked(work: Callable[[], int], timeout: float) -> str:
             for handle in (0, 1, 2):
                 os.dup2(nothing, handle)
             os.chdir(ROOT)
+            os.environ.update(environment)
             code = work()
         finally:
             os._exit(code)
-    ends = time.monotonic() + timeout
-    while time.monotonic() < ends:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
-        time.sleep(0.02)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "timeout"
+    _, status = os.waitpid(child, 0)
+    return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
 
 
 def _pytest(module: str, *plugins: object) -> int:
@@ -473,7 +477,7 @@ def run(modules: Sequence[str], out: Path, sample: int, minutes: float, again: b
         _say(f"{module}: {len(chosen)} to try of {places}")
         if chosen and time.monotonic() < ends:
             loop = _Loop(module, chosen, out, ends)
-            became = _forked(lambda module=module, loop=loop: _pytest(module, loop), 1e9)
+            became = _forked(partial(_pytest, module, loop), environment_of(module))
             if became != "survived":
                 _say(f"{module}: its tests fail as it is, or cannot be collected")
 
