@@ -44,7 +44,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
 
 _FORMULAS = ("tests/quantizers/test_formulas.py",)
-_METHODS = (*_FORMULAS, "tests/core/test_values.py", "tests/quantizers/test_methods.py")
+_METHODS = (
+    *_FORMULAS,
+    "tests/core/test_values.py",
+    "tests/quantizers/test_methods_page.py",
+    "tests/quantizers/test_methods.py",
+)
 _LEARNED = ("tests/quantizers/test_scales.py", *_METHODS)
 _OPTIMIZER = ("tests/training/test_train_optimizer.py", "tests/quantizers/test_codebook_fits.py")
 TESTS: dict[str, tuple[str, ...]] = {
@@ -75,6 +80,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/quantizers/test_bbq_options.py",
         "tests/quantizers/test_transforms.py",
         "tests/quantizers/test_published_rules.py",
+        "tests/quantizers/test_methods_page.py",
         *_FORMULAS,
     ),
     "quantizers/cewt": ("tests/quantizers/test_cewt_published.py", *_METHODS),
@@ -184,7 +190,7 @@ def filter_of(module: str) -> str:
     Tests that wait for a compiler are left out: what they hold to the eager function, others hold to formulas.
     """
     name = module.rpartition("/")[2]
-    return f"not compiled and ({METHODS.get(name, name)} or not test_methods)"
+    return f"not compiled and ({METHODS.get(name, name)} or not test_methods.py)"
 
 
 def environment_of(module: str) -> dict[str, str]:
