@@ -134,6 +134,9 @@ def test_some_patches_are_few_bytes_and_together_all():
     wide = list(geometry.some_patches(image.float()))
     assert [(part.start, part.stop) for part, _ in wide] == [(i, i + 1) for i in range(7)]
     assert list(geometry.some_patches(image[:0])) == []
+    nowhere = torch.empty(image.shape, device="meta")  # elsewhere than on a CPU all samples go at once
+    assert [part for part, _ in geometry.some_patches(nowhere)] == [slice(0, 7)]
+    assert list(geometry.some_patches(nowhere[:0])) == []
 
 
 @pytest.mark.parametrize(
