@@ -47,7 +47,6 @@ _FORMULAS = ("tests/quantizers/test_formulas.py",)
 _METHODS = (
     *_FORMULAS,
     "tests/core/test_values.py",
-    "tests/quantizers/test_methods_page.py",
     "tests/quantizers/test_methods.py",
 )
 _LEARNED = ("tests/quantizers/test_scales.py", *_METHODS)
@@ -80,7 +79,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/quantizers/test_bbq_options.py",
         "tests/quantizers/test_transforms.py",
         "tests/quantizers/test_published_rules.py",
-        "tests/quantizers/test_methods_page.py",
+        "tests/core/test_values.py",
         *_FORMULAS,
     ),
     "quantizers/cewt": ("tests/quantizers/test_cewt_published.py", *_METHODS),

@@ -31,3 +31,34 @@ def test_a_value_is_frozen(value):
     for field in dataclasses.fields(value):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, field.name, None)
+
+
+# As published, but for BBQ's statistics of a token (docs/methods.md): what a recipe without options means, and what
+# files that name none were written with.
+DEFAULTS: dict[str, dict[str, object]] = {
+    "bbq": {
+        "gamma_init": 1.694, "gamma": "learned", "gamma_lr": 1.0, "rms": True, "zeta": None, "signs": False,
+    },
+    "cewt": {},
+    "kmeans": {"refit_every": 0, "fisher": False},
+    "lsq": {"classic": False, "unsigned": False, "decay_scale": False},
+    "n2uq": {"released_gradient": True, "masked": False},
+    "nf": {"group": 0},
+    "pact": {"signed": False, "decay_alpha": True},
+    "quest": {"rule": "trust"},
+    "rtn": {},
+    "seq": {"rule": "stretched"},
+    "ternary_mass": {},
+    "ternary_support": {},
+}  # fmt: skip
+
+
+def test_what_is_not_said_is_as_it_always_was():
+    found = {name: dataclasses.asdict(method.Options()) for name, method in METHODS.items()}
+    assert found == DEFAULTS
+    assert QuantizerSpec() == QuantizerSpec("bbq", 4, None, None, None, {})
+    assert ConvGeometry((3, 2)) == ConvGeometry((3, 2), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    assert {name for name, method in METHODS.items() if method.own_block != 1} == {"bbq", "cewt", "quest"}
+    assert {name for name, method in METHODS.items() if not method.on_grid} == {"kmeans", "nf"}
+    levels = {name: method.own_levels for name, method in METHODS.items()}
+    assert levels == {name: 3 if name.startswith("ternary") else 4 for name in METHODS}
