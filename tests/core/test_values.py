@@ -60,6 +60,6 @@ def test_what_is_not_said_is_as_it_always_was():
     assert QuantizerSpec() == QuantizerSpec("bbq", 4, None, None, None, {})
     assert ConvGeometry((3, 2)) == ConvGeometry((3, 2), (1, 1), (0, 0, 0, 0), (1, 1), 1)
     assert {name for name, method in OURS.items() if method.own_block != 1} == {"bbq", "cewt", "quest"}
-    assert {name for name, method in METHODS.items() if not method.on_grid} == {"kmeans", "nf"}
+    assert {name for name, method in OURS.items() if not method.on_grid} == {"kmeans", "nf"}
     levels = {name: method.own_levels for name, method in OURS.items()}
     assert levels == {name: 3 if name.startswith("ternary") else 4 for name in OURS}

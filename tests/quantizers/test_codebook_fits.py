@@ -174,3 +174,22 @@ def mixed() -> bb.Recipe:
             bb.Rule("2", QuantizerSpec("quest", 4)),
         )
     )
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 16])
+def test_levels_lie_between_the_centroids_of_now(n):
+    q = fitted(numbers(8, 64), n).float()
+
+    def halfway() -> list[float]:
+        table = q.centroids.double()
+        return ((table[1:] + table[:-1]) / 2).float().tolist()
+
+    assert list(q.levels.thresholds) == halfway()
+    q.refit(numbers(8, 64, seed=1) * 2 + 0.3)
+    assert list(q.levels.thresholds) == halfway()
+    q.centroids.data.mul_(1.5)  # past its version counter
+    assert list(q.levels.thresholds) == halfway()
+    x = numbers(8, 64, seed=2).float()
+    groups = x / (x.abs().mean(-1, keepdim=True) if n <= 4 else x.abs().amax(-1, keepdim=True))
+    nearest = (groups[..., None] - q.centroids).abs().argmin(-1)
+    assert torch.equal(q.codes(x).long(), nearest)
