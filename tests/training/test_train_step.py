@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bellbox.errors import BellboxError
 from bellbox.runs.config import (
     BatchSection,
     CewtSection,
     DistillSection,
     MecSection,
     OptimizerSection,
+    PhasesSection,
     QuantizationSection,
     ScheduleSection,
 )
@@ -156,3 +158,30 @@ def test_a_teacher_is_counted_by_its_share_in_a_run_too(tiny: Tiny) -> None:
     assert record["loss"] == pytest.approx(expected[1], rel=1e-5)
     assert record["divergence"] == pytest.approx(expected[2], rel=1e-4)
     assert expected[0] == pytest.approx((expected[1] + expected[2]) / 2, rel=1e-5)
+
+
+def test_a_precision_that_was_chosen_once_stays_the_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(steps=1, precision="auto", quantization=FULL)
+    monkeypatch.setattr(module, "choose_precision", lambda device: ("bf16", "it is fast here"))
+    begun = Trainer(config, show=False)
+    assert begun.config.precision == "bf16"
+    begun.run()
+    monkeypatch.setattr(module, "choose_precision", lambda device: ("fp32", "it is fast here"))
+    assert Trainer(config, show=False).config.precision == "bf16"
+    assert Trainer(tiny("other", steps=1, precision="auto"), show=False).config.precision == "fp32"
+
+
+def test_a_phase_is_announced_with_its_first_step(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(tiny(steps=4, phases=PhasesSection(quantized=0.5))).run()
+    shown = capsys.readouterr()
+    lines = [line.split() for line in (shown.out + shown.err).splitlines() if "from here on" in line]
+    assert [line[line.index("step") + 1] for line in lines] == ["3"]
+
+
+def test_three_differences_are_named_and_no_more(tiny: Tiny) -> None:
+    Trainer(tiny(steps=1, quantization=FULL), show=False).run()
+    other = tiny(steps=1, seed=5, schedule=ScheduleSection(0.3, 0.02, 0.3), quantization=FULL)
+    with pytest.raises(BellboxError, match="another configuration") as caught:
+        Trainer(other, show=False).run()
+    named = str(caught.value).partition("configuration: ")[2].partition("; choose")[0]
+    assert len(named.split("; ")) == 3
