@@ -453,9 +453,11 @@ def fresh(module: str, source: str, timeout: float) -> str:
         changed = Path(folder) / "changed.py"
         changed.write_text(source, encoding="utf-8")
         command = [sys.executable, __file__, "--changed", str(changed), module]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        nothing = subprocess.DEVNULL
         try:
-            done = subprocess.run(command, cwd=ROOT, timeout=timeout, check=False, **quiet)
+            done = subprocess.run(
+                command, cwd=ROOT, timeout=timeout, check=False, stdin=nothing, stdout=nothing, stderr=nothing
+            )
         except subprocess.TimeoutExpired:
             return "timeout"
         return "survived" if done.returncode == 0 else "killed"
