@@ -105,3 +105,129 @@ def test_a_static_normaliser_is_fixed_but_for_broken_rows():
     assert row_scales[[0, 3], 0].tolist() == [1.0, 1.0]
     assert row_scales[[1, 2], 0].isnan().all()
     assert row_scale(torch.tensor([[2.0]]), 3).tolist() == [[1.0]] * 3
+
+
+def test_largest_magnitudes_of_rows():
+    x = torch.tensor([[1.0, -3.0, 2.0], [0.0, 0.0, 0.0], [-1.0, math.inf, 0.0], [0.5, math.nan, 9.0]])
+    found = module.row_absmax(x)
+    assert found.dtype == torch.float64
+    assert found.shape == (4, 1)
+    assert found[:3, 0].tolist() == [3.0, 0.0, math.inf]
+    assert math.isnan(found[3, 0])
+
+
+def test_a_row_is_multiplied_with_one_or_with_its_sigma_above_the_floor():
+    sigma = torch.tensor([[2.0], [1e-12], [0.5]], dtype=torch.float64)
+    r = torch.tensor([[0.5], [3.0], [math.nan]], dtype=torch.float64)
+    found = row_scale(r, 3, sigma)
+    assert found.dtype == row_scale(r, 3).dtype == torch.float32
+    assert found[:2, 0].tolist() == pytest.approx([2.0, 1e-8])
+    assert math.isnan(found[2, 0])
+    assert row_scale(r[:1], 4, sigma[:1]).tolist() == [[2.0]] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_levels_with_the_norm_of_their_row(dtype):
+    rows = torch.tensor([[3.0, -4.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]).to(dtype)
+    levels = torch.tensor([[6.0, 8.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]]).to(dtype)
+    r = torch.tensor([[2.0], [1.0], [0.5], [math.nan]])
+    found = module.kept_norm(rows, levels, r)
+    assert found.dtype == torch.float32
+    assert found[:3].tolist() == [[0.5], [0.0], [0.0]]
+    assert found[3].isnan().all()
+
+
+def test_results_have_the_dtype_of_autocast_where_that_is_active():
+    x, nowhere = torch.ones(2, 2), torch.ones(2, 2, device="meta")
+    assert module.result_dtype(x) == module.result_dtype(nowhere) == torch.float32
+    assert module.result_dtype(x.double()) == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.result_dtype(x) == torch.bfloat16
+        assert module.result_dtype(nowhere) == torch.float32
+        with torch.autocast("cpu", enabled=False):
+            assert module.result_dtype(x) == torch.float32
+    kinds = {torch.float64: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+    assert {dtype: module.compute_dtype(x.to(dtype)) for dtype in kinds} == kinds
+
+
+def test_chunks_are_of_a_quarter_of_a_million_numbers_and_cover_all_rows():
+    def ends(*shape: int, device: str = "cpu") -> list[tuple[int, int]]:
+        return [(each.start, each.stop) for each in module.chunks(torch.empty(shape, device=device))]
+
+    assert ends(5, 1 << 17) == [(0, 2), (2, 4), (4, 5)]
+    assert ends(3, 1 << 20) == [(0, 1), (1, 2), (2, 3)]
+    assert ends(1 << 18, 1) == [(0, 1 << 18)]
+    assert ends((1 << 18) + 1, 0) == [(0, 1 << 18), (1 << 18, (1 << 18) + 1)]
+    assert ends(0, 8) == []
+    assert ends(5, 1 << 17, device="meta") == [(0, 5)]
+    assert ends(0, 8, device="meta") == []
+
+
+def test_codes_beyond_a_byte_are_refused():
+    x, r = torch.zeros(1, 4), torch.ones(1, 1)
+    rising = [float(i) for i in range(-255, 1)]
+    assert encode(x, r, rising[1:], 1).tolist() == [[255] * 4]
+    with pytest.raises(module.BellboxError, match="256 thresholds"):
+        encode(x, r, rising, 1)
+
+
+def test_a_forward_uses_what_each_row_is_worth_and_keeps_its_value():
+    x = torch.tensor([[0.5, -1.5], [4.0, 0.0], [1.0, 1.0]])
+    r, scale = torch.tensor([[1.0], [0.5], [math.nan]]), torch.tensor([[2.0], [10.0], [1.0]])
+    x_hat, v = bbq_forward(x, r, scale, [-1.0, 0.0, 1.0], 1.5, 1, torch.float32)
+    assert v[:2].tolist() == [[0.5, -1.5], [2.0, 0.0]]
+    assert x_hat[:2].tolist() == [[1.0, -3.0], [15.0, 5.0]]
+    assert x_hat[2].isnan().all()
+    rotated, w = bbq_forward(x[:1], r[:1], scale[:1], [-1.0, 0.0, 1.0], 1.5, 2, torch.float32)
+    assert w.tolist() == [[-1.0, 2.0]]
+    assert rotated.tolist() == [[-1.0, 3.0]]
+
+
+@pytest.mark.parametrize("whole_tensor", [False, True])
+@pytest.mark.parametrize("block", [1, 2, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_backward_is_the_derivative_of_the_box(block, whole_tensor, dtype):
+    """u = n Phi(v) in place of its floor, in float64 and left to autograd; v of the rotated row over its RMS."""
+    draw, n = torch.Generator().manual_seed(block), 4
+    x = torch.randn(6, 32, generator=draw, dtype=torch.float64)
+    x, grad = x.to(dtype).double(), torch.randn(6, 32, generator=draw, dtype=torch.float64).to(dtype)
+    gamma = torch.rand(1 if whole_tensor else 6, 1, generator=draw, dtype=torch.float64) + 0.5
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < block:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    x.requires_grad_(True)
+    rotated = (x.view(6, -1, block) @ matrix).view(6, 32) / math.sqrt(block)
+    sigma = x.square().mean().sqrt() if whole_tensor else x.square().mean(-1, keepdim=True).sqrt()
+    v = rotated / sigma
+    smooth = gamma * (n * 0.5 * torch.erfc(-v / math.sqrt(2)) - n / 2) / (n / 2)
+    (expected,) = torch.autograd.grad(smooth, x, grad.double())
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    r = (1 / (sigma.detach().reshape(-1, 1) * math.sqrt(block))).to(work)
+    x_hat = smooth.detach().to(dtype)
+    found, dots = bbq_backward(
+        grad, v.detach().to(dtype), x_hat, r, gamma.to(work), torch.ones_like(r), block, whole_tensor
+    )
+    bound = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=bound, atol=bound)
+    sums = (grad.double() * x_hat.double()).sum(-1, keepdim=True)
+    torch.testing.assert_close(dots.double(), sums, rtol=bound, atol=bound)
+    fixed, _ = bbq_backward(
+        grad, v.detach().to(dtype), x_hat, r, gamma.to(work), torch.zeros_like(r), block, whole_tensor
+    )
+    through = gamma * 2 * torch.exp(-v.detach().square() / 2) / math.sqrt(2 * math.pi) * grad.double()
+    constant = ((through / sigma.detach()).view(6, -1, block) @ matrix).view(6, 32) / math.sqrt(block)
+    torch.testing.assert_close(fixed.double(), constant, rtol=bound, atol=bound)
+
+
+def test_the_backward_in_chunks_is_that_of_all_rows(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    grad, v, x_hat = (torch.randn(7, 16, generator=draw) for _ in range(3))
+    r, gamma, free = torch.rand(7, 1) + 0.5, torch.rand(7, 1) + 0.5, torch.ones(7, 1)
+    one = torch.full((1, 1), 0.5), torch.full((1, 1), 2.0), torch.ones(1, 1)
+    calls = [((r, gamma, free), False), (one, True)]
+    whole = [bbq_backward(grad, v, x_hat, *numbers, 4, together) for numbers, together in calls]
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2 * 16)
+    for (numbers, together), expected in zip(calls, whole, strict=True):
+        found = bbq_backward(grad, v, x_hat, *numbers, 4, together)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)

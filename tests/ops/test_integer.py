@@ -48,6 +48,51 @@ def test_batches_vmap_and_compilers_see_the_same_sums(k, monkeypatch):
     assert torch.equal(compiled(a[0], b[0]).to(torch.int64), expected[0])
 
 
+class Matrix:
+    """A matrix of which nothing is known but where it lies and its sizes."""
+
+    def __init__(self, device: str, *shape: int) -> None:
+        self.device, self.shape = torch.device(device), shape
+
+    def reshape(self, *_: int) -> Matrix:
+        return self
+
+    view = t = reshape
+
+
+@pytest.mark.parametrize(
+    ("device", "m", "k", "n", "units", "road"),
+    [
+        # torch._int_mm of CUDA wants more than 16 rows, and columns and outputs in eights.
+        ("cuda", 17, 16, 24, False, "integers"),
+        ("cuda", 16, 16, 24, False, "floats"),
+        ("cuda", 17, 15, 24, False, "floats"),
+        ("cuda", 17, 14, 24, True, "floats"),
+        ("cuda", 17, 12, 24, False, "floats"),
+        ("cuda", 17, 16, 23, False, "floats"),
+        ("cuda", 17, 16, 28, True, "floats"),
+        ("cuda", 17, 9, 9, True, "floats"),
+        ("cpu", 2, 3, 5, True, "integers"),
+        ("cpu", 17, 16, 24, False, "floats"),
+        ("mps", 17, 16, 24, True, "floats"),
+    ],
+)
+def test_integer_units_are_used_where_they_take_the_sizes(device, m, k, n, units, road, monkeypatch):
+    monkeypatch.setattr(integer, "_INTEGER_UNITS", units)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: "integers")
+    monkeypatch.setattr(integer, "float_matmul", lambda a, b: "floats")
+    assert integer_matmul(Matrix(device, m, k), Matrix(device, n, k)) == road
+
+
+def test_one_column_is_an_outer_product_whose_strides_may_be_anything(monkeypatch):
+    monkeypatch.setattr(integer, "_INTEGER_UNITS", True)
+    monkeypatch.delattr(torch, "_int_mm")
+    a, b = int8(5, 1), int8(3, 1)
+    product = integer_matmul(a, b)
+    assert product.dtype == torch.int32
+    assert product.tolist() == [[int(x) * int(y) for y in b] for x in a]
+
+
 def test_integer_units_make_no_difference_to_the_last_bit(monkeypatch):
     a, b, scales = int8(9, 1500), int8(6, 1500), (torch.rand(6), torch.rand(()), torch.ones(9, 1))
     a[2] = 0  # no zero may come back negative

@@ -23,6 +23,17 @@ def test_what_the_compiled_kernels_do_not_take_runs_on_the_reference(dtype):
     assert torch.equal(reference_rotate(x, 32**-0.5, 32, dtype), expected)
 
 
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("run", [rotate, reference_rotate])
+def test_each_run_of_a_block_is_multiplied_with_the_matrix_of_hadamard(run, block):
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < block:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    x = torch.randn(3, 2, 32)
+    expected = 0.3 * (x.double().unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+    torch.testing.assert_close(run(x, 0.3, block, torch.float64), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_its_gradient_is_itself():
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: rotation(t, 8**-0.5, 8, torch.float64), x)

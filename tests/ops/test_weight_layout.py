@@ -64,13 +64,16 @@ def test_what_is_no_matrix_of_codes_is_refused(backend, monkeypatch):
     for codes, places in ((good.int(), 1), (good[0], 1), (good, 4), (good, 0), (good, -1), (good | 8, 1)):
         with pytest.raises(BellboxError):
             prepack(codes, 4, places)
+    with pytest.raises(BellboxError, match="codes of 18 columns have no 4 places"):
+        prepack_operation.reference(good, 4, 4)
     for levels in (1, 0, -3, 257):
         with pytest.raises(BellboxError):
             prepack(good, levels)
     packed = prepack(good, 4)
     for weight, rows, columns, levels in (
         (packed[:-1], 4, 18, 4), (packed, 17, 18, 4), (packed, 4, 18, 16), (packed.view(2, -1), 4, 18, 4),
-        (packed, -4, 18, 4), (packed, 4, -18, 4), (packed.view(torch.int8), 4, 18, 4), (packed, 4, 18, 300),
+        (packed, -4, 18, 4), (packed, 4, -18, 4), (packed, 4, 0, 4), (packed.view(torch.int8), 4, 18, 4),
+        (packed, 4, 18, 300),
     ):  # fmt: skip
         with pytest.raises(BellboxError):
             unpack(weight, rows, columns, levels)

@@ -174,3 +174,54 @@ def mixed() -> bb.Recipe:
             bb.Rule("2", QuantizerSpec("quest", 4)),
         )
     )
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 16])
+def test_levels_lie_between_the_centroids_of_now(n):
+    q = fitted(numbers(8, 64), n).float()
+
+    def halfway() -> list[float]:
+        table = q.centroids.double()
+        return ((table[1:] + table[:-1]) / 2).float().tolist()
+
+    assert list(q.levels.thresholds) == halfway()
+    q.refit(numbers(8, 64, seed=1) * 2 + 0.3)
+    assert list(q.levels.thresholds) == halfway()
+    q.centroids.data.mul_(1.5)  # past its version counter
+    assert list(q.levels.thresholds) == halfway()
+    x = numbers(8, 64, seed=2).float()
+    groups = x / (x.abs().mean(-1, keepdim=True) if n <= 4 else x.abs().amax(-1, keepdim=True))
+    nearest = (groups[..., None] - q.centroids).abs().argmin(-1)
+    assert torch.equal(q.codes(x).long(), nearest)
+
+
+def test_only_weights_that_are_fitted_by_squares_are_summed():
+    fisher = QuantizerSpec("kmeans", 4, options={"fisher": True})
+    rules = (
+        bb.Rule("0", fisher),
+        bb.Rule("1", QuantizerSpec("kmeans", 4)),
+        bb.Rule("2", None, QuantizerSpec("quest", 4)),
+    )
+    model = bb.prepare(network_plain(), bb.Recipe(rules))
+    sums: dict[Tensor, Tensor] = {}
+    add_squared_gradients(model, sums)
+    assert sums == {}  # before any backward there is nothing to add
+    for _ in range(2):
+        model.zero_grad()
+        model(numbers(5, 64).float()).square().sum().backward()
+        add_squared_gradients(model, sums)
+    (layer,) = (layer for name, layer in quantized_layers(model) if name == "0")
+    (weight,) = sums
+    assert weight is layer.stored_weight
+    assert weight.grad is not None
+    torch.testing.assert_close(sums[weight], 2 * weight.grad.square())
+    assert refit_codebooks(model, sums) == ["0", "1"]
+
+
+def test_groups_take_their_numbers_by_name():
+    model = nn.Linear(4, 4)
+    (weights, biases) = parameter_groups(model=model, lr=0.5, weight_decay=0.25)
+    assert (weights["lr"], weights["weight_decay"]) == (0.5, 0.25)
+    assert (biases["lr"], biases["weight_decay"]) == (0.5, 0.0)
+    with pytest.raises(TypeError):
+        parameter_groups(model, 0.5)  # type: ignore[misc]

@@ -368,3 +368,26 @@ def test_kmeans_takes_weights_with_fewer_different_values_than_levels():
         q = build_quantizer(QuantizerSpec("kmeans", 8), 64, 4, "")
         q.initialize(weight)
         torch.testing.assert_close(q(weight), weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing to rotate")
+def test_a_scale_of_one_number_gets_the_gradient_of_one_number():
+    """The smallest tensor: the gain is 1 / sqrt(1 Qp), and BBQ's 1."""
+    x = torch.tensor([[0.3]])
+    found = {}
+    for method, name in (("lsq", "a"), ("seq", "a"), ("bbq", "gamma")):
+        quantizer = build_quantizer(QuantizerSpec(method, 16, block=1), 1, None, "").train()
+        with torch.no_grad():
+            quantizer.get_parameter(name).fill_(0.5)
+        quantizer(x).backward(torch.tensor([[2.0]]))
+        gradient = quantizer.get_parameter(name).grad
+        assert gradient is not None
+        found[method] = float(gradient)
+    v = 0.3 / 0.5
+    nearest = math.floor(v) + 0.5  # of the levels +-1/2, +-3/2, ...
+    assert found["lsq"] == pytest.approx(2 * (nearest - v) / math.sqrt(7), rel=1e-5)
+    nearest = (math.floor(v * 8) + 0.5) / 8  # of +-1/16, +-3/16, ...
+    assert found["seq"] == pytest.approx(2 * (nearest - v) / math.sqrt(7), rel=1e-5)
+    # Over its own RMS it is 1: code floor(16 Phi(1)) = 13, level 13 - 8, which stands for (5 - z) / 8 of gamma.
+    level = 13 - build_quantizer(QuantizerSpec("bbq", 16, block=1), 1, None, "").levels.offset
+    assert found["bbq"] == pytest.approx(2 * level / 8, rel=1e-5)

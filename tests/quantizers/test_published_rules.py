@@ -148,3 +148,12 @@ def test_the_recipe_of_bbq_takes_gammas_start_by_name():
         assert rule.weights.options["gamma_init"] == start
     with pytest.raises(BellboxError, match=r"option 'gamma_init.*' of bbq"):
         Recipe.of("bbq", 2, options={"gamma_init": "two"})
+
+
+@pytest.mark.parametrize(
+    ("n", "zero_point"), [(129, None), (129, -0.5), (256, None), (4, 0.0), (4, -1.0), (128, 0.0)]
+)
+def test_seq_refuses_more_levels_than_its_clip_leaves_and_any_other_zero_point(n, zero_point):
+    with pytest.raises(BellboxError, match="seq has 2 to 128 levels, symmetric about zero"):
+        build_quantizer(QuantizerSpec("seq", n, zero_point), 8, None, "")
+    assert build_quantizer(QuantizerSpec("seq", 128, -0.5), 8, None, "").levels.n == 128

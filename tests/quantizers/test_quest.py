@@ -32,3 +32,11 @@ def test_trust_is_half_a_step_around_the_levels_wherever_they_lie(zero_point):
     half = x.detach().square().mean(-1, keepdim=True).sqrt() * CLIPS[4] / 3
     assert x.grad is not None
     assert torch.equal(x.grad != 0, (x_hat - x).abs() <= half)
+
+
+@pytest.mark.parametrize("n", [5, 7, 9, 15, 17, 31, 33, 63, 65, 255])
+def test_a_clip_beside_those_of_the_table_has_the_least_squared_error(n):
+    clip = gaussian_clip(n)
+    error = gaussian_error(n, clip)
+    assert error < gaussian_error(n, clip * 1.001)
+    assert error < gaussian_error(n, clip * 0.999)

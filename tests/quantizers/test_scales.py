@@ -15,7 +15,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bellbox as bb
-from bellbox.quantizers import METHODS, Quantizer, build_quantizer
+from bellbox.errors import BellboxError
+from bellbox.quantizers import METHODS, Quantizer, QuantizerSpec, build_quantizer
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.runs.average import Average
 
@@ -269,3 +270,35 @@ def test_a_model_that_is_compiled_in_evaluation_before_its_first_batch():
         assert torch.equal(compiled(X), eager(X))
         assert torch.equal(compiled(2 * X), eager(2 * X))
     assert same(scales(model), scales(eager))
+
+
+def test_of_several_processes_none_takes_an_input_scale_from_its_own_batch(monkeypatch):
+    monkeypatch.setattr("bellbox.quantizers.learned.processes", lambda group=None: 2)
+    q = build_quantizer(QuantizerSpec("lsq", 4), 8, None, "here")
+    with pytest.raises(BellboxError, match="here: its scale is not set, and each of 2 processes"):
+        q(torch.ones(2, 8))
+    assert not q.is_set
+    weight = build_quantizer(QuantizerSpec("lsq", 4), 8, 2, "there")  # the same in all of them
+    weight(torch.ones(2, 8))
+    assert weight.is_set
+
+
+def test_an_input_without_a_scale_is_not_packed_and_a_weight_needs_none():
+    unset = build_quantizer(QuantizerSpec("lsq", 4), 8, None, "")
+    assert "its scale is not set yet" in str(unset.why_not_packed())
+    assert build_quantizer(QuantizerSpec("lsq", 4), 8, 2, "").why_not_packed() is None
+    unset(torch.ones(2, 8))
+    assert unset.why_not_packed() is None
+
+
+@pytest.mark.parametrize("method", ["bbq", "quest", "rtn", "lsq"])
+def test_a_packed_row_has_one_scale(method):
+    rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    q = build_quantizer(QuantizerSpec(method, 4, block=1), 8, 3, "")
+    q.initialize(rows)
+    codes, row_scales = q.encode(rows)
+    scales = q.packed_scales(rows, row_scales)
+    assert scales.shape == (3,)
+    assert scales.dtype == torch.float32
+    values = scales[:, None] * (codes.float() - q.levels.offset)
+    torch.testing.assert_close(values, q.eval()(rows))

@@ -222,3 +222,44 @@ def test_a_shared_input_is_coded_anew_with_numbers_that_functional_call_puts_in_
     assert torch.equal(results[1], 2 * X)
     shared = [cache.get_or_compute(name, X, (), [one], lambda x: x * one) for name in ("q", "k")]
     assert shared[0] is shared[1]
+
+
+def test_second_derivatives_reach_the_gradient_that_came_in():
+    """The first derivative is linear in G; the layers behind this one are differentiated through it."""
+    q = build_quantizer(QuantizerSpec("lsq", 4, block=1), 64, None, "").double()
+    q.initialize(X.double())
+    x, a = X.double(), q.get_parameter("a").detach().clone()
+    g, c_x, c_a = draws(x, x, a)
+    inside = (x / a).abs() <= 1.5
+    levels = (q(x) / a).detach()
+    share = torch.where(inside, levels - x / a, levels) / math.sqrt(x.numel())
+    for weights, expected in (
+        ((c_x, None), c_x * inside),
+        ((None, c_a), c_a * share),
+        ((c_x, c_a), c_x * inside + c_a * share),
+    ):
+        x_in, a_in, g_in = (t.clone().requires_grad_() for t in (x, a, g))
+        out = functional_call(q, {"a": a_in}, (x_in,))
+        first = torch.autograd.grad(out, (x_in, a_in), g_in, create_graph=True)
+        parts = [(w * f).sum() for w, f in zip(weights, first, strict=True) if w is not None]
+        (found,) = torch.autograd.grad(sum(parts, torch.zeros(())), g_in)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("start", [0.7, 0.0])
+def test_second_derivatives_of_bbq_reach_the_gradient_that_came_in(start):
+    q = build_quantizer(QuantizerSpec("bbq", 4, granularity="token", block=16), 64, None, "").double()
+    x, gamma = X.double(), torch.full((1,), start, dtype=torch.float64)
+    g, c = draws(x, x)
+    found, expected = [], []
+    for results, ours in ((found, True), (expected, False)):
+        x_in, g_in = x.clone().requires_grad_(), g.clone().requires_grad_()
+        if ours:
+            out = functional_call(q, {"gamma": gamma}, (x_in,))
+        else:
+            v = hadamard(x_in, 16) / x_in.square().mean(-1, keepdim=True).sqrt()
+            out = gamma * torch.erf(v / math.sqrt(2))
+        (first,) = torch.autograd.grad(out, x_in, g_in, create_graph=True)
+        results.extend(torch.autograd.grad((c * first).sum(), (x_in, g_in)))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)

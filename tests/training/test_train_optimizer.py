@@ -183,3 +183,21 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else(name: str) -> N
 def test_muon_without_a_matrix_to_train_is_refused() -> None:
     with pytest.raises(BellboxError, match=r"optimizer.kind is muon.*use adamw"):
         ModelOptimizer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), OptimizerSection(kind="muon"))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_was_remembered_before_a_restore_is_forgotten(kind) -> None:
+    model = small()
+    optimizer = ModelOptimizer(model, OptimizerSection(kind=kind))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1e-3)
+    first = optimizer.tensors(model.named_parameters())
+    assert {name.rpartition("/")[0] for name in first} == {name for name, _ in model.named_parameters()}
+    some = {name: value.clone() for name, value in first.items() if name.startswith("lm_head")}
+    optimizer.restore(model.named_parameters(), some)
+    found = optimizer.tensors(model.named_parameters())
+    assert found.keys() == some.keys()
+    assert all(torch.equal(found[name], value) for name, value in some.items())
+    optimizer.restore(model.named_parameters(), {})
+    assert optimizer.tensors(model.named_parameters()) == {}
