@@ -72,7 +72,7 @@ def job_of(place: Path, out: Path) -> Job:
         str(out),
         text,
         text,
-        "float32",
+        dtype="float32",
         samples=2,
         context=32,
         tokens=200,
