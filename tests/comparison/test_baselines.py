@@ -317,7 +317,7 @@ def test_a_line_that_is_no_measurement_is_named(tmp_path: Path) -> None:
     for change, message in (
         ({"task": "size"}, "line 1 is not a measurement (task:"),
         ({"bits": "four"}, "line 1 is not a measurement (bits:"),
-        ({"found": {"perplexity": 3.0}}, "line 1 has no number 'loss'"),
+        ({"found": {"perplexity": 3.0}}, "line 1 is not a measurement (no number 'loss')"),
     ):
         file.write_text(json.dumps({**whole, **change}) + "\n")
         with pytest.raises(BellboxError) as caught:
