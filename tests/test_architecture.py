@@ -29,14 +29,16 @@ MAY_KNOW = {
     "convert": "errors core nn past_forward quantizers recipe structure coverage",
     "calibrate": "errors quantizers",
     "optim": "errors nn quantizers recipe",
-    "models": "errors utils ops",
+    "models": "errors utils ops structure",
     "data": "errors utils",
     "inference": "errors ops nn models data convert",
     "evaluation": "errors core nn data",
     "runs": "errors utils version core ops quantizers recipe nn convert models data",
     "ptq": "errors utils core nn models data formats",
     "formats": "errors utils core nn models data runs",
-    "training": "errors utils core quantizers recipe nn optim convert models data objectives evaluation formats runs",
+    "training": (
+        "errors utils core quantizers recipe nn structure optim convert models data objectives evaluation formats runs"
+    ),
     "benchmark": "utils core ops recipe nn convert models inference",
     "report": "errors utils runs comparison",
     "comparison": (

@@ -71,8 +71,7 @@ def ends(model: nn.Module) -> dict[str, str]:
         dotted name -> reason. Names of layers that do not multiply by a weight of their own are not among them, and
         where every layer would be, none is.
     """
-    adapters = dict(_adapters(model))
-    layers = [layer for layer in _layers(model) if layer.name not in adapters]
+    adapters, layers = _apart_from_adapters(model)
     found: dict[str, str] = {}
     for source in (_tied, _declared_outputs, _outputs, _declared_inputs, _inputs, _routers, _causal_lines):
         for name, reason in source(model, layers):
@@ -80,6 +79,21 @@ def ends(model: nn.Module) -> dict[str, str]:
     known = {layer.name for layer in layers}
     kept = {} if known <= set(found) else {name: found[name] for name in found if name in known}
     return {**kept, **adapters}
+
+
+def outputs(model: nn.Module) -> dict[str, str]:
+    """The layers that give the outputs, tied ones included: dotted name -> reason, as in `ends`."""
+    _, layers = _apart_from_adapters(model)
+    return {
+        name: reason for source in (_outputs, _declared_outputs) for name, reason in source(model, layers)
+    }
+
+
+def embedding_weights(model: nn.Module) -> dict[int, str]:
+    """Id of each embedding's weight -> dotted name of the embedding: a layer whose weight is among them is tied."""
+    return {
+        id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)
+    }
 
 
 # The parts of a network
@@ -94,6 +108,12 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     if is_transposed_linear(module):
         return transposed_sizes(module)
     return None
+
+
+def _apart_from_adapters(model: nn.Module) -> tuple[dict[str, str], list[_Layer]]:
+    """Adapters with their reason, and the other layers."""
+    adapters = dict(_adapters(model))
+    return adapters, [layer for layer in _layers(model) if layer.name not in adapters]
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
@@ -150,9 +170,7 @@ def _is_stack(layers: list[_Layer]) -> bool:
 
 
 def _tied(model: nn.Module, layers: list[_Layer]) -> Iterator[tuple[str, str]]:
-    tables = {
-        id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)
-    }
+    tables = embedding_weights(model)
     for layer in layers:
         weight = layer.module._parameters.get("weight")
         if id(weight) in tables:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import yaml
 from bellbox.cli.main import main
 from bellbox.comparison import Results
 from bellbox.data.prepare import prepare
+from bellbox.quantizers.registry import METHODS
 from waiting import run as run_process
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -28,6 +31,9 @@ CONFIG = {
     "precision": "fp32", "device": "cpu", "threads": 1,
     "eval_every": 2, "checkpoint_every": 2, "log_every": 1, "tensorboard": False,
 }  # fmt: skip
+
+
+Here = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -48,57 +54,106 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bellbox(folder: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The installed program, which does not look into the current folder by itself."""
     program = Path(sys.executable).parent / "bellbox"
-    return run_process(
-        [sys.executable, "-P", str(program), *map(str, words)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    return process(folder, [str(program), *map(str, words)], environment)
 
 
-def succeeds(folder: Path, *words: object) -> str:
-    done = bellbox(folder, *words)
+SEVERAL = """
+import json, sys
+from bellbox.cli.main import main
+for words in json.loads(sys.argv[1]):
+    main(words)
+"""
+
+
+def in_one_process(
+    folder: Path, *commands: Sequence[object], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Several commands one after another, up to the first that fails."""
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    return process(folder, ["-c", SEVERAL, words], environment)
+
+
+def process(
+    folder: Path, arguments: list[str], environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return run_process([sys.executable, "-P", *arguments], cwd=folder, env=everything)
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def complaint(folder: Path, *words: object) -> str:
-    done = bellbox(folder, *words)
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    return line
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """The command line in this process, in that folder; no method of one's own has come into it."""
+    assert "laplace" not in METHODS
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*words: object, refused: bool = False) -> str:
+        with pytest.raises(SystemExit) if refused else contextlib.nullcontext() as left:
+            main([str(word) for word in words])
+        told = capsys.readouterr()
+        if not refused:
+            return told.out
+        assert left is not None
+        assert left.value.code == 2
+        (line,) = told.err.strip().splitlines()
+        return line
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> str:
+    """What the program said while it trained `run`."""
+    return said(bellbox(place, "train", "--import", "laplace", "--config", "config.yaml"))
 
 
 def test_the_file_is_short():
     assert len(CODE.splitlines()) < 80
 
 
-def test_it_is_trained_measured_packed_and_compared(place: Path):
-    said = succeeds(place, "train", "--import", "laplace", "--config", "config.yaml")
-    assert "bellbox eval run --import laplace" in said
+def test_it_is_trained_and_measured(place: Path, trained: str):
+    assert "bellbox eval run --import laplace" in trained
     assert yaml.safe_load((place / "run" / "config.yaml").read_text())["methods_from"] == ["laplace"]
-    found = json.loads(succeeds(place, "eval", "run", "--import=laplace", "--json", "-"))
+    found = json.loads(said(bellbox(place, "eval", "run", "--import=laplace", "--json", "-")))
     assert found["perplexity"] > 1
-    converted = succeeds(place, "convert", "run", "--import", "laplace", "--out", "packed")
+
+
+@pytest.mark.usefixtures("trained")
+def test_it_is_packed_pictured_and_compared(place: Path, here: Here):
+    pytest.importorskip("scipy", reason="scipy, of the extra cli: `bellbox compare` asks for it")
+    (place / "run" / "report.html").unlink(missing_ok=True)
+    own = ("--import", "laplace")
+    converted = said(
+        in_one_process(
+            place,
+            ("convert", "run", *own, "--out", "packed"),
+            ("generate", "run", *own, "--prompt", "the cat", "--max-new-tokens", 2),
+            ("report", "run", *own),
+            ("compare", "grid.yaml", *own, "--out", "out"),
+        )
+    )
     assert "the same function" in converted
     assert "NOT the same" not in converted
-    succeeds(place, "generate", "run", "--import", "laplace", "--prompt", "the cat", "--max-new-tokens", 2)
-    succeeds(
-        place, "generate", "packed", "--prompt", "the cat", "--max-new-tokens", 2
-    )  # integers need no method
-    (place / "run" / "report.html").unlink(missing_ok=True)
-    succeeds(place, "report", "run", "--import", "laplace")
-
-    pytest.importorskip("scipy", reason="scipy, of the extra cli: `bellbox compare` asks for it")
-    succeeds(place, "compare", "grid.yaml", "--import", "laplace", "--out", "out")
+    assert (place / "run" / "report.html").is_file()
     (result,) = Results(place / "out").all
     assert result.error is None
     assert result.not_packed is None
     assert result.overrides["quantization"]["options"] == {"reach": 2.0}
     assert "Laplace" in (place / "out" / "tables.md").read_text()
-    succeeds(place, "compare", "out", "--tables")  # a table needs no method
+    # Neither integers nor a table need the method.
+    here("generate", "packed", "--prompt", "the cat", "--max-new-tokens", 2)
+    here("compare", "out", "--tables")
 
+
+@pytest.mark.usefixtures("trained")
+def test_without_its_module_it_is_refused(place: Path, here: Here):
     for words in (("convert", "run", "--out", "other"), ("train", "--config", "run/config.yaml")):
-        line = complaint(place, *words)
+        line = here(*words, refused=True)
         assert "no method 'laplace' is known here, it came from the module laplace: import it again" in line
         assert "(--import laplace)" in line
     assert not (place / "other").exists()
@@ -118,37 +173,27 @@ def test_it_is_trained_measured_packed_and_compared(place: Path):
         ),
     ],
 )
-def test_what_cannot_be_imported_is_said_in_a_line(
-    place: Path,
-    words: list[str],
-    part: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
+def test_what_cannot_be_imported_is_said_in_a_line(place: Path, here: Here, words: list[str], part: str):
     (place / "broken.py").write_text("x = 1\ny = x / 0\n")
     (place / "wanting.py").write_text("import no_such_package\n")
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit) as left:
-        main(["train", "--folder", "never", *words])
-    assert left.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert re.search(part, line)
+    assert re.search(part, here("train", "--folder", "never", *words, refused=True))
     assert not (place / "never").exists()
 
 
 def test_options_are_those_of_its_dataclass(place: Path):
     words = ("train", "--import", "laplace", "--config", "config.yaml", "--folder", "never")
-    line = complaint(place, *words, "--quantization.options", "far=1")
+    done = bellbox(place, *words, "--quantization.options", "far=1")
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.strip().splitlines()
     assert re.search("option 'far' of laplace: .*options: reach", line)
     assert not (place / "never").exists()
 
 
-def test_a_file_of_a_run_has_nothing_imported(place: Path):
+def test_a_file_of_a_run_has_nothing_imported(place: Path, here: Here):
     (place / "evil.py").write_text("open('touched', 'w')\n")
     config = yaml.safe_load((place / "config.yaml").read_text()) | {"methods_from": ["evil"]}
     (place / "other.yaml").write_text(yaml.safe_dump(config))
-    assert "it came from the module evil" in complaint(place, "train", "--config", "other.yaml")
+    assert "it came from the module evil" in here("train", "--config", "other.yaml", refused=True)
     assert not (place / "touched").exists()
 
 
@@ -161,13 +206,12 @@ def test_an_installed_package_needs_no_flag(place: Path):
     points = "[bellbox.quantizers]\nlaplace = laplace_box:LaplaceBox\nfalse = laplace_box:LaplaceBox\n"
     (about / "entry_points.txt").write_text(points)
     words = ("train", "--config", "config.yaml", "--folder", "installed", "--steps", 2)
-    done = bellbox(place, *words, PYTHONPATH=str(site))
-    assert done.returncode == 0, done.stderr
+    said(bellbox(place, *words, PYTHONPATH=str(site)))
     assert yaml.safe_load((place / "installed" / "config.yaml").read_text())["methods_from"] == [
         "laplace_box"
     ]
-    done = bellbox(place, "eval", "installed", PYTHONPATH=str(site))
-    assert done.returncode == 0, done.stderr
-    done = bellbox(place, *words[:-4], "--quantization.method", "false", PYTHONPATH=str(site))
+    false = (*words[:-4], "--quantization.method", "false")
+    done = in_one_process(place, ("eval", "installed"), false, PYTHONPATH=str(site))
+    assert "perplexity" in done.stdout
     assert done.returncode == 2
     assert "brings no method called false" in done.stderr

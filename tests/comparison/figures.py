@@ -4,16 +4,52 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bellbox.comparison import Result, Results, Summary, summarise
 from bellbox.comparison.differences import Difference, difference
 from bellbox.comparison.summary import Study
 from bellbox.report.spectrum import effective_dimension
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "studies" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "studies" / "results"
+
+BITS, TWO, HEART, TOGETHER = "methods-bits", "methods-2bit", "heart", "heart-combined"
+FULL, DEFAULT, PAPER, MUON = "full precision", "BBQ, default", "BBQ, paper", "full precision, Muon"
+
+T = TypeVar("T")
+Held = tuple[str, tuple[Any, ...]]
+"""A text of a document with holes, and the figures that belong there."""
+
+
+def present(value: T | None, *what: object) -> T:
+    """What was looked up.
+
+    Raises:
+        LookupError: it is None; names what was asked for.
+    """
+    if value is None:
+        raise LookupError(f"the kept results have no {', '.join(map(str, what))}")
+    return value
+
+
+def flat(text: str) -> str:
+    """In one line."""
+    return re.sub(r"\s+", " ", text)
+
+
+def said(document: str) -> str:
+    """What a document says, in one line."""
+    return flat((ROOT / document).read_text(encoding="utf-8"))
+
+
+def filled(held: list[Held]) -> list[str]:
+    """The texts with their figures, each in one line."""
+    return [flat(text.format(*values)) for text, values in held]
 
 
 @functools.cache
@@ -36,22 +72,18 @@ def row(study: str, name: str, bits: float | None = None) -> Summary:
 
 def mean(study: str, name: str, bits: float | None = None) -> float:
     """Perplexity, or accuracy in percent."""
-    value = row(study, name, bits).mean
-    assert value is not None
+    value = present(row(study, name, bits).mean, "mean", study, name, bits)
     return value * (100 if _studies()[study].metric == "accuracy" else 1)
 
 
 def deviation(study: str, name: str, bits: float | None = None) -> float:
-    value = row(study, name, bits).deviation
-    assert value is not None
+    value = present(row(study, name, bits).deviation, "deviation", study, name, bits)
     return value * (100 if _studies()[study].metric == "accuracy" else 1)
 
 
 def at(study: str, name: str, lr: float, bits: float | None = None) -> float:
     """Perplexity at a rate, on the first seed."""
-    value = row(study, name, bits).tried[lr]
-    assert value is not None
-    return value
+    return present(row(study, name, bits).tried.get(lr), "perplexity", study, name, bits, lr)
 
 
 def on(study: str, name: str, seed: int, bits: float | None = None) -> float:
@@ -64,42 +96,31 @@ def perplexity_of(study: str, name: str, bits: float, lr: float, seed: int) -> f
     asked = (study, name, bits, lr, seed)
     runs = (run for all_ in _results().values() for run in all_)
     found = {run.perplexity for run in runs if (run.study, run.row, run.bits, run.lr, run.seed) == asked}
-    assert len(found) == 1
-    (value,) = found
-    assert value is not None
-    return value
+    assert len(found) == 1, f"{asked}: {len(found)} perplexities"
+    return present(found.pop(), "perplexity", *asked)
 
 
 def entropy(study: str, name: str, bits: float | None = None) -> float:
-    value = row(study, name, bits).weight_entropy
-    assert value is not None
-    return value
+    return present(row(study, name, bits).weight_entropy, "weight entropy", study, name, bits)
 
 
 def inputs(study: str, name: str, bits: float | None = None) -> float:
-    value = row(study, name, bits).activation_entropy
-    assert value is not None
-    return value
+    return present(row(study, name, bits).activation_entropy, "activation entropy", study, name, bits)
 
 
 def lowest(study: str, name: str, bits: float | None = None) -> float:
-    value = row(study, name, bits).lowest_weight_entropy
-    assert value is not None
-    return value
+    return present(row(study, name, bits).lowest_weight_entropy, "lowest weight entropy", study, name, bits)
 
 
 def apart(study: str, ours: tuple[str, float | None], theirs: tuple[str, float | None]) -> Difference:
     """Ours less theirs, paired."""
     runs = [{one.seed: one for one in row(study, *which).results} for which in (ours, theirs)]
-    found = difference(*runs)
-    assert found is not None
-    return found
+    return present(difference(*runs), "difference", study, ours, theirs)
 
 
 def interval(found: Difference, factor: float = 1) -> tuple[float, float, float]:
-    assert found.low is not None
-    assert found.high is not None
-    return factor * found.value, factor * found.low, factor * found.high
+    low, high = (present(end, "interval", found) for end in (found.low, found.high))
+    return factor * found.value, factor * low, factor * high
 
 
 def distinct() -> Iterator[Result]:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import bellbox as bb
 from bellbox.cli.main import main
-from bellbox.comparison.baselines import Job, Line, Lines, baseline_of, registry, run_baselines
+from bellbox.comparison.baselines import Job, Line, Lines, baseline_of, bitsandbytes, registry, run_baselines
 from bellbox.comparison.baselines import table as tables
 from bellbox.comparison.baselines.job import prepare_job
 from bellbox.comparison.baselines.measure import left_whole, quality, speed
@@ -72,7 +73,7 @@ def job_of(place: Path, out: Path) -> Job:
         str(out),
         text,
         text,
-        "float32",
+        dtype="float32",
         samples=2,
         context=32,
         tokens=200,
@@ -308,6 +309,17 @@ def test_around_a_packages_layers_everything_computes_in_fp32() -> None:
     assert torch.equal(model(x), nn.functional.layer_norm(inner, (8,), model[2].weight, model[2].bias))
 
 
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "fits"), [(64, 128, True), (172, 64, False), (64, 172, False), (96, 64, True)]
+)
+def test_layers_that_a_kernel_of_bitsandbytes_would_fail_on_are_known(
+    outputs: int, inputs: int, fits: bool
+) -> None:
+    weight = SimpleNamespace(quant_state=SimpleNamespace(blocksize=64))
+    layer = SimpleNamespace(out_features=outputs, in_features=inputs, weight=weight)
+    assert bitsandbytes._fits_kernel(layer) is fits
+
+
 def test_a_line_that_is_no_measurement_is_named(tmp_path: Path) -> None:
     whole = {
         "model": "m", "row": "rtn", "title": "t", "task": "quality", "key": "k", "bits": 4.0, "package": "bellbox",
@@ -317,7 +329,7 @@ def test_a_line_that_is_no_measurement_is_named(tmp_path: Path) -> None:
     for change, message in (
         ({"task": "size"}, "line 1 is not a measurement (task:"),
         ({"bits": "four"}, "line 1 is not a measurement (bits:"),
-        ({"found": {"perplexity": 3.0}}, "line 1 has no number 'loss'"),
+        ({"found": {"perplexity": 3.0}}, "line 1 is not a measurement (no number 'loss')"),
     ):
         file.write_text(json.dumps({**whole, **change}) + "\n")
         with pytest.raises(BellboxError) as caught:

@@ -57,6 +57,7 @@ def test_a_base_may_stand_in_a_file_beside_the_grid(grid, tmp_path: Path) -> Non
     ("keys", "message"),
     [
         ({"row": {}}, "unknown key 'row'"),
+        ({"rows": {"a": {}, "b": {}}, "against": "c"}, "against names no row 'c'; there are: a, b"),
         ({"rows": {}}, "rows must map names"),
         ({"rows": {"a": 3}}, "row 'a' must be a mapping"),
         ({"rows": {"a": {"optimizer": {"lrr": 1}}}}, "row 'a': unknown key 'optimizer.lrr'"),

@@ -112,6 +112,26 @@ def test_studies_without_a_kept_grid_are_taken_from_their_last_results(result) -
     assert "No grid is kept beside these results" in tables.markdown([study])
 
 
+def test_a_grid_may_name_the_row_that_differences_are_to(run: Run, tmp_path: Path) -> None:
+    rows = {
+        "full": {"quantization": {"method": "none"}},
+        "BBQ": {},
+        "LSQ": {"quantization": {"method": "lsq"}},
+    }
+    losses = {"full": 1.0, "BBQ": 2.0, "LSQ": 4.0}
+
+    def differences(study: Study) -> list[float | None]:
+        return [s.difference and s.difference.value for s in study.summaries]
+
+    study = run(lambda one: losses[one.cell.row], rows=rows, against="BBQ")
+    assert study.baseline == "BBQ"
+    assert differences(study) == [-1.0, None, 2.0]
+    (study,) = summarise(Results(tmp_path).all, kept(tmp_path), against="LSQ")  # which goes before the grid's
+    assert differences(study) == [-3.0, -2.0, None]
+    study = run(lambda one: losses[one.cell.row], rows=rows)
+    assert study.baseline == "full"
+
+
 @pytest.mark.parametrize(
     "text", ['{"cells": [3]}', '{"cells": []}', "{}", '{"cells": [{"lrs": [1], "seeds": [0]}]}']
 )
@@ -143,3 +163,15 @@ def test_a_kept_grid_that_is_damaged_is_refused_by_name(
     file.write_text(json.dumps(content))
     with pytest.raises(BellboxError, match=rf"{file.name}: damaged; remove it, or run its grid again"):
         kept(tmp_path)
+
+
+def test_a_kept_grid_whose_row_to_compare_with_is_none_of_its_rows_is_refused(
+    run: Run, tmp_path: Path
+) -> None:
+    run(lambda _: 2.0, rows={"BBQ": {}}, against="BBQ")
+    (file,) = (tmp_path / "grids").glob("*.json")
+    content = json.loads(file.read_text())
+    for wrong in ("LSQ", 3, ["BBQ"]):
+        file.write_text(json.dumps({**content, "against": wrong}))
+        with pytest.raises(BellboxError, match=r"damaged; remove it, or run its grid again"):
+            kept(tmp_path)

@@ -368,6 +368,20 @@ def test_a_head_that_is_tied_quantized_or_frozen_is_not_on_the_hyperball_by_itse
     assert head_weights(plain) == []
 
 
+def test_a_head_is_known_by_its_place_not_its_name() -> None:
+    net = nn.ModuleDict(
+        {
+            "tokens": nn.Embedding(32, 16),
+            "blocks": nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2))),
+            "words": nn.Linear(16, 32, bias=False),
+        }
+    )
+    assert head_weights(net) == [net["words"].weight]  # type: ignore[index]
+    inner = nn.Sequential(nn.Linear(16, 16))
+    net["blocks"] = nn.Sequential(*(nn.ModuleDict({"head": nn.Linear(16, 16)}) for _ in range(2)), inner)
+    assert head_weights(net) == [net["words"].weight]  # type: ignore[index]
+
+
 def test_a_published_run_in_pieces_equals_a_run_in_one_and_packs(tiny: Tiny) -> None:
     settings = {"steps": 5, "eval_every": 5, "quantization": QuantizationSection(method="cewt", bits=3)}
     whole, pieces = tiny("whole", **settings), tiny("pieces", **settings)

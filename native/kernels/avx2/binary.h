@@ -50,12 +50,16 @@ BELLBOX_INLINE uint32_t bits_of_half(const int8_t* levels, __m256i upper) {
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_shuffle_epi8(turned, by_four), upper)));
 }
 
-// Of a row, nibbles of a half of each block: first those of fields 0 to 3, then of fields 4 to 7. Nibble p = 4 j + c.
+// Of a block's 64 levels, nibbles of its halves: first those of fields 0 to 3, then of fields 4 to 7. Nibble p = 4 j + c.
+BELLBOX_INLINE uint64_t nibbles_of_block(const int8_t* levels, __m256i upper) {
+    return bits_of_half(levels, upper) | static_cast<uint64_t>(bits_of_half(levels + 32, upper)) << 32;
+}
+
+// Of all blocks of a row.
 inline void make_nibbles(const LinearArgs& a, int64_t row, int64_t blocks, uint64_t* nibbles) {
     const __m256i upper = _mm256_set1_epi8(static_cast<char>(a.act_multiplier - a.act_shift));
     const int8_t* levels = a.levels + row * a.ldl;
-    for (int64_t b = 0; b < blocks; ++b, levels += 64)
-        nibbles[b] = bits_of_half(levels, upper) | static_cast<uint64_t>(bits_of_half(levels + 32, upper)) << 32;
+    for (int64_t b = 0; b < blocks; ++b, levels += 64) nibbles[b] = nibbles_of_block(levels, upper);
 }
 
 // Nibbles of 16 bits, in which the four of a vector j lie, to bytes: nibble c to byte c.

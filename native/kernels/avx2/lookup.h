@@ -126,9 +126,7 @@ BELLBOX_INLINE __m128i nibbles_to_bytes(uint64_t nibbles) {
 inline void pair_offsets(const LinearArgs& a, int64_t row, bool two, int64_t blocks, uint16_t* out) {
     const __m256i upper = _mm256_set1_epi8(static_cast<char>(a.act_multiplier - a.act_shift));
     const int8_t* levels = a.levels + row * a.ldl;
-    const auto nibbles = [&](const int8_t* at) {
-        return binary::bits_of_half(at, upper) | static_cast<uint64_t>(binary::bits_of_half(at + 32, upper)) << 32;
-    };
+    const auto nibbles = [&](const int8_t* at) { return binary::nibbles_of_block(at, upper); };
     for (int64_t b = 0; b < blocks; ++b, levels += 64, out += kGroups) {
         const __m128i one = nibbles_to_bytes(nibbles(levels)), other = nibbles_to_bytes(two ? nibbles(levels + a.ldl) : 0);
         store_offsets(_mm_or_si128(one, _mm_slli_epi16(other, 4)), out);

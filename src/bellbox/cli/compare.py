@@ -41,8 +41,8 @@ class Compare:
     tables: bool = False
     """Only draw tables and pictures anew from the results in FOLDER."""
     against: str | None = None
-    """Row that the tables' differences are to, at the same bits where it has several; without it full precision, or
-    the first row."""
+    """Row that the tables' differences are to, at the same bits where it has several; without it the grid's `against`,
+    or full precision, or the first row."""
     jobs: int = 1
     """Runs at a time, each with the threads that its configuration says."""
     keep_runs: bool = False

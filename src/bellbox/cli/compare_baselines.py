@@ -20,6 +20,7 @@ import torch
 from bellbox.cli.output import parse_flags, write_file
 from bellbox.comparison.baselines import Job, Lines, names, run_baselines
 from bellbox.comparison.baselines import table as tables
+from bellbox.comparison.baselines.job import Settings
 from bellbox.comparison.baselines.lines import TASKS
 from bellbox.errors import BellboxError, require
 from bellbox.report import baselines_page
@@ -30,7 +31,7 @@ import tyro  # noqa: E402  (named before, so that its absence is one line; this 
 
 
 @dataclass(frozen=True)
-class Baselines:
+class Baselines(Settings):
     """Baselines beside Bellbox's own methods, on one trained checkpoint."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|FOLDER")]
@@ -47,22 +48,6 @@ class Baselines:
     """Packed or binarized models of the same tokenizer, as further rows."""
     only: Literal["quality", "speed"] | None = None
     """Perplexity and bytes alone, or tokens a second alone (of which one may want a quiet machine)."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What the checkpoint is rounded to before any row starts from it."""
-    samples: int = 16
-    """Calibration sequences."""
-    context: int = 256
-    """Tokens of each, and of a window of the scored text."""
-    tokens: int = 4096
-    """Tokens to score, from the text's beginning."""
-    group: int = 64
-    """Columns that share a scale, where a row has groups."""
-    iterations: int = 200
-    """Steps a block, of AutoRound."""
-    new_tokens: int = 16
-    """Tokens of one timed stretch."""
-    seconds: float = 20.0
-    """Of timing, a row and its companion together."""
     threads: int = 1
     """Of torch, in every row."""
     retry: bool = False
@@ -100,8 +85,7 @@ def _job(command: Baselines) -> Job:
     paths = {
         name: str(Path(getattr(command, name)).resolve()) for name in ("model", "out", "calibration", "text")
     }
-    numbers = ("dtype", "samples", "context", "tokens", "group", "iterations", "new_tokens", "seconds")
-    return Job(**paths, **{name: getattr(command, name) for name in numbers}).check()
+    return Job(**paths, **command.settings()).check()
 
 
 def _draw(folder: Path) -> None:

@@ -17,8 +17,8 @@ grid's. Where nobody says `lr`, the `optimizer.lr` of `base` counts. Rows that f
 precision, `bits` or `levels` of the quantization, a whole `recipe`) ignore the grid's `bits`; where nobody says any,
 those of `base` count. A seed decides the initial weights and the order of the text, alike for every row. All rows must
 ask for the same budget and context: where batches differ, say `tokens`, not `steps`. The first row in full precision is
-the one that the others are compared with; without any it is the first row, and `bellbox compare --against ROW` names
-another.
+the one that the others are compared with; without any it is the first row. `against: ROW` names another, and
+`bellbox compare --against ROW` goes before that.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bellbox.runs.config import QuantizationSection, TrainConfig, methods_named
 from bellbox.runs.config_file import config_from_dict, merged, read_layers
 from bellbox.utils.yaml import read_yaml
 
-KEYS = ("about", "base", "lr", "seeds", "bits", "rows")
+KEYS = ("about", "base", "lr", "seeds", "bits", "rows", "against")
 ROW_KEYS = ("lr", "seeds", "bits")
 
 
@@ -74,6 +74,8 @@ class Grid:
     """Name of the file without its ending."""
     about: str
     cells: tuple[Cell, ...]
+    against: str | None = None
+    """Row that the tables' differences are to; None for the first in full precision, or the first of all."""
 
     @property
     def runs(self) -> int:
@@ -149,7 +151,17 @@ def load_grid(path: str | os.PathLike[str]) -> Grid:
             raise BellboxError(f"{file}: row '{name}' must be a mapping of training keys")
         cells += _cells(file, str(name), base, common, row)
     _refuse_unequal(file, cells)
-    return Grid(file.stem, str(data.get("about", "")), tuple(cells))
+    return Grid(file.stem, str(data.get("about", "")), tuple(cells), _against(file, data, cells))
+
+
+def _against(file: Path, data: dict[str, Any], cells: list[Cell]) -> str | None:
+    """The row that the others are compared with, where the grid names one."""
+    if (said := data.get("against")) is None:
+        return None
+    names = dict.fromkeys(cell.row for cell in cells)
+    if str(said) not in names:  # YAML reads a name such as 4 as a number
+        raise BellboxError(f"{file}: against names no row '{said}'; there are: {', '.join(names)}")
+    return str(said)
 
 
 def _cells(

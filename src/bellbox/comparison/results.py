@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
-from bellbox.comparison.jsonl import append_line, whole_lines
+from bellbox.comparison.jsonl import append_line, read_lines
 from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
 from bellbox.runs.config import CEWT, CEWT_RATES, DEFAULT_STEPS, TrainConfig
@@ -228,7 +228,7 @@ def _parsed(line: bytes) -> Result:
     """A line's result, every value of the kind that it must be.
 
     Raises:
-        BellboxError: why it is none.
+        BellboxError, ValidationError: why it is none.
     """
     result_of, history_of, gamma_of, parts_of = _adapters()
     try:
@@ -240,11 +240,8 @@ def _parsed(line: bytes) -> Result:
         history_of.validate_python(result.history)
         gamma_of.validate_python(result.gamma)
         parts_of.validate_python(result.parts)
-    except BellboxError:
+    except (BellboxError, ValidationError):
         raise
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BellboxError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BellboxError(one_line(error, 80)) from None
     for name, value in (("study", result.study), ("row", result.row)):
@@ -279,13 +276,8 @@ class Results:
         self.path = Path(folder) / FILE
         self.all: list[Result] = []
         self._keys: list[str] = []
-        for number, line in enumerate(whole_lines(self.path), 1):
-            try:
-                self._remember(_parsed(line))
-            except BellboxError as error:
-                raise BellboxError(
-                    f"{self.path}: line {number} is not a result ({error}); remove the line"
-                ) from None
+        for result in read_lines(self.path, _parsed, "a result"):
+            self._remember(result)
 
     def find(self, key: str) -> list[Result]:
         """The results of the run with this `identity`, in the order of the file."""

@@ -51,6 +51,15 @@ class Asked:
         return found
 
 
+@dataclass(frozen=True)
+class AskedGrid:
+    """A grid as it was last run."""
+
+    rows: tuple[Asked, ...]
+    against: str | None = None
+    """Row that differences are to; None where the grid does not say."""
+
+
 def definition_of(config: dict[str, Any]) -> str:
     """Equal for configurations that differ in learning rate and seed only."""
     rest = settings(config)
@@ -69,19 +78,20 @@ def keep(folder: Path, plan: Plan) -> None:
         cells.append(dataclasses.asdict(one))
     (folder / FOLDER).mkdir(exist_ok=True)
     lines = ",\n".join(map(json.dumps, cells))
-    write_text(folder / FOLDER / f"{plan.grid.study}.json", f'{{"cells": [\n{lines}\n]}}\n')
+    against = "" if plan.grid.against is None else f'"against": {json.dumps(plan.grid.against)}, '
+    write_text(folder / FOLDER / f"{plan.grid.study}.json", f'{{{against}"cells": [\n{lines}\n]}}\n')
 
 
-def kept(folder: Path) -> dict[str, list[Asked]]:
-    """Study -> what its grid asked for when it was last run; studies without a kept grid are not in it.
+def kept(folder: Path) -> dict[str, AskedGrid]:
+    """Study -> its grid as it was last run; studies without a kept grid are not in it.
 
     Raises:
         BellboxError: a file that is not what `keep` writes.
     """
-    found: dict[str, list[Asked]] = {}
+    found: dict[str, AskedGrid] = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
-            found[path.stem] = [_asked(cell) for cell in read_json(path)["cells"]]
+            found[path.stem] = _asked_grid(read_json(path))
         except (
             KeyError,
             TypeError,
@@ -89,10 +99,20 @@ def kept(folder: Path) -> dict[str, list[Asked]]:
             ValueError,
             RecursionError,
         ):  # pydantic's is a ValueError
-            found[path.stem] = []
-        if not found[path.stem]:
-            raise BellboxError(f"{path}: damaged; remove it, or run its grid again")
+            raise BellboxError(f"{path}: damaged; remove it, or run its grid again") from None
     return found
+
+
+def _asked_grid(said: dict[str, Any]) -> AskedGrid:
+    """What a kept grid says.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: it is not what `keep` writes.
+    """
+    rows, against = tuple(_asked(cell) for cell in said["cells"]), said.get("against")
+    if not rows or against not in (None, *(one.row for one in rows)):
+        raise ValueError("no rows, or none that others are compared with")
+    return AskedGrid(rows, against)
 
 
 def _asked(cell: dict[str, Any]) -> Asked:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bellbox.comparison.differences import Difference, difference, pooled_deviation, reach
 from bellbox.comparison.plan import best_lr
 from bellbox.comparison.results import Result, is_vision
-from bellbox.comparison.selection import Asked, definition_of, last_asked
+from bellbox.comparison.selection import Asked, AskedGrid, definition_of, last_asked
 from bellbox.errors import BellboxError
 
 
@@ -107,7 +107,7 @@ class Study:
 
 def summarise(
     results: Iterable[Result],
-    grids: Mapping[str, Sequence[Asked]] | None = None,
+    grids: Mapping[str, AskedGrid] | None = None,
     *,
     against: str | None = None,
 ) -> list[Study]:
@@ -117,8 +117,8 @@ def summarise(
         results: of a folder.
         grids: study -> what its grid asks for (`bellbox.comparison.selection.kept`), which its rows are then made of.
             Of a study that is not in it the last results say (`last_asked`).
-        against: the row that differences are to, at the same bits where it has several; where None, the first one in
-            full precision, or the first one of all where none is.
+        against: the row that differences are to, at the same bits where it has several; where None, the one that the
+            grid names, or the first one in full precision, or the first one of all where none is.
 
     Raises:
         BellboxError: no study has a row called `against`, or scipy is needed and not installed.
@@ -133,8 +133,10 @@ def summarise(
     return made
 
 
-def _study(name: str, everything: list[Result], grid: Sequence[Asked] | None, against: str | None) -> Study:
-    asked = last_asked(everything) if grid is None else grid
+def _study(name: str, everything: list[Result], grid: AskedGrid | None, against: str | None) -> Study:
+    asked = last_asked(everything) if grid is None else grid.rows
+    if against is None and grid is not None:
+        against = grid.against
     rows = [_Row(one, one.runs(everything)) for one in asked]
     missing = sum(row.missing() for row in rows)
     rows = [row for row in rows if row.runs]

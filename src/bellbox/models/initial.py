@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from bellbox.structure import embedding_weights
+
 APART = 0x1EC0
 """Sets the stream of the draw apart from the one that the model itself was drawn from with the same seed."""
 
@@ -23,7 +25,7 @@ def lecun_(model: nn.Module, seed: int = 0) -> nn.Module:
         `model`.
     """
     draw = torch.Generator().manual_seed(seed ^ APART)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = embedding_weights(model)
     for module in model.modules():
         if isinstance(module, nn.Linear) and id(module.weight) not in embeddings:
             weight = torch.randn(module.weight.shape, generator=draw) * module.in_features**-0.5

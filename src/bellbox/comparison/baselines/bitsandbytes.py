@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from bellbox.comparison.baselines.baseline import Baseline, dtype_of
 from bellbox.comparison.baselines.job import Job
 from bellbox.comparison.baselines.widen import widened
 from bellbox.errors import require
+
+_KERNEL_OUTPUTS = 32
+"""What the package's kernel for AVX-512 with bf16 takes at a time; it asserts instead of asking."""
 
 
 def _make(job: Job, folder: Path) -> None:
@@ -31,7 +35,16 @@ def _load(folder: Path, job: Job) -> nn.Module:
     for module in model.modules():
         if isinstance(module, kind):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
+            if not _fits_kernel(module):
+                module.support_avx512bf16_for_cpu = False  # decoded to fp32 then, as on other processors
     return widened(model, lambda module: isinstance(module, kind))
+
+
+def _fits_kernel(layer: Any) -> bool:
+    """Whether outputs come in whole tiles, and groups do not run across rows."""
+    return not (
+        layer.out_features % _KERNEL_OUTPUTS or layer.in_features % layer.weight.quant_state.blocksize
+    )
 
 
 BASELINE = Baseline(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,20 +30,12 @@ JOB, TOKENS, CHECKPOINT, MODELS = "job.json", "tokens.safetensors", "checkpoint"
 TOKENIZER = "tokenizer.json"
 
 
-@dataclass(frozen=True)
-class Job:
-    """The settings of one table's rows, as plain values."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a table's rows are made, scored and timed; of a job, and the flags of its command."""
 
-    model: str
-    """The trained checkpoint: a Hugging Face folder, or a run in full precision."""
-    out: str
-    """Where results and made models lie."""
-    calibration: str
-    """Text to fit on."""
-    text: str
-    """Text to score."""
-    dtype: str = "bfloat16"
-    """What the checkpoint is rounded to before any row starts from it: bfloat16, float16 or float32."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What the checkpoint is rounded to before any row starts from it."""
     samples: int = 16
     """Calibration sequences."""
     context: int = 256
@@ -58,6 +50,24 @@ class Job:
     """Tokens of one timed stretch, from an empty cache."""
     seconds: float = 20.0
     """Of timing, a row and its companion together."""
+
+    def settings(self) -> dict[str, Any]:
+        """These alone, by name, where another class adds to them."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(Settings)}
+
+
+@dataclass(frozen=True)
+class Job(Settings):
+    """One table's rows, as plain values."""
+
+    model: str
+    """The trained checkpoint: a Hugging Face folder, or a run in full precision."""
+    out: str
+    """Where results and made models lie."""
+    calibration: str
+    """Text to fit on."""
+    text: str
+    """Text to score."""
 
     def check(self) -> Job:
         """Itself, where its numbers make sense.

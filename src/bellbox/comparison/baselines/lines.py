@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bellbox.comparison.jsonl import append_line, whole_lines
+from bellbox.comparison.jsonl import append_line, read_lines
 from bellbox.errors import BellboxError
 
 FILE = "baselines.jsonl"
@@ -56,7 +56,7 @@ class Lines:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.path = Path(folder) / FILE
-        self.all = [_parsed(self.path, number, line) for number, line in enumerate(whole_lines(self.path), 1)]
+        self.all = list(read_lines(self.path, _parsed, "a measurement"))
 
     def find(self, key: str) -> Line | None:
         """The last line of what this `key_of` stands for."""
@@ -78,19 +78,12 @@ _NUMBERS: dict[Task, tuple[str, ...]] = {
 }
 
 
-def _parsed(path: Path, number: int, text: bytes) -> Line:
-    from pydantic import TypeAdapter, ValidationError
+def _parsed(text: bytes) -> Line:
+    from pydantic import TypeAdapter
 
-    try:
-        line = TypeAdapter(Line).validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise BellboxError(
-            f"{path}: line {number} is not a measurement ({reason}); remove the line"
-        ) from None
+    line = TypeAdapter(Line).validate_json(text, strict=True)
     if line.error is None and line.skipped is None:
         odd = [name for name in _NUMBERS[line.task] if not isinstance(line.found.get(name), int | float)]
         if odd:
-            raise BellboxError(f"{path}: line {number} has no number {odd[0]!r}; remove the line")
+            raise BellboxError(f"no number {odd[0]!r}")
     return line

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.nn import QuantizedExpert, QuantizedLayer, quantized_layers
-from bellbox.recipe import is_head
+from bellbox.structure import embedding_weights, outputs
 
 Turn = Callable[[bool], Tensor]
 """A weight rotated into the domain that it is coded in; called with True, rotated back from there."""
@@ -186,12 +186,14 @@ def constrained_weights(model: nn.Module) -> dict[Tensor, Turn | None]:
 
 
 def head_weights(model: nn.Module) -> list[Tensor]:
-    """The trained weight of the layer that gives the logits (found by its name); none that is tied or quantized."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    found: dict[int, Tensor] = {}
-    for name, module in model.named_modules():
-        is_plain = isinstance(module, nn.Linear) and not isinstance(module, QuantizedLayer)
-        weight = module.weight if is_plain and is_head(name) else None
-        if isinstance(weight, Tensor) and weight.requires_grad and id(weight) not in embeddings:
-            found[id(weight)] = weight
-    return list(found.values())
+    """The trained weights of the linear layers that give the outputs; none that is tied or quantized.
+
+    Such a layer is known by the model's structure (`bellbox.structure.outputs`), whatever its name.
+    """
+    embeddings = embedding_weights(model)
+    heads = [model.get_submodule(name) for name in outputs(model)]
+    weights = [
+        head.weight for head in heads if isinstance(head, nn.Linear) and not isinstance(head, QuantizedLayer)
+    ]
+    trained = [weight for weight in weights if weight.requires_grad and id(weight) not in embeddings]
+    return list({id(weight): weight for weight in trained}.values())

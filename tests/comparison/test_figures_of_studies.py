@@ -1,47 +1,42 @@
-"""Figures in prose are those of the kept results: each text below, filled with what is looked up, is in its document.
+"""Figures of docs/studies.md are those of the kept results: each text below, filled with what is looked up, is there.
 
-Whoever adds to the results runs this and mends what it names; a number of `docs/studies.md` that is in no text here is
-named too.
+Whoever adds to the results runs this and mends what it names; a number that is in no text here is named too.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from figures import (
-    MEC,
+    BITS,
+    DEFAULT,
+    FULL,
+    HEART,
+    MUON,
+    PAPER,
+    TOGETHER,
+    TWO,
+    Held,
     apart,
     at,
     deviation,
-    dimension,
     entropy,
+    filled,
     hours,
     inputs,
     interval,
     lowest,
     mean,
-    mec,
-    mec_pooled,
-    minutes,
     on,
     perplexity_of,
     row,
+    said,
 )
-
-from bellbox.models import build, preset
-from bellbox.runs.planner import quantized_fraction
 
 pytest.importorskip("scipy", reason="scipy, of the extra cli: intervals of several seeds")
 
-ROOT = Path(__file__).parents[2]
-Held = tuple[str, tuple[Any, ...]]
-
-BITS, TWO, HEART, TOGETHER = "methods-bits", "methods-2bit", "heart", "heart-combined"
-FULL, DEFAULT, PAPER, MUON = "full precision", "BBQ, default", "BBQ, paper", "full precision, Muon"
+DOCUMENT = "docs/studies.md"
 ROTATED_QUEST = "QuEST, weights learned rotated, hyperball 0.02"
 
 
@@ -79,7 +74,7 @@ def default_and_paper(bits: int) -> Held:
 
 
 def studies() -> list[Held]:
-    """Of docs/studies.md."""
+    """The whole document."""
     return [
         *beginning(),
         *methods(),
@@ -460,119 +455,9 @@ def ratios() -> list[Held]:
     ]
 
 
-def training() -> list[Held]:
-    """Of docs/training.md."""
-    low, lsq, bbq = mec_pooled("LSQ", "PACT", "BBQ"), mec_pooled("LSQ"), mec_pooled("BBQ")
-    rows = [FULL, *(f"{method}, {bits}" for method, bits in MEC)]
-    apart_from_chance = {name for name in rows if not mec(name).holds_zero}
-    assert apart_from_chance == {"PACT, W4A4", "BBQ, W4A4"}
-    assert {best_weight(method) for method in ("LSQ", "PACT", "BBQ")} == {1.0}
-    return [
-        *(
-            (
-                f"| {name} | {{:.1f}} ± {{:.1f}} | {{:.1f}} ± {{:.1f}} | {{:+.1f}} [{{:+.1f}}, {{:+.1f}}] |",
-                (
-                    mean("mec", name),
-                    deviation("mec", name),
-                    mean("mec", f"{name}, MEC"),
-                    deviation("mec", f"{name}, MEC"),
-                    *interval(mec(name), 100),
-                ),
-            )
-            for name in rows
-        ),
-        (
-            "Over all 27 pairs of low-bit runs the gain is {:.1f} points, with a standard error of {:.1f}.",
-            low,
-        ),
-        ("there it is {:.1f} ± {:.1f}.", lsq),
-        ("It is largest with BBQ ({:.1f} ± {:.1f}).", bbq),
-        ("Full precision gains {:.1f},", (100 * mec(FULL).value,)),
-        (
-            "effective dimension doubles, from {:.0f} to {:.0f} with BBQ at W2A4",
-            (dimension("BBQ, W2A4"), dimension("BBQ, W2A4, MEC")),
-        ),
-        ("1.8M tokens on 3.6M parameters give {:.4f}.", (quantized_fraction(1_800_000, 3_600_000, 2),)),
-        (
-            "3e9 tokens on the preset `95M` give {:.3f} with its own vocabulary of 50,304 ({:.1f}M parameters),",
-            share(50304),
-        ),
-        ("and {:.3f} with one of 32,000 ({:.1f}M).", share(32000)),
-    ]
-
-
-def best_weight(method: str) -> float:
-    """The weight of the entropy term that was best in `mec-tune`."""
-    accuracies = {
-        weight: mean("mec-tune", f"{method}, W2A4, MEC {weight:g}") for weight in (0.01, 0.1, 1.0, 10.0)
-    }
-    return max(accuracies, key=lambda weight: accuracies[weight])
-
-
-def share(vocabulary: int) -> tuple[float, float]:
-    """The best quantized fraction for 3e9 tokens of the preset 95M at 2 bits, and its parameters in millions."""
-    with torch.device("meta"):
-        model = build(preset("95M", vocab_size=vocabulary))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return quantized_fraction(3_000_000_000, parameters, 2), parameters / 1e6
-
-
-def vision() -> list[Held]:
-    """Of docs/vision.md."""
-    names = ("BBQ", "QuEST", "LSQ")
-    pairs = [("BBQ", "QuEST"), ("BBQ", "LSQ"), ("QuEST", "LSQ")]
-    assert all(apart("vision", (a, 4), (b, 4)).holds_zero for a, b in pairs)
-    gains = [100 * apart("vision", ("BBQ", bits), ("QuEST", bits)).value for bits in (1, 2)]
-    assert round(gains[0]) == round(gains[1])
-    return [
-        ("A run is 69,632 images and {:.1f} minutes of one core", (minutes("vision"),)),
-        ("full precision {:.1f} ± {:.1f}:", (mean("vision", FULL), deviation("vision", FULL))),
-        *(
-            (
-                "| {} | {:.1f} ± {:.1f} | {:.1f} ± {:.1f} | {:.1f} ± {:.1f} | {:+.1f} [{:+.1f}, {:+.1f}] |",
-                (
-                    bits,
-                    *(find("vision", name, bits) for name in names for find in (mean, deviation)),
-                    *interval(apart("vision", ("BBQ", bits), ("QuEST", bits)), 100),
-                ),
-            )
-            for bits in (1, 2, 4)
-        ),
-        ("BBQ is above QuEST by {:.0f} points at 1 and 2 bits.", (gains[0],)),
-    ]
-
-
-def times() -> list[Held]:
-    """Of benchmarks/studies/README.md."""
-    return [
-        ("1.05M tokens: {:.1f} minutes", (minutes("methods-2bit", "methods-bits"),)),
-        ("four times the tokens | {:.1f} minutes", (minutes("long"),)),
-        ("on four blocks | the same tokens: {:.1f} minutes", (minutes("ends"),)),
-        ("3.0M parameters, 4.2M tokens: {:.1f} minutes", (minutes("confirm"),)),
-        ("28,672 images: {:.1f} minutes", (minutes("mec", "mec-tune"),)),
-        ("69,632 images: {:.1f} minutes", (minutes("vision"),)),
-    ]
-
-
-def flat(text: str) -> str:
-    """In one line."""
-    return re.sub(r"\s+", " ", text)
-
-
-DOCUMENTS = {
-    "docs/studies.md": studies,
-    "docs/training.md": training,
-    "docs/vision.md": vision,
-    "benchmarks/studies/README.md": times,
-}
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_figures_are_those_of_the_kept_results(document: str) -> None:
-    said = flat((ROOT / document).read_text(encoding="utf-8"))
-    filled = [flat(text.format(*values)) for text, values in DOCUMENTS[document]()]
-    assert filled
-    assert [text for text in filled if text not in said] == []
+def test_figures_are_those_of_the_kept_results() -> None:
+    document = said(DOCUMENT)
+    assert [text for text in filled(studies()) if text not in document] == []
 
 
 # What is set and not measured: rates, hyperballs, sizes, tokens; quantiles, and what the paper says.
@@ -598,7 +483,7 @@ SET = {
 
 
 def test_no_figure_of_the_studies_is_left_unheld() -> None:
-    left = flat((ROOT / "docs" / "studies.md").read_text(encoding="utf-8"))
-    for text, values in studies():
-        left = left.replace(flat(text.format(*values)), " ")
+    left = said(DOCUMENT)
+    for text in filled(studies()):
+        left = left.replace(text, " ")
     assert set(re.findall(r"\d+\.\d+", left)) - SET == set()
