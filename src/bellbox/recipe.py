@@ -94,6 +94,10 @@ class Recipe:
     read the input or give the outputs, routers of experts, weights tied to an embedding. Other patterns reach them.
 
     `Recipe.of` and its kind say yes; a recipe of earlier files, which does not say, means no."""
+    embedding_bits: Literal[4, 8] | None = None
+    """Bits that embeddings and heads are rounded to while training (`bellbox.nn.quantized_table`); None: fp32."""
+    embedding_group: Literal[32, 64] | None = None
+    """Columns that share a scale with 4 bits; where None 64, or 32 where 64 do not divide."""
 
     @classmethod
     def of(
@@ -115,6 +119,8 @@ class Recipe:
         keep_ends: bool = True,
         keep: tuple[str, ...] = (),
         rules: tuple[Rule, ...] = (),
+        embedding_bits: Literal[4, 8] | None = None,
+        embedding_group: Literal[32, 64] | None = None,
         statistic: Granularity | None = None,
         weight_statistic: Granularity | None = None,
     ) -> Recipe:
@@ -142,6 +148,8 @@ class Recipe:
                 left.
             keep: name patterns of further layers to leave in full precision.
             rules: rules that go before all others.
+            embedding_bits: see `Recipe.embedding_bits`.
+            embedding_group: see `Recipe.embedding_group`.
             statistic: the former name of `granularity`.
             weight_statistic: the former name of `weight_granularity`.
 
@@ -152,9 +160,8 @@ class Recipe:
         granularity = granularity or statistic
         weight_granularity = weight_granularity or weight_statistic
         if method == "none":
-            return cls(
-                rules, share_inputs, keep_ends and bool(rules)
-            )  # without rules there is nothing to keep
+            # Without rules there is nothing to keep.
+            return cls(rules, share_inputs, keep_ends and bool(rules), embedding_bits, embedding_group)
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
         common = levels if bits is None else levels_from_bits(bits)
@@ -191,7 +198,8 @@ class Recipe:
         heads = tuple(pattern for head in HEADS for pattern in (head, f"*.{head}"))
         left = tuple(map(Rule, (*heads, *STEMS)))
         everything = Rule(EVERYTHING, weights, activations, weights_rotated)
-        return cls((*rules, *map(Rule, keep), *left, everything), share_inputs, keep_ends)
+        every = (*rules, *map(Rule, keep), *left, everything)
+        return cls(every, share_inputs, keep_ends, embedding_bits, embedding_group)
 
     @classmethod
     def bbq(

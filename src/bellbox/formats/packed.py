@@ -24,6 +24,7 @@ from bellbox.formats.expert_places import packed_projections
 from bellbox.nn import CodedLayer, PackedConv2d, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import (
     describe_file,
@@ -57,7 +58,7 @@ def save(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CodedLayer)}
     if not layers:
         raise BellboxError("save takes a packed model: call bellbox.convert(model) first")
-    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+    if any(isinstance(module, QuantizedLayer | QuantizedTable) for module in model.modules()):
         raise BellboxError("save takes a packed model; this one still has layers in training form")
     if any(isinstance(layer, PackedConv2d) and layer.folded for layer in layers.values()):
         raise BellboxError("save takes the model as trained: save it before fold_batch_norms")
@@ -105,7 +106,8 @@ def load(
         folder: what `save` or `bellbox ptq` wrote.
         into: a module of the same shape (full precision, prepared or packed) whose layers are replaced, for
             models that Bellbox does not know how to build. It is changed only after everything was checked.
-        embeddings: `bf16` or `int8` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is stored.
+        embeddings: `bf16`, `int8` or `int4` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is
+            stored.
 
     Returns:
         The model in evaluation mode, without gradients; `into` itself where it is given.
@@ -228,8 +230,12 @@ def sizes(model: nn.Module) -> Sizes:
     quantized = sum(m.row_length * m.row_count for m in model.modules() if isinstance(m, CodedLayer))
     inside = sum(t.numel() * t.element_size() for name, t in tensors.items() if name in packed_names)
     rest = [t for name, t in tensors.items() if name not in packed_names]
-    scales = {id(m.scale) for m in model.modules() if isinstance(m, Compact)}  # bytes, but no parameters
-    other = sum(t.numel() for t in rest if id(t) not in scales)
+    tables = [m for m in model.modules() if isinstance(m, Compact)]
+    count = {id(m.weight): m.rows * m.columns for m in tables}  # two of 4 bits lie in a byte
+    count |= {
+        id(t): 0 for m in tables for t in (m.multipliers, m.scale) if t is not None
+    }  # bytes, no parameters
+    other = sum(count.get(id(t), t.numel()) for t in rest)
     return Sizes(quantized, inside, other, sum(t.numel() * t.element_size() for t in rest))
 
 

@@ -105,6 +105,10 @@ class QuantizationSection:
     """Whether weights are learned in the rotated domain; where null, with BBQ and with CEWT they are."""
     share: bool = True
     """Whether layers that read the same tensor (q, k, v; gate, up) share one activation quantizer."""
+    embedding_bits: Literal[4, 8] | None = None
+    """Round embeddings and output layer to so many bits while training, as they are then shipped; fp32 where null."""
+    embedding_group: Literal[32, 64] | None = None
+    """Columns that share a scale with 4 bits; 64 where null (32 where 64 do not divide)."""
     recipe: dict[str, Any] | None = None
     """A whole recipe with rules by layer name, in place of all the other keys of this section."""
 
