@@ -46,7 +46,7 @@ from bellbox.nn import (
     without_fused_paths,
 )
 from bellbox.nn.adopted import become
-from bellbox.nn.compact import Precision, compact, packed_tables, require_unrounded, tables
+from bellbox.nn.compact import Compact, Precision, compact, packed_tables, require_unrounded, tables
 from bellbox.nn.experts import sizes as expert_sizes
 from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.pretrained import have_plain_weights_saved, stop_saving_plain_weights
@@ -89,7 +89,7 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
     layers = new_layers(model, recipe, deferred=True, example=example)
     rounded = new_tables(model, recipe)
     _warn_of_idle_rules(model, recipe)
-    _say_what_is_left(model, recipe, layers)
+    _say_what_is_left(model, recipe, layers, {id(plain) for plain, _ in rounded})
     _warn_of_what_cannot_be_packed(layers)
     for plain, made in layers:  # only now: a rule that cannot be met leaves the model as it was
         become(plain, made)
@@ -425,11 +425,13 @@ def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:
             warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no layer", stacklevel=3)
 
 
-def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[nn.Module, Replacement]]) -> None:
+def _say_what_is_left(
+    model: nn.Module, recipe: Recipe, layers: list[tuple[nn.Module, Replacement]], rounded: set[int]
+) -> None:
     """One line: a warning where much is left with no rule asking for it, else an entry of the log."""
     if recipe.rules:
         line, warn = coverage.say(
-            model, recipe, (layer.parameter for layer in _inside(layers) if layer.weight_quantizer)
+            model, recipe, (layer.parameter for layer in _inside(layers) if layer.weight_quantizer), rounded
         )
         if warn:
             warnings.warn(line, stacklevel=3)
@@ -669,6 +671,9 @@ def summary(model: nn.Module) -> str:
         f"left: {each.name or 'the model'}, {sum(weight.numel() for weight in each.weights):,} weights ({each.why})"
         for each in _grouped(coverage.left_out(model))
     ]
+    tables, lines_of_tables = _rounded_tables(model)
+    inside |= tables
+    lines += lines_of_tables
     floats: dict[int, Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():  # what is a parameter before packing counts as one after it
         if isinstance(module, CodedLayer) and isinstance(module.bias, Tensor):
@@ -680,6 +685,18 @@ def summary(model: nn.Module) -> str:
         + (f" (left whole: {left[0]})" if left else "")
     )
     return "\n".join(lines)
+
+
+def _rounded_tables(model: nn.Module) -> tuple[dict[int, int], list[str]]:
+    """Parameters of embeddings and heads that are integers, by the id of the weight, and a line on them for each kind."""
+    inside: dict[int, int] = {}
+    names: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedTable | Compact) and module.coding is not None:
+            columns = module.columns if isinstance(module, Compact) else module.weight.shape[1]
+            inside[id(module.weight)] = len(module.weight) * columns
+            names.setdefault(str(module.coding), []).append(name or "(the model)")
+    return inside, [f"rounded: {', '.join(found)} ({coding})" for coding, found in names.items()]
 
 
 def _grouped(left: list[coverage.Left]) -> list[coverage.Left]:

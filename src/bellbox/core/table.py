@@ -66,6 +66,9 @@ class TableCoding:
             )
         return cls(4, group)
 
+    def __str__(self) -> str:
+        return f"{self.bits} bits by groups of {self.group}" if self.group else f"{self.bits} bits a row"
+
     @property
     def most(self) -> int:
         """The largest integer: 127 or 7."""

@@ -205,6 +205,13 @@ class Sizes:
     """Everything else: embeddings, head, norms, biases."""
     other_bytes: int
     """As stored."""
+    embeddings: tuple[str, ...] = ()
+    """What embeddings and heads are rounded to: bf16, int8, int4; none where they are in fp32."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return self.quantized_parameters + self.other_parameters
 
     @property
     def bf16_bytes(self) -> int:
@@ -236,7 +243,13 @@ def sizes(model: nn.Module) -> Sizes:
         id(t): 0 for m in tables for t in (m.multipliers, m.scale) if t is not None
     }  # bytes, no parameters
     other = sum(count.get(id(t), t.numel()) for t in rest)
-    return Sizes(quantized, inside, other, sum(t.numel() * t.element_size() for t in rest))
+    kinds = tuple(sorted({m.precision for m in tables}))
+    return Sizes(quantized, inside, other, sum(t.numel() * t.element_size() for t in rest), kinds)
+
+
+def file_bytes(folder: str | os.PathLike[str]) -> int:
+    """Bytes of a packed model on disk: `model.safetensors` and `config.json`, all of them."""
+    return sum((Path(folder) / name).stat().st_size for name in (CONFIG, TENSORS))
 
 
 # --- reading ---

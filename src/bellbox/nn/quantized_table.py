@@ -116,8 +116,7 @@ class QuantizedTable(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        group = f" by {self.coding.group}" if self.coding.group else " a row"
-        return f"{super().extra_repr()}, {self.coding.bits} bits{group}"
+        return f"{super().extra_repr()}, {self.coding}"
 
 
 class QuantizedEmbedding(QuantizedTable, nn.Embedding):
@@ -174,6 +173,11 @@ _PLAIN: dict[type, type[nn.Module]] = {QuantizedEmbedding: nn.Embedding, Quantiz
 def most_of_input(bits: int) -> int:
     """What the largest magnitude of a row of a head's input becomes: 12 bits with 8 of the table, 8 with 4."""
     return INT8_MOST if bits == 8 else INT4_MOST
+
+
+def table_input_codes(x: Tensor, coding: TableCoding) -> Tensor:
+    """The integers, as fp32, that a head of this coding rounds its input to."""
+    return round_input(x.detach().to(torch.float32), most_of_input(coding.bits))[0]
 
 
 def table_product(x: Tensor, codes: TableCodes) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bellbox.core.table import TABLE_GROUPS, TableCodes, table_integers
@@ -20,14 +21,16 @@ def check(x: Tensor, weight: Tensor, multipliers: Tensor, scale: Tensor) -> None
     """Refuse arguments that do not fit together.
 
     Raises:
-        BellboxError: tables that are no matrices of as many rows, groups of other sizes than 32 or 64, rows too long,
-            an input of another width.
+        BellboxError: tables that are no uint8 matrices of as many rows, groups of other sizes than 32 or 64, rows too
+            long, an input of another width.
     """
     shapes = tuple(weight.shape), tuple(multipliers.shape), tuple(scale.shape)
     if weight.dim() != 2 or multipliers.dim() != 2 or len({len(weight), len(multipliers), *shapes[2]}) != 1:
         raise BellboxError(
             f"a 4-bit layer of weight {shapes[0]} got multipliers {shapes[1]}, scales {shapes[2]}"
         )
+    if (weight.dtype, multipliers.dtype) != (torch.uint8, torch.uint8):
+        raise BellboxError(f"a 4-bit layer takes uint8 tables, not {weight.dtype} and {multipliers.dtype}")
     columns, groups = 2 * weight.shape[1], multipliers.shape[1]
     if not groups or columns % groups or columns // groups not in TABLE_GROUPS or columns > INT4_COLUMNS:
         raise BellboxError(
