@@ -688,7 +688,7 @@ def summary(model: nn.Module) -> str:
 
 
 def _rounded_tables(model: nn.Module) -> tuple[dict[int, int], list[str]]:
-    """Parameters of embeddings and heads that are integers, by the id of the weight, and a line on them for each kind."""
+    """Parameters of embeddings and heads that are integers, by the id of the weight, and a line for each kind."""
     inside: dict[int, int] = {}
     names: dict[str, list[str]] = {}
     for name, module in model.named_modules():
