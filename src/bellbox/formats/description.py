@@ -334,13 +334,15 @@ def _schema(kind: str) -> Any:
         layers: dict[str, Annotated[Linear | Convolution | WeightOnly, Field(discriminator="function")]] = (
             Field(min_length=1)
         )
+
+    class WithoutInt4(Present):
         embeddings: dict[str, Literal["bf16", "int8"]]
 
     class StoredExperts(Strict):
         count: int = Field(ge=1, le=1 << 16)
         projections: list[Literal["gate_up_proj", "up_proj", "down_proj"]] = Field(min_length=1, max_length=2)
 
-    class WithExperts(Present):
+    class WithExperts(WithoutInt4):
         experts: dict[str, StoredExperts] = Field(min_length=1)
 
     class StoredTable(Strict):
@@ -360,10 +362,11 @@ def _schema(kind: str) -> Any:
         FormerQuantization,
         Former,
         Present,
+        WithoutInt4,
         WithExperts,
         WithInt4,
         Common,
         Coded,
     ):
         each.model_rebuild(_types_namespace={**globals(), **locals()})
-    return {_FORMER: Former, _PRESENT: Present, _EXPERTS: WithExperts, _INT4: WithInt4}[kind]
+    return {_FORMER: Former, _PRESENT: WithoutInt4, _EXPERTS: WithExperts, _INT4: WithInt4}[kind]

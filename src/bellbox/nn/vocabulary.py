@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from bellbox.core.table import TableCodes, table_values
 from bellbox.errors import BellboxError
+from bellbox.nn.coded import CodedLayer
 from bellbox.nn.compact import Compact, CompactEmbedding, CompactLinear
+from bellbox.nn.quantized import QuantizedLayer
 from bellbox.recipe import is_head
 
 _MOST = 1 << 24
@@ -36,18 +38,25 @@ def grow_embeddings(model: nn.Module, tokens: int) -> nn.Module:
         The model.
 
     Raises:
-        BellboxError: no embedding, a head of another length, or tokens out of range.
+        BellboxError: no embedding, a head of another length or of low bits, or tokens out of range.
     """
     if not 1 <= tokens <= _MOST:
         raise BellboxError(f"a vocabulary of {tokens} tokens: must be from 1 to {_MOST}")
     embedding = _embedding(model)
     rows = _rows(embedding)
-    heads = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | CompactLinear)
-        and (module.weight is embedding.weight or is_head(name))
-    ]
+    heads: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | CompactLinear):
+            continue
+        tied = (
+            module._parameters.get("weight") is embedding.weight
+            or module._buffers.get("weight") is embedding.weight
+        )
+        if not tied and not is_head(name):
+            continue
+        if isinstance(module, QuantizedLayer | CodedLayer):
+            raise BellboxError(f"{name} is a low-bit layer, whose outputs are fixed: add tokens before")
+        heads.append(module)
     for head in heads:
         if _rows(head) != rows:
             raise BellboxError(
@@ -126,4 +135,4 @@ def _tell_config(model: nn.Module, tokens: int) -> None:
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         model.config = dataclasses.replace(config, vocab_size=tokens)  # pyright: ignore
     elif hasattr(config, "vocab_size"):
-        config.vocab_size = tokens
+        config.vocab_size = tokens  # pyright: ignore
