@@ -172,7 +172,7 @@ def new_tables(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Module, Quanti
             )
         return []
     taken = {id(layer) for _, layer, _ in decide(model, recipe)}
-    found = {name: each for name, each in tables(model, ends(model)).items() if id(each) not in taken}
+    found = {name: each for name, each in tables(model, ends(model), bits).items() if id(each) not in taken}
     past = {name for name in tables_read_past_forward(model) if name in found}
     heads = {id(each.weight) for each in found.values() if isinstance(each, nn.Linear)}
     left = [name for name in past if id(found[name].weight) not in heads]

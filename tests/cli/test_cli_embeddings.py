@@ -43,7 +43,20 @@ def test_eval_scores_both_alike_and_says_the_size(
 ) -> None:
     found = []
     for model in (run, folder):
-        main(["eval", str(model), "--data", str(tokens), "--max-tokens", "300", "--json", str(tmp_path / "e.json")])
+        main(
+            [
+                "eval",
+                str(model),
+                "--data",
+                str(tokens),
+                "--context",
+                "32",
+                "--max-tokens",
+                "300",
+                "--json",
+                str(tmp_path / "e.json"),
+            ]
+        )
         found.append(json.loads((tmp_path / "e.json").read_text()))
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
     assert "file_bytes" not in found[0]

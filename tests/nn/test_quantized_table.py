@@ -251,3 +251,37 @@ def test_both_forms_are_exported_with_the_same_bits(bits) -> None:
             assert torch.equal(program.module()(IDS), expected)
             targets = {str(node.target) for node in program.graph.nodes}
             assert f"bellbox.int{bits}_linear.default" in targets
+
+
+def test_models_of_transformers_are_found_by_structure(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 128}
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=128, **size))
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=128, tie_word_embeddings=True, **size)
+    )
+    for model, tables in ((bert.eval(), 4), (llama.eval(), 2)):
+        made = bb.prepare(model, bb.Recipe.bbq(2, embedding_bits=4))
+        with torch.no_grad():
+            expected = made(input_ids=IDS).logits
+            packed = bb.convert(made)
+            assert torch.equal(packed(input_ids=IDS).logits, expected)
+        assert sum(isinstance(m, CompactEmbedding | CompactLinear) for m in packed.modules()) == tables
+        with pytest.raises(TypeError, match="not an instance"):  # it would lose rows
+            packed.resize_token_embeddings(100)
+        made.save_pretrained(tmp_path / "plain")
+        plain = type(made).from_pretrained(tmp_path / "plain")
+        assert torch.equal(plain.get_input_embeddings().weight, made.get_input_embeddings().weight)
+        with torch.no_grad():
+            bb.grow_embeddings(packed, 140)
+            assert torch.equal(packed(input_ids=IDS).logits[..., :128], expected)
+            assert packed.config.vocab_size == 140
+
+
+def test_tables_of_a_few_numbers_an_entry_are_no_tables_of_4_bits() -> None:
+    """A bias for each distance and head, as T5 has it."""
+    for bits, kind in ((4, nn.Embedding), (8, QuantizedEmbedding)):
+        model = Small()
+        model.bias = nn.Embedding(32, 2)
+        assert type(bb.prepare(model, bb.Recipe(embedding_bits=bits)).bias) is kind
+        assert type(model.words) is QuantizedEmbedding

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bellbox.core.table import TableCodes, TableCoding, table_values
+from bellbox.core.table import TABLE_GROUPS, TableCodes, TableCoding, table_values
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized_table import QuantizedTable, check_max_norm, table_product
 from bellbox.nn.tools import replace_layer
@@ -135,7 +135,9 @@ class CompactLinear(Compact):
         return out if self.bias is None else out + self.bias
 
 
-def tables(model: nn.Module, heads: Collection[str] = ()) -> dict[str, nn.Embedding | nn.Linear]:
+def tables(
+    model: nn.Module, heads: Collection[str] = (), bits: int = 8
+) -> dict[str, nn.Embedding | nn.Linear]:
     """What `compact` works on, by name: embeddings, and heads.
 
     A head has an output for each entry of an embedding, and a head's name or the embedding's weight: a layer of a
@@ -144,8 +146,14 @@ def tables(model: nn.Module, heads: Collection[str] = ()) -> dict[str, nn.Embedd
     Args:
         model: any.
         heads: names of further layers that may be heads, as its structure says (`bellbox.structure.ends`).
+        bits: that they shall have; with 4, tables narrower than a group are none: a few numbers for each position.
     """
-    embeddings = {name: m for name, m in model.named_modules() if type(m) is nn.Embedding}
+    narrowest = TABLE_GROUPS[0] if bits == 4 else 1
+    embeddings = {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is nn.Embedding and m.embedding_dim >= narrowest
+    }
     entries = {m.num_embeddings for m in embeddings.values()}
     tied = {id(m.weight) for m in embeddings.values()}
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
@@ -212,7 +220,7 @@ def compact(model: nn.Module, precision: Precision) -> nn.Module:
     if precision == "fp32":
         return model
     require_unrounded(model)
-    found = tables(model)
+    found = tables(model, bits=4 if precision == "int4" else 8)
     if not found:
         raise BellboxError(
             f"the model has no fp32 embedding that could become {precision}; leave them as they are"
