@@ -78,6 +78,13 @@ def other_tokens(tmp_path_factory: pytest.TempPathFactory, prose: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rounded_run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """One whose embedding and head have 4 bits."""
+    torch.set_num_threads(1)
+    return make_run(tmp_path_factory.mktemp("rounded") / "run", tokens, 6, embedding_bits=4)
+
+
+@pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
     """Read-only to the tests."""
     torch.set_num_threads(1)

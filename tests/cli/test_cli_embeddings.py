@@ -11,12 +11,11 @@ import pytest
 from bellbox.cli.main import main
 from bellbox.formats.auto import open_model
 from bellbox.formats.packed import sizes
-from conftest import make_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
-    return make_run(tmp_path_factory.mktemp("rounded") / "run", tokens, 6, embedding_bits=4)
+def run(rounded_run: Path) -> Path:
+    return rounded_run
 
 
 @pytest.fixture(scope="module")
