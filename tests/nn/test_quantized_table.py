@@ -14,6 +14,7 @@ import bellbox as bb
 from bellbox.convert import unprepare
 from bellbox.core.table import TableCoding
 from bellbox.errors import BellboxError
+from bellbox.inference.decoding import steps_for
 from bellbox.models import build, preset
 from bellbox.nn.compact import CompactEmbedding, CompactLinear
 from bellbox.nn.quantized_table import QuantizedEmbedding, QuantizedHead, most_of_input
@@ -285,3 +286,38 @@ def test_tables_of_a_few_numbers_an_entry_are_no_tables_of_4_bits() -> None:
         model.bias = nn.Embedding(32, 2)
         assert type(bb.prepare(model, bb.Recipe(embedding_bits=bits)).bias) is kind
         assert type(model.words) is QuantizedEmbedding
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")
+@pytest.mark.parametrize(("bits", "group"), CODINGS)
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+def test_the_short_decode_step_gives_the_same_bits(bits, group, name) -> None:
+    model = prepared(bits, group, name)
+    with torch.no_grad():
+        model.eval()(IDS)
+        packed = bb.convert(model)
+        caches = [packed.new_cache(2, 20) for _ in range(2)]
+        for cache in caches:
+            packed(IDS[:, :9], cache=cache)
+        steps = steps_for(packed, caches[0])
+        assert steps is not None
+        for i in range(9, 20):
+            token = IDS[:, i : i + 1]
+            assert torch.equal(steps.step(token), packed(token, cache=caches[1]))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_all_forms_compile_without_graph_breaks_to_the_same_bits(bits) -> None:
+    model = prepared(bits)
+    expected = model.train()(IDS)
+    expected.sum().backward()
+    gradient = grad_of(model.lm_head.weight).clone()
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(IDS)
+    compiled.sum().backward()
+    assert torch.equal(compiled, expected)
+    assert torch.equal(grad_of(model.lm_head.weight), gradient)
+    with torch.no_grad():
+        evaluated = model.eval()(IDS)
+        for each in (model, bb.convert(model)):
+            assert torch.equal(torch.compile(each, fullgraph=True, backend="aot_eager")(IDS), evaluated)
