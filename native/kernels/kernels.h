@@ -175,6 +175,19 @@ struct Int8LinearArgs {
     float* out;                // [m, n]
 };
 
+// Rows of 8-bit integers times rows of 4 bits by groups of columns: out = float(sum over groups of multiplier * sum) *
+// (scale[n] * x_scale[m]), in the layout of core/table.py.
+struct Int4LinearArgs {
+    const int8_t* x;           // [m, chunks, 2, 64], -127..127: of 128 columns the even ones, then the odd; zeros fill up
+    const int16_t* less;       // [m, chunks, 32]: 8 times the sum of columns 4 i to 4 i + 3 of a chunk
+    const float* x_scale;      // [m]
+    const uint8_t* weight;     // [n, k / 2]: integer + 8, the even column in the low half
+    const uint8_t* multipliers;  // [n, k / group]
+    const float* scale;        // [n]
+    int64_t m, n, k, group;    // k at most 8192, so that a sum fits 32 bits; group 32 or 64, of which k is a multiple
+    float* out;                // [m, n]
+};
+
 // A binarized matrix (src/bellbox/ptq) in the layout of the kernels. In each block of columns the salient ones come first,
 // then the others, both filled up with columns of zero inputs to whole steps of four.
 struct Binarized {
@@ -240,6 +253,7 @@ struct Kernels {
     // Pairs (sequence, key-value head); scratch has room for head_dim + start + 1 floats.
     void (*attend)(const AttendArgs&, int64_t pair_begin, int64_t pair_end, float* scratch);
     void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
+    void (*int4_linear)(const Int4LinearArgs&, int64_t n_begin, int64_t n_end);
     int64_t (*integer_peak)(int64_t rounds);   // native/kernels/peak.h
     // A row of x [k] to integers, -most..most, in the order of the steps, and their sums; returns what one is worth.
     float (*binarized_input)(const Binarized&, const float* x, float most, int8_t* rounded, int8_t* ordered, int32_t* sums);

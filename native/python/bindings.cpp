@@ -115,8 +115,9 @@ void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle cosin
     run_attend(a, threads);
 }
 
-// The nearest of -2047..2047 (ties to even) with the largest magnitude at 2047; returns what one of them is worth.
-float row_to_int16(const float* x, int64_t k, int16_t* out) {
+// The nearest of -most..most (ties to even) with the largest magnitude at `most`; returns what one of them is worth.
+template <class Integer>
+float round_row(const float* x, int64_t k, float most, Integer* out) {
     float largest = 0.0f;
     bool finite = true;
     for (int64_t i = 0; i < k; ++i) {
@@ -125,9 +126,9 @@ float row_to_int16(const float* x, int64_t k, int16_t* out) {
         finite &= size <= std::numeric_limits<float>::max();
     }
     const bool usable = finite && largest >= 1e-30f;
-    const float factor = usable ? 2047.0f / largest : 0.0f;
-    for (int64_t i = 0; i < k; ++i) out[i] = usable ? static_cast<int16_t>(std::nearbyint(x[i] * factor)) : int16_t{0};
-    return finite ? (usable ? largest / 2047.0f : 0.0f) : std::numeric_limits<float>::quiet_NaN();
+    const float factor = usable ? most / largest : 0.0f;
+    for (int64_t i = 0; i < k; ++i) out[i] = usable ? static_cast<Integer>(std::nearbyint(x[i] * factor)) : Integer{0};
+    return finite ? (usable ? largest / most : 0.0f) : std::numeric_limits<float>::quiet_NaN();
 }
 
 // Each row of x becomes 12-bit integers by its largest magnitude first; a row with NaN or infinity gives NaN.
@@ -145,10 +146,43 @@ void int8_linear(nb::handle x, nb::handle weight, nb::handle scale, int64_t colu
     std::vector<int16_t> integers(static_cast<size_t>(numel));
     std::vector<float> x_scale(static_cast<size_t>(m));
     for (int64_t row = 0; row < m; ++row)
-        x_scale[static_cast<size_t>(row)] = row_to_int16(from + row * columns, columns, integers.data() + row * columns);
+        x_scale[static_cast<size_t>(row)] = round_row(from + row * columns, columns, 2047.0f, integers.data() + row * columns);
     a.x = integers.data(), a.x_scale = x_scale.data();
     share(n, useful_threads(m * n * columns, kLinearGrain, threads),
           [&](int64_t begin, int64_t end) { kernels().int8_linear(a, begin, end); });
+}
+
+// Likewise with 8-bit integers and a table of 4 bits by groups of columns.
+void int4_linear(nb::handle x, nb::handle weight, nb::handle multipliers, nb::handle scale, int64_t columns, nb::handle out,
+                 int threads) {
+    require(columns >= 32 && columns <= 8192, "the kernel takes rows of 32 to 8192 integers");
+    const int64_t n = numel_of(scale), numel = numel_of(x), groups = n == 0 ? columns / 32 : numel_of(multipliers) / n;
+    require(groups >= 1 && columns % groups == 0 && (columns / groups == 32 || columns / groups == 64),
+            "the kernel takes groups of 32 or 64 columns");
+    require(numel % columns == 0, "x does not consist of such rows");
+    const int64_t m = numel / columns, chunks = (columns + 127) / 128;
+    require_sizes({m, n}), require_sizes({n, columns}), require_sizes({m, chunks, 128});
+    const float* const from = read<float>(x, "x", {Kind::f32}, numel);
+    Int4LinearArgs a{};
+    a.weight = read<uint8_t>(weight, "weight", {Kind::u8}, n * columns / 2);
+    a.multipliers = read<uint8_t>(multipliers, "multipliers", {Kind::u8}, n * groups);
+    a.scale = read<float>(scale, "scale", {Kind::f32}, n), a.out = read<float>(out, "out", {Kind::f32}, m * n);
+    a.m = m, a.n = n, a.k = columns, a.group = columns / groups;
+    nb::gil_scoped_release release;
+    std::vector<int8_t> integers(static_cast<size_t>(m * chunks * 128)), row(static_cast<size_t>(columns));
+    std::vector<int16_t> less(static_cast<size_t>(m * chunks * 32));
+    std::vector<float> x_scale(static_cast<size_t>(m));
+    for (int64_t i = 0; i < m; ++i) {
+        x_scale[static_cast<size_t>(i)] = round_row(from + i * columns, columns, 127.0f, row.data());
+        for (int64_t c = 0; c < columns; ++c) {
+            const int64_t place = i * chunks * 128 + c / 128 * 128;
+            integers[static_cast<size_t>(place + c % 2 * 64 + c % 128 / 2)] = row[static_cast<size_t>(c)];
+            less[static_cast<size_t>((place + c % 128) / 4)] += static_cast<int16_t>(8 * row[static_cast<size_t>(c)]);
+        }
+    }
+    a.x = integers.data(), a.less = less.data(), a.x_scale = x_scale.data();
+    share(n, useful_threads(m * n * columns, kLinearGrain, threads),
+          [&](int64_t begin, int64_t end) { kernels().int4_linear(a, begin, end); });
 }
 
 // The layout of a binarized matrix is that of ops/binarized_linear.py; rows of x are rounded to -most..most first.
@@ -485,6 +519,7 @@ NB_MODULE(_native, m) {
     m.def("attend", &attend, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("int8_linear", &int8_linear);
+    m.def("int4_linear", &int4_linear);
     m.def("binarized", &binarized, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg());
     m.def("integer_peak", &integer_peak);

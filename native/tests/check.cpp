@@ -415,6 +415,36 @@ void check_decoder(const Kernels& kernels) {
     expect(same(scores[0], scores[1], Type::f32), "int8_linear");
 }
 
+// A head of 4 bits by groups of columns, at the largest values too.
+void check_head(const Kernels& kernels) {
+    const int64_t group = one_of<int64_t>({32, 64}), k = group * pick(1, 12), m = pick(1, 19), n = pick(1, 9), chunks = (k + 127) / 128;
+    const bool largest = pick(0, 3) == 0;
+    std::vector<int8_t> x(static_cast<size_t>(m * chunks * 128));
+    std::vector<int16_t> less(static_cast<size_t>(m * chunks * 32));
+    for (int64_t row = 0; row < m; ++row)
+        for (int64_t c = 0; c < k; ++c) {
+            const int64_t place = row * chunks * 128 + c / 128 * 128, value = largest ? -127 : pick(-127, 127);
+            x[static_cast<size_t>(place + c % 2 * 64 + c % 128 / 2)] = static_cast<int8_t>(value);
+            less[static_cast<size_t>((place + c % 128) / 4)] += static_cast<int16_t>(8 * value);
+        }
+    std::vector<uint8_t> weight(static_cast<size_t>(n * k / 2)), multipliers(static_cast<size_t>(n * k / group));
+    for (uint8_t& byte : weight) byte = static_cast<uint8_t>(largest ? 0 : pick(0, 255));
+    for (uint8_t& each : multipliers) each = static_cast<uint8_t>(largest ? 255 : pick(0, 255));
+    std::vector<float> scale(static_cast<size_t>(n)), x_scale(static_cast<size_t>(m));
+    for (float& each : scale) each = static_cast<float>(pick(1, 1000)) / 1000.0f;
+    for (float& each : x_scale) each = static_cast<float>(pick(1, 1000)) / 1000.0f;
+    std::vector<char> out[2];
+    for (int i = 0; i < 2; ++i) {
+        out[i].resize(static_cast<size_t>(m * n) * 4);
+        const Int4LinearArgs a{x.data(), less.data(), x_scale.data(), weight.data(), multipliers.data(), scale.data(), m, n, k,
+                               group, reinterpret_cast<float*>(out[i].data())};
+        const int64_t middle = pick(0, n);
+        (i == 0 ? portable_kernels : kernels).int4_linear(a, 0, middle);
+        (i == 0 ? portable_kernels : kernels).int4_linear(a, middle, n);
+    }
+    expect(same(out[0], out[1], Type::f32), "int4_linear");
+}
+
 // Random order of the columns of a matrix: salient ones first in each block, whole steps.
 void check_binarized(const Kernels& kernels) {
     const int64_t n = pick(1, 40), k = one_of<int64_t>({pick(1, 300), pick(1, 300), pick(500, 1500)}), m = pick(1, 9);
@@ -478,6 +508,7 @@ int main(int count, char** arguments) {
                 check_training(kernels());
                 check_kept(kernels());
                 check_decoder(kernels());
+                check_head(kernels());
                 check_binarized(kernels());
             } catch (const std::exception& error) {
                 std::printf("%s, case %ld: %s\n", name.c_str(), i, error.what());

@@ -16,6 +16,7 @@ from bellbox.formats.packed import load, save
 from bellbox.inference.folding import fold_batch_norms
 from bellbox.inference.fusing import fuse_convolutions
 from bellbox.nn.backend_report import backend_report
+from bellbox.nn.vocabulary import grow_embeddings
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
 from bellbox.version import __version__
 
@@ -30,6 +31,7 @@ __all__ = [
     "convert",
     "fold_batch_norms",
     "fuse_convolutions",
+    "grow_embeddings",
     "load",
     "prepare",
     "save",

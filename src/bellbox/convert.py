@@ -46,12 +46,13 @@ from bellbox.nn import (
     without_fused_paths,
 )
 from bellbox.nn.adopted import become
-from bellbox.nn.compact import Precision, compact
+from bellbox.nn.compact import Compact, Precision, compact, packed_tables, require_unrounded, tables
 from bellbox.nn.experts import sizes as expert_sizes
 from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.pretrained import have_plain_weights_saved, stop_saving_plain_weights
+from bellbox.nn.quantized_table import QuantizedTable, quantized_table
 from bellbox.nn.state import look_before_loading, look_no_more
-from bellbox.past_forward import WHY, read_past_forward
+from bellbox.past_forward import WHY, read_past_forward, tables_read_past_forward
 from bellbox.quantizers import METHODS, Quantizer, build_quantizer
 from bellbox.recipe import INPUT_GROUPS, QuantizerSpec, Recipe, Rule
 from bellbox.structure import ends, widths
@@ -64,7 +65,8 @@ logger = logging.getLogger("bellbox")
 def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
     """Replace linear layers and convolutions by fake-quantized ones, in place, as the recipe says.
 
-    Train the result as usual: weights stay full precision, each forward quantizes them and the inputs.
+    Train the result as usual: weights stay full precision, each forward quantizes them and the inputs. Where the recipe
+    has `embedding_bits`, embeddings and heads become fake-quantized ones as well (`bellbox.nn.quantized_table`).
 
     Args:
         model: any module. `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers are considered, transformers' `Conv1D` and
@@ -80,13 +82,14 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
         The same model (a new layer where `model` is itself one such layer).
 
     Raises:
-        BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, a layer
-            cannot have the quantizers of its rule, or `recipe` is no recipe.
+        BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, a layer or an
+            embedding cannot have what the recipe says, or `recipe` is no recipe.
     """
     model = cast(Model, unwrapped(model))
     layers = new_layers(model, recipe, deferred=True, example=example)
+    rounded = new_tables(model, recipe)
     _warn_of_idle_rules(model, recipe)
-    _say_what_is_left(model, recipe, layers)
+    _say_what_is_left(model, recipe, layers, {id(plain) for plain, _ in rounded})
     _warn_of_what_cannot_be_packed(layers)
     for plain, made in layers:  # only now: a rule that cannot be met leaves the model as it was
         become(plain, made)
@@ -94,6 +97,8 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
             layer.rotate_stored_weight()
             if layer.weight_quantizer is not None:
                 layer.weight_quantizer.initialize(layer.weight_rows().detach())
+    for plain, made in rounded:
+        become(plain, made)
     without_fused_paths(model)
     look_before_loading(model)
     have_plain_weights_saved(model)
@@ -119,7 +124,7 @@ def new_layers(
     """
     if not isinstance(recipe, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BellboxError(f"the recipe is {recipe!r}: give a Recipe, such as bb.Recipe.bbq(bits=2)")
-    if any(isinstance(module, (QuantizedLayer, CodedLayer)) for module in model.modules()):
+    if any(isinstance(module, (QuantizedLayer, CodedLayer, QuantizedTable)) for module in model.modules()):
         raise BellboxError("the model is already prepared or packed; prepare a full-precision model")
     decided = decide(model, recipe)
     experts = _new_experts(model, recipe)
@@ -151,6 +156,37 @@ def new_layers(
         for layer in quantized_inside(made):
             layer.integer_forward = recipe.integer_forward
     return layers + experts
+
+
+def new_tables(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Module, QuantizedTable]]:
+    """Each embedding and head that `prepare` would round, and what by; nothing is changed yet.
+
+    A head that a rule of the recipe quantizes is a layer, and none of them. An embedding whose weight the model reads
+    past its forward is left, with a warning.
+
+    Raises:
+        BellboxError: a table that cannot have the bits or the group of the recipe, or none where bits are asked for.
+    """
+    bits, group = recipe.embedding_bits, recipe.embedding_group
+    if bits is None:
+        if group is not None:
+            raise BellboxError(
+                f"embedding_group is {group}, but there are no embedding_bits that it could be of"
+            )
+        return []
+    taken = {id(layer) for _, layer, _ in decide(model, recipe)}
+    found = {name: each for name, each in tables(model, ends(model), bits).items() if id(each) not in taken}
+    past = {name for name in tables_read_past_forward(model) if name in found}
+    heads = {id(each.weight) for each in found.values() if isinstance(each, nn.Linear)}
+    left = [name for name in past if id(found[name].weight) not in heads]
+    if left:
+        warnings.warn(f"left in full precision: {', '.join(sorted(left))} ({WHY})", stacklevel=3)
+    found = {name: each for name, each in found.items() if name not in left}
+    if not found:
+        raise BellboxError(
+            f"embedding_bits is {bits}, but the model has no embedding that could be rounded; leave it out"
+        )
+    return [(each, quantized_table(name, each, bits, group)) for name, each in found.items()]
 
 
 def _new_experts(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Module, Replacement]]:
@@ -229,6 +265,8 @@ def unprepare(model: Model) -> Model:
     for _, layer in list(quantized_layers(model)):
         layer.rotate_stored_weight_back()
         become(layer, layer.unquantized())
+    for table in [module for module in model.modules() if isinstance(module, QuantizedTable)]:
+        become(table, table.unquantized())
     look_no_more(model)
     stop_saving_plain_weights(model)
     return model
@@ -241,11 +279,12 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
 
     Args:
         model: what `prepare` gave, trained.
-        embeddings: `bf16` or `int8` rounds embeddings and heads (`nn.compact`), which makes a small model much smaller
-            and quicker and is no longer exactly the trained function; `fp32` leaves them.
+        embeddings: `bf16`, `int8` or `int4` rounds embeddings and heads (`nn.compact`), which makes a small model much
+            smaller and quicker and is no longer exactly the trained function; `fp32` leaves them as they were trained,
+            rounded ones in their integers.
 
     Raises:
-        BellboxError: nothing to convert, or a layer that cannot be packed (by name, with the way out).
+        BellboxError: nothing to convert, or a layer or table that cannot be packed (by name, with the way out).
     """
     model = cast(Model, unwrapped(model))
     layers = dict(quantized_layers(model))
@@ -254,6 +293,8 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
             raise BellboxError("the model is packed already; save it, or use it as it is")
         raise BellboxError("nothing to convert: the model has no quantized layers; call prepare first")
     require_causal(model, "converting")
+    if embeddings != "fp32":
+        require_unrounded(model)
     memo: dict[int, Any] = _left_whole(layers)
     layers = {name: layer for name, layer in layers.items() if id(layer) not in memo}
     groups = _hinted_groups(layers)
@@ -273,6 +314,7 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     for experts in model.modules():
         if isinstance(experts, QuantizedExperts):
             PackedExperts.from_quantized(experts, memo)
+    memo.update(packed_tables(model))
     for layer in layers.values():  # only now: an attribute may lead to any other layer
         if not isinstance(layer, QuantizedExpert):  # whose owner is the module around it
             cast(CodedLayer, memo[id(layer)]).take_over(layer, memo)
@@ -386,11 +428,13 @@ def _warn_of_idle_rules(model: nn.Module, recipe: Recipe) -> None:
             warnings.warn(f"the pattern '{rule.pattern}' of the recipe matches no layer", stacklevel=3)
 
 
-def _say_what_is_left(model: nn.Module, recipe: Recipe, layers: list[tuple[nn.Module, Replacement]]) -> None:
+def _say_what_is_left(
+    model: nn.Module, recipe: Recipe, layers: list[tuple[nn.Module, Replacement]], rounded: set[int]
+) -> None:
     """One line: a warning where much is left with no rule asking for it, else an entry of the log."""
     if recipe.rules:
         line, warn = coverage.say(
-            model, recipe, (layer.parameter for layer in _inside(layers) if layer.weight_quantizer)
+            model, recipe, (layer.parameter for layer in _inside(layers) if layer.weight_quantizer), rounded
         )
         if warn:
             warnings.warn(line, stacklevel=3)
@@ -630,6 +674,9 @@ def summary(model: nn.Module) -> str:
         f"left: {each.name or 'the model'}, {sum(weight.numel() for weight in each.weights):,} weights ({each.why})"
         for each in _grouped(coverage.left_out(model))
     ]
+    tables, lines_of_tables = _rounded_tables(model)
+    inside |= tables
+    lines += lines_of_tables
     floats: dict[int, Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():  # what is a parameter before packing counts as one after it
         if isinstance(module, CodedLayer) and isinstance(module.bias, Tensor):
@@ -641,6 +688,18 @@ def summary(model: nn.Module) -> str:
         + (f" (left whole: {left[0]})" if left else "")
     )
     return "\n".join(lines)
+
+
+def _rounded_tables(model: nn.Module) -> tuple[dict[int, int], list[str]]:
+    """Parameters of embeddings and heads that are integers, by the id of the weight, and a line for each kind."""
+    inside: dict[int, int] = {}
+    names: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedTable | Compact) and module.coding is not None:
+            columns = module.columns if isinstance(module, Compact) else module.weight.shape[1]
+            inside[id(module.weight)] = len(module.weight) * columns
+            names.setdefault(str(module.coding), []).append(name or "(the model)")
+    return inside, [f"rounded: {', '.join(found)} ({coding})" for coding, found in names.items()]
 
 
 def _grouped(left: list[coverage.Left]) -> list[coverage.Left]:

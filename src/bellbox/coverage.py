@@ -7,7 +7,7 @@ Bellbox quantizes. The second is warned of where it is much: a network would be 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bellbox.nn import CodedLayer, QuantizedExperts, QuantizedLayer, is_fused_experts, is_transposed_linear
 from bellbox.nn.experts import ExpertsForward, stack_names
+from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.tools import stored_weight
 from bellbox.nn.transposed import computes_as_transposed_linear
 from bellbox.past_forward import WHY, inside_attention, read_past_forward
@@ -100,12 +101,13 @@ def is_made(layer: nn.Module) -> bool:
     return is_parametrized(layer) or "weight" not in own or "bias" not in own
 
 
-def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
+def left_out(model: nn.Module, recipe: Recipe | None = None, rounded: Collection[int] = ()) -> list[Left]:
     """Every module that keeps weights of its own in full precision, but for norms and embeddings; each weight once.
 
     Args:
         model: about to be prepared, prepared or packed.
         recipe: of a model that is about to be prepared: what it quantizes is not listed.
+        rounded: ids of embeddings and heads that are about to be rounded, which are not listed either.
     """
     kept = ends(model) if recipe is None or recipe.keep_ends else {}
     plain = {id(layer) for _, layer in plain_layers(model)}
@@ -117,7 +119,9 @@ def left_out(model: nn.Module, recipe: Recipe | None = None) -> list[Left]:
         if isinstance(module, (QuantizedLayer, *_TABLES))
     }
     for name, module in model.named_modules():
-        if isinstance(module, (QuantizedLayer, CodedLayer, Quantizer, *_TABLES, *_NORMS)):
+        if isinstance(module, (QuantizedLayer, QuantizedTable, CodedLayer, Quantizer, *_TABLES, *_NORMS)):
+            continue
+        if id(module) in rounded:
             continue
         if isinstance(module, ExpertsForward) or is_fused_experts(module):
             found += _left_of_experts(name, module, recipe)
@@ -209,19 +213,22 @@ def _why_no_layer(module: nn.Module, past: bool) -> str:
     return f"{_OTHER} {kind}"
 
 
-def say(model: nn.Module, recipe: Recipe, quantized: Iterable[Tensor]) -> tuple[str, bool]:
+def say(
+    model: nn.Module, recipe: Recipe, quantized: Iterable[Tensor], rounded: Collection[int] = ()
+) -> tuple[str, bool]:
     """One line on what `prepare` quantizes and leaves, and whether it deserves a warning.
 
     Args:
         model: about to be prepared.
         recipe: what it is prepared by.
         quantized: the weights that will be.
+        rounded: see `left_out`.
     """
     inside = {id(weight): weight.numel() for weight in quantized}
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     groups: dict[tuple[bool, str], list[Left]] = defaultdict(list)
     sums: Counter[tuple[bool, str]] = Counter()
-    for left in left_out(model, recipe):
+    for left in left_out(model, recipe, rounded):
         key = (left.asked, left.why)
         groups[key].append(left)
         sums[key] += sum(weight.numel() for weight in left.weights)

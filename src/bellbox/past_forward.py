@@ -44,6 +44,17 @@ def read_past_forward(model: nn.Module) -> set[int]:
     return found
 
 
+def tables_read_past_forward(model: nn.Module) -> set[str]:
+    """Dotted names of embeddings whose weight a module's own code reads, as where it is the output layer too."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, holder in model.named_modules()
+        if not type(holder).__module__.startswith("torch.nn.")
+        for name, child in holder.named_children()
+        if isinstance(child, nn.Embedding) and name in _names_read(type(holder))[0]
+    }
+
+
 def inside_attention(model: nn.Module) -> set[int]:
     """Ids of what nn.MultiheadAttention holds and reads past the layers' forward."""
     holders = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))

@@ -100,6 +100,10 @@ class Recipe:
     The forward is then the packed layer's to the last bit, and a byte an input is kept for the backward, whose
     gradients differ by half a percent. None: with BBQ in bf16 on a CPU with the compiled kernels, where it is
     faster."""
+    embedding_bits: Literal[4, 8] | None = None
+    """Bits that embeddings and heads are rounded to while training (`bellbox.nn.quantized_table`); None: fp32."""
+    embedding_group: Literal[32, 64] | None = None
+    """Columns that share a scale with 4 bits; where None 64, or 32 where 64 do not divide."""
 
     @classmethod
     def of(
@@ -122,6 +126,8 @@ class Recipe:
         integer_forward: bool | None = None,
         keep: tuple[str, ...] = (),
         rules: tuple[Rule, ...] = (),
+        embedding_bits: Literal[4, 8] | None = None,
+        embedding_group: Literal[32, 64] | None = None,
         statistic: Granularity | None = None,
         weight_statistic: Granularity | None = None,
     ) -> Recipe:
@@ -150,6 +156,8 @@ class Recipe:
             integer_forward: see `Recipe.integer_forward`.
             keep: name patterns of further layers to leave in full precision.
             rules: rules that go before all others.
+            embedding_bits: see `Recipe.embedding_bits`.
+            embedding_group: see `Recipe.embedding_group`.
             statistic: the former name of `granularity`.
             weight_statistic: the former name of `weight_granularity`.
 
@@ -160,8 +168,9 @@ class Recipe:
         granularity = granularity or statistic
         weight_granularity = weight_granularity or weight_statistic
         if method == "none":
-            # without rules there is nothing to keep
-            return cls(rules, share_inputs, keep_ends and bool(rules), integer_forward)
+            # Without rules there is nothing to keep.
+            kept = keep_ends and bool(rules)
+            return cls(rules, share_inputs, kept, integer_forward, embedding_bits, embedding_group)
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
         common = levels if bits is None else levels_from_bits(bits)
@@ -198,7 +207,8 @@ class Recipe:
         heads = tuple(pattern for head in HEADS for pattern in (head, f"*.{head}"))
         left = tuple(map(Rule, (*heads, *STEMS)))
         everything = Rule(EVERYTHING, weights, activations, weights_rotated)
-        return cls((*rules, *map(Rule, keep), *left, everything), share_inputs, keep_ends, integer_forward)
+        every = (*rules, *map(Rule, keep), *left, everything)
+        return cls(every, share_inputs, keep_ends, integer_forward, embedding_bits, embedding_group)
 
     @classmethod
     def bbq(

@@ -79,6 +79,7 @@ def test_models_are_timed_in_prefill_and_decode() -> None:
         *(["bf16"] if fast_bf16() else []),
         "2 bits, fp32 embeddings",
         "2 bits, int8 embeddings",
+        "2 bits, int4 embeddings",
     ]
     for each in found:
         assert each.prefill_tokens_per_second == 8 / each.prefill.median

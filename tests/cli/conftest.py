@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,14 +30,16 @@ CONTEXT = 32
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def make_run(folder: Path, tokens: Path, steps: int, granularity: str = "token") -> Path:
+def make_run(
+    folder: Path, tokens: Path, steps: int, granularity: str = "token", embedding_bits: Any = None
+) -> Path:
     """One block of width 64, 2 bits, trained for a moment."""
     size = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
     config = TrainConfig(
         folder=str(folder),
         model=ModelSection("tiny", {**size, "max_position_embeddings": 2 * CONTEXT}),
         data=DataSection(source=str(tokens), context=CONTEXT),
-        quantization=QuantizationSection(granularity=granularity),  # type: ignore[arg-type]
+        quantization=QuantizationSection(granularity=granularity, embedding_bits=embedding_bits),  # type: ignore[arg-type]
         batch=BatchSection(tokens=8 * CONTEXT, micro_sequences=8),
         steps=steps,
         precision="fp32",
@@ -72,6 +75,13 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, prose: str) -> Path:
 def other_tokens(tmp_path_factory: pytest.TempPathFactory, prose: str) -> Path:
     """The same text under another tokenizer."""
     return tokens_of(tmp_path_factory.mktemp("tokens") / "other", 300, prose[:8000])
+
+
+@pytest.fixture(scope="session")
+def rounded_run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """One whose embedding and head have 4 bits."""
+    torch.set_num_threads(1)
+    return make_run(tmp_path_factory.mktemp("rounded") / "run", tokens, 6, embedding_bits=4)
 
 
 @pytest.fixture(scope="session")

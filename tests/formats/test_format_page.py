@@ -16,10 +16,13 @@ from bellbox.core.geometry import ConvGeometry
 from bellbox.core.grid import Grid, Levels
 from bellbox.core.hadamard import butterfly
 from bellbox.core.packing import pack, unpack
-from bellbox.formats.description import VERSIONS, WITH_EXPERTS
+from bellbox.core.table import TableCoding, table_integers, table_values
+from bellbox.formats.description import VERSIONS, WITH_EXPERTS, WITH_INT4
 from bellbox.formats.schema import stored_buffers
 from bellbox.nn import InputCoding, PackedConv2d, PackedLinear, WeightOnlyLinear
+from bellbox.nn.compact import CompactLinear
 from bellbox.ops.encode import normaliser, row_sigma
+from bellbox.ops.int8_linear import round_input
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 
@@ -89,7 +92,7 @@ def test_configuration(tmp_path):
     assert ours["files"]["model.safetensors"]["bytes"] == theirs["files"]["model.safetensors"]["bytes"]
     ours["files"] = theirs["files"]
     assert shown == written
-    assert (2, 3, ours["version"], WITH_EXPERTS) == VERSIONS
+    assert (2, 3, ours["version"], WITH_EXPERTS, WITH_INT4) == VERSIONS
 
 
 def test_the_worked_function():
@@ -126,6 +129,7 @@ def test_every_stored_field_is_explained(tmp_path):
             PackedLinear(8, 1, Grid(4, -0.5), InputCoding(Levels.gaussian(4), 1, "static", signs=True), True)
         ),
         *stored_buffers(WeightOnlyLinear(8, 1, Grid(4, -0.5), True, table=True)),
+        *stored_buffers(CompactLinear(1, 32, TableCoding(4, 32), False)),
     ):
         assert re.search(rf"[`.]{name}[`.]", PAGE), name
 
@@ -195,6 +199,31 @@ def test_the_worked_weight_only_layer(tmp_path):
     assert butterfly(x, 2).tolist() == [steps["features rotated, times sqrt(2)"]]
     assert layer.decoded_rows().tolist() == [steps["decoded row"]]
     assert layer(x).item() == pytest.approx(steps["result"][0], rel=1e-6)
+
+
+def test_the_worked_head_of_4_bits():
+    words = re.search(
+        r"group (\d+), bytes `([0-9a-f ]+)` and (\d+) times `(\w+)`, `multipliers` (\d+), `scale` ([\d.]+), on",
+        PAGE,
+    )
+    assert words
+    group = int(words[1])
+    head = CompactLinear(1, group, TableCoding(4, group), False)
+    head.weight = torch.tensor([list(bytes.fromhex(words[2] + int(words[3]) * words[4]))], dtype=torch.uint8)
+    head.multipliers = torch.tensor([[int(words[5])]], dtype=torch.uint8)
+    head.scale = torch.tensor([float(words[6])])
+    steps = {row[0]: numbers(row[1]) for row in table("| step | numbers |\n|---|---|\n| first columns |")}
+    first = steps["first columns"]
+    x = torch.tensor([first + [0.0] * (group - len(first))])
+    integers, worth = round_input(x, 127)
+    assert integers[0, : len(first)].tolist() == steps["their integers"]
+    own = table_integers(head.codes())[0]
+    assert (own / int(words[5]))[: len(first)].tolist() == steps["integers of the table"]
+    assert not own[len(first) :].any()
+    assert float(integers[0] @ own) == steps["sum with the multiplier"][0]
+    assert table_values(head.codes())[0, : len(first)].tolist() == steps["values of the table"]
+    assert head(x).item() == pytest.approx(steps["output of the head"][0], rel=1e-15)
+    assert head(x).item() == float(torch.tensor(54400.0) * (head.scale * worth)[0, 0])
 
 
 def canonical(value: object) -> str:

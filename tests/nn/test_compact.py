@@ -93,8 +93,8 @@ def test_a_layer_that_was_kept_is_not_taken_for_a_head() -> None:
 
 
 def test_what_cannot_be_rounded_is_refused() -> None:
-    with pytest.raises(BellboxError, match="not 'int4'"):
-        compact(trained(), "int4")
+    with pytest.raises(BellboxError, match="not 'int3'"):
+        compact(trained(), "int3")
     wide = nn.ModuleDict({"embed": nn.Embedding(4, 9000), "head": nn.Linear(9000, 4)})
     with pytest.raises(BellboxError, match="use bf16"):
         compact(wide, "int8")

@@ -78,6 +78,7 @@ def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
     f, r, one = torch.ones(4, 64), torch.ones(4, 1), torch.ones(1, 1)
     u8, thresholds = torch.zeros(4, 64, dtype=torch.uint8), torch.tensor([-1.0, 0, 1])
     i8, words = torch.zeros(5, 64, dtype=torch.int8), prepack(u8, 4)
+    i4 = torch.zeros(5, 32, dtype=torch.uint8)
     laid = binarized_linear.empty_layout(5, 64, 32)
     half, whole, flat = f.half(), f.long(), torch.ones(())
     dtype = torch.float32
@@ -97,6 +98,11 @@ def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
         ("int8_linear", (f, i8, torch.ones(5)), {
             0: (*bad_x, f[:, :63], flat), 1: (None, u8, i8[:, :63], i8[0], i8[None]),
             2: (None, torch.ones(4), torch.ones(6), torch.ones(0), torch.ones(5, 5)),
+        }),
+        ("int4_linear", (f, i4, i4[:, :2], torch.ones(5)), {
+            0: (*bad_x, f[:, :63], flat), 1: (None, i8, i4[:, :31], i4[0], i4[None], i4[:4]),
+            2: (None, i8[:, :2], i4[:, :3], i4[:, :0], i4[:4, :2], i4[:, 0]),
+            3: (None, torch.ones(4), torch.ones(6), torch.ones(0), torch.ones(5, 5)),
         }),
         ("prepack", (u8, 4, 1), {
             0: (None, f, u8 + 4, u8[0], u8[None]), 1: (0, 1, -4, 257, HUGE, None), 2: (0, -1, 7, HUGE, OVERFLOW),
@@ -243,6 +249,23 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
         )
     yield "int8_linear scale", lambda: module.int8_linear(f, i8, torch.ones(6), 64, torch.ones(4, 6), 1)
     yield "int8_linear out", lambda: module.int8_linear(f, i8, torch.ones(5), 64, torch.ones(5), 1)
+    i4, two = torch.zeros(5, 32, dtype=torch.uint8), torch.zeros(5, 2, dtype=torch.uint8)
+    for columns in (0, -1, 63, 128, 9000, OVERFLOW):
+        yield (
+            f"int4_linear {columns}",
+            lambda c=columns: module.int4_linear(f, i4, two, torch.ones(5), c, torch.ones(4, 5), 1),
+        )
+    for name, tables in (
+        ("weight", (i4[:4], two, torch.ones(5))),
+        ("multipliers", (i4, i4[:, :3], torch.ones(5))),
+        ("no multipliers", (i4, two[:, :0], torch.ones(5))),
+        ("scale", (i4, two, torch.ones(6))),
+    ):
+        yield (
+            f"int4_linear {name}",
+            lambda t=tables: module.int4_linear(f, *t, 64, torch.ones(4, len(t[2])), 1),
+        )
+    yield "int4_linear out", lambda: module.int4_linear(f, i4, two, torch.ones(5), 64, torch.ones(5), 1)
     one = torch.ones(1)
     yield "forward block", lambda: module.forward(f, 4, 64, 3, t, 0.0, r, r, f, f, 1)
     yield "forward scale", lambda: module.forward(f, 4, 64, 64, t, 0.0, r, r[:2], f, f, 1)

@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bellbox as bb
+from bellbox.core.table import TableCodes, table_values
 from bellbox.errors import BellboxError
 from bellbox.models import build, preset
 from bellbox.ops import native
 from bellbox.ops.attend import attend
+from bellbox.ops.int4_linear import INT4_COLUMNS, int4_linear
+from bellbox.ops.int4_linear import operation as int4_operation
 from bellbox.ops.int8_linear import INT8_COLUMNS, int8_linear
 from bellbox.ops.int8_linear import operation as int8_operation
 from bellbox.ops.rms_norm import rms_norm
@@ -114,6 +117,49 @@ def test_int8_product_at_the_largest_sum_and_with_rows_that_are_not_finite(isa):
     assert y[4].tolist() == [0.0, 0.0]
 
 
+def int4_table(rows: int, columns: int, group: int) -> TableCodes:
+    return TableCodes(
+        torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8),
+        torch.randint(0, 256, (rows, columns // group), dtype=torch.uint8),
+        torch.rand(rows) + 0.01,
+    )
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_int4_product_is_exact_and_equal_on_every_path(isa, group):
+    for rows, blocks, outputs in (
+        (1, 10, 100),
+        (1, 1, 1),
+        (19, 7, 33),
+        (3, 3, 5),
+        (8, INT4_COLUMNS // group, 2),
+    ):
+        x = torch.randn(rows, group * blocks) * 10
+        codes = int4_table(outputs, group * blocks, group)
+        found = int4_linear(x, *codes)
+        assert torch.equal(found, int4_operation.reference(x, *codes))
+        wide = table_values(codes).double()
+        exact = x.double() @ wide.t()
+        # Inputs are rounded to 127ths of the largest of their row: half a step each at worst, then fp32.
+        half_step = x.abs().amax(-1, keepdim=True).double() / 127 / 2
+        bound = half_step * wide.abs().sum(-1) * (1 + 1e-5) + 1e-5 * exact.abs()
+        assert bool(((found - exact).abs() <= bound).all())
+
+
+def test_int4_product_at_the_largest_sum_and_with_rows_that_are_not_finite(isa):
+    weight = torch.zeros(2, INT4_COLUMNS // 2, dtype=torch.uint8)  # -8, which none of ours writes
+    multipliers = torch.full((2, INT4_COLUMNS // 32), 255, dtype=torch.uint8)
+    x = torch.full((5, INT4_COLUMNS), -127.0)
+    x[1] = 0.0
+    x[2, 7], x[3, 7] = float("nan"), -float("inf")
+    x[4] = 1e-38
+    y = int4_linear(x, weight, multipliers, torch.ones(2))
+    assert y[0].tolist() == [float(8 * 255 * 127 * INT4_COLUMNS)] * 2
+    assert y[1].tolist() == [0.0, 0.0]
+    assert bool(y[2:4].isnan().all())
+    assert y[4].tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
 def test_a_decode_step_gives_the_logits_of_the_full_forward(name):
     model = build(preset(name, vocab_size=64, num_hidden_layers=2), seed=0).eval()
@@ -144,6 +190,8 @@ def test_inputs_of_another_width_are_one_line():
         x = torch.ones(2, width)
         with pytest.raises(BellboxError, match=r"an int8 layer of 8 inputs got shape \(2, "):
             int8_linear(x, weight, scale)
+        with pytest.raises(BellboxError, match=r"a 4-bit layer of 32 inputs got shape \(2, "):
+            int4_linear(x, *int4_table(5, 32, 32))
         with pytest.raises(BellboxError, match=r"a norm of 8 inputs got shape \(2, "):
             rms_norm(x, torch.ones(8), 1e-5)
 
@@ -152,6 +200,20 @@ def test_nothing_in_nothing_out():
     assert rms_norm(torch.ones(3, 0), torch.ones(0), 1e-5).shape == (3, 0)
     empty = int8_linear(torch.ones(0, 8), torch.zeros(5, 8, dtype=torch.int8), torch.ones(5))
     assert empty.shape == (0, 5)
+    assert int4_linear(torch.ones(0, 32), *int4_table(5, 32, 32)).shape == (0, 5)
+
+
+def test_tables_that_do_not_fit_together_are_one_line():
+    weight, multipliers, scale = int4_table(5, 64, 32)
+    for args, message in (
+        ((weight, multipliers[:4], scale), r"multipliers \(4, 2\)"),
+        ((weight, multipliers, scale[:4]), r"scales \(4,\)"),
+        ((weight, multipliers[:, :0], scale), "not 0 of 64"),
+        ((weight[:, :24], multipliers, scale), "not 2 of 48"),
+        ((weight.repeat(1, 256), multipliers.repeat(1, 256), scale), "not 512 of 16384"),
+    ):
+        with pytest.raises(BellboxError, match=message):
+            int4_linear(torch.ones(2, 64), *args)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -159,7 +221,12 @@ def test_modes_traces_and_transforms_see_operations():
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     norm, weight = torch.rand(8), torch.randint(-127, 128, (5, 8), dtype=torch.int8)
     scale = torch.rand(5)
-    for call in (lambda x: rms_norm(x, norm, 1e-5), lambda x: int8_linear(x, weight, scale)):
+    table = int4_table(5, 32, 32)
+    for call in (
+        lambda x: rms_norm(x, norm, 1e-5),
+        lambda x: int8_linear(x, weight, scale),
+        lambda x: int4_linear(x.repeat(1, 4), *table),
+    ):
         expected = call(x)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert call(mode.from_tensor(x)).shape == expected.shape

@@ -5,6 +5,7 @@
 #include "kernels/avx2/binarized.h"
 #include "kernels/avx2/choice.h"
 #include "kernels/avx2/encode.h"
+#include "kernels/avx2/head.h"
 #include "kernels/avx2/pixels.h"
 #include "kernels/avx2/training.h"
 #include "kernels/decoder.h"
@@ -23,6 +24,7 @@ constexpr Kernels avx2_kernels = {
     .rms_norm = avx2::rms_norm,
     .attend = avx2::attend,
     .int8_linear = avx2::int8_linear,
+    .int4_linear = avx2::int4_linear,
     .integer_peak = avx2::integer_peak,
     .binarized_input = avx2::binarized_input,
     .binarized = avx2::binarized,

@@ -5,6 +5,7 @@
 #include "kernels/avx512/binarized.h"
 #include "kernels/avx512/choice.h"
 #include "kernels/avx512/encode.h"
+#include "kernels/avx512/head.h"
 #include "kernels/avx512/pixels.h"
 #include "kernels/avx512/training.h"
 #include "kernels/decoder.h"
@@ -23,6 +24,7 @@ constexpr Kernels avx512_kernels = {
     .rms_norm = avx512::rms_norm,
     .attend = avx512::attend,
     .int8_linear = avx512::int8_linear,
+    .int4_linear = avx512::int4_linear,
     .integer_peak = avx512::integer_peak,
     .binarized_input = avx512::binarized_input,
     .binarized = avx512::binarized,

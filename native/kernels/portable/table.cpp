@@ -6,6 +6,7 @@
 #include "kernels/peak.h"
 #include "kernels/portable/binarized.h"
 #include "kernels/portable/encode.h"
+#include "kernels/portable/head.h"
 #include "kernels/portable/linear.h"
 
 namespace bellbox {
@@ -21,6 +22,7 @@ constexpr Kernels portable_kernels = {
     .rms_norm = portable::rms_norm,
     .attend = portable::attend,
     .int8_linear = portable::int8_linear,
+    .int4_linear = portable::int4_linear,
     .integer_peak = portable::integer_peak,
     .binarized_input = portable::binarized_input,
     .binarized = portable::binarized,

@@ -100,7 +100,7 @@ def bench_model(
     bits: Sequence[int] = (4, 3, 2, 1),
     *,
     prompt: int = 256,
-    embeddings: Sequence[Precision] = ("fp32", "int8"),
+    embeddings: Sequence[Precision] = ("fp32", "int8", "int4"),
     seconds: float = 10.0,
     more: Mapping[str, Contender] | None = None,
     progress: Callable[[str], None] | None = None,

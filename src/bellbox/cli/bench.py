@@ -65,7 +65,7 @@ class Model(Common):
     """A named size (`bellbox train --help` lists them)."""
     prompt: int | None = None
     """Tokens of the prompt; 256, or as many as the model takes before one more, where not given."""
-    embeddings: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "int8")
+    embeddings: tuple[Literal["fp32", "bf16", "int8", "int4"], ...] = ("fp32", "int8", "int4")
     """What the packed models' embeddings and heads are in."""
     seconds: float = 10.0
     """For prompts and for single tokens, all models together."""

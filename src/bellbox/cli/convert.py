@@ -49,9 +49,9 @@ class Convert:
     """The packed folder to make; an earlier packed model there is replaced."""
     checkpoint: str = "last"
     """last, best, or a step."""
-    embeddings: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Round embeddings and head: smaller, quicker, and no longer exactly the trained function (`bellbox eval` on the
-    packed folder shows what it costs)."""
+    embeddings: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """Round embeddings and head of a model that was trained without: smaller, quicker, and no longer exactly the
+    trained function (`bellbox eval` on the packed folder shows what it costs). What was trained rounded stays so."""
     check: bool = True
     """Load the packed model back and compare every code and logit with the trained model (embeddings rounded alike), on
     validation text."""
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     batches = check_batches(opened, command.data) if command.check else None  # before anything is written
     sizes = pack(opened, command.out, command.embeddings)
     print(f"{opened.description}\npacked into {command.out}\n")
-    show_sizes(sizes, command.out, command.embeddings)
+    show_sizes(sizes, command.out)
     if batches is None:
         return
     trained = compact(
@@ -153,7 +153,7 @@ def size_rows(sizes: Sizes) -> list[tuple[str, int, int, int, int]]:
     ]
 
 
-def show_sizes(sizes: Sizes, folder: Path, embeddings: Precision = "fp32") -> None:
+def show_sizes(sizes: Sizes, folder: Path) -> None:
     """Print the size table and what lies on the disk."""
     console: Any = require("rich.console", "cli").Console()
     table: Any = require("rich.table", "cli").Table(
@@ -168,9 +168,13 @@ def show_sizes(sizes: Sizes, folder: Path, embeddings: Precision = "fp32") -> No
     console.print(table)
     on_disk = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     rest = "the rest (embeddings, head, norms) stays in fp32"
-    if embeddings != "fp32":
-        rest = f"embeddings and head are rounded to {embeddings}, norms stay in fp32"
-    print(f"{rest}; the folder has {on_disk:,} bytes\n")
+    if sizes.embeddings:
+        rest = f"embeddings and head are in {' and '.join(sizes.embeddings)}, norms stay in fp32"
+    whole = io.file_bytes(folder)
+    print(
+        f"{rest}; the whole model is {whole:,} bytes on disk, {8 * whole / sizes.parameters:.2f} bits a parameter; the "
+        f"folder has {on_disk:,} bytes\n"
+    )
 
 
 def packed_sizes(model: nn.Module) -> Sizes:

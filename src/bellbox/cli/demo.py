@@ -306,12 +306,18 @@ def _write(packed: Path) -> Sample:
 def _record(
     out: Path, found: Evaluation, sizes: Sizes, checked: Agreement, bars: list[Bar], seconds: float
 ) -> None:
+    whole = io.file_bytes(out / PACKED)
     content = {
         "made_by": "bellbox demo",
         "finished": True,
         "seconds": round(seconds, 1),
         "evaluation": found.to_dict(),
-        "sizes": {**asdict(sizes), "ratio": sizes.ratio},
+        "sizes": {
+            **asdict(sizes),
+            "ratio": sizes.ratio,
+            "file_bytes": whole,
+            "bits_per_parameter": 8 * whole / sizes.parameters,
+        },
         "agreement": asdict(checked),
         "bars": [asdict(bar) for bar in bars],
     }

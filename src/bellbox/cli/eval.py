@@ -23,6 +23,7 @@ from bellbox.cli.output import parse_flags, refuse_flags, require_writable, writ
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import PerplexityResult, UnigramResult, perplexity, unigram
 from bellbox.evaluation.codes import CodeUse, code_use
+from bellbox.formats import packed as io
 from bellbox.formats.auto import OpenedModel, open_data_for, open_model
 
 require("tyro", "cli")
@@ -59,7 +60,7 @@ class Eval:
     given."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
-    embeddings: Literal["bf16", "int8"] | None = None
+    embeddings: Literal["bf16", "int8", "int4"] | None = None
     """Of a packed model: round its embeddings and head while loading, to see what it costs."""
     json: str | None = None
     """Write the result as JSON to this file, or to standard output with `-`."""
@@ -89,6 +90,7 @@ class Evaluation:
             "step": None if run is None else run.step,
             "data": self.data,
             "split": self.split,
+            **size_of(self.opened),
             **asdict(self.result),
             "unigram": None if self.floor is None else asdict(self.floor),
             "weight_entropy": None,
@@ -96,6 +98,14 @@ class Evaluation:
             **({} if self.codes is None else self.codes.to_dict()),
             "remark": self.remark,
         }
+
+
+def size_of(opened: OpenedModel) -> dict[str, float]:
+    """Bytes on disk and bits a parameter of a whole packed model; nothing of others."""
+    if opened.kind != "packed":
+        return {}
+    whole = io.file_bytes(opened.path)
+    return {"file_bytes": whole, "bits_per_parameter": 8 * whole / io.sizes(opened.model).parameters}
 
 
 def main(argv: list[str]) -> None:
@@ -207,7 +217,12 @@ def show(found: Evaluation) -> None:
     # Not through the console, which would break lines: the protocol belongs to the numbers, to be copied whole.
     print(f"{found.opened.description}\n")
     print(f"data      {found.data}, split {found.split}")
-    print(f"protocol  {result.protocol}\n")
+    print(f"protocol  {result.protocol}")
+    if size := size_of(found.opened):
+        print(
+            f"size      {size['file_bytes']:,} bytes on disk, {size['bits_per_parameter']:.2f} bits a parameter"
+        )
+    print()
     if found.remark:
         print(f"note      {found.remark}\n")
     numbers = table(box=require("rich.box", "cli").SIMPLE_HEAD, pad_edge=False)

@@ -51,7 +51,7 @@ class Generate:
     """A token, written as text, that ends the text; the tokenizer's end of text where not given."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
-    embeddings: Literal["bf16", "int8"] | None = None
+    embeddings: Literal["bf16", "int8", "int4"] | None = None
     """Of a packed model: round its embeddings and head while loading, for speed."""
 
 

@@ -9,7 +9,7 @@ bellbox report runs/mine --import mine         # a run with a method of your own
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -240,4 +240,7 @@ def _sizes(model: nn.Module, packed: OpenedModel | None) -> list[SizeRow]:
         if not layers or not _is_causal(model) or not all(map(can_be_packed, layers)):
             return []
         sizes = packed_sizes(model)
-    return [SizeRow(*row) for row in size_rows(sizes)]
+    *parts, whole = [SizeRow(*row) for row in size_rows(sizes)]
+    if packed is not None:
+        whole = replace(whole, packed=io.file_bytes(packed.path))
+    return [*parts, whole]

@@ -6,7 +6,7 @@ and every weight code, every code of every layer's input and every logit is comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +18,24 @@ from torch import Tensor, nn
 from bellbox.core.entropy import code_counts, entropy_bits
 from bellbox.errors import BellboxError
 from bellbox.nn import CodedLayer, PackedLayer, QuantizedLayer
+from bellbox.nn.compact import Compact
 from bellbox.nn.quantized_experts import LAYERS
+from bellbox.nn.quantized_table import QuantizedTable, table_input_codes
 
 LowBitLayer = QuantizedLayer | CodedLayer
+RoundedTable = QuantizedTable | Compact
 
 
 def low_bit_layers(model: nn.Module) -> dict[str, LowBitLayer]:
     """Every fake-quantized or packed layer by its dotted name; of fused experts by the one that it has when packed."""
     found = ((name.replace(f".{LAYERS}.", "."), module) for name, module in model.named_modules())
     return {name: module for name, module in found if isinstance(module, QuantizedLayer | CodedLayer)}
+
+
+def rounded_tables(model: nn.Module) -> dict[str, RoundedTable]:
+    """Every embedding and head of integers by its dotted name, in training form or packed."""
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, RoundedTable))
+    return {name: m for name, m in found if m.coding is not None}
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,9 @@ class Agreement:
     tokens: int
     """Tokens, or images, that both models were run on."""
     weight_codes: int
-    """Weight codes compared."""
+    """Weight codes compared, those of rounded embeddings and heads too."""
     input_codes: int
-    """Input codes compared, of every layer for every token or image."""
+    """Input codes compared, of every layer and rounded head for every token or image."""
     mismatches: int
     """Codes that differ."""
     logits: int
@@ -133,7 +142,16 @@ def agreement(trained: nn.Module, packed: nn.Module, batches: Iterable[Tensor]) 
     left, right = low_bit_layers(trained), low_bit_layers(packed)
     if not left or list(left) != list(right):
         raise BellboxError(f"the models cannot be compared: {len(left)} and {len(right)} low-bit layers")
+    tables, others = rounded_tables(trained), rounded_tables(packed)
+    if list(tables) != list(others):
+        raise BellboxError(
+            f"the models cannot be compared: {len(tables)} and {len(others)} rounded embeddings"
+        )
     compared, differing = {"weight": 0, "input": 0}, 0
+    for name, table in tables.items():
+        for one, other in zip(table.codes()[:2], others[name].codes()[:2], strict=True):
+            compared["weight"] += 0 if one is None else one.numel()
+            differing += 0 if one is None else _differing(one, other)
     for name, layer in left.items():
         one, other = layer.weight_codes(), right[name].weight_codes()
         compared["weight"] += one.numel()
@@ -143,9 +161,9 @@ def agreement(trained: nn.Module, packed: nn.Module, batches: Iterable[Tensor]) 
     for batch in batches:
         kept: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
-        with _input_codes(left, lambda name, codes, _, to=kept: to.update({name: codes})):
+        with _input_codes({**left, **tables}, lambda name, codes, _, to=kept: to.update({name: codes})):
             expected = trained(batch)
-        with _input_codes(right, lambda name, codes, _, to=found: to.update({name: codes})):
+        with _input_codes({**right, **others}, lambda name, codes, _, to=found: to.update({name: codes})):
             got = packed(batch)
         compared["input"] += sum(codes.numel() for codes in kept.values())
         differing += sum(_differing(codes, found.get(name)) for name, codes in kept.items())
@@ -165,7 +183,7 @@ def _differing(one: Tensor, other: Tensor | None) -> int:
 
 @contextmanager
 def _input_codes(
-    layers: dict[str, LowBitLayer], receive: Callable[[str, Tensor, int], object]
+    layers: Mapping[str, LowBitLayer | RoundedTable], receive: Callable[[str, Tensor, int], object]
 ) -> Iterator[None]:
     """While open, each forward of a layer hands (name, codes of its input, number of levels) to `receive`."""
 
@@ -176,6 +194,8 @@ def _input_codes(
         elif isinstance(layer, QuantizedLayer) and layer.activation_quantizer is not None:
             quantizer = layer.activation_quantizer.quantizer
             receive(name, layer.input_codes(x), quantizer.levels.n)
+        elif isinstance(layer, RoundedTable) and layer.coding is not None and x.is_floating_point():  # a head
+            receive(name, table_input_codes(x, layer.coding), 0)
 
     handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
     try:

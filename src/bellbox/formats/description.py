@@ -1,8 +1,8 @@
 """The `config.json` of a packed folder: what a model says of itself, and all versions read into one form.
 
-Version 4 is a section of the configuration that transformers reads, and version 5 is that with a model's fused experts;
-versions 2 and 3 were a file of their own. What is read is validated field by field and comes out as version 5 has it,
-so that nobody else needs to know of the others.
+Version 4 is a section of the configuration that transformers reads, version 5 is that with a model's fused experts, and
+version 6 has embeddings of 4 bits; versions 2 and 3 were a file of their own. What is read is validated field by field
+and comes out as version 6 has it, so that nobody else needs to know of the others.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from bellbox.nn.compact import Compact
 from bellbox.utils.files import canonical_sha256, checksum, read_json
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-VERSION, WITH_EXPERTS = 4, 5
-"""What is written, and what is written of a model with fused experts."""
-VERSIONS = (2, 3, 4, 5)
+VERSION, WITH_EXPERTS, WITH_INT4 = 4, 5, 6
+"""What is written, and what is written of a model with fused experts, and with embeddings of 4 bits."""
+VERSIONS = (2, 3, 4, 5, 6)
 """What is read."""
 SECTION, QUANT_METHOD = "quantization_config", "bellbox"
 """Where version 4 stands in `config.json`, and its `quant_method`."""
@@ -49,13 +49,17 @@ def describe(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[
         BellboxError: a layer whose method has a name that no file can hold.
     """
     experts = _describe_experts(model)
+    tables = {name: _describe_table(m) for name, m in model.named_modules() if isinstance(m, Compact)}
+    version = WITH_EXPERTS if experts else VERSION
+    if any(isinstance(each, dict) for each in tables.values()):
+        version = WITH_INT4
     section = {
         "quant_method": QUANT_METHOD,
-        "version": WITH_EXPERTS if experts else VERSION,
-        **({"experts": experts} if experts else {}),
+        "version": version,
+        **({"experts": experts} if version != VERSION else {}),
         "model": _describe_model(model),
         "layers": _describe_layers(layers),
-        "embeddings": {name: m.precision for name, m in model.named_modules() if isinstance(m, Compact)},
+        "embeddings": tables,
         "files": dict(files),
     }
     config = {**_fields_of_transformers(model), SECTION: section}
@@ -80,6 +84,13 @@ def _fields_of_transformers(model: nn.Module) -> dict[str, Any]:
     from bellbox.models.hf_config import write_config
 
     return write_config(model.config, "float32") if isinstance(model, (Llama, GPT)) else {}
+
+
+def _describe_table(table: Compact) -> str | dict[str, Any]:
+    coding = table.coding
+    if coding is None or coding.group is None:
+        return table.precision
+    return {"bits": coding.bits, "group": coding.group}
 
 
 def _describe_experts(model: nn.Module) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def read(path: Path) -> dict[str, Any]:
     """A `config.json`, its version and checksum verified, with every field known and every value of its type.
 
     Returns:
-        `version`, `model`, `layers`, `experts`, `embeddings` and `files` as docs/format.md has them in version 5.
+        `version`, `model`, `layers`, `experts`, `embeddings` and `files` as docs/format.md has them in version 6.
 
     Raises:
         BellboxError: otherwise; of a field, by its name.
@@ -192,12 +203,13 @@ def read(path: Path) -> dict[str, Any]:
         raise BellboxError(f"{path}: damaged, its checksum does not match; save the model again")
     if former:
         return _upgraded(path, _validated(path, _FORMER, section))
-    if version == WITH_EXPERTS:
-        return _validated(path, _EXPERTS, section)
+    if version in _KINDS:
+        return _validated(path, _KINDS[version], section)
     return {**_validated(path, _PRESENT, section), "experts": {}}
 
 
-_FORMER, _PRESENT, _EXPERTS = "former", "present", "experts"
+_FORMER, _PRESENT, _EXPERTS, _INT4 = "former", "present", "experts", "int4"
+_KINDS = {WITH_EXPERTS: _EXPERTS, WITH_INT4: _INT4}
 
 
 def _validated(path: Path, kind: str, section: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +224,7 @@ def _validated(path: Path, kind: str, section: dict[str, Any]) -> dict[str, Any]
 
 
 def _upgraded(path: Path, former: dict[str, Any]) -> dict[str, Any]:
-    """Versions 2 and 3 as version 5 has them."""
+    """Versions 2 and 3 as version 6 has them."""
     layers: dict[str, Any] = {}
     for name, entry in former["quantization"]["layers"].items():
         entry["method"] = ""
@@ -239,7 +251,7 @@ def _upgraded(path: Path, former: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _schema(kind: str) -> Any:
-    """The pydantic model of the whole file (versions 2 and 3), or of the section (versions 4 and 5)."""
+    """The pydantic model of the whole file (versions 2 and 3), or of the section (from version 4 on)."""
     from typing import Annotated
 
     from pydantic import BaseModel, ConfigDict, Field
@@ -322,14 +334,24 @@ def _schema(kind: str) -> Any:
         layers: dict[str, Annotated[Linear | Convolution | WeightOnly, Field(discriminator="function")]] = (
             Field(min_length=1)
         )
+
+    class WithoutInt4(Present):
         embeddings: dict[str, Literal["bf16", "int8"]]
 
     class StoredExperts(Strict):
         count: int = Field(ge=1, le=1 << 16)
         projections: list[Literal["gate_up_proj", "up_proj", "down_proj"]] = Field(min_length=1, max_length=2)
 
-    class WithExperts(Present):
+    class WithExperts(WithoutInt4):
         experts: dict[str, StoredExperts] = Field(min_length=1)
+
+    class StoredTable(Strict):
+        bits: Literal[4]
+        group: Literal[32, 64]
+
+    class WithInt4(Present):
+        experts: dict[str, StoredExperts]
+        embeddings: dict[str, Literal["bf16", "int8"] | StoredTable]
 
     # Annotations are strings here, and these names are of this function.
     for each in (
@@ -340,9 +362,11 @@ def _schema(kind: str) -> Any:
         FormerQuantization,
         Former,
         Present,
+        WithoutInt4,
         WithExperts,
+        WithInt4,
         Common,
         Coded,
     ):
         each.model_rebuild(_types_namespace={**globals(), **locals()})
-    return {_FORMER: Former, _PRESENT: Present, _EXPERTS: WithExperts}[kind]
+    return {_FORMER: Former, _PRESENT: WithoutInt4, _EXPERTS: WithExperts, _INT4: WithInt4}[kind]

@@ -24,6 +24,7 @@ from bellbox.formats.expert_places import packed_projections
 from bellbox.nn import CodedLayer, PackedConv2d, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import (
     describe_file,
@@ -57,7 +58,7 @@ def save(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CodedLayer)}
     if not layers:
         raise BellboxError("save takes a packed model: call bellbox.convert(model) first")
-    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+    if any(isinstance(module, QuantizedLayer | QuantizedTable) for module in model.modules()):
         raise BellboxError("save takes a packed model; this one still has layers in training form")
     if any(isinstance(layer, PackedConv2d) and layer.folded for layer in layers.values()):
         raise BellboxError("save takes the model as trained: save it before fold_batch_norms")
@@ -105,7 +106,8 @@ def load(
         folder: what `save` or `bellbox ptq` wrote.
         into: a module of the same shape (full precision, prepared or packed) whose layers are replaced, for
             models that Bellbox does not know how to build. It is changed only after everything was checked.
-        embeddings: `bf16` or `int8` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is stored.
+        embeddings: `bf16`, `int8` or `int4` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is
+            stored.
 
     Returns:
         The model in evaluation mode, without gradients; `into` itself where it is given.
@@ -203,6 +205,13 @@ class Sizes:
     """Everything else: embeddings, head, norms, biases."""
     other_bytes: int
     """As stored."""
+    embeddings: tuple[str, ...] = ()
+    """What embeddings and heads are rounded to: bf16, int8, int4; none where they are in fp32."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return self.quantized_parameters + self.other_parameters
 
     @property
     def bf16_bytes(self) -> int:
@@ -228,9 +237,19 @@ def sizes(model: nn.Module) -> Sizes:
     quantized = sum(m.row_length * m.row_count for m in model.modules() if isinstance(m, CodedLayer))
     inside = sum(t.numel() * t.element_size() for name, t in tensors.items() if name in packed_names)
     rest = [t for name, t in tensors.items() if name not in packed_names]
-    scales = {id(m.scale) for m in model.modules() if isinstance(m, Compact)}  # bytes, but no parameters
-    other = sum(t.numel() for t in rest if id(t) not in scales)
-    return Sizes(quantized, inside, other, sum(t.numel() * t.element_size() for t in rest))
+    tables = [m for m in model.modules() if isinstance(m, Compact)]
+    count = {id(m.weight): m.rows * m.columns for m in tables}  # two of 4 bits lie in a byte
+    count |= {
+        id(t): 0 for m in tables for t in (m.multipliers, m.scale) if t is not None
+    }  # bytes, no parameters
+    other = sum(count.get(id(t), t.numel()) for t in rest)
+    kinds = tuple(sorted({m.precision for m in tables}))
+    return Sizes(quantized, inside, other, sum(t.numel() * t.element_size() for t in rest), kinds)
+
+
+def file_bytes(folder: str | os.PathLike[str]) -> int:
+    """Bytes of a packed model on disk: `model.safetensors` and `config.json`, all of them."""
+    return sum((Path(folder) / name).stat().st_size for name in (CONFIG, TENSORS))
 
 
 # --- reading ---

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bellbox.core.geometry import ConvGeometry
 from bellbox.core.grid import Grid, Levels
 from bellbox.core.packing import row_bytes, unpack_slabs
+from bellbox.core.table import TableCoding
 from bellbox.errors import BellboxError
 from bellbox.formats.description import CONFIG, TENSORS
 from bellbox.formats.expert_places import ExpertPlace, PackedProjections, expert_places
@@ -35,7 +36,7 @@ from bellbox.nn import (
     is_transposed_linear,
 )
 from bellbox.nn.adopted import class_for, owners_class
-from bellbox.nn.compact import Compact, Precision, empty_like
+from bellbox.nn.compact import Compact, empty_like
 from bellbox.nn.huge_pages import may_leave_memory, own_copy
 from bellbox.nn.tools import unique_tensors
 from bellbox.nn.transposed import transposed_sizes
@@ -167,23 +168,33 @@ def _check_geometry(geometry: Mapping[str, Any], entry: Mapping[str, Any]) -> in
     return depth
 
 
-def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Precision]) -> dict[str, Compact]:
+def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Compact]:
     """Empty embeddings and heads, without memory, as the configuration describes them; tied ones share their tensors.
 
     Raises:
-        BellboxError: one that the model has not.
+        BellboxError: one that the model has not, or whose rows cannot be what the configuration says.
     """
     places = dict(model.named_modules())
     first: dict[int, Compact] = {}
     tables: dict[str, Compact] = {}
-    for name, precision in stored.items():
+    for name, entry in stored.items():
         place = places.get(name)
         if not isinstance(place, (nn.Embedding, nn.Linear, Compact)):
             kind = "nothing" if place is None else type(place).__name__
             raise BellboxError(f"{root}: {name!r} is {kind} in the model, neither an embedding nor a head")
-        tables[name] = empty_like(place, precision, "meta")
+        try:
+            tables[name] = empty_like(place, _table_coding(entry), "meta")
+        except BellboxError as error:
+            raise BellboxError(f"{root / CONFIG}: embedding {name!r}: {error}") from None
         tables[name].tie(first.setdefault(id(place.weight), tables[name]))
     return tables
+
+
+def _table_coding(entry: Any) -> TableCoding | None:
+    """How a table is rounded, as the configuration says; None for bf16."""
+    if isinstance(entry, str):
+        return None if entry == "bf16" else TableCoding(8)
+    return TableCoding(entry["bits"], entry["group"])
 
 
 def check_fit(

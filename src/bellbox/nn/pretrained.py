@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bellbox.nn.quantized import QuantizedLayer
+from bellbox.nn.quantized import EXTRA_STATE, QuantizedLayer
+from bellbox.nn.quantized_table import QuantizedTable
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -24,6 +25,11 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{part}" if name else part
         for name in layers
         for part in ("weight_quantizer.", "activation_quantizer.", "_extra_state", "rotated_weight")
+    )
+    own += tuple(
+        f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantizedTable)
     )
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
     for name, layer in layers.items():

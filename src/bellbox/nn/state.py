@@ -20,6 +20,7 @@ from torch import nn
 
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import EXTRA_STATE, ROTATED, QuantizedLayer, record_of
+from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.record import Record, Side
 from bellbox.quantizers.base import Quantizer
 from bellbox.quantizers.learned import LearnedQuantizer
@@ -118,12 +119,30 @@ def _adopt_plain(layer: QuantizedLayer, mine: Record, state: MutableMapping[str,
                     state.setdefault(at + leaf, torch.full_like(value, math.nan) if leaf in own else value)
 
 
+def _adopt_table(table: QuantizedTable, state: MutableMapping[str, Any], prefix: str, name: str) -> None:
+    """Likewise of an embedding or a head: a plain one's weight is taken as it is."""
+    key, mine = prefix + EXTRA_STATE, table.record()
+    if key in state:
+        found = _differences(mine.weight, Record.unpack(state[key], name).weight, rotation=True)
+        if found:
+            found = [each.replace("block", "group") for each in found]
+            raise BellboxError(
+                f"{name}: the state is of another recipe: {'; '.join(found)}; prepare the model with the "
+                "embedding_bits and embedding_group that it was saved with"
+            )
+    elif prefix + "weight" in state:
+        state[key] = mine.pack()
+
+
 def adopt_all(model: nn.Module, state: MutableMapping[str, Any], prefix: str = "") -> None:
-    """`adopt` for every fake-quantized layer of a model.
+    """`adopt` for every fake-quantized layer of a model, and every fake-quantized embedding and head.
 
     Raises:
         BellboxError: the first layer whose state is that of another function; nothing was copied yet.
     """
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedTable):
+            _adopt_table(module, state, f"{prefix}{name}." if name else prefix, name or "the embedding")
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             adopt(module, state, f"{prefix}{name}." if name else prefix, name or "the layer")
@@ -138,7 +157,7 @@ def _before_loading(module: nn.Module, state_dict: Any, prefix: str, *_: Any) ->
 
 def look_before_loading(model: nn.Module) -> None:
     """Have a model look at a state dict as a whole before it takes anything of it."""
-    for module in (model, *(each for each in model.modules() if isinstance(each, QuantizedLayer))):
+    for module in (model, *(m for m in model.modules() if isinstance(m, QuantizedLayer | QuantizedTable))):
         if _HANDLE not in module.__dict__:
             handle = module.register_load_state_dict_pre_hook(_before_loading)
             object.__setattr__(module, _HANDLE, handle)

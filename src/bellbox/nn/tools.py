@@ -13,6 +13,7 @@ from bellbox.core.entropy import code_counts
 from bellbox.errors import BellboxError
 from bellbox.nn.experts import ExpertsForward, is_fused_experts, stack_names
 from bellbox.nn.quantized import EXTRA_STATE, ActivationQuantizer, QuantizedLayer
+from bellbox.nn.quantized_table import QuantizedTable
 
 
 def without_fused_paths(model: nn.Module) -> None:
@@ -106,7 +107,9 @@ def unique_tensors(model: nn.Module, leave_out: tuple[str, ...] = ()) -> dict[st
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         module, _, leaf = name.rpartition(".")
-        ours = leaf == EXTRA_STATE and isinstance(model.get_submodule(module), QuantizedLayer)
+        ours = leaf == EXTRA_STATE and isinstance(
+            model.get_submodule(module), QuantizedLayer | QuantizedTable
+        )
         if (leaf == EXTRA_STATE and not ours) or not isinstance(value, Tensor):
             raise BellboxError(
                 f"module {module!r} has state of its own making ({leaf}), which cannot be stored; keep it in buffers"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from bellbox.ops.rms_norm import check_width
 
 INT8_COLUMNS = 8192
 """Longest row in the compiled kernels: 127 * 2047 * 8192 fits 32 bits."""
+INPUT_MOST = 2047
+"""What the largest magnitude of a row of the input becomes: 12 bits."""
 _SMALLEST = 1e-30
 
 
@@ -25,18 +29,31 @@ def check(x: Tensor, weight: Tensor, scale: Tensor) -> None:
     check_width("an int8 layer", x, weight.shape[1])
 
 
-def _reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    check(x, weight, scale)
-    x = x.contiguous()
+def round_input(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Rows as integers with the largest magnitude at `most`: fp32 `[..., columns]`, and what one is worth, `[..., 1]`.
+
+    Nearest, ties to even. A row with NaN or infinity is worth NaN, one below 1e-30 is all zeros.
+    """
     largest = x.abs().amax(dim=-1, keepdim=True)
     usable = largest.isfinite() & (largest >= _SMALLEST)
-    factor = x.new_tensor(2047.0) / largest  # with a plain number torch would multiply by the reciprocal
+    factor = x.new_tensor(float(most)) / largest  # with a plain number torch would multiply by the reciprocal
     integers = torch.where(usable, (x * factor).round(), 0.0)
-    x_scale = torch.where(usable, largest / 2047.0, torch.where(largest.isfinite(), 0.0, float("nan")))
-    outputs = [
-        (integers.double() @ part.double().t()).to(torch.float32) for part in weight.split(4096)
-    ]  # exact in fp64; a slab at a time, since fp64 weights take eight times the memory
-    return torch.cat(outputs, dim=-1) * (scale * x_scale)
+    worth = torch.where(
+        usable, largest / x.new_tensor(float(most)), torch.where(largest.isfinite(), 0.0, float("nan"))
+    )
+    return integers, worth
+
+
+def exact_product(integers: Tensor, slabs: Iterable[Tensor]) -> Tensor:
+    """Integers times the rows of all slabs, rounded to fp32 once: exact in fp64, which takes eight times the memory."""
+    wide = integers.double()
+    return torch.cat([(wide @ slab.double().t()).to(torch.float32) for slab in slabs], dim=-1)
+
+
+def _reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check(x, weight, scale)
+    integers, x_scale = round_input(x.contiguous(), INPUT_MOST)
+    return exact_product(integers, weight.split(4096)) * (scale * x_scale)
 
 
 def _fake(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -205,8 +205,8 @@ def _sizes(content: ReportInput) -> str:
         '<th>packed</th><th>packed / bf16</th><th class="wide">bf16 above, packed below</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>\n"
         '<p class="caption">Low-bit layers hold codes, one scale a row and the constants of their input; the rest'
-        " (embeddings, head, norms) stays in fp32 as trained. In a small model the rest dominates; it weighs"
-        " less the larger the model is.</p>\n"
+        " (embeddings, head, norms) is stored as trained, in fp32 where the run did not round it. Of a packed folder"
+        " the whole model is the bytes of its files.</p>\n"
     )
     found = content.verification
     checked = "validation images" if content.record.is_vision else "tokens of validation text"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bellbox.convert import new_layers, prepare
+from bellbox.convert import new_layers, new_tables, prepare
 from bellbox.core.grid import levels_from_bits
 from bellbox.errors import BellboxError
 from bellbox.models import build, lecun_, preset, vision_preset
@@ -49,7 +49,9 @@ def check_quantization(config: TrainConfig, section: QuantizationSection) -> Non
     Raises:
         BellboxError: they cannot; as `make_model` would, or the first fit of a codebook.
     """
-    made = [each for _, each in new_layers(skeleton(config), make_recipe(section))]
+    model, recipe = skeleton(config), make_recipe(section)
+    new_tables(model, recipe)
+    made = [each for _, each in new_layers(model, recipe)]
     for layer in (inside for each in made for inside in quantized_inside(each)):
         quantizer = layer.weight_quantizer
         wants = quantizer is not None and quantizer.by_squared_gradients and quantizer.refit_every > 0
@@ -81,6 +83,8 @@ def make_recipe(section: QuantizationSection) -> Recipe:
         "weight_only": section.weight_only,
         "share_inputs": section.share,
         "integer_forward": section.integer_forward,
+        "embedding_bits": section.embedding_bits,
+        "embedding_group": section.embedding_group,
     }
     if section.method == "bbq":
         return Recipe.bbq(weights_rotated=section.weights_rotated, **choices)

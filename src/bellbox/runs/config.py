@@ -108,6 +108,10 @@ class QuantizationSection:
     integer_forward: bool | None = None
     """Whether linear layers multiply integers in training too (docs/training.md). Null: with BBQ on a CPU with the
     compiled kernels, where it is faster."""
+    embedding_bits: Literal[4, 8] | None = None
+    """Round embeddings and output layer to so many bits while training, as they are then shipped; fp32 where null."""
+    embedding_group: Literal[32, 64] | None = None
+    """Columns that share a scale with 4 bits; 64 where null (32 where 64 do not divide)."""
     recipe: dict[str, Any] | None = None
     """A whole recipe with rules by layer name, in place of all the other keys of this section."""
 

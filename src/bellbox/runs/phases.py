@@ -72,7 +72,10 @@ def phases_of(config: ResolvedConfig) -> list[Phase]:
     ends = [start + round(share * (total - start)) for share in itertools.accumulate(_shares(config))]
     borders = list(itertools.pairwise([start, *ends[:-1], total]))
     if start:
-        stages.insert(0, dataclasses.replace(final, method="none", recipe=None))
+        stages.insert(
+            0,
+            dataclasses.replace(final, method="none", recipe=None, embedding_bits=None, embedding_group=None),
+        )
         borders.insert(0, (0, start))
     phases = [Phase(i, *border, stage) for i, (border, stage) in enumerate(zip(borders, stages, strict=True))]
     empty = next((phase for phase in phases if phase.start >= phase.end), None)

@@ -14,6 +14,7 @@ from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops import native
 from bellbox.ops.binarized_linear import MAX_BITS
+from bellbox.ops.int4_linear import check as check_int4
 from bellbox.ops.int8_linear import INT8_COLUMNS
 from bellbox.ops.int8_linear import check as check_int8
 from bellbox.ops.kept import stepped
@@ -328,6 +329,25 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
+def _why_not_int4(arguments: Mapping[str, Any]) -> str | None:
+    for name in ("weight", "multipliers"):
+        tensor = arguments[name]
+        if tensor.dim() != 2 or tensor.dtype != torch.uint8 or not tensor.is_contiguous():
+            return f"{name} is {tensor.dtype} {tuple(tensor.shape)}, contiguous: {tensor.is_contiguous()}"
+    return _why_not_plain(arguments, "x", "scale")
+
+
+def _int4_linear(x: Tensor, weight: Tensor, multipliers: Tensor, scale: Tensor) -> Tensor:
+    check_int4(x, weight, multipliers, scale)
+    module = native.compiled()
+    assert module is not None
+    out = x.new_empty((*x.shape[:-1], len(weight)))
+    columns = 2 * weight.shape[1]
+    given = x.detach().contiguous()
+    module.int4_linear(given, weight, multipliers, scale.detach(), columns, out, _threads())
+    return out
+
+
 def _why_not_binarized(arguments: Mapping[str, Any]) -> str | None:
     for name in ("planes", "scales", "order", "steps", "bias"):
         tensor = arguments[name]
@@ -444,6 +464,7 @@ TABLE: dict[str, Implementation] = {
     "kept_linear": Implementation(_why_not_kept_linear, _kept_linear),
     "rms_norm": Implementation(_why_not_norm, _rms_norm),
     "int8_linear": Implementation(_why_not_int8, _int8_linear),
+    "int4_linear": Implementation(_why_not_int4, _int4_linear),
     "binarized_linear": Implementation(_why_not_binarized, _binarized_linear),
     "packed_linear": Implementation(_why_not_packed, _packed_linear),
     "packed_conv2d": Implementation(_why_not_conv, _packed_conv2d),
