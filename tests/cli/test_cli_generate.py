@@ -113,7 +113,7 @@ def test_embeddings_of_a_packed_model_can_be_rounded(
 ) -> None:
     main(["convert", str(run), "--out", str(tmp_path / "small"), "--embeddings", "int8"])
     told = capsys.readouterr().out
-    assert "rounded to int8" in told
+    assert "embeddings and head are in int8" in told
     assert "codes that differ       0\n" in told
     texts = []
     for arguments in ([str(tmp_path / "small")], [str(packed), "--embeddings", "int8"]):

@@ -25,7 +25,7 @@ from bellbox.runs.config import (
     ScheduleSection,
 )
 from bellbox.runs.metrics import read_records
-from bellbox.training import TrainConfig, Trainer
+from bellbox.training import TrainConfig, Trainer, arithmetic
 from bellbox.training import loop as module
 
 Tiny = Callable[..., TrainConfig]
@@ -162,11 +162,11 @@ def test_a_teacher_is_counted_by_its_share_in_a_run_too(tiny: Tiny) -> None:
 
 def test_a_precision_that_was_chosen_once_stays_the_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(steps=1, precision="auto", quantization=FULL)
-    monkeypatch.setattr(module, "choose_precision", lambda device: ("bf16", "it is fast here"))
+    monkeypatch.setattr(arithmetic, "choose_precision", lambda device: ("bf16", "it is fast here"))
     begun = Trainer(config, show=False)
     assert begun.config.precision == "bf16"
     begun.run()
-    monkeypatch.setattr(module, "choose_precision", lambda device: ("fp32", "it is fast here"))
+    monkeypatch.setattr(arithmetic, "choose_precision", lambda device: ("fp32", "it is fast here"))
     assert Trainer(config, show=False).config.precision == "bf16"
     assert Trainer(tiny("other", steps=1, precision="auto"), show=False).config.precision == "fp32"
 
