@@ -252,6 +252,14 @@ def test_a_row_may_be_named_that_differences_are_to(result) -> None:
         summarise(made, against="D")
 
 
+def test_rounded_embeddings_are_no_full_precision(result) -> None:
+    made = [result("rounded", None, perplexity=11.0), result("full", None, perplexity=10.0)]
+    made[0].config["quantization"]["embedding_bits"] = 4
+    (study,) = summarise(made)
+    assert study.baseline == "full"
+    assert [each.full_precision for each in study.summaries] == [False, True]
+
+
 def test_losses_beyond_floating_point_do_not_count(result) -> None:
     losses = np.full((1, 20), 800.0)
     huge = {0: dataclasses.replace(runs(lambda *_: result(), np.full((1, 20), 3.0))[0], parts={

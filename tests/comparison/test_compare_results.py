@@ -55,6 +55,10 @@ def test_identity_ignores_how_a_run_is_watched_and_heeds_what_it_computes() -> N
         == identity(full, "d")
         != key
     )
+    rounded = [
+        identity({**full, "quantization": {**full["quantization"], "embedding_bits": b}}, "d") for b in (4, 8)
+    ]
+    assert len({identity(full, "d"), *rounded}) == 3  # layers in full precision, embeddings not
     assert identity({**config, "seed": 1}, "d") != key
 
 

@@ -81,6 +81,13 @@ def test_what_is_not_finite_gives_nan_in_its_row(coding: TableCoding, value: flo
         assert bool(found[3:].isfinite().all())
 
 
+@pytest.mark.parametrize("coding", CODINGS)
+def test_a_table_of_no_rows_is_rounded_too(coding: TableCoding) -> None:
+    """As an embedding's rows are where it is asked for no tokens."""
+    assert coding.fake(torch.empty(0, 192)).shape == (0, 192)
+    assert table_values(coding.round(torch.empty(0, 192))).shape == (0, 192)
+
+
 def test_codings_that_do_not_exist_are_refused() -> None:
     assert TableCoding.of(4, None, 640) == TableCoding(4, 64)
     assert TableCoding.of(4, None, 96) == TableCoding(4, 32)

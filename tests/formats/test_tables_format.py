@@ -141,3 +141,19 @@ def test_a_file_that_is_cut_short_afterwards_changes_nothing(folder: Path) -> No
         expected = loaded(IDS)
         (folder / "model.safetensors").write_bytes(b"")
         assert torch.equal(loaded(IDS), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("lm_head", "bf16"),
+        ("lm_head", "int8"),
+        ("lm_head", {"bits": 4, "group": 32}),
+        ("model.embed_tokens", "int8"),
+    ],
+)
+def test_tied_tables_that_say_different_things_are_refused(name: str, entry: Any, tmp_path: Path) -> None:
+    bb.save(model_of(tied=True), tmp_path / "m")
+    rewrite(tmp_path / "m", lambda c: c["embeddings"].update({name: entry}))
+    with pytest.raises(BellboxError, match="is tied to one that is rounded in another way"):
+        bb.load(tmp_path / "m")

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from bellbox.models import LlamaConfig, build
-from bellbox.models.llama import RMSNorm, RotaryEmbedding
+from bellbox.models.llama import LlamaMLP, RMSNorm, RotaryEmbedding
 
 CONFIG = LlamaConfig(31, 32, 48, 2, 4, 2, max_position_embeddings=64)
 
@@ -56,6 +57,18 @@ def test_rms_norm_of_zeros_is_zero_with_a_finite_gradient():
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
     assert not norm(x).any()
+
+
+def test_forward_mode_derivatives_are_those_of_reverse_mode():
+    norm, mlp = RMSNorm(32, 1e-5).double(), LlamaMLP(CONFIG).double()
+    for module in (norm, lambda x: mlp(x, False)):
+        x, along, back = (torch.randn(2, 32, dtype=torch.float64) for _ in range(3))
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(module(forward_ad.make_dual(x, along))).tangent
+        assert tangent is not None
+        x.requires_grad_()
+        (g,) = torch.autograd.grad(module(x), x, back)
+        torch.testing.assert_close((tangent * back).sum(), (g * along).sum())
 
 
 def test_rms_norm_returns_the_inputs_dtype_or_autocasts():

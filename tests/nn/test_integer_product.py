@@ -248,3 +248,24 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other() -> None:
     y = model(broken)
     assert bool(y[2, 3].isnan().all())
     assert int(y.isnan().any(-1).sum()) == 1
+
+
+@pytest.mark.parametrize("side", ["input", "weight"])
+def test_gradients_are_nan_where_those_of_the_float_forward_are(side: str) -> None:
+    """Bytes hold no NaN, so nothing but the row's scale tells the gradient of gamma that its row is not finite."""
+    model = network(KEPT["2 bits"])
+    step(model)
+    x = X.clone()
+    with torch.no_grad():
+        (x[2, 3] if side == "input" else model.o.weight[4])[5] = torch.nan
+    found, wanted = step(choose(model, True), x=x), step(choose(model, False), x=x)
+    assert [g.isnan().tolist() for g in found] == [g.isnan().tolist() for g in wanted]
+    assert any(g.isnan().any() for g in wanted)
+    # The gradient that comes in is finite here: only gamma's own rows are NaN.
+    layer: Any = dict(quantized_layers(model))["o"]
+    for integers in (True, False):
+        model.zero_grad()
+        choose(model, integers)
+        layer(x.new_ones(3, 96)).sum().backward()
+        marks = layer.weight_quantizer.gamma.grad.isnan().flatten()
+        assert marks.nonzero().flatten().tolist() == ([4] if side == "weight" else [])

@@ -321,3 +321,25 @@ def test_all_forms_compile_without_graph_breaks_to_the_same_bits(bits) -> None:
         evaluated = model.eval()(IDS)
         for each in (model, bb.convert(model)):
             assert torch.equal(torch.compile(each, fullgraph=True, backend="aot_eager")(IDS), evaluated)
+
+
+@pytest.mark.parametrize(("bits", "group"), CODINGS)
+def test_no_tokens_are_trained_evaluated_and_packed_alike(bits, group) -> None:
+    model = bb.prepare(Small(), bb.Recipe.bbq(2, embedding_bits=bits, embedding_group=group))
+    model(IDS)
+    nothing = torch.empty(2, 0, dtype=torch.long)
+    model(nothing).sum().backward()
+    assert not grad_of(model.words.weight).any()
+    assert model.eval()(nothing).shape == bb.convert(model)(nothing).shape == (2, 0, 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_evaluation_gives_fp32_with_gradients_and_without(dtype: torch.dtype) -> None:
+    model = bb.prepare(Small(), bb.Recipe.bbq(2, embedding_bits=4)).eval().to(dtype)
+    with torch.no_grad():
+        expected = model(IDS)
+    found = model(IDS)
+    assert expected.dtype == found.dtype == torch.float32
+    assert torch.equal(found.detach(), expected)
+    found.sum().backward()
+    assert grad_of(model.words.weight).dtype == dtype

@@ -75,6 +75,36 @@ def test_few_tokens_change_nothing_and_many_add_rows(
             assert torch.equal(bb.convert(model)(IDS), found)
 
 
+class Named(nn.Module):
+    """A head of its own, with a user's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 64)
+        self.mixers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.to_logits = nn.Linear(64, 50)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        for mixer in self.mixers:
+            x = mixer(x)
+        return self.to_logits(x)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_rounded_head_grows_whatever_its_name(bits: Any) -> None:
+    model = bb.prepare(Named(), bb.Recipe.bbq(2, embedding_bits=bits)).eval()
+    with torch.no_grad():
+        expected = model(IDS)
+        bb.grow_embeddings(model, 60)
+        assert torch.equal(model(IDS)[..., :50], expected)
+        packed = bb.convert(model)
+        assert packed(torch.tensor([[59]])).shape == (1, 1, 60)
+        bb.grow_embeddings(packed, 70)
+        assert torch.equal(packed(IDS)[..., :50], expected)
+        assert packed(torch.tensor([[69]])).shape == (1, 1, 70)
+
+
 def test_what_cannot_grow_is_refused() -> None:
     with pytest.raises(BellboxError, match="no embedding that tokens could be added to"):
         bb.grow_embeddings(nn.Linear(4, 4), 10)

@@ -219,6 +219,15 @@ def test_the_backward_is_the_derivative_of_the_box(block, whole_tensor, dtype):
     torch.testing.assert_close(fixed.double(), constant, rtol=bound, atol=bound)
 
 
+def test_a_float64_input_under_autocast_has_a_backward():
+    """Its normaliser is fp64, which no kernel takes: the reference does."""
+    grad, v, x_hat = (torch.randn(5, 32).bfloat16() for _ in range(3))
+    numbers = torch.rand(5, 1) + 0.5, torch.rand(5, 1) + 0.5, torch.ones(5, 1)
+    found = bbq_backward(grad, v, x_hat, *(each.double() for each in numbers), 16, False)
+    for one, other in zip(found, bbq_backward(grad, v, x_hat, *numbers, 16, False), strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=0.02, atol=0.02)
+
+
 def test_the_backward_in_chunks_is_that_of_all_rows(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     grad, v, x_hat = (torch.randn(7, 16, generator=draw) for _ in range(3))

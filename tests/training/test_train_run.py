@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError
-from bellbox.runs.open import is_run
+from bellbox.nn import quantized_layers
+from bellbox.runs.checkpoint import MANIFEST
+from bellbox.runs.open import CONFIG_FILE, is_run
 from bellbox.training import TrainConfig, Trainer, load_config, load_run, train
 from bellbox.utils import processor
 
@@ -41,6 +44,27 @@ def test_auto_takes_what_the_processor_does_fast_and_the_run_keeps_it(
     )
     monkeypatch.delenv("BELLBOX_ISA")
     assert begin({"amx_bf16"}, folder="bf16", steps=1).endswith("bf16 on cpu: this processor has bf16 units")
+
+
+def test_a_run_of_before_there_was_a_choice_goes_on_on_floats(tiny: Tiny) -> None:
+    """Its files say nothing of `integer_forward`; bf16 would otherwise take integers from the next step on."""
+    config = tiny(steps=2, precision="bf16")
+    older = dataclasses.replace(config.quantization, integer_forward=False)
+    train(dataclasses.replace(config, quantization=older), show=False)
+    folder = Path(config.folder)
+    for file in (folder / CONFIG_FILE, folder / "checkpoints" / "step-00000002" / MANIFEST):
+        text = file.read_text()
+        shorter = re.sub(r'"integer_forward": false,\s*|\n *integer_forward: false', "", text)
+        assert shorter != text
+        file.write_text(shorter)
+    trainer = Trainer(tiny(steps=3, precision="bf16"), show=False)
+    assert trainer.config.quantization.integer_forward is False
+    layers = [layer for _, layer in quantized_layers(trainer.model)]
+    assert layers
+    assert not any(layer.trains_on_integers("cpu", torch.bfloat16) for layer in layers)
+    trainer.run()
+    assert load_run(folder).step == 3
+    assert load_run(folder, 2).step == 2
 
 
 def test_a_run_is_opened_with_its_weights_and_its_tokenizer(tiny: Tiny) -> None:

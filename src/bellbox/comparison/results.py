@@ -99,6 +99,16 @@ def is_vision(config: dict[str, Any]) -> bool:
     return config.get("task", "language") == "vision"
 
 
+def is_full_precision(config: dict[str, Any]) -> bool:
+    """Whether nothing is quantized, embeddings neither."""
+    section = config["quantization"]
+    return (
+        section["method"] == "none"
+        and section.get("recipe") is None
+        and section.get("embedding_bits") is None
+    )
+
+
 def per_step(config: dict[str, Any]) -> int:
     """Tokens or images in a step, of `settings` or of a whole configuration."""
     return config["vision"]["batch"] if is_vision(config) else config["batch"]["tokens"]
@@ -140,7 +150,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     if cewt["lr"] is None:  # a number, before it could be left open
         cewt["lr"] = CEWT_RATES["published" if full["quantization"]["method"] == CEWT else cewt["rule"]]
     full["data"] = {key: value for key, value in full["data"].items() if key != "source"}
-    if full["quantization"]["method"] == "none" and full["quantization"].get("recipe") is None:
+    if is_full_precision(full):
         full["quantization"] = None  # nothing is quantized, whatever the other keys say
     for section in ("batch", "distill") if is_vision(full) else ("task", "vision"):
         full.pop(section)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bellbox.comparison.differences import Difference, difference, pooled_deviation, reach
 from bellbox.comparison.plan import best_lr
-from bellbox.comparison.results import Result, is_vision
+from bellbox.comparison.results import Result, is_full_precision, is_vision
 from bellbox.comparison.selection import Asked, AskedGrid, definition_of, last_asked
 from bellbox.errors import BellboxError
 
@@ -140,7 +140,7 @@ def _study(name: str, everything: list[Result], grid: AskedGrid | None, against:
     rows = [_Row(one, one.runs(everything)) for one in asked]
     missing = sum(row.missing() for row in rows)
     rows = [row for row in rows if row.runs]
-    floor = next((row for row in rows if _is_full_precision(row.asked.config)), None)
+    floor = next((row for row in rows if is_full_precision(row.asked.config)), None)
     first = [floor or row for row in rows[:1]]
     base = first if against is None else [row for row in rows if row.asked.row == against]
     used = [result for row in rows for result in row.runs.values()]
@@ -179,11 +179,6 @@ class _Row:
 def apart_from_mec(config: dict[str, Any]) -> str:
     """Equal for configurations that differ in learning rate, seed and entropy term only."""
     return definition_of({**config, "mec": {}})
-
-
-def _is_full_precision(config: dict[str, Any]) -> bool:
-    section = config["quantization"]
-    return section["method"] == "none" and section.get("recipe") is None
 
 
 def _inputs(asked: Asked) -> tuple[float | None, str | None]:
@@ -233,7 +228,7 @@ def _summary(row: _Row, floor: dict[int, Result], base: Sequence[_Row]) -> Summa
             if result.metric is None
         ),
         results=tuple(good),
-        full_precision=_is_full_precision(asked.config),
+        full_precision=is_full_precision(asked.config),
         difference=_difference(row, base),
     )
 

@@ -94,7 +94,7 @@ class TableCoding:
         if self.group is None:
             scale = _finite(weight.abs().amax(dim=1) / most)
             return _nearest(weight, scale[:, None], self.most), None, scale
-        groups = weight.reshape(len(weight), -1, self.group)
+        groups = weight.unflatten(1, (-1, self.group))  # a table of no rows too
         largest = groups.abs().amax(dim=2)
         row = largest.amax(dim=1)
         scale = _finite(row / (most * MOST_MULTIPLIER))

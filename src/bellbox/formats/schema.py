@@ -186,7 +186,12 @@ def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Any]) -> d
             tables[name] = empty_like(place, _table_coding(entry), "meta")
         except BellboxError as error:
             raise BellboxError(f"{root / CONFIG}: embedding {name!r}: {error}") from None
-        tables[name].tie(first.setdefault(id(place.weight), tables[name]))
+        twin = first.setdefault(id(place.weight), tables[name])
+        if twin.coding != tables[name].coding:
+            raise BellboxError(
+                f"{root / CONFIG}: embedding {name!r} is tied to one that is rounded in another way"
+            )
+        tables[name].tie(twin)
     return tables
 
 

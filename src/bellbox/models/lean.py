@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from bellbox.ops.dispatch import is_unwatched
 
 
 def pays(*tensors: Tensor) -> bool:
-    """Whether something is kept for a backward now, eagerly."""
-    return torch.is_grad_enabled() and all(map(is_unwatched, tensors))
+    """Whether something is kept for a backward now, eagerly. Forward-mode derivatives go through the chain."""
+    forward_mode = forward_ad._current_level >= 0
+    return torch.is_grad_enabled() and not forward_mode and all(map(is_unwatched, tensors))
 
 
 class _SwiGLU(torch.autograd.Function):

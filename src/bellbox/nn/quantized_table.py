@@ -145,7 +145,7 @@ class QuantizedHead(QuantizedTable, nn.Linear):
             return exact
         # Values of the integer path, gradient of the other: lin - lin is exactly zero.
         smooth = self._dequantized(x)
-        return exact.detach() + (smooth - smooth.detach())
+        return exact.detach() + (smooth - smooth.detach()).to(exact.dtype)
 
     def _dequantized(self, x: Tensor) -> Tensor:
         with torch.no_grad():

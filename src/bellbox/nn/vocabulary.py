@@ -17,6 +17,7 @@ from bellbox.errors import BellboxError
 from bellbox.nn.coded import CodedLayer
 from bellbox.nn.compact import Compact, CompactEmbedding, CompactLinear
 from bellbox.nn.quantized import QuantizedLayer
+from bellbox.nn.quantized_table import QuantizedHead
 from bellbox.recipe import is_head
 
 _MOST = 1 << 24
@@ -27,7 +28,8 @@ def grow_embeddings(model: nn.Module, tokens: int) -> nn.Module:
     """Have a language model's embedding and head take at least so many tokens, in place.
 
     New rows are the mean of the others, rounded as the table is; the others keep every bit. A tied head grows with its
-    embedding. A table that is long enough already stays as it is, a longer one too. Weights become other parameters:
+    embedding. One that is not tied is known by a head's name or by being rounded. A table that is long enough already
+    stays as it is, a longer one too. Weights become other parameters:
     make the optimizer afterwards.
 
     Args:
@@ -52,7 +54,9 @@ def grow_embeddings(model: nn.Module, tokens: int) -> nn.Module:
             module._parameters.get("weight") is embedding.weight
             or module._buffers.get("weight") is embedding.weight
         )
-        if not tied and not is_head(name):
+        # A rounded one was found by the model's structure, whatever its name.
+        known = isinstance(module, QuantizedHead | CompactLinear) and _rows(module) == rows
+        if not tied and not known and not is_head(name):
             continue
         if isinstance(module, QuantizedLayer | CodedLayer):
             raise BellboxError(f"{name} is a low-bit layer, whose outputs are fixed: add tokens before")

@@ -182,6 +182,7 @@ class _Keep(torch.autograd.Function):
         else:
             numbers = ctx.thresholds, ctx.offset, ctx.block, ctx.input_dtype
             g_x, dots = bbq_backward_kept(grad, kept, r, wide_gamma, free, *numbers)
+        dots = dots * (r - r + 1)  # bytes hold no NaN: a row that is not finite has it here
         half = (len(ctx.thresholds) + 1) / 2  # n/2 levels are worth gamma
         g_gamma = dots.reshape(gamma.shape) if gamma.dim() else dots.sum(dtype=torch.float64)
         g_gamma = g_gamma / half / math.sqrt(max(1, kept.numel()))

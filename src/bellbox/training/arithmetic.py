@@ -31,7 +31,8 @@ def with_arithmetic(config: TrainConfig) -> tuple[TrainConfig, str]:
             why = f": {reason}"
         config = dataclasses.replace(config, precision=precision)
     if section.integer_forward is None and section.recipe is None:
-        chosen = earlier.quantization.integer_forward if earlier is not None else _integers_pay(config)
+        # A run that does not say is of a version that trained on floats.
+        chosen = _integers_pay(config) if earlier is None else bool(earlier.quantization.integer_forward)
         section = dataclasses.replace(section, integer_forward=chosen)
         config = dataclasses.replace(config, quantization=section)
     return config, why

@@ -406,6 +406,9 @@ def _why_not_backward(arguments: Mapping[str, Any]) -> str | None:
         return "one sigma for the whole tensor"
     if not grad.dtype == v.dtype == x_hat.dtype:
         return f"grad is {grad.dtype}, v {v.dtype}, x_hat {x_hat.dtype}"
+    for name in ("r", "gamma", "free"):
+        if arguments[name].dtype != torch.float32:
+            return f"{name} is {arguments[name].dtype}"
     return _why_not_rows(arguments, "grad")
 
 
