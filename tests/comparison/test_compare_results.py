@@ -13,7 +13,7 @@ from bellbox.comparison.plan import Plan
 from bellbox.comparison.results import Result, identity
 from bellbox.errors import BellboxError
 from bellbox.runs.config import CewtSection, OptimizerSection, QuantizationSection
-from bellbox.training import TrainConfig
+from bellbox.training import TrainConfig, arithmetic
 from bellbox.utils import processor
 
 
@@ -96,6 +96,33 @@ def test_auto_is_one_precision_for_a_study_wherever_it_goes_on(
     again = Plan(load_grid(file), results)
     assert [(run.cell.row, run.seed) for run in again.missing()] == [("b", 0), ("a", 1)]
     assert again.missing()[1].config.precision == "bf16"
+
+
+def test_training_on_integers_is_one_choice_for_a_study_wherever_it_goes_on(
+    grid, tmp_path: Path, finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {
+        "a": {},
+        "b": {"quantization": {"method": "lsq"}},
+        "c": {"quantization": {"integer_forward": True}},
+    }
+    file, results = load_grid(grid(rows=rows, seeds=[0, 1])), Results(tmp_path)
+
+    def chosen() -> dict[str, bool | None]:
+        wanted = {cell.row: Plan(file, results).wanted(cell, cell.lrs[0], 0) for cell in file.cells}
+        return {row: run.config.quantization.integer_forward for row, run in wanted.items()}
+
+    for there in (True, False):
+        monkeypatch.setattr(arithmetic, "on_kernels", lambda device, there=there: there)
+        assert chosen() == {"a": there, "b": False, "c": True}
+    # A line of before there was a choice was trained on floats, and the study goes on so.
+    first = Plan(file, results).missing()[0]
+    config = first.config.to_dict()
+    del config["quantization"]["integer_forward"]
+    assert identity(config, first.data) == first.key
+    results.add(dataclasses.replace(finished(first, 2.0), config=config))
+    monkeypatch.setattr(arithmetic, "on_kernels", lambda device: True)
+    assert chosen() == {"a": False, "b": False, "c": True}
 
 
 def test_a_run_known_from_another_study_is_found_and_a_failed_one_is_not(

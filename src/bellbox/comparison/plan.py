@@ -19,6 +19,7 @@ from bellbox.errors import BellboxError
 from bellbox.runs.build import pick_device
 from bellbox.runs.config import TrainConfig
 from bellbox.runs.resolve import resolve
+from bellbox.training.arithmetic import ON_INTEGERS, integers_pay
 from bellbox.training.check import check_trainable
 from bellbox.training.tasks import data_checksum, make_task, open_data
 from bellbox.utils.processor import Precision, choose_precision
@@ -53,6 +54,10 @@ def _place(config: TrainConfig) -> str:
     return f"{config.task} {config.data.source} {config.vision.image_size}"
 
 
+def _says_integers(cell: Cell) -> bool:
+    return (cell.values.get("quantization") or {}).get("integer_forward") is not None
+
+
 class Plan:
     """A grid against its results.
 
@@ -77,6 +82,10 @@ class Plan:
             config = cell.config(lr, seed)
             if config.precision == "auto":
                 config = dataclasses.replace(config, precision=self._precision(config.device))
+            section = config.quantization
+            if section.integer_forward is None and section.recipe is None:
+                section = dataclasses.replace(section, integer_forward=self._integers(config))
+                config = dataclasses.replace(config, quantization=section)
             tokens = self._tokens(config)
             key = identity(config.to_dict(), tokens)
             self._wanted[place] = Wanted(cell, lr, seed, config, tokens, key)
@@ -92,6 +101,18 @@ class Plan:
             if result.study == self.grid.study and result.row in cells:
                 return result.config.get("precision", "bf16")
         return choose_precision(pick_device(device))[0]
+
+    def _integers(self, config: TrainConfig) -> bool:
+        """What `quantization.integer_forward: null` means in this study, for the same reasons as with precision."""
+        if not integers_pay(config):
+            return False
+        said = {cell.row for cell in self.grid.cells if _says_integers(cell)}
+        for result in reversed(self.results.all):
+            section = result.config.get("quantization") or {}
+            other = result.study != self.grid.study or section.get("method", "bbq") not in ON_INTEGERS
+            if not other and result.row not in said:
+                return bool(section.get("integer_forward"))
+        return True
 
     def _tokens(self, config: TrainConfig) -> str:
         place = _place(config)

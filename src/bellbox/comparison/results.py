@@ -150,6 +150,8 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     if cewt["lr"] is None:  # a number, before it could be left open
         cewt["lr"] = CEWT_RATES["published" if full["quantization"]["method"] == CEWT else cewt["rule"]]
     full["data"] = {key: value for key, value in full["data"].items() if key != "source"}
+    if full["quantization"]["integer_forward"] is None:  # lines of before there was a choice
+        full["quantization"]["integer_forward"] = False
     if is_full_precision(full):
         full["quantization"] = None  # nothing is quantized, whatever the other keys say
     for section in ("batch", "distill") if is_vision(full) else ("task", "vision"):

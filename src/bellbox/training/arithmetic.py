@@ -13,6 +13,9 @@ from bellbox.runs.config_file import load_config
 from bellbox.runs.open import CONFIG_FILE
 from bellbox.utils.processor import choose_precision
 
+ON_INTEGERS = ("bbq", PAPER)
+"""Methods whose training is faster on integers."""
+
 
 def with_arithmetic(config: TrainConfig) -> tuple[TrainConfig, str]:
     """What a configuration leaves open as the folder's run began, else as what is fast here; and why that precision.
@@ -32,13 +35,13 @@ def with_arithmetic(config: TrainConfig) -> tuple[TrainConfig, str]:
         config = dataclasses.replace(config, precision=precision)
     if section.integer_forward is None and section.recipe is None:
         # A run that does not say is of a version that trained on floats.
-        chosen = _integers_pay(config) if earlier is None else bool(earlier.quantization.integer_forward)
+        chosen = integers_pay(config) if earlier is None else bool(earlier.quantization.integer_forward)
         section = dataclasses.replace(section, integer_forward=chosen)
         config = dataclasses.replace(config, quantization=section)
     return config, why
 
 
-def _integers_pay(config: TrainConfig) -> bool:
+def integers_pay(config: TrainConfig) -> bool:
     """Whether training on integers is faster: with BBQ, on the compiled kernels, in either precision."""
-    fits = config.quantization.method in ("bbq", PAPER) and config.quantization.weight_only is None
+    fits = config.quantization.method in ON_INTEGERS and config.quantization.weight_only is None
     return fits and on_kernels(pick_device(config.device).type)
