@@ -49,6 +49,7 @@ from bellbox.nn.adopted import become
 from bellbox.nn.compact import Compact, Precision, compact, packed_tables, require_unrounded, tables
 from bellbox.nn.experts import sizes as expert_sizes
 from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.nn.integer_product import coding_of
 from bellbox.nn.pretrained import have_plain_weights_saved, stop_saving_plain_weights
 from bellbox.nn.quantized_table import QuantizedTable, quantized_table
 from bellbox.nn.state import look_before_loading, look_no_more
@@ -152,10 +153,23 @@ def new_layers(
         except BellboxError as error:
             raise BellboxError(f"{where}: {error}") from None
         layers.append((plain, layer.train(plain.training)))
-    for _, made in layers + experts:
-        for layer in quantized_inside(made):
-            layer.integer_forward = recipe.integer_forward
+    inside = [layer for _, made in layers + experts for layer in quantized_inside(made)]
+    for layer in inside:
+        layer.integer_forward = recipe.integer_forward
+    _have_siblings_agree(inside)
     return layers + experts
+
+
+def _have_siblings_agree(layers: list[QuantizedLayer]) -> None:
+    """Layers that share an input train on floats where not all can on integers: it is quantized once, in one form."""
+    sharing: dict[int, list[QuantizedLayer]] = {}
+    for layer in layers:
+        sharing.setdefault(id(layer.activation_quantizer), []).append(layer)
+    for siblings in sharing.values():
+        weights = [(layer.runs_on_integers, layer.weight_quantizer) for layer in siblings]
+        if len({on_grid and weight is not None and coding_of(weight) for on_grid, weight in weights}) > 1:
+            for layer in siblings:
+                layer.integer_forward = False
 
 
 def new_tables(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Module, QuantizedTable]]:

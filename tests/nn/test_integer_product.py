@@ -219,6 +219,36 @@ def test_micro_batches_share_the_coded_weight() -> None:
         assert apart(a, b * 3**0.5 if "activation_quantizer" in name else b) < 1e-5, name
 
 
+def test_siblings_train_in_one_form() -> None:
+    class Siblings(nn.Module):
+        input_groups = (("q", "k"),)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 32), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) * self.k(x)
+
+    inputs = bb.QuantizerSpec("bbq", 4, granularity="ema", block=1)
+    rules = tuple(
+        bb.Rule(name, bb.QuantizerSpec(method, 4, block=1), inputs)
+        for name, method in (("q", "bbq"), ("k", "nf"))
+    )
+    model = bb.prepare(Siblings(), bb.Recipe(rules=rules, integer_forward=True))
+    seen: list[Tensor] = []
+    q: Any = model.q
+    assert q.activation_quantizer is model.k.activation_quantizer  # type: ignore[union-attr]
+    q.activation_quantizer.observers.append(seen.append)
+    model(X[0, :, :64])
+    assert len(seen) == 1
+    assert not q.trains_on_integers("cpu", torch.float32)
+    alike = tuple(bb.Rule(rule.pattern, bb.QuantizerSpec("bbq", 4, block=1), inputs) for rule in rules)
+    assert bb.prepare(Siblings(), bb.Recipe(rules=alike, integer_forward=True)).q.trains_on_integers(
+        "cpu", torch.float32
+    )  # type: ignore[union-attr]
+
+
 def test_a_second_derivative_is_refused_in_one_line() -> None:
     model = network(KEPT["2 bits"])
     x = X.clone().requires_grad_()

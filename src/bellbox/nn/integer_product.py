@@ -64,12 +64,11 @@ def serves(
     """
     pair = weight, activation
     able = dtype != torch.float64 and not transforming()
-    if chosen is False or not able or any(_has_no_bytes(each) for each in pair):
+    if chosen is False or not able or not all(map(has_bytes, pair)):
         return False
     if chosen:
         return True
-    few = all(each.keeps_bytes and each.levels.n <= native.MAX_LEVELS for each in pair)
-    return few and dtype == torch.bfloat16 and on_kernels(device)
+    return all(map(keeps_few, pair)) and dtype == torch.bfloat16 and on_kernels(device)
 
 
 @constant_when_traced
@@ -78,8 +77,19 @@ def on_kernels(device: str) -> bool:
     return device == "cpu" and native.available() and forced() in (None, "cpu")
 
 
-def _has_no_bytes(quantizer: Quantizer) -> bool:
-    return quantizer.normalise == "norm" or quantizer.levels.n > MOST_LEVELS
+def has_bytes(quantizer: Quantizer) -> bool:
+    """Whether a product on integers can take its codes."""
+    return quantizer.normalise != "norm" and quantizer.levels.n <= MOST_LEVELS
+
+
+def keeps_few(quantizer: Quantizer) -> bool:
+    """Whether that is faster, since the kernels take its codes and bytes are all that is kept."""
+    return quantizer.keeps_bytes and quantizer.levels.n <= native.MAX_LEVELS
+
+
+def coding_of(weight: Quantizer) -> tuple[bool, bool]:
+    """What decides about a layer besides its input and the recipe; alike in layers that share an input."""
+    return has_bytes(weight), keeps_few(weight)
 
 
 def integer_product(
