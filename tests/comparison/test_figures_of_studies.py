@@ -81,6 +81,8 @@ def studies() -> list[Held]:
         *heart_alone(),
         *together(),
         *cewt(),
+        *integers(),
+        *embeddings(),
         *ends(),
         *default_at_1m(),
         *longer(),
@@ -304,6 +306,33 @@ def cewt() -> list[Held]:
         )
         for text, name in shown.items()
     ]
+
+
+def integers() -> list[Held]:
+    """The forward on integers beside that on floats."""
+    names = ("forward on floats", "forward on integers")
+    figures = [
+        [(mean("integers", name, bits), deviation("integers", name, bits)) for name in names]
+        for bits in (1, 2, 4)
+    ]
+    return [
+        (
+            f"| {bits} bit{'s' if bits > 1 else ''} | {{:.2f}} ± {{:.2f}} | {{:.2f}} ± {{:.2f}} |",
+            (*floats, *coded),
+        )
+        for bits, (floats, coded) in zip((1, 2, 4), figures, strict=True)
+    ]
+
+
+def embeddings() -> list[Held]:
+    """Embeddings and head rounded while training."""
+    shown = {
+        "fp32": "embeddings in fp32",
+        "8 bits a row": "8 bits a row",
+        "4 bits by 32": "4 bits by 32",
+        "4 bits by 64": "4 bits by 64",
+    }
+    return [(f"| {text} | {{:.2f}} |", (on("embeddings", name, 0),)) for text, name in shown.items()]
 
 
 def ends() -> list[Held]:

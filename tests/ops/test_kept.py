@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bellbox.core.grid import Grid, Levels
 from bellbox.core.hadamard import block_size, butterfly
@@ -167,6 +168,30 @@ def test_the_backward_is_that_of_the_values_that_are_kept(isa: Any) -> None:
     codes = torch.bucketize(v, torch.tensor(steps_of(levels), dtype=torch.float64), right=True)
     wanted = (wide * (codes - levels.offset)).sum(-1, keepdim=True)
     torch.testing.assert_close(dots.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_in_bf16_gives_fp32_with_nothing_rounded_between(isa: Any) -> None:
+    x, r, levels, block = made(6, 256, 4)
+    kept, gamma = keep(x, r, levels.thresholds, block), torch.tensor([[1.7]])
+    grad = torch.randn(6, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
+    rest = kept, r, gamma, torch.ones(6, 1), steps_of(levels), levels.offset, block, torch.float32
+    found, _ = bbq_backward_kept(grad, *rest)
+    wanted, _ = bbq_backward_kept(grad.float(), *rest)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_are_known_without_numbers() -> None:
+    kept, r = torch.zeros(6, 64, dtype=torch.int8, device="meta"), torch.ones(6, 1, device="meta")
+    grad = torch.zeros(6, 9, device="meta")
+    assert kept_product(grad, kept, r, (0.0,), 0.5, True).shape == (9, 64)
+    assert kept_product(grad.t(), kept, r, (0.0,), 0.5, False).shape == (9, 64)
+    with FakeTensorMode() as mode:
+        kept, r = mode.from_tensor(torch.zeros(6, 64, dtype=torch.int8)), mode.from_tensor(torch.ones(6, 1))
+        grad = mode.from_tensor(torch.zeros(6, 64))
+        g_x, dots = bbq_backward_kept(grad, kept, r, r, r, (0.0,), 0.5, 64, torch.bfloat16)
+        assert (g_x.shape, g_x.dtype, dots.shape) == ((6, 64), torch.bfloat16, (6, 1))
+        assert kept_product(grad[:, :9], kept, r, (0.0,), 0.5, True).shape == (9, 64)
+        assert kept_product(grad.t(), kept, r, (0.0,), 0.5, False).shape == (64, 64)
 
 
 def test_the_gradient_is_multiplied_with_what_the_bytes_stand_for(isa: Any) -> None:
