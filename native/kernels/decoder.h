@@ -77,59 +77,181 @@ inline void turn(const float* x, const float* cosine, const float* sine, int64_t
     }
 }
 
-// Softmax attention of one query over `length` keys and values. `weights` has room for `length` floats.
-inline void attend_one(const float* query, const float* keys, const float* values, int64_t length, int64_t d, float scale,
-                       float* weights, float* out) {
-    float largest = -3.4e38f;
-    for (int64_t s = 0; s < length; ++s) {
-        weights[s] = dot(query, keys + s * d, d) * scale;
-        largest = weights[s] > largest ? weights[s] : largest;
+// The bell of a head, each run of `block` numbers: the stages and factor of core/hadamard.py, hence its bits.
+inline void rotate_head(float* x, int64_t d, int64_t block) {
+    if (block == 1) return;
+    for (int64_t h = 1; h < block; h *= 2)
+        for (int64_t begin = 0; begin < d; begin += 2 * h)
+            for (int64_t i = begin; i < begin + h; ++i) {
+                const float a = x[i], b = x[i + h];
+                x[i] = a + b, x[i + h] = a - b;
+            }
+    const float factor = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block)));
+    for (int64_t i = 0; i < d; ++i) x[i] *= factor;
+}
+
+// Rows of a cache by what they are made of: numbers, int8 codes, bytes of two codes.
+inline int64_t row_length(const float*, int64_t d) { return d; }
+inline int64_t row_length(const int8_t*, int64_t d) { return d; }
+inline int64_t row_length(const uint8_t*, int64_t d) { return (d + 1) / 2; }
+
+inline const float* decode_rows(const float* rows, int64_t, int64_t, float*) { return rows; }
+
+inline const float* decode_rows(const int8_t* codes, int64_t count, int64_t d, float* __restrict out) {
+    for (int64_t i = 0; i < count * d; ++i) out[i] = static_cast<float>(codes[i]);
+    return out;
+}
+
+inline const float* decode_rows(const uint8_t* codes, int64_t count, int64_t d, float* __restrict out) {
+    const int64_t half = (d + 1) / 2;
+    for (int64_t row = 0; row < count; ++row, codes += half) {
+        float* const low = out + row * d;
+        float* const high = low + half;
+        for (int64_t i = 0; i < half; ++i) low[i] = static_cast<float>((codes[i] & 15) - 8);
+        for (int64_t i = 0; i < d - half; ++i) high[i] = static_cast<float>((codes[i] >> 4) - 8);
     }
-    float lanes[kLanes] = {};
-    for (int64_t s = 0; s < length; ++s) weights[s] = exp_of(weights[s] - largest);
+    return out;
+}
+
+// x [d] to the nearest of -most..most (ties to even), the largest magnitude at `most`; returns what one of them is worth:
+// NaN where x is not finite, and 0 where it is next to nothing.
+inline float round_head(float* x, int64_t d, float most) {
+    float largest = 0.0f;
+    bool finite = true;
+    for (int64_t i = 0; i < d; ++i) {
+        const float size = __builtin_fabsf(x[i]);
+        largest = size > largest ? size : largest;
+        finite &= size <= 3.40282347e38f;
+    }
+    const bool usable = finite && largest >= 1e-30f;
+    const float factor = usable ? most / largest : 0.0f, magic = 12582912.0f;  // as in exp_of
+    for (int64_t i = 0; i < d; ++i) x[i] = usable ? (x[i] * factor + magic) - magic : 0.0f;
+    return finite ? (usable ? largest / most : 0.0f) : __builtin_nanf("");
+}
+
+inline float code_row(float* x, int64_t d, float* row) {
+    std::memcpy(row, x, static_cast<size_t>(d) * sizeof(float));
+    return 1.0f;
+}
+
+inline float code_row(float* x, int64_t d, int8_t* row) {
+    const float scale = round_head(x, d, 127.0f);
+    for (int64_t i = 0; i < d; ++i) row[i] = static_cast<int8_t>(x[i]);
+    return scale;
+}
+
+inline float code_row(float* x, int64_t d, uint8_t* row) {
+    const float scale = round_head(x, d, 7.0f);
+    const int64_t half = (d + 1) / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const int high = half + i < d ? static_cast<int>(x[half + i]) : -8;
+        row[i] = static_cast<uint8_t>((static_cast<int>(x[i]) + 8) | (high + 8) << 4);
+    }
+    return scale;
+}
+
+// Softmax of `scores` [length] without the last division, in place; returns the sum.
+inline float exponentials(float* scores, int64_t length) {
+    float lanes[kLanes];
+    for (int l = 0; l < kLanes; ++l) lanes[l] = -3.4e38f;
     int64_t s = 0;
     for (; s + kLanes <= length; s += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[l] += weights[s + l];
-    for (int l = 0; s + l < length; ++l) lanes[l] += weights[s + l];
-    const float total = sum_lanes(lanes);
-    for (int64_t i = 0; i < d; ++i) out[i] = 0.0f;
-    for (s = 0; s + 4 <= length; s += 4) {
+        for (int l = 0; l < kLanes; ++l) lanes[l] = scores[s + l] > lanes[l] ? scores[s + l] : lanes[l];
+    for (int l = 0; s + l < length; ++l) lanes[l] = scores[s + l] > lanes[l] ? scores[s + l] : lanes[l];
+    float largest = lanes[0];
+    for (int l = 1; l < kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
+    for (s = 0; s < length; ++s) scores[s] = exp_of(scores[s] - largest);
+    for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
+    for (s = 0; s + kLanes <= length; s += kLanes)
+        for (int l = 0; l < kLanes; ++l) lanes[l] += scores[s + l];
+    for (int l = 0; s + l < length; ++l) lanes[l] += scores[s + l];
+    return sum_lanes(lanes);
+}
+
+// out [d] += the sum of weights[s] * row s, four rows at a time.
+inline void add_rows(const float* weights, const float* rows, int64_t count, int64_t d, float* __restrict out) {
+    int64_t s = 0;
+    for (; s + 4 <= count; s += 4) {
         const float w0 = weights[s], w1 = weights[s + 1], w2 = weights[s + 2], w3 = weights[s + 3];
-        const float* v = values + s * d;
+        const float* v = rows + s * d;
         for (int64_t i = 0; i < d; ++i) out[i] += (w0 * v[i] + w1 * v[d + i]) + (w2 * v[2 * d + i] + w3 * v[3 * d + i]);
     }
-    for (; s < length; ++s)
-        for (int64_t i = 0; i < d; ++i) out[i] += weights[s] * values[s * d + i];
-    const float inverse = 1.0f / total;
-    for (int64_t i = 0; i < d; ++i) out[i] *= inverse;
+    for (; s < count; ++s)
+        for (int64_t i = 0; i < d; ++i) out[i] += weights[s] * rows[s * d + i];
+}
+
+// Softmax attention of the queries [count, d] of one key-value head over `length` keys and values. Some rows at a time, so
+// that each is read once for all queries; `weights` has room for [count, length + 1], `decoded` for [kCacheRows, d].
+template <typename Code>
+inline void attend_head(const float* queries, int64_t count, const Code* keys, const Code* values, const float* key_scales,
+                        const float* value_scales, int64_t length, int64_t d, float* decoded, float* weights, float* out) {
+    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
+    const int64_t row = row_length(keys, d), width = length + 1;
+    for (int64_t begin = 0; begin < length; begin += kCacheRows) {
+        const int64_t some = length - begin < kCacheRows ? length - begin : kCacheRows;
+        const float* const rows = decode_rows(keys + begin * row, some, d, decoded);
+        for (int64_t q = 0; q < count; ++q)
+            for (int64_t s = 0; s < some; ++s) weights[q * width + begin + s] = dot(queries + q * d, rows + s * d, d) * scale;
+    }
+    for (int64_t q = 0; q < count; ++q) {
+        float* const scores = weights + q * width;
+        if (key_scales != nullptr)
+            for (int64_t s = 0; s < length; ++s) scores[s] *= key_scales[s];
+        scores[length] = exponentials(scores, length);
+        if (value_scales != nullptr)
+            for (int64_t s = 0; s < length; ++s) scores[s] *= value_scales[s];
+        for (int64_t i = 0; i < d; ++i) out[q * d + i] = 0.0f;
+    }
+    for (int64_t begin = 0; begin < length; begin += kCacheRows) {
+        const int64_t some = length - begin < kCacheRows ? length - begin : kCacheRows;
+        const float* const rows = decode_rows(values + begin * row, some, d, decoded);
+        for (int64_t q = 0; q < count; ++q) add_rows(weights + q * width + begin, rows, some, d, out + q * d);
+    }
+    for (int64_t q = 0; q < count; ++q) {
+        const float inverse = 1.0f / weights[q * width + length];
+        for (int64_t i = 0; i < d; ++i) out[q * d + i] *= inverse;
+    }
 }
 
 // Pairs (sequence, key-value head) [begin, end): puts the new key and value into the cache, then attends.
-inline void attend(const AttendArgs& a, int64_t begin, int64_t end, float* scratch) {
-    const int64_t d = a.head_dim, groups = a.heads / a.kv_heads;
-    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
-    float* const turned = scratch;
-    float* const weights = scratch + d;
-    for (int64_t pair = begin; pair < end; ++pair) {
-        const int64_t sequence = pair / a.kv_heads, kv = pair % a.kv_heads;
-        float* keys = a.keys + pair * a.room * d;
-        float* values = a.values + pair * a.room * d;
-        const float* key = a.key + pair * d;
-        float* const new_key = keys + a.start * d;
+template <typename Code>
+inline void attend_pairs(const AttendArgs& a, int64_t begin, int64_t end, float* scratch) {
+    const CacheView& cache = a.cache;
+    const int64_t d = a.head_dim, count = a.heads / a.kv_heads, row = row_length(static_cast<Code*>(nullptr), d);
+    const size_t bytes = static_cast<size_t>(d) * sizeof(float);
+    float *const queries = scratch, *const fresh = queries + count * d, *const decoded = fresh + d;
+    float* const weights = decoded + kCacheRows * d;
+    const auto place = [&](const float* x, float* to) {
         if (a.cosine != nullptr)
-            turn(key, a.cosine, a.sine, d, new_key);
+            turn(x, a.cosine, a.sine, d, to);
         else
-            std::memcpy(new_key, key, static_cast<size_t>(d) * sizeof(float));
-        std::memcpy(values + a.start * d, a.value + pair * d, static_cast<size_t>(d) * sizeof(float));
-        for (int64_t g = 0; g < groups; ++g) {
-            const int64_t head = sequence * a.heads + kv * groups + g;
-            const float* query = a.query + head * d;
-            if (a.cosine != nullptr) {
-                turn(query, a.cosine, a.sine, d, turned);
-                query = turned;
-            }
-            attend_one(query, keys, values, a.start + 1, d, scale, weights, a.out + head * d);
-        }
+            std::memcpy(to, x, bytes);
+        rotate_head(to, d, cache.block);
+    };
+    for (int64_t pair = begin; pair < end; ++pair) {
+        Code* const keys = static_cast<Code*>(cache.keys) + pair * cache.room * row;
+        Code* const values = static_cast<Code*>(cache.values) + pair * cache.room * row;
+        float* const key_scales = cache.key_scales == nullptr ? nullptr : cache.key_scales + pair * cache.room;
+        float* const value_scales = cache.key_scales == nullptr ? nullptr : cache.value_scales + pair * cache.room;
+        place(a.key + pair * d, fresh);
+        const float key_scale = code_row(fresh, d, keys + cache.start * row);
+        std::memcpy(fresh, a.value + pair * d, bytes);
+        rotate_head(fresh, d, cache.block);
+        const float value_scale = code_row(fresh, d, values + cache.start * row);
+        if (key_scales != nullptr) key_scales[cache.start] = key_scale, value_scales[cache.start] = value_scale;
+        // Pairs are sequence by sequence, and of one the queries of a key-value head follow one another.
+        for (int64_t q = 0; q < count; ++q) place(a.query + (pair * count + q) * d, queries + q * d);
+        float* const out = a.out + pair * count * d;
+        attend_head(queries, count, keys, values, key_scales, value_scales, cache.start + 1, d, decoded, weights, out);
+        for (int64_t q = 0; q < count; ++q) rotate_head(out + q * d, d, cache.block);
+    }
+}
+
+inline void attend(const AttendArgs& a, int64_t begin, int64_t end, float* scratch) {
+    switch (a.cache.type) {
+        case CacheType::f32: return attend_pairs<float>(a, begin, end, scratch);
+        case CacheType::i8: return attend_pairs<int8_t>(a, begin, end, scratch);
+        case CacheType::i4: return attend_pairs<uint8_t>(a, begin, end, scratch);
     }
 }
 
