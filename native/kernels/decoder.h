@@ -7,19 +7,12 @@
 
 #include <cstring>
 
+#include "kernels/cache_rows.h"
 #include "kernels/kernels.h"
 
 namespace bellbox {
 namespace {
 namespace BELLBOX_NAMESPACE {
-
-constexpr int kLanes = 16;
-
-inline float sum_lanes(float* lanes) {
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-    return lanes[0];
-}
 
 // rows [begin, end): out = (x / rms(x)) * weight, the sum of squares in fp64, its inverse root rounded once.
 inline void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end) {
@@ -36,15 +29,6 @@ inline void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end) {
         const float scale = static_cast<float>(1.0 / __builtin_sqrt(lanes[0] / static_cast<double>(a.k) + a.eps));
         for (int64_t j = 0; j < a.k; ++j) out[j] = x[j] * scale * a.weight[j];
     }
-}
-
-inline float dot(const float* a, const float* b, int64_t n) {
-    float lanes[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[l] += a[i + l] * b[i + l];
-    for (int l = 0; i + l < n; ++l) lanes[l] += a[i + l] * b[i + l];
-    return sum_lanes(lanes);
 }
 
 // e^x for x <= 0, to about one unit in the last place: 2^n times the Taylor polynomial of the rest.
@@ -88,29 +72,6 @@ inline void rotate_head(float* x, int64_t d, int64_t block) {
             }
     const float factor = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block)));
     for (int64_t i = 0; i < d; ++i) x[i] *= factor;
-}
-
-// Rows of a cache by what they are made of: numbers, int8 codes, bytes of two codes.
-inline int64_t row_length(const float*, int64_t d) { return d; }
-inline int64_t row_length(const int8_t*, int64_t d) { return d; }
-inline int64_t row_length(const uint8_t*, int64_t d) { return (d + 1) / 2; }
-
-inline const float* decode_rows(const float* rows, int64_t, int64_t, float*) { return rows; }
-
-inline const float* decode_rows(const int8_t* codes, int64_t count, int64_t d, float* __restrict out) {
-    for (int64_t i = 0; i < count * d; ++i) out[i] = static_cast<float>(codes[i]);
-    return out;
-}
-
-inline const float* decode_rows(const uint8_t* codes, int64_t count, int64_t d, float* __restrict out) {
-    const int64_t half = (d + 1) / 2;
-    for (int64_t row = 0; row < count; ++row, codes += half) {
-        float* const low = out + row * d;
-        float* const high = low + half;
-        for (int64_t i = 0; i < half; ++i) low[i] = static_cast<float>((codes[i] & 15) - 8);
-        for (int64_t i = 0; i < d - half; ++i) high[i] = static_cast<float>((codes[i] >> 4) - 8);
-    }
-    return out;
 }
 
 // x [d] to the nearest of -most..most (ties to even), the largest magnitude at `most`; returns what one of them is worth:
@@ -168,18 +129,6 @@ inline float exponentials(float* scores, int64_t length) {
     return sum_lanes(lanes);
 }
 
-// out [d] += the sum of weights[s] * row s, four rows at a time.
-inline void add_rows(const float* weights, const float* rows, int64_t count, int64_t d, float* __restrict out) {
-    int64_t s = 0;
-    for (; s + 4 <= count; s += 4) {
-        const float w0 = weights[s], w1 = weights[s + 1], w2 = weights[s + 2], w3 = weights[s + 3];
-        const float* v = rows + s * d;
-        for (int64_t i = 0; i < d; ++i) out[i] += (w0 * v[i] + w1 * v[d + i]) + (w2 * v[2 * d + i] + w3 * v[3 * d + i]);
-    }
-    for (; s < count; ++s)
-        for (int64_t i = 0; i < d; ++i) out[i] += weights[s] * rows[s * d + i];
-}
-
 // Softmax attention of the queries [count, d] of one key-value head over `length` keys and values. Some rows at a time, so
 // that each is read once for all queries; `weights` has room for [count, length + 1], `decoded` for [kCacheRows, d].
 template <typename Code>
@@ -189,9 +138,9 @@ inline void attend_head(const float* queries, int64_t count, const Code* keys, c
     const int64_t row = row_length(keys, d), width = length + 1;
     for (int64_t begin = 0; begin < length; begin += kCacheRows) {
         const int64_t some = length - begin < kCacheRows ? length - begin : kCacheRows;
-        const float* const rows = decode_rows(keys + begin * row, some, d, decoded);
-        for (int64_t q = 0; q < count; ++q)
-            for (int64_t s = 0; s < some; ++s) weights[q * width + begin + s] = dot(queries + q * d, rows + s * d, d) * scale;
+        const Code* const rows = keys + begin * row;
+        if (begin + 2 * kCacheRows <= length) prefetch_rows(rows + kCacheRows * row, kCacheRows * row);
+        for (int64_t q = 0; q < count; ++q) score_rows(queries + q * d, rows, some, d, scale, decoded, weights + q * width + begin);
     }
     for (int64_t q = 0; q < count; ++q) {
         float* const scores = weights + q * width;
@@ -204,8 +153,9 @@ inline void attend_head(const float* queries, int64_t count, const Code* keys, c
     }
     for (int64_t begin = 0; begin < length; begin += kCacheRows) {
         const int64_t some = length - begin < kCacheRows ? length - begin : kCacheRows;
-        const float* const rows = decode_rows(values + begin * row, some, d, decoded);
-        for (int64_t q = 0; q < count; ++q) add_rows(weights + q * width + begin, rows, some, d, out + q * d);
+        const Code* const rows = values + begin * row;
+        if (begin + 2 * kCacheRows <= length) prefetch_rows(rows + kCacheRows * row, kCacheRows * row);
+        for (int64_t q = 0; q < count; ++q) add_rows(weights + q * width + begin, rows, some, d, decoded, out + q * d);
     }
     for (int64_t q = 0; q < count; ++q) {
         const float inverse = 1.0f / weights[q * width + length];
