@@ -2,7 +2,8 @@
 
 python benchmarks/kv_cache.py speed                              # 95M, 2 bits, one thread; 512, 4,096, 16,384 tokens
 python benchmarks/kv_cache.py speed --preset 300M --contexts 4096 --json kv.json
-python benchmarks/kv_cache.py perplexity MODEL --data classics   # of a run, packed or Hugging Face folder
+python benchmarks/kv_cache.py perplexity MODEL --data DATA --context 4096    # of a run, packed or Hugging Face folder
+python benchmarks/kv_cache.py perplexity MODEL --data DATA --precisions int4 --no-rotate
 
 Speed: a packed model of random weights, its cache filled with random rows; the precisions take turns at every context.
 """
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 
+import bellbox.models.cache
 from bellbox.benchmark import measure_machine
 from bellbox.benchmark.model import random_model
 from bellbox.benchmark.timing import take_turns
-from bellbox.cli.eval import evaluate
-from bellbox.formats.auto import open_model
+from bellbox.evaluation import perplexity
+from bellbox.formats.auto import open_data_for, open_model
 from bellbox.inference.decoding import Steps, steps_for
 from bellbox.models import KVCache, Llama, preset
 from bellbox.ops.cache_codes import CachePrecision
@@ -97,19 +99,21 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
 def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Perplexity of one model over each cache."""
     opened = open_model(options.model)
+    split = open_data_for(opened, options.data)[0].split(options.split)
+    if not options.rotate:
+        bellbox.models.cache.head_block = lambda head_dim: 1  # noqa: ARG005  (what the rotation is for)
     results = []
     for precision in options.precisions:
-        found = evaluate(
-            opened,
-            options.data,
-            options.split,
-            context=options.context,
+        found = perplexity(
+            opened.model,
+            split,
+            options.context or opened.context,
             max_tokens=options.max_tokens,
-            batch=options.batch,
+            batch_size=options.batch,
             kv_cache=precision,
-        ).result
+        )
         print(
-            f"{precision:5} perplexity {found.perplexity:.4f}, loss {found.loss:.5f}   {found.protocol}",
+            f"{precision:5} perplexity {found.perplexity:9.4f}, loss {found.loss:.5f}   {found.protocol}",
             flush=True,
         )
         results.append({"cache": precision, "loss": found.loss, "protocol": found.protocol})
@@ -136,7 +140,8 @@ def main() -> None:
     scored.add_argument("--split", default="valid")
     scored.add_argument("--context", type=int)
     scored.add_argument("--max-tokens", type=int)
-    scored.add_argument("--batch", type=int, default=8)
+    scored.add_argument("--batch", type=int, default=1)
+    scored.add_argument("--rotate", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     results = speed(options) if options.part == "speed" else quality(options)
     if options.json is not None:
