@@ -74,20 +74,27 @@ inline void rotate_head(float* x, int64_t d, int64_t block) {
     for (int64_t i = 0; i < d; ++i) x[i] *= factor;
 }
 
-// x [d] to the nearest of -most..most (ties to even), the largest magnitude at `most`; returns what one of them is worth:
-// NaN where x is not finite, and 0 where it is next to nothing.
-inline float round_head(float* x, int64_t d, float most) {
-    float largest = 0.0f;
+// x [d] to integers (ties to even), as ops/cache_codes.py says: the nearest of -127..127, or of -8..7 times a scale that may
+// be negative. Returns what one of them is worth: NaN where x is not finite, and 0 where it is next to nothing.
+inline float round_head(float* x, int64_t d, bool eight_bits) {
+    float above = 0.0f, below = 0.0f;
     bool finite = true;
     for (int64_t i = 0; i < d; ++i) {
-        const float size = __builtin_fabsf(x[i]);
-        largest = size > largest ? size : largest;
-        finite &= size <= 3.40282347e38f;
+        above = x[i] > above ? x[i] : above;
+        below = -x[i] > below ? -x[i] : below;
+        finite &= __builtin_fabsf(x[i]) <= 3.40282347e38f;
     }
-    const bool usable = finite && largest >= 1e-30f;
-    const float factor = usable ? most / largest : 0.0f, magic = 12582912.0f;  // as in exp_of
-    for (int64_t i = 0; i < d; ++i) x[i] = usable ? (x[i] * factor + magic) - magic : 0.0f;
-    return finite ? (usable ? largest / most : 0.0f) : __builtin_nanf("");
+    const float larger = above > below ? above : below, smaller = above > below ? below : above;
+    const bool usable = finite && larger >= 1e-30f;
+    const float eighth = larger / 8.0f, other = smaller / 7.5f, step = other > eighth ? other : eighth;
+    const float scale = eight_bits ? larger / 127.0f : above > below ? -step : step;
+    const float factor = usable ? (eight_bits ? 127.0f / larger : 1.0f / scale) : 0.0f, magic = 12582912.0f;  // as in exp_of
+    const float most = eight_bits ? 127.0f : 7.0f;
+    for (int64_t i = 0; i < d; ++i) {
+        const float code = (x[i] * factor + magic) - magic;
+        x[i] = usable ? (code > most ? most : code) : 0.0f;
+    }
+    return finite ? (usable ? scale : 0.0f) : __builtin_nanf("");
 }
 
 inline float code_row(float* x, int64_t d, float* row) {
@@ -96,13 +103,13 @@ inline float code_row(float* x, int64_t d, float* row) {
 }
 
 inline float code_row(float* x, int64_t d, int8_t* row) {
-    const float scale = round_head(x, d, 127.0f);
+    const float scale = round_head(x, d, true);
     for (int64_t i = 0; i < d; ++i) row[i] = static_cast<int8_t>(x[i]);
     return scale;
 }
 
 inline float code_row(float* x, int64_t d, uint8_t* row) {
-    const float scale = round_head(x, d, 7.0f);
+    const float scale = round_head(x, d, false);
     const int64_t half = (d + 1) / 2;
     for (int64_t i = 0; i < half; ++i) {
         const int high = half + i < d ? static_cast<int>(x[half + i]) : -8;

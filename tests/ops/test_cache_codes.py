@@ -8,7 +8,7 @@ from bellbox.errors import BellboxError
 from bellbox.models import KVCache
 from bellbox.ops.cache_codes import code_rows, decode_rows, head_block
 
-PARTS = {"int8": 250, "int4": 14}
+PARTS = {"int8": 254, "int4": 15}
 BOTH = pytest.mark.parametrize("precision", list(PARTS))
 
 
@@ -22,7 +22,7 @@ def test_rows_of_any_size_are_right_to_half_a_step(precision: str, head_dim: int
         coded = decode_rows(codes, scales, head_dim, 1)
         meant = hadamard(x, block) if block > 1 else x
         largest = meant.abs().amax(-1, keepdim=True)
-        assert bool(((coded - meant).abs() <= largest / PARTS[precision] * (1 + 1e-6)).all())
+        assert bool(((coded - meant).abs() <= largest / PARTS[precision] * (1 + 1e-4)).all())
         # Rotating back keeps the norm of a row's error.
         error = (decode_rows(codes, scales, head_dim, block).double() - x.double()).norm(dim=-1)
         bound = (coded.double() - meant.double()).norm(dim=-1) + 1e-5 * x.double().norm(dim=-1)
@@ -55,8 +55,12 @@ def test_a_row_that_is_not_finite_stays_so(precision: str) -> None:
 
 
 def test_the_bytes_of_four_bits() -> None:
-    codes, scales = code_rows(torch.tensor([[7.0, -7.0, 0.0, 1.0, -3.0]]), "int4", 1)
-    assert codes.tolist() == [[9 << 4 | 15, 5 << 4 | 1, 8]]
+    x = torch.tensor([[7.5, -8.0, 0.0, 1.0, -3.0]])
+    codes, scales = code_rows(torch.cat((x, -x)), "int4", 1)
+    assert codes.tolist() == [[9 << 4 | 15, 5 << 4 | 0, 8]] * 2
+    assert scales.tolist() == [1.0, -1.0]  # the side that reaches farther gets the code more
+    codes, scales = code_rows(torch.tensor([[7.5, -7.5, 0.0, 1.0, -3.0]]), "int4", 1)
+    assert codes.tolist() == [[9 << 4 | 15, 5 << 4 | 0, 8]]  # 7.5 is coded 7, -7.5 (a tie) -8
     assert scales.tolist() == [1.0]
 
 

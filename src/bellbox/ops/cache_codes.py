@@ -1,11 +1,13 @@
 """Rows of a KV cache in int8 or 4 bits: rotate a head, code it, one scale a row.
 
-The largest magnitude of a row is 127 (int8) or 7 (4 bits), and zero is a code: a row of zeros stays zeros, and no scale
-has a floor that small rows would drown in. A row depends on its own token only, so a coded cache is as causal as the
-model. The rotation is the bell of a head: one large channel, as keys have them, is spread over all of them.
+Zero is a code: a row of zeros stays zeros, and no scale has a floor that small rows would drown in. A row depends on
+its own token only, so a coded cache is as causal as the model. The rotation is the bell of a head: one large channel,
+as keys have them, is spread over all of them.
 
-Codes are `rint(x * fl(most / absmax))` and the scale is `fl(absmax / most)`, in fp32; native/kernels/decoder.h does the
-same to the last bit.
+In int8 the largest magnitude is 127. 4 bits have one code more on one side, -8 to 7, and the side that reaches farther
+gets it, by the sign of the scale: the step is the larger of its reach / 8 and the other side's / 7.5 (7.5 is coded 7,
+half a step off). So an error is at most absmax / 254 or absmax / 15, up to fp32 rounding. native/kernels/decoder.h does
+the same to the last bit.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from bellbox.errors import BellboxError
 CachePrecision = Literal["fp32", "int8", "int4"]
 """What the rows of a cache are in; fp32 stands for the model's own dtype, as it comes."""
 
-_MOST = {"int8": 127, "int4": 7}
 _LEAST = 1e-30
 """A row whose largest magnitude is below this is zeros: its scale would have few bits left."""
 
@@ -59,14 +60,19 @@ def code_rows(x: Tensor, precision: str, block: int) -> tuple[Tensor, Tensor]:
         8, in its low half, and that of number i + ceil(head_dim / 2) in its high half; and scales fp32 `[...]`, which
         are NaN where a row is not finite.
     """
-    most = _MOST[precision]
     x = hadamard(x.float(), block) if block > 1 else x.float()
-    largest = x.abs().amax(dim=-1, keepdim=True)
-    finite = largest.isfinite()
-    usable = finite & (largest >= _LEAST)
-    factor = torch.where(usable, most / largest, 0.0)
-    codes = torch.where(usable, (x * factor).round(), 0.0).to(torch.int8)
-    scales = torch.where(finite, torch.where(usable, largest / most, 0.0), torch.nan)[..., 0]
+    above, below = x.amax(dim=-1, keepdim=True).clamp(min=0), (-x).amax(dim=-1, keepdim=True).clamp(min=0)
+    larger = torch.maximum(above, below)
+    finite = larger.isfinite()
+    usable = finite & (larger >= _LEAST)
+    if precision == "int8":
+        most, scales, factor = 127, larger / 127, 127 / larger
+    else:
+        step = torch.maximum(larger / 8, torch.minimum(above, below) / 7.5)
+        most, scales = 7, torch.where(above > below, -step, step)
+        factor = 1 / scales
+    codes = torch.where(usable, (x * factor).round().clamp(max=most), 0.0).to(torch.int8)
+    scales = torch.where(finite, torch.where(usable, scales, 0.0), torch.nan)[..., 0]
     if precision == "int8":
         return codes, scales
     half = row_length(precision, x.shape[-1])
