@@ -7,19 +7,12 @@
 
 #include <cstring>
 
+#include "kernels/cache_rows.h"
 #include "kernels/kernels.h"
 
 namespace bellbox {
 namespace {
 namespace BELLBOX_NAMESPACE {
-
-constexpr int kLanes = 16;
-
-inline float sum_lanes(float* lanes) {
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-    return lanes[0];
-}
 
 // rows [begin, end): out = (x / rms(x)) * weight, the sum of squares in fp64, its inverse root rounded once.
 inline void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end) {
@@ -36,15 +29,6 @@ inline void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end) {
         const float scale = static_cast<float>(1.0 / __builtin_sqrt(lanes[0] / static_cast<double>(a.k) + a.eps));
         for (int64_t j = 0; j < a.k; ++j) out[j] = x[j] * scale * a.weight[j];
     }
-}
-
-inline float dot(const float* a, const float* b, int64_t n) {
-    float lanes[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[l] += a[i + l] * b[i + l];
-    for (int l = 0; i + l < n; ++l) lanes[l] += a[i + l] * b[i + l];
-    return sum_lanes(lanes);
 }
 
 // e^x for x <= 0, to about one unit in the last place: 2^n times the Taylor polynomial of the rest.
@@ -77,59 +61,154 @@ inline void turn(const float* x, const float* cosine, const float* sine, int64_t
     }
 }
 
-// Softmax attention of one query over `length` keys and values. `weights` has room for `length` floats.
-inline void attend_one(const float* query, const float* keys, const float* values, int64_t length, int64_t d, float scale,
-                       float* weights, float* out) {
-    float largest = -3.4e38f;
-    for (int64_t s = 0; s < length; ++s) {
-        weights[s] = dot(query, keys + s * d, d) * scale;
-        largest = weights[s] > largest ? weights[s] : largest;
+// The bell of a head, each run of `block` numbers: the stages and factor of core/hadamard.py, hence its bits.
+inline void rotate_head(float* x, int64_t d, int64_t block) {
+    if (block == 1) return;
+    for (int64_t h = 1; h < block; h *= 2)
+        for (int64_t begin = 0; begin < d; begin += 2 * h)
+            for (int64_t i = begin; i < begin + h; ++i) {
+                const float a = x[i], b = x[i + h];
+                x[i] = a + b, x[i + h] = a - b;
+            }
+    const float factor = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block)));
+    for (int64_t i = 0; i < d; ++i) x[i] *= factor;
+}
+
+// x [d] to integers (ties to even), as ops/cache_codes.py says: the nearest of -127..127, or of -8..7 times a scale that may
+// be negative. Returns what one of them is worth: NaN where x is not finite, and 0 where it is next to nothing.
+inline float round_head(float* x, int64_t d, bool eight_bits) {
+    float above = 0.0f, below = 0.0f;
+    bool finite = true;
+    for (int64_t i = 0; i < d; ++i) {
+        above = x[i] > above ? x[i] : above;
+        below = -x[i] > below ? -x[i] : below;
+        finite &= __builtin_fabsf(x[i]) <= 3.40282347e38f;
     }
-    float lanes[kLanes] = {};
-    for (int64_t s = 0; s < length; ++s) weights[s] = exp_of(weights[s] - largest);
+    const float larger = above > below ? above : below, smaller = above > below ? below : above;
+    const bool usable = finite && larger >= 1e-30f;
+    const float eighth = larger / 8.0f, other = smaller / 7.5f, step = other > eighth ? other : eighth;
+    const float scale = eight_bits ? larger / 127.0f : above > below ? -step : step;
+    const float factor = usable ? (eight_bits ? 127.0f / larger : 1.0f / scale) : 0.0f, magic = 12582912.0f;  // as in exp_of
+    const float most = eight_bits ? 127.0f : 7.0f;
+    for (int64_t i = 0; i < d; ++i) {
+        const float code = (x[i] * factor + magic) - magic;
+        x[i] = usable ? (code > most ? most : code) : 0.0f;
+    }
+    return finite ? (usable ? scale : 0.0f) : __builtin_nanf("");
+}
+
+inline float code_row(float* x, int64_t d, float* row) {
+    std::memcpy(row, x, static_cast<size_t>(d) * sizeof(float));
+    return 1.0f;
+}
+
+inline float code_row(float* x, int64_t d, int8_t* row) {
+    const float scale = round_head(x, d, true);
+    for (int64_t i = 0; i < d; ++i) row[i] = static_cast<int8_t>(x[i]);
+    return scale;
+}
+
+inline float code_row(float* x, int64_t d, uint8_t* row) {
+    const float scale = round_head(x, d, false);
+    const int64_t half = (d + 1) / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const int high = half + i < d ? static_cast<int>(x[half + i]) : -8;
+        row[i] = static_cast<uint8_t>((static_cast<int>(x[i]) + 8) | (high + 8) << 4);
+    }
+    return scale;
+}
+
+// Softmax of `scores` [length] without the last division, in place; returns the sum.
+inline float exponentials(float* scores, int64_t length) {
+    float lanes[kLanes];
+    for (int l = 0; l < kLanes; ++l) lanes[l] = -3.4e38f;
     int64_t s = 0;
     for (; s + kLanes <= length; s += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[l] += weights[s + l];
-    for (int l = 0; s + l < length; ++l) lanes[l] += weights[s + l];
-    const float total = sum_lanes(lanes);
-    for (int64_t i = 0; i < d; ++i) out[i] = 0.0f;
-    for (s = 0; s + 4 <= length; s += 4) {
-        const float w0 = weights[s], w1 = weights[s + 1], w2 = weights[s + 2], w3 = weights[s + 3];
-        const float* v = values + s * d;
-        for (int64_t i = 0; i < d; ++i) out[i] += (w0 * v[i] + w1 * v[d + i]) + (w2 * v[2 * d + i] + w3 * v[3 * d + i]);
+        for (int l = 0; l < kLanes; ++l) lanes[l] = scores[s + l] > lanes[l] ? scores[s + l] : lanes[l];
+    for (int l = 0; s + l < length; ++l) lanes[l] = scores[s + l] > lanes[l] ? scores[s + l] : lanes[l];
+    float largest = lanes[0];
+    for (int l = 1; l < kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
+    for (s = 0; s < length; ++s) scores[s] = exp_of(scores[s] - largest);
+    for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
+    for (s = 0; s + kLanes <= length; s += kLanes)
+        for (int l = 0; l < kLanes; ++l) lanes[l] += scores[s + l];
+    for (int l = 0; s + l < length; ++l) lanes[l] += scores[s + l];
+    return sum_lanes(lanes);
+}
+
+// Softmax attention of the queries [count, d] of one key-value head over `length` keys and values. Some rows at a time, so
+// that each is read once for all queries; `weights` has room for [count, length + 1], `decoded` for [kCacheRows, d].
+template <typename Code>
+inline void attend_head(const float* queries, int64_t count, const Code* keys, const Code* values, const float* key_scales,
+                        const float* value_scales, int64_t length, int64_t d, float* decoded, float* weights, float* out) {
+    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
+    const int64_t row = row_length(keys, d), width = length + 1;
+    for (int64_t begin = 0; begin < length; begin += kCacheRows) {
+        const int64_t some = length - begin < kCacheRows ? length - begin : kCacheRows;
+        const Code* const rows = keys + begin * row;
+        if (begin + 2 * kCacheRows <= length) prefetch_rows(rows + kCacheRows * row, kCacheRows * row);
+        for (int64_t q = 0; q < count; ++q) score_rows(queries + q * d, rows, some, d, scale, decoded, weights + q * width + begin);
     }
-    for (; s < length; ++s)
-        for (int64_t i = 0; i < d; ++i) out[i] += weights[s] * values[s * d + i];
-    const float inverse = 1.0f / total;
-    for (int64_t i = 0; i < d; ++i) out[i] *= inverse;
+    for (int64_t q = 0; q < count; ++q) {
+        float* const scores = weights + q * width;
+        if (key_scales != nullptr)
+            for (int64_t s = 0; s < length; ++s) scores[s] *= key_scales[s];
+        scores[length] = exponentials(scores, length);
+        if (value_scales != nullptr)
+            for (int64_t s = 0; s < length; ++s) scores[s] *= value_scales[s];
+        for (int64_t i = 0; i < d; ++i) out[q * d + i] = 0.0f;
+    }
+    for (int64_t begin = 0; begin < length; begin += kCacheRows) {
+        const int64_t some = length - begin < kCacheRows ? length - begin : kCacheRows;
+        const Code* const rows = values + begin * row;
+        if (begin + 2 * kCacheRows <= length) prefetch_rows(rows + kCacheRows * row, kCacheRows * row);
+        for (int64_t q = 0; q < count; ++q) add_rows(weights + q * width + begin, rows, some, d, decoded, out + q * d);
+    }
+    for (int64_t q = 0; q < count; ++q) {
+        const float inverse = 1.0f / weights[q * width + length];
+        for (int64_t i = 0; i < d; ++i) out[q * d + i] *= inverse;
+    }
 }
 
 // Pairs (sequence, key-value head) [begin, end): puts the new key and value into the cache, then attends.
-inline void attend(const AttendArgs& a, int64_t begin, int64_t end, float* scratch) {
-    const int64_t d = a.head_dim, groups = a.heads / a.kv_heads;
-    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
-    float* const turned = scratch;
-    float* const weights = scratch + d;
-    for (int64_t pair = begin; pair < end; ++pair) {
-        const int64_t sequence = pair / a.kv_heads, kv = pair % a.kv_heads;
-        float* keys = a.keys + pair * a.room * d;
-        float* values = a.values + pair * a.room * d;
-        const float* key = a.key + pair * d;
-        float* const new_key = keys + a.start * d;
+template <typename Code>
+inline void attend_pairs(const AttendArgs& a, int64_t begin, int64_t end, float* scratch) {
+    const CacheView& cache = a.cache;
+    const int64_t d = a.head_dim, count = a.heads / a.kv_heads, row = row_length(static_cast<Code*>(nullptr), d);
+    const size_t bytes = static_cast<size_t>(d) * sizeof(float);
+    float *const queries = scratch, *const fresh = queries + count * d, *const decoded = fresh + d;
+    float* const weights = decoded + kCacheRows * d;
+    const auto place = [&](const float* x, float* to) {
         if (a.cosine != nullptr)
-            turn(key, a.cosine, a.sine, d, new_key);
+            turn(x, a.cosine, a.sine, d, to);
         else
-            std::memcpy(new_key, key, static_cast<size_t>(d) * sizeof(float));
-        std::memcpy(values + a.start * d, a.value + pair * d, static_cast<size_t>(d) * sizeof(float));
-        for (int64_t g = 0; g < groups; ++g) {
-            const int64_t head = sequence * a.heads + kv * groups + g;
-            const float* query = a.query + head * d;
-            if (a.cosine != nullptr) {
-                turn(query, a.cosine, a.sine, d, turned);
-                query = turned;
-            }
-            attend_one(query, keys, values, a.start + 1, d, scale, weights, a.out + head * d);
-        }
+            std::memcpy(to, x, bytes);
+        rotate_head(to, d, cache.block);
+    };
+    for (int64_t pair = begin; pair < end; ++pair) {
+        Code* const keys = static_cast<Code*>(cache.keys) + pair * cache.room * row;
+        Code* const values = static_cast<Code*>(cache.values) + pair * cache.room * row;
+        float* const key_scales = cache.key_scales == nullptr ? nullptr : cache.key_scales + pair * cache.room;
+        float* const value_scales = cache.key_scales == nullptr ? nullptr : cache.value_scales + pair * cache.room;
+        place(a.key + pair * d, fresh);
+        const float key_scale = code_row(fresh, d, keys + cache.start * row);
+        std::memcpy(fresh, a.value + pair * d, bytes);
+        rotate_head(fresh, d, cache.block);
+        const float value_scale = code_row(fresh, d, values + cache.start * row);
+        if (key_scales != nullptr) key_scales[cache.start] = key_scale, value_scales[cache.start] = value_scale;
+        // Pairs are sequence by sequence, and of one the queries of a key-value head follow one another.
+        for (int64_t q = 0; q < count; ++q) place(a.query + (pair * count + q) * d, queries + q * d);
+        float* const out = a.out + pair * count * d;
+        attend_head(queries, count, keys, values, key_scales, value_scales, cache.start + 1, d, decoded, weights, out);
+        for (int64_t q = 0; q < count; ++q) rotate_head(out + q * d, d, cache.block);
+    }
+}
+
+inline void attend(const AttendArgs& a, int64_t begin, int64_t end, float* scratch) {
+    switch (a.cache.type) {
+        case CacheType::f32: return attend_pairs<float>(a, begin, end, scratch);
+        case CacheType::i8: return attend_pairs<int8_t>(a, begin, end, scratch);
+        case CacheType::i4: return attend_pairs<uint8_t>(a, begin, end, scratch);
     }
 }
 

@@ -152,6 +152,20 @@ struct RmsNormArgs {
     float* out;                // [rows, k]
 };
 
+// Keys and values of `start` tokens, with room for more: rows of fp32 numbers, or of codes that are each times the scale of
+// their row. Of 4 bits, byte i has the code of number i, plus 8, in its low half, and that of i + ceil(head_dim / 2) above.
+enum class CacheType : int { f32, i8, i4 };
+
+struct CacheView {
+    CacheType type;
+    void* keys;                // [batch, kv_heads, room, head_dim], of 4 bits ceil(head_dim / 2) bytes
+    void* values;
+    float* key_scales;         // [batch, kv_heads, room] of codes, else null
+    float* value_scales;
+    int64_t room, start;
+    int64_t block;             // of the rotation of rows before they are coded, a divisor of head_dim; 1: none
+};
+
 // One new token of each sequence: rotary positions, its key and value into the cache, attention over all so far.
 struct AttendArgs {
     const float* query;        // [batch, heads, head_dim]
@@ -159,11 +173,12 @@ struct AttendArgs {
     const float* value;
     const float* cosine;       // [head_dim / 2] of this position, or null: no rotary positions
     const float* sine;
-    float* keys;               // [batch, kv_heads, room, head_dim], `start` of them filled
-    float* values;
-    int64_t batch, heads, kv_heads, head_dim, room, start;
+    int64_t batch, heads, kv_heads, head_dim;
+    CacheView cache;
     float* out;                // [batch, heads, head_dim]
 };
+
+constexpr int64_t kCacheRows = 32;  // rows of a cache that `attend` decodes at once, a multiple of 4
 
 // Rows of 12-bit integers times rows of int8: out = float(sum) * (scale[n] * x_scale[m]).
 struct Int8LinearArgs {
@@ -250,7 +265,8 @@ struct Kernels {
     // Columns of the output [16*tile_begin, 16*tile_end) and rows [m_begin, m_end).
     void (*linear)(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
     void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end);
-    // Pairs (sequence, key-value head); scratch has room for head_dim + start + 1 floats.
+    // Pairs (sequence, key-value head) of queries = heads / kv_heads; scratch has room for
+    // (queries + kCacheRows + 1) * head_dim + queries * (start + 2) floats.
     void (*attend)(const AttendArgs&, int64_t pair_begin, int64_t pair_end, float* scratch);
     void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
     void (*int4_linear)(const Int4LinearArgs&, int64_t n_begin, int64_t n_end);

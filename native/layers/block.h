@@ -11,10 +11,11 @@
 namespace bellbox {
 
 inline void run_attend(const AttendArgs& a, int threads) {
-    const int64_t useful = std::max<int64_t>(1, a.batch * a.heads * a.head_dim * a.start / kAttendGrain);
+    const int64_t useful = std::max<int64_t>(1, a.batch * a.heads * a.head_dim * a.cache.start / kAttendGrain);
     share(a.batch * a.kv_heads, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
         thread_local std::vector<float> scratch;
-        const size_t size = static_cast<size_t>(a.head_dim + a.start + 1);
+        const int64_t queries = a.heads / a.kv_heads;
+        const size_t size = static_cast<size_t>((queries + kCacheRows + 1) * a.head_dim + queries * (a.cache.start + 2));
         if (scratch.size() < size) scratch.resize(2 * size);
         kernels().attend(a, begin, end, scratch.data());
     });
@@ -27,9 +28,9 @@ class Block {
         : qkv_(std::move(qkv)), output_(std::move(output)), wide_(std::move(wide)), down_(std::move(down)),
           head_dim_(head_dim) {}
 
-    // x [batch, hidden] += attention of normed [batch, hidden]. The cache gets position `start`.
-    void attention(float* x, const float* normed, int64_t batch, const float* cosine, const float* sine, float* keys,
-                   float* values, int64_t room, int64_t start, int threads) {
+    // x [batch, hidden] += attention of normed [batch, hidden]. The cache gets one more position.
+    void attention(float* x, const float* normed, int64_t batch, const float* cosine, const float* sine,
+                   const CacheView& cache, int threads) {
         const int64_t queries = qkv_.weights[0]->n(), keys_n = qkv_.weights[1]->n();
         const int64_t hidden = output_.weights[0]->n();
         float* const query = scratch(batch * (2 * queries + 2 * keys_n + hidden));
@@ -38,8 +39,8 @@ class Block {
         float* const value = key + batch * keys_n;
         float* const out = value + batch * keys_n;
         run(qkv_, normed, batch, {query, key, value}, threads);
-        run_attend(AttendArgs{query, key, value, cosine, sine, keys, values, batch, queries / head_dim_,
-                              keys_n / head_dim_, head_dim_, room, start, mixed},
+        run_attend(AttendArgs{query, key, value, cosine, sine, batch, queries / head_dim_, keys_n / head_dim_, head_dim_,
+                              cache, mixed},
                    threads);
         run(output_, mixed, batch, {out}, threads);
         for (int64_t i = 0; i < batch * hidden; ++i) x[i] += out[i];
@@ -81,12 +82,12 @@ class LlamaBlock : public Block {
           first_norm_(first_norm), second_norm_(second_norm), eps_(eps) {}
 
     // x [batch, hidden] += attention of its norm; gate and up [batch, inner] of the norm of that.
-    void attend_and_widen(float* x, int64_t batch, int64_t hidden, const float* cosine, const float* sine, float* keys,
-                          float* values, int64_t room, int64_t start, float* gate, float* up, int threads) {
+    void attend_and_widen(float* x, int64_t batch, int64_t hidden, const float* cosine, const float* sine,
+                          const CacheView& cache, float* gate, float* up, int threads) {
         normed_.resize(static_cast<size_t>(batch * hidden));
         float* const normed = normed_.data();
         kernels().rms_norm(RmsNormArgs{x, first_norm_, batch, hidden, eps_, normed}, 0, batch);
-        attention(x, normed, batch, cosine, sine, keys, values, room, start, threads);
+        attention(x, normed, batch, cosine, sine, cache, threads);
         kernels().rms_norm(RmsNormArgs{x, second_norm_, batch, hidden, eps_, normed}, 0, batch);
         widen(normed, batch, {gate, up}, threads);
     }

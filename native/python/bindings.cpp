@@ -87,13 +87,33 @@ void rms_norm(nb::handle x, nb::handle weight, double eps, nb::handle out, int t
           [&](int64_t begin, int64_t end) { kernels().rms_norm(a, begin, end); });
 }
 
+// A cache as Python hands it over: fp32, int8 or uint8 (two codes of 4 bits a byte), the latter two with scales.
+CacheView cache_of(nb::handle keys, nb::handle values, nb::handle key_scales, nb::handle value_scales, int64_t block, int64_t batch,
+                   int64_t kv_heads, int64_t head_dim, int64_t room, int64_t start) {
+    require_sizes({batch, kv_heads, room, head_dim});
+    require(start >= 0 && start < room, "the cache has no room for another token");
+    require(power_of_two(block) && head_dim % block == 0, "the block does not divide the head");
+    const Kind kind = kind_of(keys, "keys", {Kind::f32, Kind::i8, Kind::u8});
+    const CacheType type = kind == Kind::f32 ? CacheType::f32 : kind == Kind::i8 ? CacheType::i8 : CacheType::i4;
+    const bool coded = type != CacheType::f32;
+    require(coded == !key_scales.is_none() && coded == !value_scales.is_none(), "scales go with codes");
+    require(coded || block == 1, "numbers that are not coded are not rotated");
+    const int64_t rows = batch * kv_heads * room, count = rows * (type == CacheType::i4 ? (head_dim + 1) / 2 : head_dim);
+    return {type,
+            read<void>(keys, "keys", {kind}, count),
+            read<void>(values, "values", {kind}, count),
+            read_or_null<float>(key_scales, "key scales", {Kind::f32}, rows),
+            read_or_null<float>(value_scales, "value scales", {Kind::f32}, rows),
+            room, start, block};
+}
+
 // keys and values [batch, kv_heads, room, head_dim]; cosines and sines [positions, head_dim / 2] or None.
 void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle cosines, nb::handle sines, nb::handle keys,
-            nb::handle values, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t room, int64_t start,
-            nb::handle out, int threads) {
+            nb::handle values, nb::handle key_scales, nb::handle value_scales, int64_t block, int64_t batch, int64_t heads,
+            int64_t kv_heads, int64_t head_dim, int64_t room, int64_t start, nb::handle out, int threads) {
     require_sizes({batch, heads, head_dim}), require_sizes({batch, kv_heads, room, head_dim});
     require(head_dim >= 1 && kv_heads >= 1 && heads % kv_heads == 0, "heads are no multiple of the key-value heads");
-    require(start >= 0 && start < room, "the cache has no room for another token");
+    const CacheView cache = cache_of(keys, values, key_scales, value_scales, block, batch, kv_heads, head_dim, room, start);
     const int64_t half = head_dim / 2, turns = (start + 1) * half;
     const float* const cosine = read_or_null<float>(cosines, "cosines", {Kind::f32}, turns);
     const float* const sine = read_or_null<float>(sines, "sines", {Kind::f32}, turns);
@@ -107,9 +127,7 @@ void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle cosin
                        numbers(value, "value", batch * kv_heads * head_dim),
                        cosine == nullptr ? nullptr : cosine + start * half,
                        sine == nullptr ? nullptr : sine + start * half,
-                       numbers(keys, "keys", batch * kv_heads * room * head_dim),
-                       numbers(values, "values", batch * kv_heads * room * head_dim),
-                       batch, heads, kv_heads, head_dim, room, start,
+                       batch, heads, kv_heads, head_dim, cache,
                        numbers(out, "out", batch * heads * head_dim)};
     nb::gil_scoped_release release;
     run_attend(a, threads);
@@ -399,24 +417,13 @@ struct PlannedBlock {
     }
 };
 
-struct CacheOf {
-    float *keys, *values;
-};
-
-CacheOf cache_of(nb::handle keys, nb::handle values, int64_t batch, int64_t numbers_a_token, int64_t room, int64_t start) {
-    require_sizes({batch, numbers_a_token, room});
-    require(start >= 0 && start < room, "the cache has no room for another token");
-    const int64_t count = batch * numbers_a_token * room;
-    return {read<float>(keys, "keys", {Kind::f32}, count), read<float>(values, "values", {Kind::f32}, count)};
-}
-
 struct DecoderBlock {
     Block block;
-    int64_t hidden, inner, kv;
+    int64_t hidden, inner, kv, head_dim;
 
-    DecoderBlock(const GroupPlan& qkv, const GroupPlan& output, const GroupPlan& wide, const GroupPlan& down, int64_t head_dim)
-        : block(PlannedBlock::make(qkv, output, wide, down, head_dim)), hidden(qkv.k()), inner(wide.widths()[0]),
-          kv(qkv.widths()[1]) {}
+    DecoderBlock(const GroupPlan& qkv, const GroupPlan& output, const GroupPlan& wide, const GroupPlan& down, int64_t head_dim_)
+        : block(PlannedBlock::make(qkv, output, wide, down, head_dim_)), hidden(qkv.k()), inner(wide.widths()[0]),
+          kv(qkv.widths()[1]), head_dim(head_dim_) {}
 };
 
 struct LlamaDecoderBlock {
@@ -466,12 +473,15 @@ NB_MODULE(_native, m) {
         .def(nb::init<const GroupPlan&, const GroupPlan&, const GroupPlan&, const GroupPlan&, int64_t>(), nb::keep_alive<1, 2>(),
              nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
         .def("attention", [](DecoderBlock& self, nb::handle x, nb::handle normed, int64_t batch, nb::handle keys, nb::handle values,
-                             int64_t room, int64_t start, int threads) {
-            const CacheOf cache = cache_of(keys, values, batch, self.kv, room, start);
+                             nb::handle key_scales, nb::handle value_scales, int64_t rotation, int64_t room, int64_t start,
+                             int threads) {
+            const CacheView cache = cache_of(keys, values, key_scales, value_scales, rotation, batch, self.kv / self.head_dim,
+                                             self.head_dim, room, start);
             float *const to = rows_of(x, "x", batch * self.hidden), *const from = rows_of(normed, "normed", batch * self.hidden);
             nb::gil_scoped_release release;
-            self.block.attention(to, from, batch, nullptr, nullptr, cache.keys, cache.values, room, start, threads);
-        })
+            self.block.attention(to, from, batch, nullptr, nullptr, cache, threads);
+        }, nb::arg("x"), nb::arg("normed"), nb::arg("batch"), nb::arg("keys"), nb::arg("values"), nb::arg("key_scales").none(),
+             nb::arg("value_scales").none(), nb::arg("block"), nb::arg("room"), nb::arg("start"), nb::arg("threads"))
         .def("widen", [](DecoderBlock& self, nb::handle normed, int64_t batch, nb::handle out, int threads) {
             require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
             float *const from = rows_of(normed, "normed", batch * self.hidden), *const to = rows_of(out, "out", batch * self.inner);
@@ -489,9 +499,10 @@ NB_MODULE(_native, m) {
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 7>(),
              nb::keep_alive<1, 8>())
         .def("attend_and_widen", [](LlamaDecoderBlock& self, nb::handle x, int64_t batch, nb::handle cosines, nb::handle sines,
-                                    nb::handle keys, nb::handle values, int64_t room, int64_t start, nb::handle gate, nb::handle up,
-                                    int threads) {
-            const CacheOf cache = cache_of(keys, values, batch, self.kv, room, start);
+                                    nb::handle keys, nb::handle values, nb::handle key_scales, nb::handle value_scales,
+                                    int64_t rotation, int64_t room, int64_t start, nb::handle gate, nb::handle up, int threads) {
+            const CacheView cache = cache_of(keys, values, key_scales, value_scales, rotation, batch, self.kv / self.head_dim,
+                                             self.head_dim, room, start);
             require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
             const int64_t half = self.head_dim / 2;
             require(self.head_dim % 2 == 0, "rotary positions need an even head");
@@ -500,8 +511,10 @@ NB_MODULE(_native, m) {
             float *const to = rows_of(x, "x", batch * self.hidden), *const a = rows_of(gate, "gate", batch * self.inner),
                   *const b = rows_of(up, "up", batch * self.inner);
             nb::gil_scoped_release release;
-            self.block.attend_and_widen(to, batch, self.hidden, cosine, sine, cache.keys, cache.values, room, start, a, b, threads);
-        })
+            self.block.attend_and_widen(to, batch, self.hidden, cosine, sine, cache, a, b, threads);
+        }, nb::arg("x"), nb::arg("batch"), nb::arg("cosines"), nb::arg("sines"), nb::arg("keys"), nb::arg("values"),
+             nb::arg("key_scales").none(), nb::arg("value_scales").none(), nb::arg("block"), nb::arg("room"), nb::arg("start"),
+             nb::arg("gate"), nb::arg("up"), nb::arg("threads"))
         .def("narrow", [](LlamaDecoderBlock& self, nb::handle x, nb::handle active, int64_t batch, int threads) {
             require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
             float *const to = rows_of(x, "x", batch * self.hidden), *const from = rows_of(active, "active", batch * self.inner);
@@ -516,8 +529,10 @@ NB_MODULE(_native, m) {
     m.def("rotate", &rotate);
     m.def("row_rms", &row_rms);
     m.def("rms_norm", &rms_norm);
-    m.def("attend", &attend, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+    m.def("attend", &attend, nb::arg("query"), nb::arg("key"), nb::arg("value"), nb::arg("cosines").none(), nb::arg("sines").none(),
+          nb::arg("keys"), nb::arg("values"), nb::arg("key_scales").none(), nb::arg("value_scales").none(), nb::arg("block"),
+          nb::arg("batch"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("room"), nb::arg("start"), nb::arg("out"),
+          nb::arg("threads"));
     m.def("int8_linear", &int8_linear);
     m.def("int4_linear", &int4_linear);
     m.def("binarized", &binarized, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),

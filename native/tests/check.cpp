@@ -394,16 +394,26 @@ void check_decoder(const Kernels& kernels) {
     for (int16_t& value : x) value = static_cast<int16_t>(pick(-2047, 2047));
     for (int8_t& value : head) value = static_cast<int8_t>(pick(-127, 127));
     const bool rotary = pick(0, 1) == 1;
-    std::vector<char> out[2], normed[2], scores[2];
+    const CacheType type = one_of<CacheType>({CacheType::f32, CacheType::i8, CacheType::i4});
+    const int64_t block = one_of<int64_t>({1, 2, d & -d});
+    std::vector<char> out[2], normed[2], scores[2], held[2];
     for (int i = 0; i < 2; ++i) {
         const Kernels& used = i == 0 ? portable_kernels : kernels;
         out[i].resize(static_cast<size_t>(batch * heads * d) * 4), normed[i].resize(out[i].size());
         scores[i].resize(static_cast<size_t>(batch * outputs) * 4);
-        std::vector<float> keys = cache, values = cache, scratch(static_cast<size_t>(d + start + 1));
-        used.attend(AttendArgs{query.data(), key.data(), key.data(), rotary ? turn.data() : nullptr, turn.data(),
-                               keys.data(), values.data(), batch, heads, kv, d, room, start,
-                               reinterpret_cast<float*>(out[i].data())},
+        const int64_t pairs = batch * kv * room, row = type == CacheType::f32 ? 4 * d : type == CacheType::i8 ? d : (d + 1) / 2;
+        std::vector<char> keys(static_cast<size_t>(pairs * row));
+        memcpy(keys.data(), cache.data(), keys.size());
+        std::vector<char> values = keys;
+        std::vector<float> key_scales(cache.begin(), cache.begin() + pairs), value_scales = key_scales;
+        std::vector<float> scratch(static_cast<size_t>((heads / kv + kCacheRows + 1) * d + heads / kv * (start + 2)));
+        const bool coded = type != CacheType::f32;
+        const CacheView view{type, keys.data(), values.data(), coded ? key_scales.data() : nullptr,
+                             coded ? value_scales.data() : nullptr, room, start, coded ? block : 1};
+        used.attend(AttendArgs{query.data(), key.data(), key.data(), rotary ? turn.data() : nullptr, turn.data(), batch,
+                               heads, kv, d, view, reinterpret_cast<float*>(out[i].data())},
                     0, batch * kv, scratch.data());
+        held[i] = keys, held[i].insert(held[i].end(), values.begin(), values.end());
         used.rms_norm(RmsNormArgs{query.data(), weight.data(), batch, k, 1e-5, reinterpret_cast<float*>(normed[i].data())},
                       0, batch);
         used.int8_linear(Int8LinearArgs{x.data(), query.data(), head.data(), scale.data(), batch, outputs, k,
@@ -411,6 +421,7 @@ void check_decoder(const Kernels& kernels) {
                          0, outputs);
     }
     expect(same(out[0], out[1], Type::f32), "attend");
+    expect(held[0] == held[1], "the cache after attend");
     expect(same(normed[0], normed[1], Type::f32), "rms_norm");
     expect(same(scores[0], scores[1], Type::f32), "int8_linear");
 }

@@ -130,6 +130,15 @@ def test_a_small_preset_is_timed_by_its_own_defaults(monkeypatch, capsys) -> Non
     assert "1.00 x fp32" in capsys.readouterr().out
 
 
+def test_packed_models_compete_with_each_cache(capsys) -> None:
+    flags = ["--preset", "tiny", "--bits", "2", "--embeddings", "int4", "--threads", "1", "--seconds", "0.05"]
+    main(["bench", "model", *flags, "--prompt", "16", "--kv-cache", "fp32", "int8", "int4"])
+    out = capsys.readouterr().out
+    for name in ("2 bits, int4 embeddings ", "embeddings, int8 cache", "embeddings, int4 cache"):
+        assert out.count(name) == 1
+    assert "fp32, int8 cache" not in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -8,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from bellbox.cli.eval import evaluate
 from bellbox.cli.main import main
 from bellbox.cli.report import collect
 from bellbox.data.prepare import prepare
+from bellbox.errors import BellboxError
 from bellbox.formats.auto import open_model
 from bellbox.report import render
 from bellbox.runs.metrics import read_records
@@ -52,6 +55,22 @@ def test_json_on_standard_output_is_all_there_is_on_it(
     assert len(found["weight_entropy"]["layers"]) == 7
     assert len(found["activation_entropy"]["layers"]) == 4  # q, k, v share one; gate, up another
     assert found["unigram"]["bits_per_byte"] > 0
+
+
+def test_a_coded_cache_is_scored_with_its_name(packed: Path, tokens: Path, hf: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "int8", "int4"):
+        found = evaluate(open_model(packed), str(tokens), context=32, kv_cache=precision).result
+        losses[precision] = found.loss
+        assert found.protocol.endswith("KV cache " + precision) == (precision != "fp32")
+    assert 0 < abs(losses["int8"] - losses["fp32"]) < 0.01
+    assert 0 < abs(losses["int4"] - losses["fp32"]) < 0.1
+    stranger = torch.nn.Linear(1, 1)
+    opened = open_model(hf)
+    stranger.config = opened.model.config
+    plain = dataclasses.replace(opened, model=stranger)
+    with pytest.raises(BellboxError, match="is no LLaMA or GPT of Bellbox's own"):
+        evaluate(plain, str(tokens), context=32, kv_cache="int8")
 
 
 def test_packed_and_trained_model_get_the_same_numbers(run: Path, packed: Path, tokens: Path) -> None:
@@ -103,6 +122,7 @@ def test_what_cannot_be_evaluated_is_refused(
         ("no such folder", [run, "--data", tmp_path / "missing"]),
         ("no split 'test'", [run, "--split", "test"]),
         ("takes at most 64 tokens", [run, "--context", "65"]),
+        ("--kv-cache", [run, "--kv-cache", "fp8"]),
         ("stride 33", [run, "--stride", "33"]),
         ("at least 1", [run, "--max-tokens", "0"]),
         ("no checkpoint of step 5", [run, "--checkpoint", "5"]),

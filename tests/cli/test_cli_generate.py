@@ -98,6 +98,7 @@ def test_what_cannot_be_generated_is_refused(
         ("it must be exactly one", [packed, "--prompt", "x", "--stop", "several words"]),
         ("only a run has checkpoints", [packed, "--prompt", "x", "--checkpoint", "best"]),
         ("seed is 18446744073709551616", [packed, "--prompt", "x", "--seed", 2**64]),
+        ("--kv-cache", [packed, "--prompt", "x", "--kv-cache", "int3"]),
         ("is not text in UTF-8", [packed, "--prompt", "\udcff"]),
         ("File name too long", ["x" * 300, "--prompt", "x"]),
     ):

@@ -91,3 +91,82 @@ def test_other_models_keep_to_their_layers() -> None:
     assert not served(position)
     with torch.autocast("cpu", torch.bfloat16):
         assert not served(packed())
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_steps_over_a_coded_cache_are_the_layers_to_the_last_bit(isa: str, precision, shape: str) -> None:
+    model = packed(**SHAPES[shape])
+    ids = torch.randint(0, 96, (3, 30), generator=torch.Generator().manual_seed(1))
+    with native.use(isa), torch.no_grad():
+        caches = [model.new_cache(3, 30, precision) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :5], cache=cache)
+        steps = steps_for(model, caches[0])
+        assert steps is not None
+        for i in range(5, 30):
+            token = ids[:, i : i + 1]
+            assert torch.equal(steps.step(token), model(token, cache=caches[1], last_only=True))
+    for a, b in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
+        assert torch.equal(a, b)
+    for layer in range(2):
+        for a, b in zip(caches[0].layer(layer)[2:4], caches[1].layer(layer)[2:4], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+def test_a_coded_cache_is_one_causal_function(name: str, precision) -> None:
+    """With exact attention: whole, in pieces, token by token, and whatever follows or stands beside."""
+    model = packed(name=name)
+    model.exact_attention = True
+    ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(2))
+    other = ids.clone()
+    other[:, 15:] = 95 - other[:, 15:]
+    with torch.no_grad():
+        first, changed, alone, pieces = (model.new_cache(batch, 24, precision) for batch in (2, 2, 1, 2))
+        whole = model(ids, cache=first)
+        ends = model(other, cache=changed)[:, :15], model(ids[1:], cache=alone)
+        at, parts = 0, []
+        for tokens in (7, 1, 5, 1, 1, 9):
+            parts.append(model(ids[:, at : at + tokens], cache=pieces))
+            at += tokens
+        # Every code of the cache, and with it every scale; torch's head alone sums by the number of rows.
+        for layer in range(2):
+            for i in range(4):
+                held, of_changed, of_alone, of_pieces = (
+                    c.layer(layer)[i] for c in (first, changed, alone, pieces)
+                )
+                assert torch.equal(of_changed[:, :, :15], held[:, :, :15])
+                assert not torch.equal(of_changed, held)
+                assert torch.equal(of_alone, held[1:])
+                assert torch.equal(of_pieces, held)
+        assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-6)
+        assert torch.allclose(ends[0], whole[:, :15], atol=1e-6)
+        assert torch.allclose(ends[1], whole[1:], atol=1e-6)
+        # It rounds: int8 little, 4 bits more; not at all would be another cache.
+        plain = model(ids)
+        change = float((whole - plain).norm() / plain.norm())
+        assert 1e-4 < change < {"int8": 0.1, "int4": 0.6}[precision]
+
+
+def test_generation_over_a_coded_cache() -> None:
+    model = packed(embeddings="int8")
+    prompt = torch.randint(0, 96, (2, 4))
+    texts = {}
+    for precision in ("fp32", "int8", "int4"):
+        short = torch.stack(list(generate(model, prompt, 20, seed=1, kv_cache=precision)))
+        handle = model.register_forward_hook(lambda *_: None)  # by its layers
+        assert torch.equal(torch.stack(list(generate(model, prompt, 20, seed=1, kv_cache=precision))), short)
+        handle.remove()
+        texts[precision] = short
+    assert torch.equal(texts["fp32"], torch.stack(list(generate(model, prompt, 20, seed=1))))
+    with pytest.raises(BellboxError, match="a KV cache in 'fp8': it must be fp32, int8 or int4"):
+        generate(model, prompt, 2, kv_cache="fp8")  # pyright: ignore[reportArgumentType]
+
+    class Other(torch.nn.Module):
+        def new_cache(self, batch: int, max_length: int) -> None: ...
+
+    with pytest.raises(BellboxError, match="kv_cache is int4; a Other has a cache of its own"):
+        generate(Other(), prompt, 2, kv_cache="int4")

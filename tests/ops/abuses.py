@@ -235,12 +235,24 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
     ):  # fmt: skip
         yield (
             f"attend {i}",
-            lambda s=sizes: module.attend(small, small, small, None, None, cache, cache, *s, small, 1),
+            lambda s=sizes: module.attend(
+                small, small, small, None, None, cache, cache, None, None, 1, *s, small, 1
+            ),
         )
+    sizes = 1, 1, 1, 8, 4, 0, small, 1
     yield (
         "attend sines",
-        lambda: module.attend(small, small, small, cache, None, cache, cache, 1, 1, 1, 8, 4, 0, small, 1),
+        lambda: module.attend(small, small, small, cache, None, cache, cache, None, None, 1, *sizes),
     )
+    codes, bytes_, scales = cache.to(torch.int8), cache[..., :4].to(torch.uint8), cache[..., 0].contiguous()
+    for i, held in enumerate(
+        ((codes, codes, None, None, 8), (codes, codes, scales, None, 8), (codes, codes, scales, scales[:, :, :3], 8),
+         (codes, codes, scales, scales, 3), (codes, codes, scales, scales, 16), (codes, codes, scales, scales, 0),
+         (codes, bytes_, scales, scales, 8), (codes, cache, scales, scales, 8), (bytes_[:0], bytes_, scales, scales, 1),
+         (cache, cache, scales, scales, 1), (cache, cache, None, None, 8), (codes.short(), codes, scales, scales, 8),
+         (codes, codes, scales.double(), scales, 8), (codes, codes[:, :, :3], scales, scales, 8))
+    ):  # fmt: skip
+        yield f"attend codes {i}", lambda h=held: module.attend(small, small, small, None, None, *h, *sizes)
     i8 = torch.zeros(5, 64, dtype=torch.int8)
     for columns in (0, -1, 63, 9000, OVERFLOW):
         yield (

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bellbox as bb
 from bellbox.core.table import TableCodes, table_values
 from bellbox.errors import BellboxError
-from bellbox.models import build, preset
+from bellbox.models import KVCache, build, preset
 from bellbox.ops import native
-from bellbox.ops.attend import attend
+from bellbox.ops.attend import CacheLayer, attend
 from bellbox.ops.int4_linear import INT4_COLUMNS, int4_linear
 from bellbox.ops.int4_linear import operation as int4_operation
 from bellbox.ops.int8_linear import INT8_COLUMNS, int8_linear
@@ -77,7 +77,7 @@ def test_attention_of_one_token_is_that_of_float64(batch, kv_heads, groups, half
     results = []
     for isa in SETS:
         with native.use(isa):
-            results.append(attend(query, key, value, tables, keys, values, start))
+            results.append(attend(query, key, value, tables, CacheLayer(keys, values), start))
     assert all(torch.equal(each, results[0]) for each in results)
     assert torch.equal(keys[:, :, start], turn(key))
     assert torch.equal(values[:, :, start], value.view(batch, kv_heads, size))
@@ -87,6 +87,58 @@ def test_attention_of_one_token_is_that_of_float64(batch, kv_heads, groups, half
     weights = (seen @ turn(query).double()[..., None] * size**-0.5).softmax(dim=2)
     mixed = (weights * values[:, :, : start + 1].double().repeat_interleave(groups, dim=1)).sum(2)
     assert torch.allclose(results[0].double(), mixed.view(batch, 1, -1), rtol=1e-5, atol=2e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    precision=st.sampled_from(["int8", "int4"]),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    size=st.integers(1, 80) | st.sampled_from([64, 96, 128]),
+    start=st.integers(0, 70),
+    rotary=st.booleans(),
+    scale=st.sampled_from([1e-3, 1.0, 300.0]),
+    seed=st.integers(0, 99),
+)
+@needs_kernels
+def test_attention_over_codes_is_that_of_what_they_stand_for(
+    precision, batch, kv_heads, groups, size, start, rotary, scale, seed
+):
+    torch.manual_seed(seed)
+    rotary = rotary and size % 2 == 0
+    heads, room = kv_heads * groups, start + 3
+    query, key = torch.randn(batch, 1, heads * size) / scale, torch.randn(batch, 1, kv_heads * size) * scale
+    value = torch.randn(batch, 1, kv_heads * size) * scale
+    key[:, :, :size] *= torch.tensor([0.0, 1.0, 1e-40])[seed % 3]
+    angle = torch.rand(room, size // 2) * 6
+    tables = (angle.cos(), angle.sin()) if rotary else None
+
+    def turn(x):
+        x = x.view(batch, -1, 1, size)
+        if not rotary:
+            return x
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = angle[start].cos(), angle[start].sin()
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    caches = [KVCache(1, batch, kv_heads, room, size, precision=precision) for _ in range(1 + len(SETS))]
+    before = torch.randn(2, batch, kv_heads, start, size) * scale
+    for cache in caches:
+        cache.append(0, *before)
+        cache.advance(start)
+    keys, values = caches[0].append(0, turn(key), value.view(batch, kv_heads, 1, size))
+    results = []
+    for isa, cache in zip(SETS, caches[1:], strict=True):
+        with native.use(isa):
+            results.append(attend(query, key, value, tables, cache.layer(0), start))
+        for held, expected in zip(cache.layer(0)[:4], caches[0].layer(0)[:4], strict=True):
+            assert torch.equal(held[:, :, : start + 1], expected[:, :, : start + 1])
+    assert all(torch.equal(each, results[0]) for each in results)
+    seen = keys.double().repeat_interleave(groups, dim=1)
+    weights = (seen @ turn(query).double().transpose(-1, -2) * size**-0.5).softmax(dim=2)
+    mixed = (weights * values.double().repeat_interleave(groups, dim=1)).sum(2)
+    assert torch.allclose(results[0].double(), mixed.view(batch, 1, -1), rtol=2e-5, atol=4e-6 * scale)
 
 
 def test_int8_product_is_exact_and_equal_on_every_path(isa):

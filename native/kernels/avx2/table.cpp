@@ -3,6 +3,7 @@
 
 #define BELLBOX_NAMESPACE avx2
 #include "kernels/avx2/binarized.h"
+#include "kernels/avx2/cache_rows.h"
 #include "kernels/avx2/choice.h"
 #include "kernels/avx2/encode.h"
 #include "kernels/avx2/head.h"

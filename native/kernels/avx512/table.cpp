@@ -3,6 +3,7 @@
 
 #define BELLBOX_NAMESPACE avx512
 #include "kernels/avx512/binarized.h"
+#include "kernels/avx512/cache_rows.h"
 #include "kernels/avx512/choice.h"
 #include "kernels/avx512/encode.h"
 #include "kernels/avx512/head.h"

@@ -15,6 +15,7 @@ from bellbox.convert import convert, prepare
 from bellbox.inference.decoding import steps_for
 from bellbox.models import ModelConfig, build
 from bellbox.nn.compact import Precision
+from bellbox.ops.cache_codes import CachePrecision
 from bellbox.recipe import Recipe
 from bellbox.utils.memory import peak_memory
 from bellbox.utils.processor import fast_bf16
@@ -74,11 +75,13 @@ class Contender(Protocol):
 class _Decoding:
     """A model with a cache in which a prompt stands, so that steps can be repeated from the same place."""
 
-    def __init__(self, model: nn.Module, vocabulary: int, prompt: int) -> None:
+    def __init__(
+        self, model: nn.Module, vocabulary: int, prompt: int, kv_cache: CachePrecision = "fp32"
+    ) -> None:
         self.model = model
         self.prompt = torch.randint(0, vocabulary, (1, prompt))
         self.token = self.prompt[:, :1]
-        self.cache = model.new_cache(1, prompt + 1)  # pyright: ignore[reportCallIssue]
+        self.cache = model.new_cache(1, prompt + 1, kv_cache)  # pyright: ignore[reportCallIssue]
         self.steps = steps_for(model, self.cache)
         self.prefill(0)
 
@@ -101,6 +104,7 @@ def bench_model(
     *,
     prompt: int = 256,
     embeddings: Sequence[Precision] = ("fp32", "int8", "int4"),
+    kv_cache: Sequence[CachePrecision] = ("fp32",),
     seconds: float = 10.0,
     more: Mapping[str, Contender] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -113,6 +117,7 @@ def bench_model(
         bits: of weights and activations.
         prompt: tokens of the prompt; a decode step comes right after it.
         embeddings: what the packed models' embeddings and heads are in.
+        kv_cache: what the packed models' keys and values are kept in.
         seconds: for prefill and for decode, all contenders together.
         more: further contenders by name.
         progress: called with a line before each part.
@@ -137,9 +142,11 @@ def bench_model(
                 config, width, precision
             )
             tell(f"built {len(models)} models in {time.perf_counter() - begun:.0f} s")
-    runs: dict[str, Contender] = {
-        name: _Decoding(model, config.vocab_size, prompt) for name, model in models.items()
-    }
+    runs: dict[str, Contender] = {}
+    for name, model in models.items():
+        for coding in kv_cache if name not in ("fp32", "bf16") else ("fp32",):
+            cached = name if coding == "fp32" else f"{name}, {coding} cache"
+            runs[cached] = _Decoding(model, config.vocab_size, prompt, coding)
     runs.update(more or {})
     tell("prompts")
     prefill = take_turns({name: run.prefill for name, run in runs.items()}, seconds)

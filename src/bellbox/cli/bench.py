@@ -67,6 +67,8 @@ class Model(Common):
     """Tokens of the prompt; 256, or as many as the model takes before one more, where not given."""
     embeddings: tuple[Literal["fp32", "bf16", "int8", "int4"], ...] = ("fp32", "int8", "int4")
     """What the packed models' embeddings and heads are in."""
+    kv_cache: tuple[Literal["fp32", "int8", "int4"], ...] = ("fp32",)
+    """What the packed models' keys and values are kept in."""
     seconds: float = 10.0
     """For prompts and for single tokens, all models together."""
 
@@ -150,6 +152,7 @@ def _model(command: Model) -> list[dict[str, Any]]:
         command.bits,
         prompt=prompt,
         embeddings=command.embeddings,
+        kv_cache=command.kv_cache,
         seconds=command.seconds,
         progress=lambda line: print(f"  ... {line}", file=sys.stderr),
     )

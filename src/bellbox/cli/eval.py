@@ -25,6 +25,8 @@ from bellbox.evaluation import PerplexityResult, UnigramResult, perplexity, unig
 from bellbox.evaluation.codes import CodeUse, code_use
 from bellbox.formats import packed as io
 from bellbox.formats.auto import OpenedModel, open_data_for, open_model
+from bellbox.models import GPT, Llama
+from bellbox.ops.cache_codes import CachePrecision
 
 require("tyro", "cli")
 
@@ -62,6 +64,8 @@ class Eval:
     """Of a run: last, best, or a step."""
     embeddings: Literal["bf16", "int8", "int4"] | None = None
     """Of a packed model: round its embeddings and head while loading, to see what it costs."""
+    kv_cache: Literal["fp32", "int8", "int4"] = "fp32"
+    """Of the library's own models: round keys and values, to see what it costs."""
     json: str | None = None
     """Write the result as JSON to this file, or to standard output with `-`."""
 
@@ -124,7 +128,7 @@ def main(argv: list[str]) -> None:
     opened = open_model(command.model, command.checkpoint, command.embeddings)
     with _Bar() as bar:
         if opened.is_vision:
-            refuse_flags(command, ("split", "context", "stride", "max_tokens"), "a vision model")
+            refuse_flags(command, ("split", "context", "stride", "max_tokens", "kv_cache"), "a vision model")
             found = evaluate_images(
                 opened, command.data, command.batch or _IMAGES, command.image_size, bar.update
             )
@@ -150,6 +154,7 @@ def _evaluate_text(opened: OpenedModel, command: Eval, bar: _Bar) -> Evaluation:
         max_tokens=command.max_tokens,
         batch=command.batch or _WINDOWS,
         progress=bar.update,
+        kv_cache=command.kv_cache,
     )
 
 
@@ -163,6 +168,7 @@ def evaluate(
     max_tokens: int | None = None,
     batch: int = _WINDOWS,
     progress: Callable[[int, int], None] | None = None,
+    kv_cache: CachePrecision = "fp32",
 ) -> Evaluation:
     """Perplexity with its floor, and the use of codes over the first few sequences.
 
@@ -181,6 +187,8 @@ def evaluate(
     longest: int = opened.model.config.max_position_embeddings  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
     if context > longest:
         raise BellboxError(f"--context {context}: {opened.path} takes at most {longest} tokens")
+    if kv_cache != "fp32" and not isinstance(opened.model, Llama | GPT):
+        raise BellboxError(f"--kv-cache {kv_cache}: {opened.path} is no LLaMA or GPT of Bellbox's own")
     result = perplexity(
         opened.model,
         scored,
@@ -189,6 +197,7 @@ def evaluate(
         batch_size=batch,
         max_tokens=max_tokens,
         progress=progress,
+        kv_cache=kv_cache,
     )
     whole = result.tokens == len(scored) - 1 and "train" in dataset.splits
     return Evaluation(

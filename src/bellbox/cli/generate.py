@@ -17,6 +17,7 @@ from bellbox.cli.output import parse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.formats.auto import OpenedModel, open_model
 from bellbox.inference.generation import TextGeneration, generate_text
+from bellbox.ops.cache_codes import CachePrecision
 from bellbox.utils.memory import peak_in_words
 
 require("tyro", "cli")
@@ -53,6 +54,8 @@ class Generate:
     """Of a run: last, best, or a step."""
     embeddings: Literal["bf16", "int8", "int4"] | None = None
     """Of a packed model: round its embeddings and head while loading, for speed."""
+    kv_cache: Literal["fp32", "int8", "int4"] = "fp32"
+    """What keys and values are kept in; int8 and int4 are less memory and faster in long texts, and round."""
 
 
 def main(argv: list[str]) -> None:
@@ -74,6 +77,7 @@ def main(argv: list[str]) -> None:
         top_p=command.top_p,
         seed=command.seed,
         stop=command.stop,
+        kv_cache=command.kv_cache,
     )
     print(command.prompt, end="", flush=True)
     for piece in stream:
@@ -92,6 +96,7 @@ def continue_text(
     top_p: float | None = None,
     seed: int | None = None,
     stop: str | None = None,
+    kv_cache: CachePrecision = "fp32",
 ) -> TextGeneration:
     """`generate_text` with an opened model's own tokenizer.
 
@@ -123,6 +128,7 @@ def continue_text(
         top_p=top_p,
         seed=seed,
         stop_token=_stop_token(tokenizer, stop),
+        kv_cache=kv_cache,
     )
 
 

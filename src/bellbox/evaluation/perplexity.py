@@ -60,6 +60,7 @@ def perplexity(
     byte_lengths: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
     each: Callable[[int, np.ndarray], None] | None = None,
+    kv_cache: str = "fp32",
 ) -> PerplexityResult:
     """Perplexity and bits per byte of a causal language model; its train/eval modes are restored.
 
@@ -74,6 +75,7 @@ def perplexity(
         byte_lengths: UTF-8 bytes of each token id, int64 `[vocab]`; a `TokenSplit` has its own.
         progress: called with (tokens scored, tokens to score) after every batch.
         each: called with the place of a token in the split and the losses from there on, nats, float64 `[n]`.
+        kv_cache: with int8 or int4, each window goes through a cache in that precision (`Llama.new_cache`).
 
     Raises:
         BellboxError: for sizes that do not fit, under two tokens, or logits that are NaN.
@@ -90,6 +92,8 @@ def perplexity(
         raise BellboxError(
             f"{len(split)} tokens to evaluate on: at least 2 are needed, one of them as context"
         )
+    if kv_cache != "fp32" and not hasattr(model, "new_cache"):
+        raise BellboxError(f"a KV cache in {kv_cache}: a {type(model).__name__} has none of Bellbox's")
     if device is None:
         device = next((one.device for one in model.parameters()), torch.device("cpu"))
 
@@ -99,7 +103,12 @@ def perplexity(
             rows = np.stack([_read(split, start, stop + 1) for start, stop, _ in windows])
             tokens = torch.from_numpy(rows).to(device)
             new = windows[0][2]
-            logits = logits_of(model(tokens[:, :-1]))[:, -new:]
+            inputs = tokens[:, :-1]
+            if kv_cache == "fp32":
+                output = model(inputs)
+            else:
+                output = model(inputs, cache=model.new_cache(*inputs.shape, kv_cache))  # pyright: ignore[reportCallIssue]
+            logits = logits_of(output)[:, -new:]
             nats += _sum_of_losses(logits, tokens[:, -new:], scored + 1, each)
             scored += new * len(windows)
             if progress is not None:
@@ -121,7 +130,8 @@ def perplexity(
         bytes=size,
         context=context,
         stride=stride,
-        protocol=f"{scored:,} tokens{cut} scored once each, context {context}, stride {stride} ({rule})",
+        protocol=f"{scored:,} tokens{cut} scored once each, context {context}, stride {stride} ({rule})"
+        + ("" if kv_cache == "fp32" else f", KV cache {kv_cache}"),
     )
 
 

@@ -66,10 +66,10 @@ class LlamaSteps(Steps):
     def _logits(self, input_ids: Tensor, start: int, threads: int) -> Tensor:
         model, cache, gate, up = self._model, self._cache, self._gate, self._up
         rotary = model.model.rotary_emb
-        x, batch, room = model.model.embed_tokens(input_ids).contiguous(), cache.batch, cache.max_length
-        for block, keys, values in zip(self._blocks, cache.keys, cache.values, strict=True):
-            places = rotary.cos, rotary.sin, keys, values, room, start
-            block.attend_and_widen(x, batch, *places, gate, up, threads)
+        x, batch = model.model.embed_tokens(input_ids).contiguous(), cache.batch
+        for layer, block in enumerate(self._blocks):
+            places = *cache.layer(layer), cache.max_length, start
+            block.attend_and_widen(x, batch, rotary.cos, rotary.sin, *places, gate, up, threads)
             F.silu(gate, inplace=True).mul_(up)
             block.narrow(x, gate, batch, threads)
         return model.lm_head(model.model.norm(x))
@@ -87,7 +87,7 @@ class GPTSteps(Steps):
         body, cache, wide = self._model.transformer, self._cache, self._wide
         x = body.wte(input_ids) + body.wpe(torch.tensor([start]))
         for layer, (block, call) in enumerate(zip(self._plain_blocks, self._blocks, strict=True)):
-            places = cache.keys[layer], cache.values[layer], cache.max_length, start
+            places = *cache.layer(layer), cache.max_length, start
             call.attention(x, block.ln_1(x), cache.batch, *places, threads)
             call.widen(block.ln_2(x), cache.batch, wide, threads)
             active = block.mlp.activate(wide, exact=False)
@@ -156,8 +156,10 @@ def _plain(model: Llama | GPT, cache: KVCache, blocks: nn.Module, embeddings: Se
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return False
     tables = [p for each in embeddings if not isinstance(each, CompactEmbedding) for p in each.parameters()]
-    tensors = (*cache.keys, *cache.values, *blocks.parameters(), *tables)
-    return all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    tensors = (*blocks.parameters(), *tables)
+    if not all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
+        return False
+    return all(cache.layer(layer).is_direct() for layer in range(len(cache.keys)))
 
 
 def _served(block: list[Group]) -> list[list[Bound]] | None:

@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from bellbox.data.tokenizer import plain_ids
 from bellbox.errors import BellboxError
+from bellbox.models import GPT, Llama
+from bellbox.ops.cache_codes import CachePrecision, check_cache_precision
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,6 +48,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop_token: int | None = None,
+    kv_cache: CachePrecision = "fp32",
 ) -> Iterator[Tensor]:
     """Continue every sequence of a batch, one token at a time.
 
@@ -62,6 +65,8 @@ def generate(
             means all.
         seed: makes the samples a function of it, by a random generator of their own; None draws a fresh one.
         stop_token: a sequence that has produced it goes on producing it; the iterator ends when all have.
+        kv_cache: what keys and values are kept in: fp32 (the model's dtype), int8 or int4; the latter two are another
+            function, for less memory and faster steps in long texts, and for the library's own models.
 
     Yields:
         the next token of each sequence, `[B]` int64 on the model's device; the stop token included.
@@ -89,8 +94,12 @@ def generate(
             f"the prompt holds token {worst}, but the model's vocabulary is 0..{vocabulary - 1}; "
             "is this the tokenizer that it was trained with?"
         )
+    check_cache_precision(kv_cache)
+    if kv_cache != "fp32" and not isinstance(model, Llama | GPT):
+        raise BellboxError(f"kv_cache is {kv_cache}; a {type(model).__name__} has a cache of its own, fp32")
+    coding = () if kv_cache == "fp32" else (kv_cache,)
     try:
-        cache = model.new_cache(batch, prompt + max_new_tokens)  # pyright: ignore[reportCallIssue]
+        cache = model.new_cache(batch, prompt + max_new_tokens, *coding)  # pyright: ignore[reportCallIssue]
     except BellboxError as error:
         raise BellboxError(f"a prompt of {prompt} and {max_new_tokens} new tokens: {error}") from error
     if seed is not None and not -(2**63) <= seed < 2**64:
@@ -316,6 +325,7 @@ def generate_text(
     top_p: float | None = None,
     seed: int | None = None,
     stop_token: int | None = None,
+    kv_cache: CachePrecision = "fp32",
 ) -> TextGeneration:
     """Continue a text; iterate over the result for the pieces of the continuation as they are made.
 
@@ -338,5 +348,6 @@ def generate_text(
         top_p,
         seed,
         stop_token,
+        kv_cache,
     )
     return TextGeneration(tokens, tokenizer, prompt_ids, stop_token)

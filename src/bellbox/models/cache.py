@@ -2,6 +2,10 @@
 
 The memory is taken once, for the whole length: a cache that grows by concatenation copies everything at every
 token. Positions beyond `length` hold garbage and are never read.
+
+In long texts a decode step reads more of the cache than of a packed model. So it may be coded, in int8 or in 4 bits
+with one scale a head and token (`ops/cache_codes.py`). What attention reads is then always what was stored, the newest
+token's own key included: a prompt at once, in pieces or token by token give one function.
 """
 
 from __future__ import annotations
@@ -10,15 +14,32 @@ import torch
 from torch import Tensor
 
 from bellbox.errors import BellboxError
+from bellbox.ops.attend import CacheLayer
+from bellbox.ops.cache_codes import (
+    CachePrecision,
+    check_cache_precision,
+    code_rows,
+    decode_rows,
+    head_block,
+    row_length,
+)
 
 
 class KVCache:
     """Keys and values of every layer, preallocated.
 
     Attributes:
-        keys: per layer `[batch, key-value heads, max_length, head_dim]`; values likewise.
+        keys: per layer `[batch, key-value heads, max_length, head_dim]`; int8 codes, or uint8 of two codes a byte and
+            half as long, where the cache is coded; values likewise.
+        key_scales: per layer `[batch, key-value heads, max_length]` fp32, or None where it is not; value_scales
+            likewise.
+        precision: fp32 (as they come, in `dtype`), int8 or int4.
+        block: of the rotation of a head before it is coded; 1 where there is none.
         length: tokens held, the same in every layer and every sequence of the batch.
         max_length: tokens that fit.
+
+    Raises:
+        BellboxError: sizes below 1, another precision.
     """
 
     def __init__(
@@ -29,17 +50,34 @@ class KVCache:
         max_length: int,
         head_dim: int,
         *,
+        precision: CachePrecision = "fp32",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         if batch < 1 or max_length < 1:
             raise BellboxError(f"a KV cache of {batch} x {max_length} tokens; both must be at least 1")
-        shape = (batch, heads, max_length, head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        check_cache_precision(precision)
+        rows, coded = (batch, heads, max_length), precision != "fp32"
+        width = row_length(precision, head_dim) if coded else head_dim
+        dtype = {"fp32": dtype, "int8": torch.int8, "int4": torch.uint8}[precision]
+
+        def scales() -> list[Tensor | None]:
+            return [torch.empty(rows, device=device) if coded else None for _ in range(layers)]
+
+        self.keys = [torch.empty(*rows, width, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.empty(*rows, width, dtype=dtype, device=device) for _ in range(layers)]
+        self.key_scales, self.value_scales = scales(), scales()
+        self.precision: CachePrecision = precision
+        self.block = head_block(head_dim) if coded else 1
         self.batch = batch
         self.max_length = max_length
         self.length = 0
+        self._head_dim = head_dim
+
+    def layer(self, layer: int) -> CacheLayer:
+        """One layer's tensors, as the compiled kernels take them."""
+        scales = self.key_scales[layer], self.value_scales[layer]
+        return CacheLayer(self.keys[layer], self.values[layer], *scales, self.block)
 
     def check_room(self, batch: int, tokens: int) -> None:
         """Whether this many sequences and further tokens fit.
@@ -60,16 +98,35 @@ class KVCache:
 
         Args:
             layer: index of the block.
-            keys: `[batch, heads, T, head_dim]`, rotated already; values likewise. Stored in the cache's
-                dtype.
+            keys: `[batch, heads, T, head_dim]`, rotary positions done; values likewise. Stored in the cache's
+                dtype, or coded.
 
         Returns:
-            views on all keys and values so far, `[batch, heads, length + T, head_dim]`.
+            all keys and values so far, `[batch, heads, length + T, head_dim]`: views, or, of a coded cache, what the
+            codes stand for in the dtype of `keys`.
         """
         end = self.length + keys.shape[2]
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        held = self.keys[layer], self.values[layer]
+        for new, into, scales in zip(
+            (keys, values), held, (self.key_scales[layer], self.value_scales[layer]), strict=True
+        ):
+            if scales is None:
+                into[:, :, self.length : end] = new
+            else:
+                codes, new_scales = code_rows(new, self.precision, self.block)
+                into[:, :, self.length : end], scales[:, :, self.length : end] = codes, new_scales
+        return self._read(layer, end, keys.dtype)
+
+    def _read(self, layer: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        key_scales, value_scales = self.key_scales[layer], self.value_scales[layer]
+        if key_scales is None or value_scales is None:
+            return keys, values
+        decoded = (
+            decode_rows(codes, scales[:, :, :end], self._head_dim, self.block).to(dtype)
+            for codes, scales in ((keys, key_scales), (values, value_scales))
+        )
+        return next(decoded), next(decoded)
 
     def advance(self, tokens: int) -> None:
         """Count the tokens that every layer has written."""
@@ -81,5 +138,6 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes."""
-        return sum(tensor.nbytes for tensor in self.keys + self.values)
+        """Memory held, in bytes, scales included."""
+        tensors = self.keys + self.values + self.key_scales + self.value_scales
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)

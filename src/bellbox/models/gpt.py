@@ -17,6 +17,7 @@ from bellbox.models.cache import KVCache
 from bellbox.models.config import GPTConfig
 from bellbox.models.llama import check_context
 from bellbox.ops.attend import attend, attends
+from bellbox.ops.cache_codes import CachePrecision
 
 
 class LayerNorm(nn.LayerNorm):
@@ -51,9 +52,8 @@ class GPTAttention(nn.Module):
         query, key, value = (
             self.qkv_proj(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        if cache is not None and not exact and attends(query, cache.keys[layer]):
-            mixed = attend(query, key, value, None, cache.keys[layer], cache.values[layer], cache.length)
-            return self.c_proj(mixed)
+        if cache is not None and not exact and attends(query, cache.layer(layer)):
+            return self.c_proj(attend(query, key, value, None, cache.layer(layer), cache.length))
         query, key, value = (part.view(heads).transpose(1, 2) for part in (query, key, value))
         if cache is not None:
             key, value = cache.append(layer, key, value)
@@ -153,11 +153,16 @@ class GPT(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
+    def new_cache(self, batch: int, max_length: int, precision: CachePrecision = "fp32") -> KVCache:
         """An empty cache on this model's device, for `batch` sequences of up to `max_length` tokens.
 
+        Args:
+            batch: sequences.
+            max_length: tokens of each.
+            precision: int8 and int4 code the rows (`ops/cache_codes.py`); fp32 keeps them in the model's dtype.
+
         Raises:
-            BellboxError: more tokens than the context.
+            BellboxError: more tokens than the context, or no such precision.
         """
         config, weight = self.config, self.transformer.ln_f.weight
         check_context(max_length, config.max_position_embeddings)
@@ -167,6 +172,7 @@ class GPT(nn.Module):
             config.key_value_heads,
             max_length,
             config.head_size,
+            precision=precision,
             dtype=weight.dtype,
             device=weight.device,
         )

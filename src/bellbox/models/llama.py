@@ -23,6 +23,7 @@ from bellbox.models.cache import KVCache
 from bellbox.models.config import LlamaConfig
 from bellbox.models.lean import pays, swiglu
 from bellbox.ops.attend import attend, attends
+from bellbox.ops.cache_codes import CachePrecision
 from bellbox.ops.rms_norm import rms_norm
 
 
@@ -129,11 +130,9 @@ class LlamaAttention(nn.Module):
         query, key, value = (
             self.qkv_proj(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        if cache is not None and not exact and attends(query, cache.keys[layer]):
+        if cache is not None and not exact and attends(query, cache.layer(layer)):
             tables = rotary.cos, rotary.sin
-            return self.o_proj(
-                attend(query, key, value, tables, cache.keys[layer], cache.values[layer], start)
-            )
+            return self.o_proj(attend(query, key, value, tables, cache.layer(layer), start))
         query = rotary(query.view(heads).transpose(1, 2), start)
         key = rotary(key.view(heads).transpose(1, 2), start)
         value = value.view(heads).transpose(1, 2)
@@ -235,11 +234,16 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
+    def new_cache(self, batch: int, max_length: int, precision: CachePrecision = "fp32") -> KVCache:
         """An empty cache on this model's device, for `batch` sequences of up to `max_length` tokens.
 
+        Args:
+            batch: sequences.
+            max_length: tokens of each.
+            precision: int8 and int4 code the rows (`ops/cache_codes.py`); fp32 keeps them in the model's dtype.
+
         Raises:
-            BellboxError: more tokens than the context.
+            BellboxError: more tokens than the context, or no such precision.
         """
         config, weight = self.config, self.model.norm.weight
         check_context(max_length, config.max_position_embeddings)
@@ -249,6 +253,7 @@ class Llama(nn.Module):
             config.key_value_heads,
             max_length,
             config.head_size,
+            precision=precision,
             dtype=weight.dtype,
             device=weight.device,
         )

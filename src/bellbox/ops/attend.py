@@ -6,6 +6,8 @@ with torch where that says no.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,38 @@ from bellbox.ops import native
 from bellbox.ops.dispatch import is_direct
 
 
-def attends(query: Tensor, keys: Tensor) -> bool:
+class CacheLayer(NamedTuple):
+    """Keys and values of one layer, with room for more."""
+
+    keys: Tensor
+    """`[B, kv_heads, room, head_dim]` fp32 or int8 codes, or uint8 `[B, kv_heads, room, ceil(head_dim / 2)]`."""
+    values: Tensor
+    """As `keys`."""
+    key_scales: Tensor | None = None
+    """`[B, kv_heads, room]` fp32 of codes, else None."""
+    value_scales: Tensor | None = None
+    """As `key_scales`."""
+    block: int = 1
+    """Of the rotation of a head before it is coded (`ops/cache_codes.py`)."""
+
+    def is_direct(self) -> bool:
+        """Whether the compiled kernels take it: fp32 or coded, on the CPU, contiguous."""
+        tensors = [t for t in self[:4] if t is not None]
+        kinds = torch.float32, torch.int8, torch.uint8
+        return all(t.is_cpu and t.dtype in kinds and t.is_contiguous() for t in tensors)
+
+
+def attends(query: Tensor, cache: CacheLayer) -> bool:
     """Whether `attend` serves: one token of fp32 on the CPU, the kernels there, no gradient asked for."""
     return (
         query.shape[1] == 1
         and not torch.is_grad_enabled()
         and is_direct(query)
         and native.available()
-        and all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (query, keys))
+        and query.is_cpu
+        and query.dtype == torch.float32
+        and query.is_contiguous()
+        and cache.is_direct()
     )
 
 
@@ -29,8 +55,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
-    keys: Tensor,
-    values: Tensor,
+    cache: CacheLayer,
     start: int,
 ) -> Tensor:
     """One new token of each sequence: rotary positions, key and value into the cache, attention over all so far.
@@ -40,8 +65,7 @@ def attend(
         key: `[B, 1, kv_heads * head_dim]`, likewise.
         value: as `key`.
         rotary: cosines and sines `[positions, head_dim / 2]` fp32, or None.
-        keys: the layer's cache, `[B, kv_heads, room, head_dim]` fp32; position `start` is written.
-        values: as `keys`.
+        cache: the layer's; position `start` is written.
         start: tokens held; less than `room`.
 
     Returns:
@@ -49,10 +73,12 @@ def attend(
     """
     module = native.compiled()
     assert module is not None
-    batch, kv_heads, room, head_dim = keys.shape
+    batch, kv_heads, room, head_dim = cache.keys.shape
+    if cache.keys.dtype == torch.uint8:
+        head_dim = key.shape[2] // kv_heads
     cosines, sines = (None, None) if rotary is None else rotary
     out = torch.empty_like(query)
     sizes = batch, query.shape[2] // head_dim, kv_heads, head_dim, room, start
     key, value = key.contiguous(), value.contiguous()
-    module.attend(query, key, value, cosines, sines, keys, values, *sizes, out, torch.get_num_threads())
+    module.attend(query, key, value, cosines, sines, *cache, *sizes, out, torch.get_num_threads())
     return out

@@ -21,10 +21,10 @@ Layers = Sequence[Sequence[Bound]]
 def llama_block(layers: Layers, head_dim: int, norms: Sequence[Tensor], eps: float) -> Any:
     """A block of a LLaMA, or None where no backend has one.
 
-    It has two methods, all tensors fp32 and contiguous: `attend_and_widen(x, batch, cosines, sines, keys, values, room,
-    start, gate, up, threads)` adds attention of the norm of `x` `[batch, 1, hidden]` to it, puts keys and values of
-    position `start` into the cache, and fills `gate` and `up` `[batch, 1, inner]`; `narrow(x, active, batch,
-    threads)` adds the MLP's last layer.
+    It has two methods, all tensors contiguous and, but for the cache (an `attend.CacheLayer`), fp32:
+    `attend_and_widen(x, batch, cosines, sines, *cache, room, start, gate, up, threads)` adds attention of the norm of
+    `x` `[batch, 1, hidden]` to it, puts keys and values of position `start` into the cache, and fills `gate` and `up`
+    `[batch, 1, inner]`; `narrow(x, active, batch, threads)` adds the MLP's last layer.
 
     Args:
         layers: packed.
@@ -38,7 +38,7 @@ def llama_block(layers: Layers, head_dim: int, norms: Sequence[Tensor], eps: flo
 
 
 def gpt_block(layers: Layers, head_dim: int) -> Any:
-    """A block of a GPT, or None: its methods are `attention(x, normed, batch, keys, values, room, start, threads)`,
+    """A block of a GPT, or None: its methods are `attention(x, normed, batch, *cache, room, start, threads)`,
     `widen(normed, batch, out, threads)` and `narrow(x, active, batch, threads)`, see `llama_block`."""
     return bind("gpt_block", {}, {"layers": _described(layers), "head_dim": head_dim})
 
