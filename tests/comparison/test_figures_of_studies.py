@@ -332,7 +332,10 @@ def embeddings() -> list[Held]:
         "4 bits by 32": "4 bits by 32",
         "4 bits by 64": "4 bits by 64",
     }
-    return [(f"| {text} | {{:.2f}} |", (on("embeddings", name, 0),)) for text, name in shown.items()]
+    return [
+        (f"| {text} | {{:.2f}} ± {{:.2f}} |", tuple(each("embeddings", name) for each in (mean, deviation)))
+        for text, name in shown.items()
+    ]
 
 
 def ends() -> list[Held]:
