@@ -198,6 +198,42 @@ def test_second_derivatives_of_learned_thresholds():
         torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-8)
 
 
+def test_learned_thresholds_add_a_second_derivative_to_a_first():
+    q = build_quantizer(QuantizerSpec("n2uq", 4), 64, None, "").double()
+    q.initialize(X.double())
+    names = ["beta", "a", "s1", "s2"]
+    numbers = [q.get_parameter(name).detach().clone() for name in names]
+    numbers[3].fill_(3.0)
+    x, g, c, d = X.double(), *draws(*[X.double()] * 3)
+
+    def gradients(second: bool, first: bool) -> list[Tensor]:
+        inputs = [t.clone().requires_grad_() for t in (x, *numbers)]
+        out = functional_call(q, dict(zip(names, inputs[1:], strict=True)), (inputs[0],))
+        (g_x,) = torch.autograd.grad((out * g).sum(), inputs[0], create_graph=True)
+        total = (g_x * c).sum() * second + (out * d).sum() * first
+        return [t for t in torch.autograd.grad(total, inputs, allow_unused=True) if t is not None]
+
+    both, alone = gradients(True, True), (gradients(True, False), gradients(False, True))
+    assert len(both) == len(alone[0]) == len(alone[1]) == 5
+    for whole, one, other in zip(both, *alone, strict=True):
+        torch.testing.assert_close(whole, one + other, rtol=1e-10, atol=1e-12)
+        assert float(one.abs().max()) > 1e-9 or float(other.abs().max()) > 1e-9
+
+
+@pytest.mark.parametrize("s2", [1.0, 3.0, -1.0])
+def test_the_gradient_of_an_output_factor_follows_the_codes(s2: float):
+    q = build_quantizer(QuantizerSpec("n2uq", 4), 64, None, "").double()
+    q.initialize(X.double())
+    (g,) = draws(X.double())
+    g.requires_grad_()
+    factor = torch.full_like(q.get_parameter("s2"), s2).requires_grad_()
+    out = functional_call(q, {"s2": factor}, (X.double(),))
+    (found,) = torch.autograd.grad((out * g).sum(), factor, create_graph=True)
+    torch.testing.assert_close(found.sum(), (out * g).sum() / s2)
+    (codes,) = torch.autograd.grad(found.sum(), g)
+    torch.testing.assert_close(codes, out.detach() / s2)
+
+
 def test_what_a_transform_cannot_do_is_said():
     with pytest.raises(BellboxError, match="no forward-mode derivative"):
         jvp(network("lsq"), (X,), (X,))
