@@ -157,3 +157,24 @@ def test_seq_refuses_more_levels_than_its_clip_leaves_and_any_other_zero_point(n
     with pytest.raises(BellboxError, match="seq has 2 to 128 levels, symmetric about zero"):
         build_quantizer(QuantizerSpec("seq", n, zero_point), 8, None, "")
     assert build_quantizer(QuantizerSpec("seq", 128, -0.5), 8, None, "").levels.n == 128
+
+
+@pytest.mark.parametrize(
+    ("method", "levels", "zero_point"),
+    [
+        ("nf", 4, 0.5),
+        ("nf", 6, None),
+        ("nf", 6, 0.5),
+        ("ternary_support", 3, 0.5),
+        ("ternary_support", 4, None),
+    ],
+)
+def test_grids_that_a_method_does_not_have_are_refused(
+    method: str, levels: int, zero_point: float | None
+) -> None:
+    with pytest.raises(BellboxError):
+        build_quantizer(QuantizerSpec(method, levels, zero_point), 64, 8, "")
+
+
+def test_ternary_takes_its_own_zero_point() -> None:
+    assert build_quantizer(QuantizerSpec("ternary_support", 3, -0.5), 64, 8, "").levels.n == 3
