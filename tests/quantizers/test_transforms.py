@@ -209,8 +209,8 @@ def test_learned_thresholds_add_a_second_derivative_to_a_first():
     def gradients(second: bool, first: bool) -> list[Tensor]:
         inputs = [t.clone().requires_grad_() for t in (x, *numbers)]
         out = functional_call(q, dict(zip(names, inputs[1:], strict=True)), (inputs[0],))
-        (g_x,) = torch.autograd.grad((out * g).sum(), inputs[0], create_graph=True)
-        total = (g_x * c).sum() * second + (out * d).sum() * first
+        g_x, g_a = torch.autograd.grad((out * g).sum(), (inputs[0], inputs[2]), create_graph=True)
+        total = ((g_x * c).sum() + g_a.square().sum()) * second + (out * d).sum() * first
         return [t for t in torch.autograd.grad(total, inputs, allow_unused=True) if t is not None]
 
     both, alone = gradients(True, True), (gradients(True, False), gradients(False, True))
