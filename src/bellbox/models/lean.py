@@ -47,10 +47,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)  # type: ignore[return-value]
 
 
-def inverse_rms(row: Tensor, eps: float) -> Tensor:
+def _inverse_rms(row: Tensor, eps: float) -> Tensor:
     """`1 / sqrt(mean(x^2) + eps)` of each row, `[..., 1]`."""
     norm = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
     return torch.rsqrt(norm * norm / row.shape[-1] + eps)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, wide: torch.dtype, dtype: torch.dtype) -> Tensor:
+    row = x.to(wide)
+    return (row * _inverse_rms(row, eps) * weight).to(dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -58,17 +63,15 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, wide: torch.dtype, dtype: torch.dtype
     ) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        row = x.to(wide)
-        scale = inverse_rms(row, eps)
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.wide = eps, wide
-        return (row * scale * weight).to(dtype)
+        return _normed(x, weight, eps, wide, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         row, grad = x.to(ctx.wide), grads[0].to(ctx.wide)
-        scale = inverse_rms(row, ctx.eps)
+        scale = _inverse_rms(row, ctx.eps)
         normal, inner = row * scale, grad * weight
         mean = (inner * normal).mean(-1, keepdim=True)
         g_x = torch.addcmul(inner, normal, mean, value=-1) * scale
@@ -86,4 +89,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, wide: torch.dtype, dtype: to
         wide: of the computation.
         dtype: of the result.
     """
-    return _RMSNorm.apply(x, weight, eps, wide, dtype)  # type: ignore[return-value]
+    form = _RMSNorm.apply if pays(x, weight) else _normed
+    return form(x, weight, eps, wide, dtype)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What training on integers keeps of a coded tensor: one byte a number, which tells code and value.
+"""Bytes that training on integers keeps of a coded tensor: one a number, which tells code and value.
 
 The backward of Bell Box Quantization needs the normalised rotated value v, and a product's backward the code. A byte
 holds both: v in steps of 1/32, from -127 to 127 of them. The nearest step may have another code than v; then the
