@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import bellbox as bb
 from bellbox.errors import BellboxError
@@ -30,6 +33,20 @@ SHAPES = {
 }
 
 
+def step_beside_the_layers(model: Any, ids: Tensor, caches: list[Any]) -> Any:
+    """A prompt of five tokens, then the short steps over one cache and the layers over the other: the same bits."""
+    for cache in caches:
+        model(ids[:, :5], cache=cache)
+    steps = steps_for(model, caches[0])
+    assert steps is not None
+    for i in range(5, ids.shape[1]):
+        token = ids[:, i : i + 1]
+        assert torch.equal(steps.step(token), model(token, cache=caches[1], last_only=True))
+    for a, b in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
+        assert torch.equal(a, b)
+    return steps
+
+
 @pytest.mark.parametrize("isa", native.instruction_sets())
 @pytest.mark.parametrize(
     ("shape", "bits"), [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("gpt", 2), ("opt", 4)]
@@ -39,16 +56,8 @@ def test_steps_are_the_layers_to_the_last_bit(isa: str, shape: str, bits: int) -
     ids = torch.randint(0, 96, (3, 30), generator=torch.Generator().manual_seed(bits))
     with native.use(isa), torch.no_grad():
         caches = [model.new_cache(3, 30) for _ in range(2)]
-        for cache in caches:
-            model(ids[:, :5], cache=cache)
-        steps = steps_for(model, caches[0])
-        assert steps is not None
-        for i in range(5, 30):
-            token = ids[:, i : i + 1]
-            assert torch.equal(steps.step(token), model(token, cache=caches[1], last_only=True))
+        steps = step_beside_the_layers(model, ids, caches)
     assert caches[0].length == 30
-    for a, b in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
-        assert torch.equal(a, b)
     with pytest.raises(BellboxError, match="cache is full"):
         steps.step(ids[:, :1])
 
@@ -101,15 +110,7 @@ def test_steps_over_a_coded_cache_are_the_layers_to_the_last_bit(isa: str, preci
     ids = torch.randint(0, 96, (3, 30), generator=torch.Generator().manual_seed(1))
     with native.use(isa), torch.no_grad():
         caches = [model.new_cache(3, 30, precision) for _ in range(2)]
-        for cache in caches:
-            model(ids[:, :5], cache=cache)
-        steps = steps_for(model, caches[0])
-        assert steps is not None
-        for i in range(5, 30):
-            token = ids[:, i : i + 1]
-            assert torch.equal(steps.step(token), model(token, cache=caches[1], last_only=True))
-    for a, b in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
-        assert torch.equal(a, b)
+        step_beside_the_layers(model, ids, caches)
     for layer in range(2):
         for a, b in zip(caches[0].layer(layer)[2:4], caches[1].layer(layer)[2:4], strict=True):
             assert torch.equal(a, b)
