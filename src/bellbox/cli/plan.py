@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from bellbox.cli.output import parse_flags
 from bellbox.errors import BellboxError, require
 from bellbox.models import build, preset
 from bellbox.runs.planner import quantized_fraction, tokens_per_byte
+from bellbox.utils.skeleton import on_meta
 
 require("tyro", "cli")
 
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
         parameters = round(plan.parameters)
     else:
         assert plan.preset is not None
-        with torch.device("meta"):
+        with on_meta():
             parameters = sum(parameter.numel() for parameter in build(preset(plan.preset)).parameters())
     tokens = round(plan.tokens)
     fraction = quantized_fraction(tokens, parameters, plan.bits)

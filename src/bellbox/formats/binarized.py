@@ -28,6 +28,7 @@ from bellbox.nn import replace_layer
 from bellbox.nn.binarized_linear import BinarizedLinear
 from bellbox.nn.huge_pages import own_copy
 from bellbox.utils.files import checksum, describe_file, listed_file, read_json, read_tensors, says_format
+from bellbox.utils.skeleton import on_meta
 
 CONFIG, REST, RECORD, TOKENIZER = "config.json", "rest.safetensors", "ptq.json", "tokenizer.json"
 FORMAT, VERSION = BINARIZED, 1
@@ -139,7 +140,7 @@ def read_config(root: Path) -> tuple[ModelConfig, Quantization, dict[str, Any]]:
 
 def empty_model(config: ModelConfig, quantization: Quantization) -> Llama | GPT:
     """A model on the meta device whose blocks' linear layers are binarized ones."""
-    with torch.device("meta"):
+    with on_meta():
         model = build(config)
         for name in list(layer_names(config)):
             old = model.get_submodule(name)

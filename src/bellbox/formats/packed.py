@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
@@ -34,6 +33,7 @@ from bellbox.utils.files import (
     read_tensors,
     says_format,
 )
+from bellbox.utils.skeleton import on_meta
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -290,7 +290,7 @@ def _build(root: Path, description: dict[str, Any]) -> nn.Module:
 
     try:
         config = any_config_from_dict(description)
-        with torch.device("meta"):
+        with on_meta():
             return build(config)
     except BellboxError as error:
         raise BellboxError(f"{root / CONFIG}: model: {error}") from None

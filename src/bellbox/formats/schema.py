@@ -40,6 +40,7 @@ from bellbox.nn.compact import Compact, empty_like
 from bellbox.nn.huge_pages import may_leave_memory, own_copy
 from bellbox.nn.tools import unique_tensors
 from bellbox.nn.transposed import transposed_sizes
+from bellbox.utils.skeleton import give_memory
 
 
 def _read_levels(stored: Mapping[str, Any]) -> Levels:
@@ -377,7 +378,7 @@ def assign(
         places[leaf] = placed[id(value)]  # type: ignore[assignment]
     for module in model.modules():  # what is not stored (tables that a model computes) still has no memory
         if any(b is not None and b.is_meta for b in module._buffers.values()):
-            module.to_empty(device=device or "cpu", recurse=False)
+            give_memory(module, device or "cpu")
 
 
 def _fill(layer: CodedLayer, stored: Mapping[str, Tensor | None], device: torch.device | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bellbox.models.config import GPTConfig, LlamaConfig, ModelConfig
 from bellbox.models.gpt import GPTBlock
 from bellbox.models.llama import LlamaBlock, RotaryEmbedding
+from bellbox.utils.skeleton import on_meta
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def block_name(config: ModelConfig, number: int) -> str:
 
 def filled_block(config: ModelConfig, number: int, state: dict[str, Tensor]) -> nn.Module:
     """A block of its own that holds these tensors, which have the names that they have in the model."""
-    with torch.device("meta"):
+    with on_meta():
         block = LlamaBlock(config) if isinstance(config, LlamaConfig) else GPTBlock(config)
     prefix = f"{block_name(config, number)}."
     block.load_state_dict({name.removeprefix(prefix): t for name, t in state.items()}, assign=True)

@@ -27,6 +27,7 @@ from bellbox.models.hf_config import read_config, read_json, write_config
 from bellbox.models.hf_names import block_prefix, canonical, from_hf, to_hf
 from bellbox.models.llama import Llama
 from bellbox.utils.files import open_regular, write_tensors, write_text
+from bellbox.utils.skeleton import give_memory, on_meta
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -63,7 +64,7 @@ def filled(model: Llama | GPT, state: dict[str, Tensor]) -> Llama | GPT:
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     if isinstance(model, Llama):
-        model.model.rotary_emb.to_empty(device="cpu")  # which fills it
+        give_memory(model.model.rotary_emb, "cpu")  # which fills it
     return model.eval()
 
 
@@ -108,7 +109,7 @@ class HFFolder:
 
     def empty_model(self) -> Llama | GPT:
         """The model on the meta device."""
-        with torch.device("meta"):
+        with on_meta():
             return _new(self.config)
 
     def block(self, number: int) -> dict[str, Tensor]:
@@ -167,7 +168,7 @@ def save_hf(model: Llama | GPT, folder: str | os.PathLike[str]) -> None:
     if not isinstance(model, Llama | GPT):
         raise BellboxError(f"save_hf writes Llama and GPT models, not {type(model).__name__}")
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    with torch.device("meta"):
+    with on_meta():
         plain = _new(model.config).state_dict()
     odd = sorted(set(state) ^ set(plain))
     if odd:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from bellbox.convert import new_layers, new_tables, prepare
 from bellbox.core.grid import levels_from_bits
@@ -19,21 +18,13 @@ from bellbox.nn.tools import unique_tensors
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.recipe import Recipe, recipe_from_dict
 from bellbox.runs.config import CEWT, PAPER, QuantizationSection, ResolvedConfig, TrainConfig
+from bellbox.utils.skeleton import on_meta
 
 
 def skeleton(config: TrainConfig) -> nn.Module:
     """The model of a configuration without memory for its weights, unprepared."""
-    with torch.device("meta"), _Unfilled():
+    with on_meta():
         return _network(config)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves out what fills weights: on the meta device it writes nothing, and takes most of a skeleton's time."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == nn.init.__name__:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def _network(config: TrainConfig, seed: int | None = None) -> nn.Module:

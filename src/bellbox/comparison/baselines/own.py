@@ -25,6 +25,7 @@ from bellbox.ptq import Job as Binarization
 from bellbox.ptq import Settings, binarize_folder
 from bellbox.quantizers.spec import QuantizerSpec
 from bellbox.recipe import Recipe, Rule
+from bellbox.utils.skeleton import on_meta
 
 
 def _round_weights(
@@ -78,7 +79,7 @@ def _nf(job: Job, folder: Path) -> None:
 
 def _columns(job: Job) -> Iterator[tuple[str, int]]:
     """The blocks' linear layers with their inputs."""
-    with torch.device("meta"):
+    with on_meta():
         model = build(read_config(job.checkpoint / "config.json")[0])
     for name in layer_names(model.config):
         layer = model.get_submodule(name)
