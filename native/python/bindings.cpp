@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "layers/table.h"
 #include "python/plan.h"
 
 namespace nb = nanobind;
@@ -201,6 +202,33 @@ void int4_linear(nb::handle x, nb::handle weight, nb::handle multipliers, nb::ha
     a.x = integers.data(), a.less = less.data(), a.x_scale = x_scale.data();
     share(n, useful_threads(m * n * columns, kLinearGrain, threads),
           [&](int64_t begin, int64_t end) { kernels().int4_linear(a, begin, end); });
+}
+
+// Rows `ids` of a table, int8, or of 4 bits by groups: out [ids, columns]. False where an id is no row.
+bool table_rows(nb::handle ids, nb::handle weight, nb::handle multipliers, nb::handle scale, int64_t columns, nb::handle out,
+                int threads) {
+    const int64_t count = numel_of(ids), rows = numel_of(scale), width = multipliers.is_none() ? columns : columns / 2;
+    require(columns >= 1, "a table without columns");
+    require_sizes({count, columns}), require_sizes({rows, columns});
+    const int64_t groups = multipliers.is_none() || rows == 0 ? 1 : numel_of(multipliers) / rows;
+    require(groups >= 1 && columns % groups == 0 && (multipliers.is_none() || columns / groups % 2 == 0),
+            "the groups do not divide the columns");
+    const auto* const id = read<int64_t>(ids, "ids", {Kind::i64}, count);
+    TableRowsArgs a{};
+    if (multipliers.is_none()) {
+        a.bytes = read<int8_t>(weight, "weight", {Kind::i8}, rows * columns);
+    } else {
+        a.halves = read<uint8_t>(weight, "weight", {Kind::u8}, rows * width);
+        a.multipliers = read<uint8_t>(multipliers, "multipliers", {Kind::u8}, rows * groups);
+    }
+    a.scale = read<float>(scale, "scale", {Kind::f32}, rows), a.columns = columns, a.groups = groups;
+    float* const to = read<float>(out, "out", {Kind::f32}, count * columns);
+    nb::gil_scoped_release release;
+    if (std::any_of(id, id + count, [&](int64_t each) { return each < 0 || each >= rows; })) return false;
+    share(count, useful_threads(count * columns, kEncodeGrain, threads), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) table_row(a, id[i], to + i * columns);
+    });
+    return true;
 }
 
 // The layout of a binarized matrix is that of ops/binarized_linear.py; rows of x are rounded to -most..most first.
@@ -535,6 +563,7 @@ NB_MODULE(_native, m) {
           nb::arg("threads"));
     m.def("int8_linear", &int8_linear);
     m.def("int4_linear", &int4_linear);
+    m.def("table_rows", &table_rows, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("binarized", &binarized, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg());
     m.def("integer_peak", &integer_peak);

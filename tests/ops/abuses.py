@@ -78,7 +78,7 @@ def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
     f, r, one = torch.ones(4, 64), torch.ones(4, 1), torch.ones(1, 1)
     u8, thresholds = torch.zeros(4, 64, dtype=torch.uint8), torch.tensor([-1.0, 0, 1])
     i8, words = torch.zeros(5, 64, dtype=torch.int8), prepack(u8, 4)
-    i4 = torch.zeros(5, 32, dtype=torch.uint8)
+    i4, places = torch.zeros(5, 32, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
     laid = binarized_linear.empty_layout(5, 64, 32)
     half, whole, flat = f.half(), f.long(), torch.ones(())
     dtype = torch.float32
@@ -103,6 +103,14 @@ def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
             0: (*bad_x, f[:, :63], flat), 1: (None, i8, i4[:, :31], i4[0], i4[None], i4[:4]),
             2: (None, i8[:, :2], i4[:, :3], i4[:, :0], i4[:4, :2], i4[:, 0]),
             3: (None, torch.ones(4), torch.ones(6), torch.ones(0), torch.ones(5, 5)),
+        }),
+        ("table_rows", (places, i8, None, torch.ones(5)), {
+            0: (None, f, places + 5, places - 9), 1: (None, u8, f, i8[0], i8[None], i8[:, :0], i8[:4]),
+            2: (i4, i8), 3: (None, torch.ones(4), torch.ones(6), torch.ones(5, 5), torch.ones(5).half()),
+        }),
+        ("table_rows", (places, i4, i4[:, :2], torch.ones(5)), {
+            0: (None, places + 5), 1: (None, i8, i4[0], i4[:4], i4[:, :0]),
+            2: (None, i8[:, :2], i4[:, :3], i4[:, :0], i4[:4, :2], i4[:, 0]), 3: (None, torch.ones(4), torch.ones(6)),
         }),
         ("prepack", (u8, 4, 1), {
             0: (None, f, u8 + 4, u8[0], u8[None]), 1: (0, 1, -4, 257, HUGE, None), 2: (0, -1, 7, HUGE, OVERFLOW),
@@ -278,6 +286,20 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
             lambda t=tables: module.int4_linear(f, *t, 64, torch.ones(4, len(t[2])), 1),
         )
     yield "int4_linear out", lambda: module.int4_linear(f, i4, two, torch.ones(5), 64, torch.ones(5), 1)
+    ids, out = torch.zeros(3, dtype=torch.int64), torch.ones(3, 64)
+    for name, table in (
+        ("columns", (i8, None, torch.ones(5), 65)),
+        ("no columns", (i8, None, torch.ones(5), 0)),
+        ("scale", (i8, None, torch.ones(6), 64)),
+        ("dtype", (i4, None, torch.ones(5), 32)),
+        ("multipliers", (i4, i4[:, :3], torch.ones(5), 64)),
+        ("no multipliers", (i4, i4[:, :0], torch.ones(5), 64)),
+        ("odd groups", (i4, torch.zeros(5, 64, dtype=torch.uint8), torch.ones(5), 64)),
+        ("overflow", (i8, None, torch.ones(5), OVERFLOW)),
+    ):
+        yield f"table_rows {name}", lambda t=table: module.table_rows(ids, *t, out, 1)
+    yield "table_rows out", lambda: module.table_rows(ids, i8, None, torch.ones(5), 64, out[:2], 1)
+    yield "table_rows ids", lambda: module.table_rows(ids.int(), i8, None, torch.ones(5), 64, out, 1)
     one = torch.ones(1)
     yield "forward block", lambda: module.forward(f, 4, 64, 3, t, 0.0, r, r, f, f, 1)
     yield "forward scale", lambda: module.forward(f, 4, 64, 64, t, 0.0, r, r[:2], f, f, 1)

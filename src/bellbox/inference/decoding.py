@@ -8,7 +8,7 @@ the last bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from bellbox.models import GPT, KVCache, Llama
 from bellbox.models.gpt import GPTBlock
 from bellbox.models.llama import LlamaBlock
 from bellbox.nn import PackedLinear
-from bellbox.nn.compact import CompactEmbedding
-from bellbox.ops.decoder_block import gpt_block, llama_block
+from bellbox.nn.compact import CompactEmbedding, CompactLinear
+from bellbox.ops.decoder_block import gpt_block, head, last_norm, llama_block
 from bellbox.ops.packed_linear import Bound
 
 Group = tuple[nn.Module, ...]
@@ -62,6 +62,9 @@ class LlamaSteps(Steps):
         self._model = model
         inner = model.config.intermediate_size
         self._gate, self._up = torch.empty(2, cache.batch, 1, inner).unbind()
+        norm = model.model.norm
+        self._norm: Callable[[Tensor], Tensor] = last_norm(norm.weight, norm.eps) or norm
+        self._head = _head(model.lm_head)
 
     def _logits(self, input_ids: Tensor, start: int, threads: int) -> Tensor:
         model, cache, gate, up = self._model, self._cache, self._gate, self._up
@@ -72,7 +75,7 @@ class LlamaSteps(Steps):
             block.attend_and_widen(x, batch, rotary.cos, rotary.sin, *places, gate, up, threads)
             F.silu(gate, inplace=True).mul_(up)
             block.narrow(x, gate, batch, threads)
-        return model.lm_head(model.model.norm(x))
+        return self._head(self._norm(x))
 
 
 class GPTSteps(Steps):
@@ -81,6 +84,7 @@ class GPTSteps(Steps):
     def __init__(self, model: GPT, cache: KVCache, blocks: Sequence[Any]) -> None:
         super().__init__(cache, blocks)
         self._model, self._plain_blocks = model, _gpt_blocks(model)
+        self._head = _head(model.lm_head)
         self._wide = torch.empty(cache.batch, 1, model.config.intermediate_size)
 
     def _logits(self, input_ids: Tensor, start: int, threads: int) -> Tensor:
@@ -92,7 +96,14 @@ class GPTSteps(Steps):
             call.widen(block.ln_2(x), cache.batch, wide, threads)
             active = block.mlp.activate(wide, exact=False)
             call.narrow(x, active, cache.batch, threads)
-        return self._model.lm_head(body.ln_f(x))
+        return self._head(body.ln_f(x))
+
+
+def _head(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What gives the logits: the kernel itself where the head is rounded and nothing is added to its product."""
+    if not isinstance(layer, CompactLinear) or layer.coding is None or layer.bias is not None:
+        return layer
+    return head(layer.codes()) or layer
 
 
 def _llama_blocks(model: Llama) -> list[LlamaBlock]:

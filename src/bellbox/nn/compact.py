@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bellbox.core.table import TABLE_GROUPS, TableCodes, TableCoding, table_values
+from bellbox.core.table import TABLE_GROUPS, TableCodes, TableCoding
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized_table import QuantizedTable, check_max_norm, table_product
 from bellbox.nn.tools import replace_layer
 from bellbox.ops.int4_linear import INT4_COLUMNS
 from bellbox.ops.int8_linear import INT8_COLUMNS
+from bellbox.ops.table_rows import table_rows
 from bellbox.recipe import is_head
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
@@ -110,11 +111,9 @@ class CompactEmbedding(Compact):
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 `[...]` to fp32 `[..., columns]`."""
-        rows = F.embedding(ids, self.weight)
-        if self.scale is None:
-            return rows.to(torch.float32)
-        multipliers = None if self.multipliers is None else F.embedding(ids, self.multipliers)
-        return table_values(TableCodes(rows, multipliers, self.scale[ids]))
+        if self.coding is None:
+            return F.embedding(ids, self.weight).to(torch.float32)
+        return table_rows(ids, self.codes())
 
 
 class CompactLinear(Compact):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bellbox.core.table import TableCodes
 from bellbox.ops.dispatch import bind
 from bellbox.ops.packed_linear import Bound
 
@@ -41,6 +42,17 @@ def gpt_block(layers: Layers, head_dim: int) -> Any:
     """A block of a GPT, or None: its methods are `attention(x, normed, batch, *cache, room, start, threads)`,
     `widen(normed, batch, out, threads)` and `narrow(x, active, batch, threads)`, see `llama_block`."""
     return bind("gpt_block", {}, {"layers": _described(layers), "head_dim": head_dim})
+
+
+def last_norm(weight: Tensor, eps: float) -> Any:
+    """`rms_norm` of fp32 `[..., hidden]` with these gains, bound; None where no backend has one."""
+    return bind("rms_norm", {"weight": weight}, {"eps": eps})
+
+
+def head(codes: TableCodes) -> Any:
+    """The product of fp32 `[..., columns]` with a rounded head, likewise."""
+    tensors = {"weight": codes.weight, "multipliers": codes.multipliers, "scale": codes.scale}
+    return bind("int8_linear" if codes.multipliers is None else "int4_linear", tensors, {})
 
 
 def _described(layers: Layers) -> list[list[tuple[Any, Any]]]:

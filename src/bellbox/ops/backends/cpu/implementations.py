@@ -20,6 +20,8 @@ from bellbox.ops.int8_linear import check as check_int8
 from bellbox.ops.kept import stepped
 from bellbox.ops.packed_linear import TENSORS, check, with_signs
 from bellbox.ops.rms_norm import check_width
+from bellbox.ops.table_rows import check as check_rows
+from bellbox.ops.table_rows import outside
 from bellbox.ops.weight_layout import TILED_LEVELS, check_codes, check_packed, packed_size
 
 
@@ -249,6 +251,43 @@ def _bind_llama_block(tensors: Mapping[str, Tensor | None], numbers: Mapping[str
         return None
 
 
+def _bind_norm(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]) -> Any:
+    weight, eps, module = tensors["weight"], numbers["eps"], native.compiled()
+    assert weight is not None
+    assert module is not None
+    if weight.dtype != torch.float32 or not weight.is_contiguous():
+        return None
+    weight = weight.detach()
+
+    def norm(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        module.rms_norm(x, weight, eps, out, _threads())
+        return out
+
+    return norm
+
+
+def _bind_head(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]) -> Any:
+    del numbers
+    module = native.compiled()
+    assert module is not None
+    weight, multipliers, scale = tensors["weight"], tensors["multipliers"], tensors["scale"]
+    assert weight is not None
+    assert scale is not None
+    given = [weight, scale] if multipliers is None else [weight, multipliers, scale]
+    columns = weight.shape[1] * (1 if multipliers is None else 2)
+    run = module.int8_linear if multipliers is None else module.int4_linear
+    if not all(each.is_contiguous() for each in given) or columns > INT8_COLUMNS:
+        return None
+
+    def head(x: Tensor) -> Tensor:
+        out = x.new_empty((*x.shape[:-1], len(scale)))
+        run(x, *given, columns, out, _threads())
+        return out
+
+    return head
+
+
 def _bind_gpt_block(tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]) -> Any:
     del tensors
     module, groups = native.compiled(), _groups(numbers)
@@ -345,6 +384,28 @@ def _int4_linear(x: Tensor, weight: Tensor, multipliers: Tensor, scale: Tensor) 
     columns = 2 * weight.shape[1]
     given = x.detach().contiguous()
     module.int4_linear(given, weight, multipliers, scale.detach(), columns, out, _threads())
+    return out
+
+
+def _why_not_rows_of_table(arguments: Mapping[str, Any]) -> str | None:
+    if arguments["ids"].dtype != torch.int64:
+        return f"ids are {arguments['ids'].dtype}"
+    tensors = [arguments[name] for name in ("weight", "multipliers", "scale")]
+    return (
+        None
+        if all(each is None or each.is_contiguous() for each in tensors)
+        else "the table is not contiguous"
+    )
+
+
+def _table_rows(ids: Tensor, weight: Tensor, multipliers: Tensor | None, scale: Tensor) -> Tensor:
+    check_rows(ids, weight, multipliers, scale)
+    module = native.compiled()
+    assert module is not None
+    columns = weight.shape[1] * (1 if multipliers is None else 2)
+    out = scale.new_empty((*ids.shape, columns))
+    if not module.table_rows(ids.contiguous(), weight, multipliers, scale, columns, out, _threads()):
+        raise BellboxError(outside(weight))
     return out
 
 
@@ -468,6 +529,7 @@ TABLE: dict[str, Implementation] = {
     "rms_norm": Implementation(_why_not_norm, _rms_norm),
     "int8_linear": Implementation(_why_not_int8, _int8_linear),
     "int4_linear": Implementation(_why_not_int4, _int4_linear),
+    "table_rows": Implementation(_why_not_rows_of_table, _table_rows),
     "binarized_linear": Implementation(_why_not_binarized, _binarized_linear),
     "packed_linear": Implementation(_why_not_packed, _packed_linear),
     "packed_conv2d": Implementation(_why_not_conv, _packed_conv2d),
@@ -480,4 +542,7 @@ BOUND: dict[str, Callable[..., Any]] = {
     "packed_conv2d": _bind_conv,
     "llama_block": _bind_llama_block,
     "gpt_block": _bind_gpt_block,
+    "rms_norm": _bind_norm,
+    "int8_linear": _bind_head,
+    "int4_linear": _bind_head,
 }
