@@ -14,6 +14,7 @@ ROOT = Path(bb.__file__).parent
 
 # What a part of the package may import. The command line, at the top, may import everything.
 MAY_KNOW = {
+    "__main__": "cli",
     "version": "",
     "errors": "",
     "utils": "errors",
