@@ -210,7 +210,11 @@ def test_learned_thresholds_add_a_second_derivative_to_a_first():
         inputs = [t.clone().requires_grad_() for t in (x, *numbers)]
         out = functional_call(q, dict(zip(names, inputs[1:], strict=True)), (inputs[0],))
         g_x, g_a = torch.autograd.grad((out * g).sum(), (inputs[0], inputs[2]), create_graph=True)
-        total = ((g_x * c).sum() + g_a.square().sum()) * second + (out * d).sum() * first
+        # What is left out must not be there at all: times zero it would still be a gradient, and added.
+        total = sum(
+            ([(g_x * c).sum() + g_a.square().sum()] if second else []) + ([(out * d).sum()] if first else [])
+        )
+        assert isinstance(total, Tensor)
         return [t for t in torch.autograd.grad(total, inputs, allow_unused=True) if t is not None]
 
     both, alone = gradients(True, True), (gradients(True, False), gradients(False, True))
