@@ -52,6 +52,7 @@ def test_divergence_is_the_formula(temperature: float) -> None:
     # d/ds T^2 KL = T (q - p), over the 6 positions of the mean.
     assert torch.allclose(student.grad.double(), temperature * (q - p) / 6, atol=1e-6)
     assert float(divergence(teacher, teacher, temperature)) == pytest.approx(0, abs=1e-6)
+    assert torch.equal(divergence(student, teacher), divergence(student, teacher, 1.0))
 
 
 def test_the_student_comes_nearer_to_its_teacher(tiny: Tiny, teacher: Path) -> None:

@@ -21,10 +21,11 @@ from bellbox.nn import quantized_layers
 from bellbox.nn.quantized_table import QuantizedEmbedding, QuantizedHead
 from bellbox.runs.build import check_quantization
 from bellbox.runs.config import PhasesSection, QuantizationSection
-from bellbox.runs.config_file import config_from_dict
+from bellbox.runs.config_file import config_from_dict, load_config
 from bellbox.runs.phases import phases_of
 from bellbox.runs.resolve import resolve
 from bellbox.training import TrainConfig, load_run, train
+from bellbox.training.arithmetic import with_embeddings
 
 Tiny = Callable[..., TrainConfig]
 FOUR = QuantizationSection(embedding_bits=4)
@@ -82,3 +83,38 @@ def test_what_does_not_fit_is_refused_before_the_first_step(tiny: Tiny) -> None:
     for key, value in (("embedding_bits", 3), ("embedding_group", 16), ("embedding_bits", "4")):
         with pytest.raises(BellboxError, match=f"quantization.{key}"):
             config_from_dict({"quantization": {key: value}})
+
+
+@pytest.mark.parametrize(
+    ("choices", "bits"),
+    [
+        ({}, 8),
+        ({"method": "lsq"}, 8),
+        ({"embedding_bits": 4}, 4),
+        ({"embedding_bits": 32}, 32),
+        ({"embedding_group": 32}, None),  # refused later: of 4 bits alone
+        ({"method": "none"}, 32),
+        ({"method": "bbq_paper"}, 32),
+        ({"method": "cewt"}, 32),
+        ({"method": "nf", "weight_only": "float"}, 32),
+    ],
+)
+def test_a_new_run_rounds_where_nothing_is_said(
+    tiny: Tiny, choices: dict[str, Any], bits: int | None
+) -> None:
+    config = with_embeddings(tiny(quantization=QuantizationSection(**choices)))
+    assert config.quantization.embedding_bits == bits
+
+
+def test_a_run_that_began_without_rounding_goes_on_so(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(quantization=QuantizationSection())
+    train(config, show=False)
+    begun = load_config(tmp_path / "run" / "config.yaml").quantization.embedding_bits
+    assert begun is None
+    again = with_embeddings(config)
+    assert again.quantization.embedding_bits == 32
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    train(again, show=False)  # no difference between the two
+    assert type(load_run(tmp_path / "run").model.model.embed_tokens) is nn.Embedding
+    new = with_embeddings(tiny("new", quantization=QuantizationSection()))
+    assert new == tiny("new", quantization=QuantizationSection(embedding_bits=8))

@@ -42,6 +42,7 @@ from bellbox.runs.config import (
 )
 from bellbox.runs.resolve import resolve
 from bellbox.training import TrainConfig, Trainer
+from bellbox.training.arithmetic import EMBEDDING_BITS
 from bellbox.utils.files import lock, read_json
 from bellbox.utils.malloc import keep_freed_memory
 from bellbox.utils.processor import Precision, choose_precision
@@ -127,7 +128,7 @@ def demo_config(folder: Path, steps: int, precision: Precision) -> TrainConfig:
         folder=str(folder),
         model=ModelSection("tiny", {"initializer_range": 0.06}),
         data=DataSection(source="classics", context=256),
-        quantization=QuantizationSection(method="bbq", bits=2),
+        quantization=QuantizationSection(method="bbq", bits=2, embedding_bits=EMBEDDING_BITS),
         optimizer=OptimizerSection(lr=1.4e-3),
         batch=BatchSection(tokens=4096, micro_sequences=8),
         steps=steps,

@@ -31,6 +31,7 @@ from bellbox.models import ResNet, ViT
 from bellbox.nn import quantized_layers
 from bellbox.runs.config import ModelSection
 from bellbox.training import TrainConfig, Trainer, load_config
+from bellbox.training.arithmetic import with_embeddings
 from bellbox.utils.malloc import keep_freed_memory
 from bellbox.utils.memory import peak_in_words
 from bellbox.utils.yaml import parse_yaml
@@ -68,6 +69,8 @@ def main(argv: list[str]) -> None:
     config, flags = _read(argv, _base(path, grid, row))
     if flags.json is not None and not flags.dry_run:
         raise BellboxError("--json is for --dry-run; a run writes metrics.jsonl into its folder")
+    if grid is None:  # a row of a grid is what `compare` makes of it
+        config = with_embeddings(config)
     if flags.dry_run:
         show_dry_run(config, flags.json)
         return

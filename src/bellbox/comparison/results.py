@@ -105,7 +105,7 @@ def is_full_precision(config: dict[str, Any]) -> bool:
     return (
         section["method"] == "none"
         and section.get("recipe") is None
-        and section.get("embedding_bits") is None
+        and section.get("embedding_bits") in (None, 32)
     )
 
 

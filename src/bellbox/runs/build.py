@@ -74,7 +74,7 @@ def make_recipe(section: QuantizationSection) -> Recipe:
         "weight_only": section.weight_only,
         "share_inputs": section.share,
         "integer_forward": section.integer_forward,
-        "embedding_bits": section.embedding_bits,
+        "embedding_bits": None if section.embedding_bits == 32 else section.embedding_bits,
         "embedding_group": section.embedding_group,
     }
     if section.method == "bbq":

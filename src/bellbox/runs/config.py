@@ -108,8 +108,9 @@ class QuantizationSection:
     integer_forward: bool | None = None
     """Whether linear layers multiply integers in training too (docs/training.md). Null: with BBQ on a CPU with the
     compiled kernels, where it is faster."""
-    embedding_bits: Literal[4, 8] | None = None
-    """Round embeddings and output layer to so many bits while training, as they are then shipped; fp32 where null."""
+    embedding_bits: Literal[4, 8, 32] | None = None
+    """Round embeddings and output layer to so many bits while training, as they are then shipped; 32 leaves them alone.
+    Null: `bellbox train` takes 8, but for full precision and what is as published; elsewhere 32."""
     embedding_group: Literal[32, 64] | None = None
     """Columns that share a scale with 4 bits; 64 where null (32 where 64 do not divide)."""
     recipe: dict[str, Any] | None = None

@@ -182,6 +182,8 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
                 continue
             if name == "quantization.integer_forward" and not there and not here:
                 continue  # null is of a run before there was a choice, which trained on floats
+            if name == "quantization.embedding_bits" and {there, here} == {None, 32}:
+                continue
             if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
                 compare(there, here, name + ".")
             else:

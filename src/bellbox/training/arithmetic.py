@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from bellbox.nn.integer_product import on_kernels
 from bellbox.runs.build import pick_device
 from bellbox.runs.checkpoint import Checkpoints
-from bellbox.runs.config import PAPER, TrainConfig
+from bellbox.runs.config import CEWT, PAPER, TrainConfig
 from bellbox.runs.config_file import load_config
 from bellbox.runs.open import CONFIG_FILE
 from bellbox.utils.processor import choose_precision
 
 ON_INTEGERS = ("bbq", PAPER)
 """Methods whose training is faster on integers."""
+EMBEDDING_BITS: Literal[4, 8, 32] = 8
+"""Of a new run's embeddings and output layer."""
 
 
 def with_arithmetic(config: TrainConfig) -> tuple[TrainConfig, str]:
@@ -22,10 +25,7 @@ def with_arithmetic(config: TrainConfig) -> tuple[TrainConfig, str]:
 
     That is `precision: auto`, and `quantization.integer_forward: null` where the method is named.
     """
-    folder, section, why = Path(config.folder), config.quantization, ""
-    saved = folder / CONFIG_FILE
-    begun = saved.is_file() and bool(Checkpoints(folder / "checkpoints").steps())
-    earlier = load_config(saved) if begun else None
+    section, why, earlier = config.quantization, "", begun(config)
     if config.precision == "auto":
         if earlier is not None and earlier.precision != "auto":
             precision, why = earlier.precision, ": as the run was begun"
@@ -39,6 +39,36 @@ def with_arithmetic(config: TrainConfig) -> tuple[TrainConfig, str]:
         section = dataclasses.replace(section, integer_forward=chosen)
         config = dataclasses.replace(config, quantization=section)
     return config, why
+
+
+def begun(config: TrainConfig) -> TrainConfig | None:
+    """The configuration of the run that stands in the folder, where one was begun."""
+    folder = Path(config.folder)
+    saved = folder / CONFIG_FILE
+    return load_config(saved) if saved.is_file() and Checkpoints(folder / "checkpoints").steps() else None
+
+
+def with_embeddings(config: TrainConfig) -> TrainConfig:
+    """`quantization.embedding_bits: null` as `bellbox train` understands it: as the folder's run began, else by method.
+
+    A new run's embeddings and output layer get the fewest bits whose cost no study could tell from zero
+    (docs/studies.md); those of images, of full precision, and of what is as published are left alone.
+    """
+    section = config.quantization
+    if (
+        section.embedding_bits is not None
+        or section.embedding_group is not None
+        or section.recipe is not None
+    ):
+        return config
+    earlier = begun(config)
+    alone = (
+        config.task == "vision" or section.method in ("none", PAPER, CEWT) or section.weight_only is not None
+    )
+    bits: Literal[4, 8, 32] = 32 if alone else EMBEDDING_BITS
+    if earlier is not None:
+        bits = earlier.quantization.embedding_bits or 32
+    return dataclasses.replace(config, quantization=dataclasses.replace(section, embedding_bits=bits))
 
 
 def integers_pay(config: TrainConfig) -> bool:
