@@ -32,6 +32,7 @@ from bellbox.core.grid import Levels
 from bellbox.core.hadamard import block_size, hadamard_matrix
 from bellbox.models import build, preset
 from bellbox.nn import weights_quantized_once
+from bellbox.utils.memory import Saved
 from bellbox.utils.processor import fast_bf16
 
 TOKENS, CONTEXT = 2048, 512
@@ -108,21 +109,10 @@ def stepper(model: nn.Module, accumulation: int, once: bool) -> Callable[[], Non
 def saved_bytes(model: nn.Module) -> int:
     """Of tensors that a forward keeps for its backward; parameters and the input aside."""
     x = torch.randn(TOKENS // CONTEXT, CONTEXT, model.config.hidden_size)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    found: dict[int, int] = {}
-    held: list[Tensor] = []  # so that no address is given out twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+    own = (*model.parameters(), *model.buffers(), x)
+    with Saved(own) as saved, torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
         model(x)
-    return sum(found.values())
+    return saved.nbytes
 
 
 def cpu_name() -> str:

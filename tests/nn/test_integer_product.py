@@ -15,6 +15,7 @@ import bellbox as bb
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers, weights_quantized_once
 from bellbox.ops import native
+from bellbox.utils.memory import Saved
 
 X = torch.randn(6, 40, 128, generator=torch.Generator().manual_seed(0))
 GENERIC = {
@@ -135,20 +136,9 @@ def test_where_nothing_is_said_it_is_taken_in_bf16_on_compiled_kernels() -> None
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Of tensors that a forward keeps for its backward, parameters and the input aside."""
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers(), x)}
-    found: dict[int, int] = {}
-    held: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with Saved((*model.parameters(), *model.buffers(), x)) as saved:
         model(x)
-    return sum(found.values())
+    return saved.nbytes
 
 
 @pytest.mark.parametrize("compiled", [False, True])

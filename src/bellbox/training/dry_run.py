@@ -2,7 +2,7 @@
 
 *Memory* is what a training step holds at its fullest, where its backward begins: weights, gradients, the optimizer's
 moments, and all that the forward saves for the backward, which autograd is asked for tensor by tensor
-(`saved_tensors_hooks`). It is counted in fp32: under bf16 autocast a part of the activations takes half of it.
+(`utils.memory.Saved`). It is counted in fp32: under bf16 autocast a part of the activations takes half of it.
 
 *Arithmetic* is that of matrix products, convolutions and attention: what the forward multiplies, three times, since the
 backward takes two products for each. For a transformer this is 6 operations a parameter and token, and what attention
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -35,6 +34,7 @@ from bellbox.training.check import check_trainable
 from bellbox.training.dry_data import DataOutlook, Vocabulary, look_at_data
 from bellbox.training.optim.groups import block_matrices
 from bellbox.training.tasks import make_task
+from bellbox.utils.memory import Saved
 
 _FP32 = 4
 _BACKWARD_TOO = 3
@@ -192,23 +192,11 @@ class _Counted(TorchFunctionMode):
 
 def _forward(model: nn.Module, shape: tuple[int, ...], config: ResolvedConfig) -> tuple[_Counted, int]:
     """Multiply-adds of one forward pass, and bytes of activations at the beginning of its backward."""
-    own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in own:
-            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
     with torch.device("meta"):
         dtype = torch.float32 if config.task == "vision" else torch.int64
         inputs = torch.empty(shape, dtype=dtype)
-        with _Counted() as counted, saved_tensors_hooks(keep, lambda tensor: tensor):
+        with _Counted() as counted, Saved((*model.parameters(), *model.buffers())) as saved:
             logits = model.train()(inputs).flatten(0, -2).float()
             loss = F.cross_entropy(logits, torch.empty(logits.shape[0], dtype=torch.int64))
-    assert loss.is_meta  # the graph, and all that it saved, lived until here
-    return counted, sum(saved.values()) + 2 * math.prod(logits.shape) * _FP32
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    assert loss.is_meta
+    return counted, saved.nbytes + 2 * math.prod(logits.shape) * _FP32
