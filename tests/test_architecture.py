@@ -28,6 +28,7 @@ MAY_KNOW = {
     "past_forward": "nn",
     "coverage": "nn past_forward quantizers recipe structure",
     "convert": "errors core nn past_forward quantizers recipe structure coverage",
+    "listing": "core nn coverage",
     "calibrate": "errors quantizers",
     "optim": "errors nn quantizers recipe",
     "models": "errors utils ops structure",

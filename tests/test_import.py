@@ -57,7 +57,7 @@ def test_the_public_names_are_there():
 
 
 LOADED_BY_LOAD = (
-    "calibrate", "convert", "core", "coverage", "errors", "formats", "inference", "models", "nn", "ops", "quantizers",
+    "calibrate", "convert", "core", "coverage", "errors", "formats", "inference", "listing", "models", "nn", "ops", "quantizers",
     "past_forward", "recipe", "structure", "utils", "version",
 )  # fmt: skip
 

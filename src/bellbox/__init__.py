@@ -10,11 +10,12 @@ model = bb.load("model-2bit")                      # the same function, on integ
 """
 
 from bellbox.calibrate import calibrate
-from bellbox.convert import convert, prepare, summary
+from bellbox.convert import convert, prepare
 from bellbox.errors import BellboxError
 from bellbox.formats.packed import load, save
 from bellbox.inference.folding import fold_batch_norms
 from bellbox.inference.fusing import fuse_convolutions
+from bellbox.listing import summary
 from bellbox.nn.backend_report import backend_report
 from bellbox.nn.vocabulary import grow_embeddings
 from bellbox.recipe import QuantizerSpec, Recipe, Rule

@@ -25,12 +25,12 @@ from bellbox.cli.eval import Evaluation, evaluate, show
 from bellbox.cli.generate import continue_text, speed_of
 from bellbox.cli.output import parse_flags, write_file
 from bellbox.cli.report import collect
-from bellbox.convert import summary
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation.codes import Agreement, agreement
 from bellbox.formats import packed as io
 from bellbox.formats.auto import open_model
 from bellbox.formats.packed import Sizes
+from bellbox.listing import summary
 from bellbox.report import Sample, render
 from bellbox.runs.build import make_model
 from bellbox.runs.config import (

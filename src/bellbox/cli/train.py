@@ -25,8 +25,9 @@ from torch import nn
 from bellbox.cli.dry_run import show_dry_run, show_dry_runs
 from bellbox.cli.output import parse_flags
 from bellbox.comparison.grid import Cell, Grid, is_grid, load_grid
-from bellbox.convert import can_be_packed, summary
+from bellbox.convert import can_be_packed
 from bellbox.errors import BellboxError, require
+from bellbox.listing import summary
 from bellbox.models import ResNet, ViT
 from bellbox.nn import quantized_layers
 from bellbox.runs.config import ModelSection
