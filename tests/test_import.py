@@ -57,8 +57,8 @@ def test_the_public_names_are_there():
 
 
 LOADED_BY_LOAD = (
-    "calibrate", "convert", "core", "coverage", "errors", "formats", "inference", "listing", "models", "nn", "ops", "quantizers",
-    "past_forward", "recipe", "structure", "utils", "version",
+    "calibrate", "convert", "core", "coverage", "errors", "formats", "inference", "listing", "models", "nn", "ops",
+    "quantizers", "past_forward", "recipe", "structure", "utils", "version",
 )  # fmt: skip
 
 

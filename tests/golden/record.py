@@ -251,6 +251,22 @@ def write_folders() -> None:
         bb.save(bb.convert(llama.eval(), embeddings=precision), root / f"llama-v2-{precision}")  # type: ignore[arg-type]
 
 
+def write_later_folders() -> None:
+    """Likewise of versions 4 and 6."""
+    from bellbox.models import LlamaConfig, build
+
+    root = HERE / "folders"
+    bb.save(bb.convert(fitted("bbq", bb.Recipe.bbq(4)).eval()), root / "linear-v4-bbq-4")
+    llama = build(LlamaConfig(61, 64, 96, 1, 4, 2, max_position_embeddings=40, initializer_range=0.3), seed=3)
+    with torch.no_grad():
+        for place, p in enumerate(llama.parameters()):
+            if p.dim() == 2:
+                p.copy_(numbers(*p.shape, seed=place + 70) * 0.3)
+    bb.prepare(llama, bb.Recipe.bbq(2, embedding_bits=4, embedding_group=32))
+    llama((torch.arange(48).reshape(2, 24) * 5) % 61)
+    bb.save(bb.convert(llama.eval()), root / "llama-v6-int4")
+
+
 def main() -> None:
     """See the module."""
     torch.set_num_threads(1)
@@ -258,6 +274,8 @@ def main() -> None:
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machines": {}}
     if "--folders" in sys.argv:
         write_folders()
+    if "--later-folders" in sys.argv:
+        write_later_folders()
     found = measured()
     if "--write" in sys.argv:
         machine = {"trained": found.pop("trained")}
