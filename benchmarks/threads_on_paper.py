@@ -74,8 +74,8 @@ def regions(config: LlamaConfig, threads: int, tokens: int) -> list[Region]:
     ]
 
 
-def main() -> None:
-    """Print the table."""
+def models() -> dict[str, LlamaConfig]:
+    """Those of the table."""
     seven = LlamaConfig(
         vocab_size=32_000,
         hidden_size=4096,
@@ -84,21 +84,29 @@ def main() -> None:
         num_attention_heads=32,
         max_position_embeddings=8192,
     )
-    models = {"95M": preset("95M", vocab_size=32_000), "300M": preset("300M", vocab_size=32_000), "7B": seven}
+    named = {name: preset(name, vocab_size=32_000) for name in ("95M", "300M")}
+    return {**{name: each for name, each in named.items() if isinstance(each, LlamaConfig)}, "7B": seven}
+
+
+def gain(config: LlamaConfig, threads: int, tokens: int = 512) -> float:
+    """How many times as fast a step is as on one thread, were memory no limit and regions free."""
+    alone, together = (sum(each.time for each in regions(config, n, tokens)) for n in (1, threads))
+    return alone / together
+
+
+def main() -> None:
+    """Print the table."""
     print(
         "| | threads | regions a token | largest team | of one thread's work | busy |\n|---|---|---|---|---|---|"
     )
-    for name, config in models.items():
-        assert isinstance(config, LlamaConfig)
-        alone = sum(each.work for each in regions(config, 1, 512))
+    for name, config in models().items():
         for threads in (2, 8, 64):
             found = regions(config, threads, 512)
-            slowest = sum(each.time for each in found)
-            busy = alone / sum(each.time * each.team for each in found)
+            busy = sum(each.work for each in found) / sum(each.time * each.team for each in found)
             shared = sum(each.team > 1 for each in found)
             print(
                 f"| {name} | {threads} | {shared} of {len(found)} | {max(each.team for each in found)} | "
-                f"1/{alone / slowest:.1f} | {busy:.0%} |"
+                f"1/{gain(config, threads):.1f} | {busy:.0%} |"
             )
 
 
