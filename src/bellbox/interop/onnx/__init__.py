@@ -7,6 +7,6 @@ onnx.export(model, (example,), "model.onnx")
 ```
 """
 
-from bellbox.interop.onnx.exporting import Weights, export
+from bellbox.interop.onnx.exporting import Weights, export, export_model
 
-__all__ = ["Weights", "export"]
+__all__ = ["Weights", "export", "export_model"]

@@ -85,7 +85,7 @@ def code(b: Builder, x: ir.Value, rule: Rule, features: int | None, axes: tuple[
     else:
         inverse = b.op("Div", b.constant(1, np.float64), floored)
         r = b.cast(b.op("Div", inverse, b.constant(root, np.float64)), "FLOAT")
-    v = b.op("Mul", rotate(b, x, rule.block), r, name="normalised")
+    v = b.op("Mul", rotate(b, x, rule.block), r)
     codes = count_reached(b, v, rule.thresholds)
     scale = b.op("Where", finite, b.constant(1, np.float32), b.constant(math.nan, np.float32))
     if rule.normalise == "norm":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import tempfile
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from bellbox.convert import convert
 from bellbox.errors import BellboxError, require
+from bellbox.interop.onnx import decoder
 from bellbox.interop.onnx.graph import WEIGHT_TYPES, Builder
 from bellbox.interop.onnx.lower import lower
 from bellbox.interop.onnx.placeholders import exportable, translations
+from bellbox.models import GPT, Llama, ResNet, ViT
 from bellbox.nn import PackedExperts, QuantizedLayer
 from bellbox.nn.binarized_linear import BinarizedLinear
 from bellbox.nn.quantized_table import QuantizedTable
@@ -26,6 +29,8 @@ from bellbox.utils.files import new_file, one_line, refuse_target
 from bellbox.version import __version__
 
 Weights = Literal["int2", "int4", "int8"]
+CODED = "bellbox.coded"
+"""Key of the file's metadata: for each coded input by the name of its layer, the value and that of its codes."""
 _OLDEST, _NEWEST = 18, 25
 _ONE_FILE = 2_000_000_000
 """Bytes of constants that a file may hold; protocol buffers end at 2 GiB."""
@@ -143,8 +148,11 @@ def _in_standard_operators(
     made = program.model
     if (given := made.opset_imports.get("", 0)) != opset:
         raise BellboxError(f"torch wrote opset {given} where {opset} was asked for; take opset {given}")
-    lower(made.graph, Builder(made.graph, opset, weights))
+    builder = Builder(made.graph, opset, weights)
+    lower(made.graph, builder)
     _clean(made, opset)
+    where = {name: [x.name, codes.name] for name, (x, codes) in builder.coded.items()}
+    made.metadata_props[CODED] = json.dumps(where)
     return made
 
 
@@ -197,3 +205,51 @@ def _write(model: Any, path: Path) -> None:
             (Path(folder) / path.name).replace(path)
     except OSError as error:
         raise BellboxError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def export_model(
+    model: nn.Module, path: str | os.PathLike[str], *, weights: Weights = "int2", opset: int | None = None
+) -> None:
+    """`export` of a model of `bellbox.models`: LLaMA and GPT with their KV cache (`decoder`), ResNet and ViT.
+
+    Args:
+        model: packed or prepared. With `exact_attention` its attention and activations are computed in float64.
+        path: the file.
+        weights: see `export`.
+        opset: see `export`.
+
+    Raises:
+        BellboxError: another model, or as `export`.
+    """
+    if isinstance(model, Llama | GPT):
+        packed: Any = _packed(model)
+        inputs, outputs, shapes = decoder.names(model.config.num_hidden_layers)
+        export(
+            decoder.Decoder(packed),
+            decoder.example(model),
+            path,
+            weights=weights,
+            opset=opset,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=shapes,
+        )
+    elif isinstance(model, ResNet | ViT):
+        size = model.config.image_size or 32
+        image = torch.zeros(2, model.config.num_channels, size, size)
+        axes = {0: "batch"} if isinstance(model, ViT) else {0: "batch", 2: "height", 3: "width"}
+        export(
+            model,
+            (image,),
+            path,
+            weights=weights,
+            opset=opset,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=(axes,),
+        )
+    else:
+        raise BellboxError(
+            f"{type(model).__name__} is none of LLaMA, GPT, ResNet and ViT of bellbox.models: give an example input to "
+            "bellbox.interop.onnx.export"
+        )

@@ -32,8 +32,11 @@ class Builder:
         """What the names of new values begin with."""
         self.memo: dict[Any, Any] = {}
         """What nodes of one layer share with those of another: coded inputs, weights."""
+        self.coded: dict[str, tuple[ir.Value, ir.Value]] = {}
+        """Of each coded input: by the name of the first layer that reads it, the input and its codes."""
         self._constants: dict[Any, ir.Value] = {}
         self._used: dict[str, int] = {}
+        self._count = 0
 
     def unique(self, name: str) -> str:
         """A name that no value of this builder has."""
@@ -51,8 +54,9 @@ class Builder:
         """One more node."""
         node = self.ir.node(kind, list(inputs), attributes, num_outputs=outputs)
         for value in node.outputs:
-            value.name = self.unique(name or kind.lower())
-        node.name = f"{node.outputs[0].name}/{kind}"
+            self._count += 1
+            value.name = f"v{self._count}" if name is None else self.unique(name)
+        node.name = f"{self.name}/{kind}_{self._count}"
         self.nodes.append(node)
         return list(node.outputs)
 

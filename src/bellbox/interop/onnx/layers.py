@@ -107,7 +107,10 @@ def _rule(b: Builder, inputs: list[ir.Value | None], numbers: dict[str, Any], gr
 
 def _coded(b: Builder, x: ir.Value, rule: Rule, features: int | None, axes: tuple[int, ...]) -> Coded:
     """Layers that read one tensor and code it alike share the codes."""
-    return _once(b, (x, rule, axes), lambda: code(b, x, rule, features, axes))
+    coded = _once(b, (x, rule, axes), lambda: code(b, x, rule, features, axes))
+    if all(found is not coded.codes for _, found in b.coded.values()):
+        b.coded[b.name] = x, coded.codes
+    return coded
 
 
 def _size(value: ir.Value | None) -> int:

@@ -13,12 +13,13 @@ from bellbox.interop.onnx.placeholders import DOMAIN
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FLOAT = 1
+_FLOAT, _OTHER_FLOATS = 1, (10, 11, 16)  # of ONNX's data types
 RULES: dict[str, Callable[[Builder, list[ir.Value | None], dict[str, Any]], ir.Value]] = {
     "packed_linear": layers.packed_linear,
     "packed_conv2d": layers.packed_conv2d,
     "int8_linear": tables.int8_linear,
     "int4_linear": tables.int4_linear,
+    "int4_rows": tables.int4_rows,
     "bf16_linear": tables.bf16_linear,
     "rms_norm": tables.rms_norm,
     "rotate": tables.rotate,
@@ -40,7 +41,7 @@ def lower(graph: ir.Graph, builder: Builder) -> None:
         numbers = {name: attribute.value for name, attribute in node.attributes.items()}
         builder.name = _layer_of(node, number)
         x = node.inputs[0]
-        if numbers.get("dtype", _FLOAT) != _FLOAT or (x is not None and x.dtype not in (None, _FLOAT)):
+        if numbers.get("dtype", _FLOAT) != _FLOAT or (x is not None and x.dtype in _OTHER_FLOATS):
             raise BellboxError(
                 f"{builder.name}: does not compute in fp32, and onnxruntime has no bf16 or fp16 on a CPU; export "
                 "model.float()"

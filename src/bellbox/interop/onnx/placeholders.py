@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bellbox.errors import require
 from bellbox.nn import WeightOnlyMatrix
-from bellbox.nn.compact import CompactLinear
+from bellbox.nn.compact import CompactEmbedding, CompactLinear
 from bellbox.ops import int4_linear, int8_linear, packed_conv2d, packed_linear, rms_norm, rotate
 from bellbox.ops.dispatch import Operation
 from bellbox.quantizers.base import rotate_vectors
@@ -84,8 +84,9 @@ def _placeholder(schema: Any) -> Callable[..., Any]:
     return translate
 
 
-def _symbolic(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], rows: int, **numbers: Any) -> Tensor:
-    shape = (*x.shape[:-1], rows)
+def _symbolic(
+    name: str, x: Tensor, tensors: tuple[Tensor | None, ...], shape: tuple[int, ...], **numbers: Any
+) -> Tensor:
     made = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{name}", (x, *tensors), numbers, dtype=torch.float32, shape=shape, version=1
     )
@@ -99,11 +100,16 @@ def _weight_only(layer: WeightOnlyMatrix, x: Tensor) -> Tensor:
     numbers = {"columns": layer.row_length, "levels": layer.weight_levels.n}
     offset = layer.weight_levels.offset
     rotated = rotate_vectors(x, layer.block)
-    return _symbolic("weight_only", rotated, tensors, layer.row_count, offset=offset, **numbers)
+    return _symbolic("weight_only", rotated, tensors, (*x.shape[:-1], layer.row_count), offset=offset, **numbers)
 
 
 def _bf16_head(layer: CompactLinear, x: Tensor) -> Tensor:
-    return _symbolic("bf16_linear", x, (layer.weight, layer.bias), layer.rows)
+    return _symbolic("bf16_linear", x, (layer.weight, layer.bias), (*x.shape[:-1], layer.rows))
+
+
+def _int4_rows(layer: CompactEmbedding, ids: Tensor) -> Tensor:
+    tensors = layer.weight, layer.multipliers, layer.scale
+    return _symbolic("int4_rows", ids, tensors, (*ids.shape, layer.columns))
 
 
 @contextmanager
@@ -113,6 +119,8 @@ def exportable(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, WeightOnlyMatrix):
             forward = partial(_weight_only, module)
+        elif isinstance(module, CompactEmbedding) and module.multipliers is not None:
+            forward = partial(_int4_rows, module)
         elif isinstance(module, CompactLinear) and module.coding is None:
             forward = partial(_bf16_head, module)
         else:

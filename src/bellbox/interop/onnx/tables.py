@@ -76,27 +76,46 @@ def int4_linear(b: Builder, inputs: list[ir.Value | None], _numbers: dict[str, A
     assert x is not None
     assert weight is not None
     assert multipliers is not None
-    assert weight.shape is not None
-    assert multipliers.shape is not None
     integers, worth = _rounded_input(b, x, INT4_MOST)
     raised = b.cast(b.op("Add", integers, b.constant(128, np.float32)), "UINT8")
-    rows, half = (int(size) for size in weight.shape)  # pyright: ignore[reportArgumentType]
-    groups = int(multipliers.shape[1])  # pyright: ignore[reportArgumentType]
     # What follows depends on constants alone: onnxruntime computes it once, while it loads.
-    low4 = b.op("BitwiseAnd", weight, b.constant(15, np.uint8))
-    high4 = b.op("BitShift", weight, b.constant(4, np.uint8), direction="RIGHT")
-    pairs = [b.op("Unsqueeze", each, b.constant([2], np.int64)) for each in (low4, high4)]
-    codes = b.cast(b.op("Concat", *pairs, axis=2), "FLOAT")
-    grouped = b.op("Reshape", codes, b.constant([rows, groups, 2 * half // groups], np.int64))
-    values = b.op("Sub", grouped, b.constant(8, np.float32))
-    factors = b.op("Unsqueeze", b.cast(multipliers, "FLOAT"), b.constant([2], np.int64))
-    table = b.op("Reshape", b.op("Mul", values, factors), b.constant([rows, 2 * half], np.int64))
+    table = _table_integers(b, weight, multipliers, _columns(weight), _columns(multipliers))
     table = b.op("Transpose", table, perm=[1, 0])
     parts = [
         b.op("MatMulInteger", raised, b.cast(part, "INT8"), b.constant(128, np.uint8))
         for part in _halves(b, table)
     ]
     return b.op("Mul", b.cast(_together(b, *parts), "FLOAT"), b.op("Mul", scale, worth))
+
+
+def int4_rows(b: Builder, inputs: list[ir.Value | None], _numbers: dict[str, Any]) -> ir.Value:
+    """Rows of an embedding of 4 bits (`nn.compact.CompactEmbedding`)."""
+    ids, weight, multipliers, scale = inputs
+    rows, factors, worth = (b.op("Gather", each, ids, axis=0) for each in (weight, multipliers, scale))
+    integers = _table_integers(b, rows, factors, _columns(weight), _columns(multipliers))
+    values = b.op("Mul", integers, b.op("Reshape", worth, b.constant([-1, 1], np.int64)))
+    width = b.constant([2 * _columns(weight)], np.int64)
+    return b.op("Reshape", values, b.op("Concat", b.op("Shape", ids), width, axis=0))
+
+
+def _columns(value: ir.Value | None) -> int:
+    assert value is not None
+    assert value.shape is not None
+    return int(value.shape[1])  # pyright: ignore[reportArgumentType]
+
+
+def _table_integers(
+    b: Builder, packed: ir.Value, multipliers: ir.Value, half: int, groups: int
+) -> ir.Value:
+    """`core.table.table_integers` of 4 bits: fp32 `[rows, 2 * half]`."""
+    low = b.op("BitwiseAnd", packed, b.constant(15, np.uint8))
+    high = b.op("BitShift", packed, b.constant(4, np.uint8), direction="RIGHT")
+    pairs = [b.op("Unsqueeze", each, b.constant([-1], np.int64)) for each in (low, high)]
+    codes = b.cast(b.op("Concat", *pairs, axis=-1), "FLOAT")
+    grouped = b.op("Reshape", codes, b.constant([-1, groups, 2 * half // groups], np.int64))
+    factors = b.op("Reshape", b.cast(multipliers, "FLOAT"), b.constant([-1, groups, 1], np.int64))
+    values = b.op("Mul", b.op("Sub", grouped, b.constant(8, np.float32)), factors)
+    return b.op("Reshape", values, b.constant([-1, 2 * half], np.int64))
 
 
 def bf16_linear(b: Builder, inputs: list[ir.Value | None], _numbers: dict[str, Any]) -> ir.Value:
