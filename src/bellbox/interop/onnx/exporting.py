@@ -48,6 +48,7 @@ def export(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model as an ONNX file that any runtime with the standard operators computes.
 
@@ -65,6 +66,7 @@ def export(
         input_names: of the file's inputs; the names of the arguments where None.
         output_names: of its outputs.
         dynamic_shapes: as `torch.onnx.export`; where None, the first axis of each tensor may have any length.
+        metadata: further properties of the file.
 
     Raises:
         BellboxError: a missing extra, an opset too old for `weights`, a layer that cannot be exported, or a path that
@@ -78,6 +80,7 @@ def export(
     made = _in_standard_operators(
         _packed(model), example_inputs, weights, opset, input_names, output_names, dynamic_shapes
     )
+    made.metadata_props.update(metadata or {})
     _write(made, Path(path))
 
 
@@ -208,7 +211,12 @@ def _write(model: Any, path: Path) -> None:
 
 
 def export_model(
-    model: nn.Module, path: str | os.PathLike[str], *, weights: Weights = "int2", opset: int | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    weights: Weights = "int2",
+    opset: int | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """`export` of a model of `bellbox.models`: LLaMA and GPT with their KV cache (`decoder`), ResNet and ViT.
 
@@ -217,6 +225,7 @@ def export_model(
         path: the file.
         weights: see `export`.
         opset: see `export`.
+        metadata: see `export`.
 
     Raises:
         BellboxError: another model, or as `export`.
@@ -233,6 +242,7 @@ def export_model(
             input_names=inputs,
             output_names=outputs,
             dynamic_shapes=shapes,
+            metadata=metadata,
         )
     elif isinstance(model, ResNet | ViT):
         size = model.config.image_size or 32
@@ -247,6 +257,7 @@ def export_model(
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes=(axes,),
+            metadata=metadata,
         )
     else:
         raise BellboxError(

@@ -56,7 +56,6 @@ class Builder:
         for value in node.outputs:
             self._count += 1
             value.name = f"v{self._count}" if name is None else self.unique(name)
-        node.name = f"{self.name}/{kind}_{self._count}"
         self.nodes.append(node)
         return list(node.outputs)
 
