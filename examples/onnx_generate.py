@@ -1,4 +1,4 @@
-"""Generate text with a model that `bellbox export onnx MODEL OUT` wrote: onnxruntime and tokenizers, nothing of Bellbox.
+"""Generate text with what `bellbox export onnx MODEL OUT` wrote: onnxruntime and tokenizers, nothing of Bellbox.
 
 python examples/onnx_generate.py OUT "Once upon a time" "The dog"      # prompts of any lengths, decoded together
 """

@@ -76,7 +76,9 @@ def main(argv: list[str]) -> None:
         require(module, "onnx")
     from bellbox.interop.onnx import check, export_model
 
-    opened = open_model(command.model, command.checkpoint, command.embeddings if _is_packed(command) else None)
+    opened = open_model(
+        command.model, command.checkpoint, command.embeddings if _is_packed(command) else None
+    )
     model: Any = _packed(opened, command)
     batches, of_what = _batches(opened, command) if command.check else ((), "")
     if command.exact_attention:
@@ -140,14 +142,14 @@ def _batches(opened: OpenedModel, command: ExportOnnx) -> tuple[Iterable[torch.T
         batches = list(check_batches(opened, command.data))
         some = [batch if opened.is_vision else batch[:, :_CHECKED_TOKENS] for batch in batches[:2]]
         return some, "validation images" if opened.is_vision else "sequences of validation text"
-    generator, config = torch.Generator().manual_seed(0), opened.model.config
+    generator = torch.Generator().manual_seed(0)
+    config: Any = opened.model.config
     if opened.is_vision:
-        size = config.image_size or 32  # pyright: ignore[reportAttributeAccessIssue]
-        shape = _CHECKED_IMAGES, config.num_channels, size, size  # pyright: ignore[reportAttributeAccessIssue]
+        size = config.image_size or 32
+        shape = _CHECKED_IMAGES, config.num_channels, size, size
         return torch.rand(*shape, generator=generator).split(16), "random images"
-    shape = _CHECKED_SEQUENCES, min(_CHECKED_TOKENS, config.max_position_embeddings)  # pyright: ignore[reportAttributeAccessIssue]
-    vocabulary: Any = config.vocab_size  # pyright: ignore[reportAttributeAccessIssue]
-    return torch.randint(vocabulary, shape, generator=generator).split(4), "sequences of random tokens"
+    shape = _CHECKED_SEQUENCES, min(_CHECKED_TOKENS, config.max_position_embeddings)
+    return torch.randint(config.vocab_size, shape, generator=generator).split(4), "sequences of random tokens"
 
 
 def describe(found: Agreement, of_what: str) -> str:

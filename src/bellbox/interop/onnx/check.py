@@ -95,15 +95,14 @@ def agreement(model: nn.Module, path: str | os.PathLike[str], batches: Iterable[
             for handle in handles:
                 handle.remove()
         feeds = (
-            _language_feeds(session, batch)
-            if is_language
-            else {session.get_inputs()[0].name: batch.numpy()}
+            _language_feeds(session, batch) if is_language else {session.get_inputs()[0].name: batch.numpy()}
         )
         wanted = [session.get_outputs()[0].name, *(each for pair in where.values() for each in pair)]
         got = dict(zip(wanted, map(torch.from_numpy, session.run(wanted, feeds)), strict=True))
         moved = torch.zeros(len(batch), dtype=torch.bool)
         for name, layer in layers.items():
-            _compare(found, layer, *(got[each] for each in where[name]), kept[name], moved)
+            given, codes = where[name]
+            _compare(found, layer, got[given], got[codes], kept[name], moved)
         off = (got[wanted[0]] - expected).abs().flatten(1).amax(1).nan_to_num(torch.inf)
         off = off / expected.abs().max().clamp(min=1e-30)
         found.difference = max(found.difference, *off[~moved].tolist(), 0.0)

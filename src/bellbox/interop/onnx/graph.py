@@ -68,9 +68,7 @@ class Builder:
         array = np.asarray(value, dtype)
         key = array.tobytes(), array.shape, array.dtype.str
         if key not in self._constants:
-            self._constants[key] = self.initializer(
-                f"constant_{len(self._constants)}", self.ir.tensor(array)
-            )
+            self._constants[key] = self.initializer(f"constant_{len(self._constants)}", self.ir.tensor(array))
         return self._constants[key]
 
     def initializer(self, name: str, tensor: Any) -> ir.Value:
@@ -98,8 +96,8 @@ class Builder:
         first = WEIGHT_TYPES[f"int{width}"]
         if self.opset < first:
             raise BellboxError(
-                f"opset {self.opset} has no {kind.upper()} tensors for the weights of {self.name}: take opset {first}, or "
-                'wider weights ("int4" from opset 21 on, "int8" in any)'
+                f"opset {self.opset} has no {kind.upper()} tensors for the weights of {self.name}: take opset {first}, "
+                "or wider weights (int4 from opset 21 on, int8 in any)"
             )
         return self.initializer(name, self.ir.tensor(array.astype(getattr(ml_dtypes, kind, kind))))
 

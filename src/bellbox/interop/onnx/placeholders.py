@@ -100,7 +100,9 @@ def _weight_only(layer: WeightOnlyMatrix, x: Tensor) -> Tensor:
     numbers = {"columns": layer.row_length, "levels": layer.weight_levels.n}
     offset = layer.weight_levels.offset
     rotated = rotate_vectors(x, layer.block)
-    return _symbolic("weight_only", rotated, tensors, (*x.shape[:-1], layer.row_count), offset=offset, **numbers)
+    return _symbolic(
+        "weight_only", rotated, tensors, (*x.shape[:-1], layer.row_count), offset=offset, **numbers
+    )
 
 
 def _bf16_head(layer: CompactLinear, x: Tensor) -> Tensor:
@@ -125,11 +127,11 @@ def exportable(model: nn.Module) -> Iterator[None]:
             forward = partial(_bf16_head, module)
         else:
             continue
-        if "forward" not in module.__dict__:  # the user's own stays theirs
-            module.__dict__["forward"] = forward
+        if "forward" not in vars(module):  # the user's own stays theirs
+            vars(module)["forward"] = forward
             changed.append(module)
     try:
         yield
     finally:
         for module in changed:
-            del module.__dict__["forward"]
+            del vars(module)["forward"]

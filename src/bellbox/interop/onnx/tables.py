@@ -104,9 +104,7 @@ def _columns(value: ir.Value | None) -> int:
     return int(value.shape[1])  # pyright: ignore[reportArgumentType]
 
 
-def _table_integers(
-    b: Builder, packed: ir.Value, multipliers: ir.Value, half: int, groups: int
-) -> ir.Value:
+def _table_integers(b: Builder, packed: ir.Value, multipliers: ir.Value, half: int, groups: int) -> ir.Value:
     """`core.table.table_integers` of 4 bits: fp32 `[rows, 2 * half]`."""
     low = b.op("BitwiseAnd", packed, b.constant(15, np.uint8))
     high = b.op("BitShift", packed, b.constant(4, np.uint8), direction="RIGHT")
