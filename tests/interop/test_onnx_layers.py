@@ -258,7 +258,9 @@ def test_fused_convolutions_strides_and_lines(tmp_path):
     model = bb.fuse_convolutions(bb.fold_batch_norms(model))
     export(model, (x,), tmp_path / "model.onnx")
     with torch.no_grad():
-        assert np.array_equal(run(tmp_path / "model.onnx", x), model(x).numpy())
+        expected = model(x)
+    got = torch.from_numpy(run(tmp_path / "model.onnx", x))
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 class Tables(nn.Module):
