@@ -55,6 +55,9 @@ class ExportOnnx:
     """Attention and activations in float64, as the proofs of Bellbox have them: slower, and codes hardly ever move."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
+    custom_op: Path | None = None
+    """The library of native/onnx: packed linear layers become its operator, which is faster, and which every session then
+    has to register."""
     check: bool = True
     """Run the file in onnxruntime beside the packed model and compare every code and logit."""
     data: str | None = None
@@ -76,6 +79,10 @@ def main(argv: list[str]) -> None:
         require(module, "onnx")
     from bellbox.interop.onnx import check, export_model
 
+    if command.custom_op is not None and not command.custom_op.is_file():
+        raise BellboxError(
+            f"{command.custom_op}: no such file; build it with cmake -DBELLBOX_ONNX=ON (docs/interop.md)"
+        )
     opened = open_model(
         command.model, command.checkpoint, command.embeddings if _is_packed(command) else None
     )
@@ -91,11 +98,18 @@ def main(argv: list[str]) -> None:
         facts = {} if tokenizer is None else {"bellbox.end_of_text": str(tokenizer.end_of_text)}
         if not opened.is_vision:
             facts["bellbox.context"] = str(model.config.max_position_embeddings)
-        export_model(model, folder / FILE, weights=command.weights, opset=command.opset, metadata=facts)
+        export_model(
+            model,
+            folder / FILE,
+            weights=command.weights,
+            opset=command.opset,
+            metadata=facts,
+            custom_op=command.custom_op is not None,
+        )
         if tokenizer is not None:
             tokenizer.backend.save(os.fspath(folder / "tokenizer.json"))
         if command.check:
-            found = check.agreement(model, folder / FILE, batches)
+            found = check.agreement(model, folder / FILE, batches, command.custom_op)
     size = sum(file.stat().st_size for file in command.out.glob(f"{FILE}*"))
     print(f"{opened.description}\nwritten to {command.out / FILE}, {size:,} bytes\n")
     if found is None:

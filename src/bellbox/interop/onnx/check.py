@@ -64,18 +64,24 @@ class Agreement:
 
 
 @torch.no_grad()
-def agreement(model: nn.Module, path: str | os.PathLike[str], batches: Iterable[Tensor]) -> Agreement:
+def agreement(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    batches: Iterable[Tensor],
+    library: str | os.PathLike[str] | None = None,
+) -> Agreement:
     """Run a packed model and its file on the same inputs.
 
     Args:
         model: packed, in evaluation mode.
         path: what `export` or `export_model` made of it.
         batches: int64 `[batch, T]` of LLaMA and GPT; else the one argument of a forward.
+        library: of the custom operator. Layers that are one node show no codes: outputs alone are compared then.
 
     Raises:
         BellboxError: no onnxruntime, a file that it cannot run, or one of another model.
     """
-    session, where = _session(path)
+    session, where = _session(path, library)
     is_language = isinstance(model, Llama | GPT)
     named, layers = dict(model.named_modules()), dict[str, PackedLayer]()
     for name in where:
@@ -173,7 +179,9 @@ def _distance(layer: PackedLayer, given: Tensor, places: Tensor) -> Tensor:
     return ((v[:, None] - thresholds).abs() / thresholds.abs().clamp(min=1.0)).amin(1)
 
 
-def _session(path: str | os.PathLike[str]) -> tuple[Any, dict[str, list[str]]]:
+def _session(
+    path: str | os.PathLike[str], library: str | os.PathLike[str] | None
+) -> tuple[Any, dict[str, list[str]]]:
     """A session whose outputs are those of the file and all coded inputs with their codes."""
     onnx, runtime = require("onnx", "onnx"), require("onnxruntime", "onnx")
     proto = onnx.load(os.fspath(path))
@@ -187,6 +195,8 @@ def _session(path: str | os.PathLike[str]) -> tuple[Any, dict[str, list[str]]]:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
+        if library is not None:
+            options.register_custom_ops_library(os.fspath(library))
         session = runtime.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

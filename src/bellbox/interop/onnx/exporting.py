@@ -20,7 +20,7 @@ from bellbox.errors import BellboxError, require
 from bellbox.interop.onnx import decoder
 from bellbox.interop.onnx.graph import WEIGHT_TYPES, Builder
 from bellbox.interop.onnx.lower import lower
-from bellbox.interop.onnx.placeholders import exportable, translations
+from bellbox.interop.onnx.placeholders import DOMAIN, exportable, translations
 from bellbox.models import GPT, Llama, ResNet, ViT
 from bellbox.nn import PackedExperts, QuantizedLayer
 from bellbox.nn.binarized_linear import BinarizedLinear
@@ -49,6 +49,7 @@ def export(
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
     metadata: Mapping[str, str] | None = None,
+    custom_op: bool = False,
 ) -> None:
     """Write a model as an ONNX file that any runtime with the standard operators computes.
 
@@ -67,6 +68,8 @@ def export(
         output_names: of its outputs.
         dynamic_shapes: as `torch.onnx.export`; where None, the first axis of each tensor may have any length.
         metadata: further properties of the file.
+        custom_op: packed linear layers become the operator `bellbox::PackedLinear`, so that a session needs the
+            library of native/onnx (docs/interop.md). Layers that it does not compute stay standard operators.
 
     Raises:
         BellboxError: a missing extra, an opset too old for `weights`, a layer that cannot be exported, or a path that
@@ -78,7 +81,7 @@ def export(
     _check(weights, opset)
     refuse_target(Path(path))
     made = _in_standard_operators(
-        _packed(model), example_inputs, weights, opset, input_names, output_names, dynamic_shapes
+        _packed(model), example_inputs, weights, opset, input_names, output_names, dynamic_shapes, custom_op
     )
     made.metadata_props.update(metadata or {})
     _write(made, Path(path))
@@ -117,6 +120,7 @@ def _in_standard_operators(
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
     dynamic_shapes: Any,
+    custom_op: bool,
 ) -> Any:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
@@ -151,9 +155,9 @@ def _in_standard_operators(
     made = program.model
     if (given := made.opset_imports.get("", 0)) != opset:
         raise BellboxError(f"torch wrote opset {given} where {opset} was asked for; take opset {given}")
-    builder = Builder(made.graph, opset, weights)
+    builder = Builder(made.graph, opset, weights, custom_op)
     lower(made.graph, builder)
-    _clean(made, opset)
+    _clean(made, opset, {DOMAIN} if custom_op else set())
     where = {name: [x.name, codes.name] for name, (x, codes) in builder.coded.items()}
     made.metadata_props[CODED] = json.dumps(where)
     return made
@@ -164,13 +168,13 @@ def _first_axes(example: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple({0: auto} if isinstance(each, Tensor) and each.dim() else None for each in example)
 
 
-def _clean(model: Any, opset: int) -> None:
+def _clean(model: Any, opset: int, domains: set[str]) -> None:
     """Drop what nothing uses, and where in somebody's source each node came from."""
     passes = require("onnx_ir.passes.common", "onnx")
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     passes.ClearMetadataAndDocStringPass()(model)
-    left = sorted({node.domain for node in model.graph if node.domain})
+    left = sorted({node.domain for node in model.graph if node.domain} - domains)
     if left:
         raise BellboxError(f"the model needs operators of {', '.join(left)}, which no runtime has")
     model.producer_name, model.producer_version = "bellbox", __version__
@@ -217,6 +221,7 @@ def export_model(
     weights: Weights = "int2",
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
+    custom_op: bool = False,
 ) -> None:
     """`export` of a model of `bellbox.models`: LLaMA and GPT with their KV cache (`decoder`), ResNet and ViT.
 
@@ -226,6 +231,7 @@ def export_model(
         weights: see `export`.
         opset: see `export`.
         metadata: see `export`.
+        custom_op: see `export`.
 
     Raises:
         BellboxError: another model, or as `export`.
@@ -243,6 +249,7 @@ def export_model(
             output_names=outputs,
             dynamic_shapes=shapes,
             metadata=metadata,
+            custom_op=custom_op,
         )
     elif isinstance(model, ResNet | ViT):
         size = model.config.image_size or 32
@@ -258,6 +265,7 @@ def export_model(
             output_names=["logits"],
             dynamic_shapes=(axes,),
             metadata=metadata,
+            custom_op=custom_op,
         )
     else:
         raise BellboxError(

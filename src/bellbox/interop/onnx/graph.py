@@ -22,11 +22,12 @@ class Builder:
         graph: that takes the constants.
         opset: of the model.
         weights: the narrowest type that weights are stored in.
+        custom_op: whether packed linear layers may be the operator of native/onnx.
     """
 
-    def __init__(self, graph: ir.Graph, opset: int, weights: str) -> None:
+    def __init__(self, graph: ir.Graph, opset: int, weights: str, custom_op: bool = False) -> None:
         self.ir: Any = require("onnx_ir", "onnx")
-        self.graph, self.opset, self.weights = graph, opset, weights
+        self.graph, self.opset, self.weights, self.custom_op = graph, opset, weights, custom_op
         self.nodes: list[ir.Node] = []
         self.name = ""
         """What the names of new values begin with."""
@@ -44,15 +45,28 @@ class Builder:
         count = self._used[full] = self._used.get(full, -1) + 1
         return f"{full}.{count}" if count else full
 
-    def op(self, kind: str, *inputs: ir.Value | None, name: str | None = None, **attributes: Any) -> ir.Value:
+    def op(
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        name: str | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
         """One more node with one output."""
-        return self.ops(kind, *inputs, outputs=1, name=name, **attributes)[0]
+        return self.ops(kind, *inputs, outputs=1, name=name, domain=domain, **attributes)[0]
 
     def ops(
-        self, kind: str, *inputs: ir.Value | None, outputs: int, name: str | None = None, **attributes: Any
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        name: str | None = None,
+        domain: str = "",
+        **attributes: Any,
     ) -> list[ir.Value]:
         """One more node."""
-        node = self.ir.node(kind, list(inputs), attributes, num_outputs=outputs)
+        node = self.ir.node(kind, list(inputs), attributes, num_outputs=outputs, domain=domain)
         for value in node.outputs:
             self._count += 1
             value.name = f"v{self._count}" if name is None else self.unique(name)

@@ -15,6 +15,7 @@ import torch
 from bellbox.core.grid import Grid
 from bellbox.interop.onnx.coding import Coded, Rule, code
 from bellbox.interop.onnx.graph import Builder, numbers_of
+from bellbox.interop.onnx.placeholders import DOMAIN
 from bellbox.ops.weight_layout import unpack
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def packed_linear(b: Builder, inputs: list[ir.Value | None], numbers: dict[str, 
     assert x is not None
     assert weight is not None
     rule, columns = _rule(b, inputs, numbers), numbers["in_features"]
+    if b.custom_op and _fits_custom_op(rule, numbers):
+        return _custom_op(b, inputs, rule, numbers)
     coded = _coded(b, x, rule, columns, (-1,))
     weights = Grid(numbers["weight_levels"], numbers["weight_zero_point"])
     codes = _codes(b, weight, _size(weight_scale), columns, weights.n)
@@ -41,6 +44,41 @@ def packed_linear(b: Builder, inputs: list[ir.Value | None], numbers: dict[str, 
     out = b.op("Mul", b.cast(sums, "FLOAT"), b.constant(scale, np.float32))
     out = b.op("Mul", out, coded.row_scale)
     return out if bias is None else b.op("Add", out, bias)
+
+
+_CUSTOM_LEVELS, _CUSTOM_INTEGER = 16, 34  # what native/onnx/packed_linear.cpp takes
+_CUSTOM_NORMALISE = ("rms", "absmax", "static")
+
+
+def _fits_custom_op(rule: Rule, numbers: dict[str, Any]) -> bool:
+    """Whether the operator of native/onnx computes such a layer."""
+    return (
+        numbers["weight_levels"] <= _CUSTOM_LEVELS
+        and rule.grid.n <= _CUSTOM_LEVELS
+        and _largest(rule.grid) <= _CUSTOM_INTEGER
+        and rule.normalise in _CUSTOM_NORMALISE
+    )
+
+
+def _custom_op(b: Builder, inputs: list[ir.Value | None], rule: Rule, numbers: dict[str, Any]) -> ir.Value:
+    """The layer as one node `bellbox::PackedLinear`; what it has not is an empty constant."""
+    x, weight, weight_scale, bias, act_scale, thresholds, rstd = inputs[:7] + [None] * (7 - len(inputs[:7]))
+    none = b.constant(np.zeros(0), np.float32)
+    if rule.signs is not None:
+        x = b.op("Mul", x, b.constant(np.frombuffer(rule.signs, np.int8), np.float32))
+    weights = Grid(numbers["weight_levels"], numbers["weight_zero_point"])
+    return b.op(
+        "PackedLinear",
+        *(x, weight, weight_scale, bias or none, act_scale, thresholds, rstd or none),
+        domain=DOMAIN,
+        in_features=numbers["in_features"],
+        weight_levels=weights.n,
+        weight_twice=round(2 * weights.offset),
+        act_twice=round(2 * rule.grid.offset),
+        block=rule.block,
+        normalise=_CUSTOM_NORMALISE.index(rule.normalise),
+        rescale=int(rule.rescale),
+    )
 
 
 def packed_conv2d(b: Builder, inputs: list[ir.Value | None], numbers: dict[str, Any]) -> ir.Value:
