@@ -56,8 +56,8 @@ class ExportOnnx:
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
     custom_op: Path | None = None
-    """The library of native/onnx: packed linear layers become its operator, which is faster, and which every session then
-    has to register."""
+    """The library of native/onnx: packed linear layers become its operator, which is faster, and which every session
+    then has to register."""
     check: bool = True
     """Run the file in onnxruntime beside the packed model and compare every code and logit."""
     data: str | None = None
