@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test check unit held zoo zoo-packages sanitize format bench clean
+.PHONY: setup demo test check unit held zoo zoo-packages sanitize onnx format bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test    linter, types and tests (under 10 minutes)"
 	@echo "make zoo     80 architectures of transformers, torchvision and timm (about 6 minutes)"
 	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
+	@echo "make onnx    the compiled operator for onnxruntime (needs cmake; about 1 minute)"
 	@echo "make bench   the time of a training step and of a packed layer"
 
 setup: $(VENV)/.ready
@@ -60,6 +61,11 @@ sanitize:
 	cmake -S . -B build/checks/sanitize -DBELLBOX_CHECK=ON
 	cmake --build build/checks/sanitize --parallel $(JOBS)
 	build/checks/sanitize/check
+
+# The operator for onnxruntime: build/onnx/libbellbox_onnx.so (`bellbox export onnx --custom-op`).
+onnx:
+	cmake -S . -B build/onnx -DBELLBOX_ONNX=ON
+	cmake --build build/onnx --parallel $(JOBS)
 
 format: setup
 	$(BIN)/ruff check --fix src tests benchmarks
