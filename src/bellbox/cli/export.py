@@ -10,7 +10,9 @@ import importlib
 
 from bellbox.errors import BellboxError
 
-FORMATS: dict[str, str] = {}
+FORMATS: dict[str, str] = {
+    "gguf": "a GGUF file for llama.cpp, weights only: activations are not quantized there",
+}
 """FORMAT to what it writes; the command of one is `main` of `cli/export_FORMAT.py`."""
 
 
