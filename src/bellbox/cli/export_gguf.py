@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     """
     command = parse_flags(ExportGGUF, argv, "bellbox export gguf", __doc__)
     require("gguf", "gguf")
-    from bellbox.interop.gguf import WEIGHTS_ONLY, GGUFFile, export_gguf
+    from bellbox.interop.gguf import GGUFFile, export_gguf
 
     require_writable(command.out)
     opened = open_model(command.model, command.checkpoint)
@@ -57,13 +57,17 @@ def main(argv: list[str]) -> None:
         floats=command.floats,
         avoid=command.avoid,
     )
-    print(f"{opened.description}\nwritten to {made.path}: {made.bytes:,} bytes, architecture {made.architecture}\n")
+    print(
+        f"{opened.description}\nwritten to {made.path}: {made.bytes:,} bytes, architecture {made.architecture}\n"
+    )
     for (kind, integers), count in sorted(Counter((t.type, t.of_integers) for t in made.tensors).items()):
         chosen = [t for t in made.tensors if (t.type, t.of_integers) == (kind, integers)]
         weights = sum(_numbers(t.shape) for t in chosen)
         size = sum(t.bytes for t in chosen)
         what = "low-bit, codes exact" if integers else "full precision"
-        print(f"  {kind:<6} {count:>4} tensors {weights:>14,} weights {8 * size / weights:>7.3f} bits each   {what}")
+        print(
+            f"  {kind:<6} {count:>4} tensors {weights:>14,} weights {8 * size / weights:>7.3f} bits each   {what}"
+        )
     print(f"\nscales    rounded to fp16, by at most {made.scale_change:.2g} of themselves")
     if made.small_scales:
         print(f"          {made.small_scales:,} below 6.1e-5 are kept to 6e-8 only")
@@ -71,10 +75,13 @@ def main(argv: list[str]) -> None:
         print(f"note      the installed gguf package cannot decode {kind}: its blocks were not compared")
     wider = Counter((t.natural, t.type) for t in made.tensors if t.natural)
     for (natural, kind), count in wider.items():
-        print(f"note      {count} tensors are {kind} where {natural} would do: avoided, or its blocks do not divide their rows")
-    said = "written" if made.vocabulary else f"left out, so that the model takes token ids only: {made.remark}"
+        why = f"avoided, or blocks of {natural} do not divide their rows"
+        print(f"note      {count} tensors are {kind} where {natural} would do: {why}")
+    said = (
+        "written" if made.vocabulary else f"left out, so that the model takes token ids only: {made.remark}"
+    )
     print(f"tokenizer {said}")
-    print(f"\n{WEIGHTS_ONLY}")
+    print(f"\n{made.description}")
 
 
 def _numbers(shape: tuple[int, ...]) -> int:

@@ -63,7 +63,9 @@ def architecture_of(model: nn.Module) -> Architecture:
 def _of_transformers(config: Any) -> tuple[LlamaConfig, Rope]:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
-            raise BellboxError(f"{name} is true, which is not written to GGUF; only a LLaMA without biases is")
+            raise BellboxError(
+                f"{name} is true, which is not written to GGUF; only a LLaMA without biases is"
+            )
     if config.hidden_act not in ("silu", "swish"):
         raise BellboxError(f"hidden_act is {config.hidden_act!r}; GGUF's llama architecture has silu")
     ours = LlamaConfig(
@@ -167,7 +169,9 @@ def _gpt2_tensors(model: GPT, config: GPTConfig) -> Iterator[Tensors]:
         layer = model.get_submodule(module)
         weight = weight_of(module, layer)
         yield Tensors(f"{name}.weight", [weight])
-        yield Tensors(f"{name}.bias", [_bias(layer, len(weight if isinstance(weight, Tensor) else weight.codes))])
+        yield Tensors(
+            f"{name}.bias", [_bias(layer, len(weight if isinstance(weight, Tensor) else weight.codes))]
+        )
 
     yield Tensors("token_embd.weight", [weight_of("transformer.wte", model.transformer.wte)])
     positions = weight_of("transformer.wpe", model.transformer.wpe)

@@ -21,6 +21,8 @@ from bellbox.interop.gguf.architectures import Tensors, architecture_of
 from bellbox.interop.gguf.block_types import NAMES
 from bellbox.interop.gguf.vocabulary import NotTheSame, Vocabulary, read_vocabulary, write_vocabulary
 from bellbox.interop.gguf.weights import Coded, Written, decoded, encode, encode_floats
+from bellbox.nn.packed import PackedLayer
+from bellbox.nn.quantized import QuantizedLayer
 from bellbox.utils.files import new_file
 
 FLOAT_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -28,7 +30,11 @@ WEIGHTS_ONLY = (
     "Weights only: trained and quantized with Bellbox together with its activations, which are not quantized here, so "
     "that this file computes another function than the trained model."
 )
-"""What every file says of itself."""
+"""What a file says of itself whose model was trained with low-bit activations."""
+_FLOAT_INPUTS = (
+    "Low-bit weights, trained with Bellbox on activations in floats; their scales are rounded to fp16."
+)
+_UNQUANTIZED = "In full precision, written by Bellbox."
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class GGUFFile:
 
     path: Path
     architecture: str
+    description: str
+    """What the file says of itself, to be shown wherever it is named."""
     tensors: list[WrittenTensor]
     bytes: int
     scale_change: float
@@ -113,7 +121,8 @@ def export_gguf(
     vocabulary, remark = _vocabulary(tokenizer, architecture.vocabulary)
     with new_file(target) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture.name)
-        _describe(writer, gguf, name or target.stem, written, coded)
+        description = _description(model, bool(coded))
+        _describe(writer, gguf, name or target.stem, description, [written[each].type for each in coded])
         architecture.describe(writer)
         write_vocabulary(writer, vocabulary)
         for each, tensor in written.items():
@@ -128,6 +137,7 @@ def export_gguf(
     return GGUFFile(
         path=target,
         architecture=architecture.name,
+        description=description,
         tensors=[
             WrittenTensor(each, t.type, shapes[each], t.data.nbytes, each in coded, t.natural)
             for each, t in written.items()
@@ -166,17 +176,28 @@ def _vocabulary(tokenizer: Path | None, size: int) -> tuple[Vocabulary | None, s
         return None, f"{tokenizer.name}: {reason}"
 
 
-def _describe(writer: Any, gguf: Any, name: str, written: dict[str, Written], coded: set[str]) -> None:
+def _description(model: nn.Module, low_bit: bool) -> str:
+    coded = any(
+        isinstance(m, PackedLayer) or (isinstance(m, QuantizedLayer) and m.activation_quantizer is not None)
+        for m in model.modules()
+    )
+    return WEIGHTS_ONLY if coded else _FLOAT_INPUTS if low_bit else _UNQUANTIZED
+
+
+_FILE_TYPES = {
+    "F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"
+}  # fmt: skip
+"""llama.cpp's names of mixtures, where they are not those of the type."""
+
+
+def _describe(writer: Any, gguf: Any, name: str, description: str, types: list[str]) -> None:
     writer.add_name(name)
-    writer.add_description(WEIGHTS_ONLY)
-    writer.add_bool("bellbox.weights_only", True)
+    writer.add_description(description)
+    writer.add_bool("bellbox.weights_only", description == WEIGHTS_ONLY)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    types = [written[each].type for each in coded]
     most = max(types, key=types.count) if types else "F32"
-    by_name = {"F32": "ALL_F32", "Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_M"}
-    by_name |= {"Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
-    kind = getattr(gguf.LlamaFileType, by_name.get(most, f"MOSTLY_{most}"), gguf.LlamaFileType.GUESSED)
-    writer.add_file_type(kind)
+    known = gguf.LlamaFileType
+    writer.add_file_type(getattr(known, _FILE_TYPES.get(most, f"MOSTLY_{most}"), known.GUESSED))
 
 
 def _read_back(gguf: Any, path: Path, written: dict[str, Written]) -> dict[str, tuple[int, ...]]:
@@ -198,4 +219,3 @@ def _read_back(gguf: Any, path: Path, written: dict[str, Written]) -> dict[str, 
 def _decodes(kind: str) -> bool:
     block = {"Q1_0": 18}.get(kind)
     return block is None or decoded(kind, np.zeros((1, block), dtype=np.uint8)) is not None
-

@@ -68,7 +68,7 @@ def read_rope(config: dict[str, Any], head_dim: int, context: int) -> Rope:
     if kind in ("longrope", "su"):
         return _longrope(key, rope, float(theta), head_dim, context, config)
     raise BellboxError(
-        f"{key}: rotary positions of the kind {kind!r} are not written to GGUF; default, linear, llama3 and longrope are"
+        f"{key}: rotary positions of the kind {kind!r} are not written to GGUF; default, linear, llama3, longrope are"
     )
 
 
@@ -107,7 +107,9 @@ def _longrope(
 ) -> Rope:
     """A list of divisors for short and one for long texts, and a factor for attention (arXiv 2402.13753)."""
     before = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    before = _number(key, {**rope, "original_max_position_embeddings": before}, "original_max_position_embeddings")
+    before = _number(
+        key, {**rope, "original_max_position_embeddings": before}, "original_max_position_embeddings"
+    )
     tensors: dict[str, np.ndarray] = {}
     for length in ("short", "long"):
         values = rope.get(f"{length}_factor")

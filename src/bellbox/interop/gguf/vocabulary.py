@@ -117,7 +117,8 @@ def _scores(pairs: list[tuple[str, ...]], vocab: dict[str, int], kinds: list[int
     order: dict[str, int] = {}
     last = None
     for pair in pairs:
-        piece = "".join(pair)
+        # Runs of spaces have one score in sentencepiece, so that the first in the text goes first.
+        piece = _class_of("".join(pair))
         if piece != last and piece in order:
             raise NotTheSame(f"its merges that make {piece!r} do not stand together, so no score of it says both")
         order.setdefault(piece, len(order))
@@ -132,8 +133,13 @@ def _scores(pairs: list[tuple[str, ...]], vocab: dict[str, int], kinds: list[int
     scores = [0.0] * len(kinds)
     for name, number in vocab.items():
         if kinds[number] == _NORMAL:
-            scores[number] = -float(order.get(name, len(order)))
+            scores[number] = -float(order.get(_class_of(name), len(order)))
     return scores
+
+
+def _class_of(piece: str) -> str:
+    """Two spaces for any run of them, else the piece."""
+    return _SPACE * 2 if len(piece) > 1 and not piece.strip(_SPACE) else piece
 
 
 def _pre_of(spec: dict[str, Any]) -> str:
@@ -200,5 +206,3 @@ def write_vocabulary(writer: Any, vocabulary: Vocabulary | None) -> None:
     writer.add_add_space_prefix(vocabulary.space_prefix)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
-
-

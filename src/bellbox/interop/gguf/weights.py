@@ -79,8 +79,9 @@ def weight_of(name: str, layer: nn.Module) -> Coded | Tensor:
         return _of_table(layer.codes())
     if isinstance(layer, Compact) and layer.coding is not None:
         return _of_table(layer.codes())
-    if isinstance(layer, QuantizedLayer | Compact | nn.Linear | nn.Embedding) or hasattr(layer, "weight"):
-        return torch.Tensor.detach(layer.weight).clone()  # a rotated one is decoded here
+    weight: Any = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.detach().clone()  # a rotated one is decoded here
     raise BellboxError(f"{name}: a {type(layer).__name__} has no weight that GGUF could hold")
 
 
@@ -90,10 +91,10 @@ def _of_quantized(name: str, layer: QuantizedLayer) -> Coded:
     assert quantizer is not None
     assert rotating is not None
     _require_unrotated(name, rotating.block, rotating.signs is not None)
-    if (why := quantizer.why_not_packed()) is not None:
-        raise BellboxError(f"{name}: its weight cannot be written as integers: {why}")
     if quantizer.table() is not None:
         raise _no_grid(name)
+    if (why := quantizer.why_not_packed()) is not None:
+        raise BellboxError(f"{name}: its weight cannot be written as integers: {why}")
     codes, row_scales = layer.encoded_weight()
     scales = quantizer.packed_scales(layer.weight_rows().detach(), row_scales)
     return _coded(name, codes, quantizer.levels.grid, scales)
@@ -226,7 +227,9 @@ def _check(name: str, kind: BlockType, data: np.ndarray, part: Coded, d: np.ndar
     scales = d.astype(np.float32) * np.float32(fit.divisor / part.grid.multiplier)
     expected = levels.reshape(len(levels), scales.shape[1], -1) * scales[:, :, None]
     if not np.array_equal(values, expected.reshape(values.shape)):
-        raise RuntimeError(f"{name}: the blocks of {kind.name} are not the weight; this is a defect of Bellbox")
+        raise RuntimeError(
+            f"{name}: the blocks of {kind.name} are not the weight; this is a defect of Bellbox"
+        )
 
 
 def decoded(kind: str, data: np.ndarray) -> np.ndarray | None:
