@@ -1,4 +1,4 @@
-"""The token that a tokenizer puts in front of a text, where it does.
+"""What lies around a text: the token in front of it, and the template that makes one of a conversation.
 
 Data preparation adds nothing (`tokenizer.plain_ids`), so that models of Bellbox's own runs have none. Checkpoints of
 others mostly have one, and what they compute without it, or with two, is not what they were trained for.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bellbox.errors import BellboxError
-from bellbox.utils.files import read_json
+from bellbox.utils.files import JSON_LIMIT, read_json, read_text
 
 _USUAL = "<s>"
 
@@ -51,3 +51,20 @@ def _of_template(backend: Any) -> int | None:
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     return whole[0] if whole[: len(plain)] != plain else None
+
+
+def chat_template(file: Path) -> str | None:
+    """The Jinja template of conversations that lies beside a tokenizer; None where there is none.
+
+    Args:
+        file: `tokenizer.json` or a sentencepiece `.model`; `chat_template.jinja` or a `tokenizer_config.json` beside it
+            holds the template.
+
+    Raises:
+        BellboxError: such a file cannot be read.
+    """
+    beside, config = file.parent / "chat_template.jinja", file.parent / "tokenizer_config.json"
+    if beside.is_file():
+        return read_text(beside, JSON_LIMIT)
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    return found if isinstance(found, str) else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bellbox.data.beginning import beginning_token
+from bellbox.data.beginning import beginning_token, chat_template
 from bellbox.data.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -87,13 +87,13 @@ def read_vocabulary(file: Path, size: int) -> Vocabulary:
                 kinds[number] = _BYTE
         scores = _scores(pairs, tokenizer.vocab, kinds)
         return Vocabulary(
-            "llama", "default", *common, scores, space_prefix=True, chat_template=_chat_template(file)
+            "llama", "default", *common, scores, space_prefix=True, chat_template=chat_template(file)
         )
     pre = _pre_of(spec)
     merges = [" ".join(pair) for pair in pairs]
     if any(len(pair) != 2 for pair in pairs) or any(merge.count(" ") != 1 for merge in merges):
         raise NotTheSame("a merge of it holds a space")
-    return Vocabulary("gpt2", pre, *common, merges=merges, chat_template=_chat_template(file))
+    return Vocabulary("gpt2", pre, *common, merges=merges, chat_template=chat_template(file))
 
 
 def _require_sentencepiece(spec: dict[str, Any]) -> None:
@@ -120,7 +120,9 @@ def _scores(pairs: list[tuple[str, ...]], vocab: dict[str, int], kinds: list[int
         # Runs of spaces have one score in sentencepiece, so that the first in the text goes first.
         piece = _class_of("".join(pair))
         if piece != last and piece in order:
-            raise NotTheSame(f"its merges that make {piece!r} do not stand together, so no score of it says both")
+            raise NotTheSame(
+                f"its merges that make {piece!r} do not stand together, so no score of it says both"
+            )
         order.setdefault(piece, len(order))
         last = piece
     listed = {pair for pair in pairs if len(pair) == 2}
@@ -170,19 +172,6 @@ def _plain(node: Any) -> Any:
         return node
     node = {key: _plain(value) for key, value in node.items() if key != "trim_offsets"}
     return {"use_regex": True, **node} if node.get("type") == "ByteLevel" else node
-
-
-def _chat_template(file: Path) -> str | None:
-    """The template of conversations that lies beside a tokenizer."""
-    from bellbox.utils.files import JSON_LIMIT, read_json, read_text
-
-    beside, config = file.parent / "chat_template.jinja", file.parent / "tokenizer_config.json"
-    if beside.is_file():
-        return read_text(beside, JSON_LIMIT)
-    if config.is_file():
-        found = read_json(config).get("chat_template")
-        return found if isinstance(found, str) else None
-    return None
 
 
 def write_vocabulary(writer: Any, vocabulary: Vocabulary | None) -> None:
