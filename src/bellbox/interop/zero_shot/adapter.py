@@ -109,7 +109,7 @@ class BellboxLM(LM):
                 self.cache_hook.add_partial("loglikelihood", arguments[place], tuple(score))
 
         scores(self.model, pairs, self.longest, self.batch, done)
-        return [tuple(found[place]) for place in range(len(requests))]
+        return [(found[place].logprob, found[place].greedy) for place in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Of whole texts: windows that share one token, each token scored once, documents apart."""
@@ -165,6 +165,16 @@ class BellboxLM(LM):
 
     # --- conversations, and what a results file says ---
 
+    def require_chat_template(self) -> str:
+        """The template of conversations.
+
+        Raises:
+            BellboxError: none lies beside the tokenizer.
+        """
+        if self._template is None:
+            raise BellboxError("no chat template lies with the model (chat_template.jinja); leave out --chat")
+        return self._template
+
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -173,8 +183,7 @@ class BellboxLM(LM):
         Raises:
             BellboxError: there is none, or it refuses.
         """
-        if self._template is None:
-            raise BellboxError("no chat template lies with the model (chat_template.jinja); leave out --chat")
+        template = self.require_chat_template()
         jinja: Any = require("jinja2.sandbox", "lm-eval")
 
         def refuse(reason: str) -> None:
@@ -184,7 +193,7 @@ class BellboxLM(LM):
         environment.globals["raise_exception"] = refuse
         names = {number: name for name, number in self.texts.vocab.items()}
         try:
-            return environment.from_string(self._template).render(
+            return environment.from_string(template).render(
                 messages=chat_history,
                 add_generation_prompt=add_generation_prompt,
                 bos_token="" if self.begin is None else names[self.begin],

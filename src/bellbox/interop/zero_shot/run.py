@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from bellbox.errors import BellboxError
+from bellbox.errors import BellboxError, require
 from bellbox.interop.zero_shot.adapter import BellboxLM, fingerprint
 
 
@@ -77,14 +77,15 @@ def zero_shot(
     Raises:
         BellboxError: no such task, data that cannot be had, or what a request of it cannot be answered for.
     """
-    import lm_eval
-
     if not tasks:
         raise BellboxError("name at least one task: --tasks hellaswag,piqa")
+    if chat:
+        lm.require_chat_template()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager(tasks, include)
+    evaluator: Any = require("lm_eval.evaluator", "lm-eval")
     try:
-        raw = lm_eval.simple_evaluate(
+        raw: Any = evaluator.simple_evaluate(
             lm,
             tasks=list(tasks),
             num_fewshot=shots,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.inference import generate
+from bellbox.inference.generation import generate
 
 
 class Request(NamedTuple):
@@ -41,7 +41,7 @@ def scores(
     batch: int,
     done: Callable[[list[int], list[Score]], None],
 ) -> None:
-    """Score continuations, the longest first; sequences of a batch are padded on the right, which a causal model ignores.
+    """Score continuations, the longest first; rows of a batch are padded on the right, which a causal model ignores.
 
     Args:
         model: int64 `[B, T]` to logits `[B, T, vocab]`, or to an object with `.logits`.
@@ -59,9 +59,11 @@ def scores(
                 f"request {place + 1} scores {len(request.continuation)} tokens, but the model takes {longest}; "
                 "choose a task of shorter answers, or a model with a longer context"
             )
-    order = sorted(
-        range(len(requests)), key=lambda n: -len(requests[n].context) - len(requests[n].continuation)
-    )
+    lengths = [len(request.context) + len(request.continuation) for request in requests]
+    empty = [place for place, request in enumerate(requests) if not request.continuation]
+    done(empty, [Score(0.0, True)] * len(empty))
+    asked = set(range(len(requests))) - set(empty)
+    order = sorted(asked, key=lambda place: (-lengths[place], place))
     for start in range(0, len(order), batch):
         places = order[start : start + batch]
         rows = [_fitting(requests[place], longest) for place in places]
@@ -83,8 +85,6 @@ def _fitting(request: Request, longest: int) -> list[int]:
 
 
 def _score(logits: Tensor, wanted: Tensor) -> Score:
-    if not len(wanted):
-        return Score(0.0, True)
     logits = logits.to(torch.float32)
     if not bool(logits.isfinite().all()):
         raise BellboxError("the model's logits are not finite; is it trained?")
