@@ -15,6 +15,11 @@ from torch import nn
 from bellbox.errors import BellboxError, require
 from bellbox.interop.zero_shot.adapter import BellboxLM, fingerprint
 
+_BOOTSTRAP = 1000
+"""Samples for the standard errors that have no formula."""
+_SEED = 1234
+"""lm-eval's own, for choosing examples."""
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -85,17 +90,18 @@ def zero_shot(
     manager = _manager(tasks, include)
     evaluator: Any = require("lm_eval.evaluator", "lm-eval")
     try:
-        raw: Any = evaluator.simple_evaluate(
-            lm,
-            tasks=list(tasks),
-            num_fewshot=shots,
-            batch_size=lm.batch,
+        loaded = manager.load(list(tasks))
+        for task in loaded["tasks"].values():
+            _set_shots(task, shots)
+        # Not `simple_evaluate`: that asks pip and the system what they are, for seconds, and puts it into the results.
+        raw: Any = evaluator.evaluate(
+            _with_cache(lm, cache),
+            loaded,
             limit=limit,
-            use_cache=None if cache is None else str(_cache_of(lm, cache)),
             apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
             log_samples=False,
-            task_manager=manager,
-            bootstrap_iters=1000,
+            bootstrap_iters=_BOOTSTRAP,
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise _no_data(tasks, error) from None
@@ -135,12 +141,24 @@ def _no_data(tasks: Sequence[str], error: BaseException) -> BellboxError:
     )
 
 
-def _cache_of(lm: BellboxLM, cache: Path) -> Path:
-    """The answers of one model are no other's: lm-eval's own key is the question alone."""
-    extra = f"{lm.begin} {lm.longest}"
+def _set_shots(task: Any, shots: int | None) -> None:
+    """As lm-eval does: a task's own number, 0 where it has none; and a task that says 0 is not overruled."""
+    own = task.get_config("num_fewshot")
+    if own is None or (shots is not None and own != 0):
+        task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=_SEED)
+
+
+def _with_cache(lm: BellboxLM, cache: Path | None) -> Any:
+    """The model behind a file of answers of its own: lm-eval's key of an answer is the question alone."""
+    if cache is None:
+        return lm
     if not isinstance(lm.model, nn.Module):
         raise BellboxError("answers are kept for models of torch only; leave out --cache")
-    return cache.with_name(f"{cache.name}-{fingerprint(lm.model, lm.texts, extra)}")
+    from lm_eval.api.model import CachingLM
+
+    own = cache.with_name(f"{cache.name}-{fingerprint(lm.model, lm.texts, f'{lm.begin} {lm.longest}')}.db")
+    return CachingLM(lm, str(own))
 
 
 def _scores(raw: dict[str, Any]) -> list[TaskScore]:
@@ -174,7 +192,7 @@ def _protocol(lm: BellboxLM, shots: int | None, limit: int | None, chat: bool) -
     begin = "no beginning token" if lm.begin is None else f"{names[lm.begin]!r} in front of each text, once"
     parts = [
         f"lm-eval {importlib.metadata.version('lm_eval')}",
-        "examples as tasks say" if shots is None else f"{shots} examples",
+        "examples as tasks say" if shots is None else f"{shots} examples, where a task does not say 0",
         f"contexts of at most {lm.longest} tokens",
         begin,
         f"what has no context follows {names[lm.prefix_token_id]!r}",
