@@ -38,7 +38,7 @@ QUESTIONS = [
 CHOICE = """
 task: fox_choice
 dataset_path: json
-dataset_kwargs: {data_files: {validation: FOLDER/questions.jsonl}}
+dataset_kwargs: {data_files: {validation: FOLDER/questions.jsonl}, cache_dir: FOLDER/cache}
 validation_split: validation
 output_type: multiple_choice
 doc_to_text: "{{q}}"
@@ -50,7 +50,7 @@ metadata: {version: 1.0}
 ROLLING = """
 task: fox_text
 dataset_path: json
-dataset_kwargs: {data_files: {validation: FOLDER/texts.jsonl}}
+dataset_kwargs: {data_files: {validation: FOLDER/texts.jsonl}, cache_dir: FOLDER/cache}
 validation_split: validation
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -61,7 +61,7 @@ metadata: {version: 2.0}
 WRITING = """
 task: fox_writing
 dataset_path: json
-dataset_kwargs: {data_files: {validation: FOLDER/questions.jsonl}}
+dataset_kwargs: {data_files: {validation: FOLDER/questions.jsonl}, cache_dir: FOLDER/cache}
 validation_split: validation
 output_type: generate_until
 doc_to_text: "{{q}}"
