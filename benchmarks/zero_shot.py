@@ -4,9 +4,9 @@
     python benchmarks/zero_shot.py --data /tmp/olmo runs/small small-packed --tasks piqa,arc_easy --limit 200
     python benchmarks/zero_shot.py --data /tmp/olmo some-hf-folder --text wiki_valid.txt --reference
 
-Prompts, metrics and versions are lm-eval's own; only where the questions lie is overridden, in YAML files that the
-script writes into a temporary folder (`--keep FOLDER` keeps them, for `bellbox eval --include-path FOLDER`). Of
-`ai2_arc`, `openbookqa` and `sciq` it is the validation set, where lm-eval takes the test set. `--text` adds `words`: word
+Prompts, metrics and versions are lm-eval's own. Only where the questions lie is overridden, in YAML files that the script
+writes into a temporary folder; `--keep FOLDER` keeps them, for `bellbox eval --include-path FOLDER`. Of arc_easy,
+arc_challenge, openbookqa and sciq it is the validation set, where lm-eval takes the test set. `--text` adds `words`: word
 perplexity of a text whose documents stand between lines of `<|endoftext|>`. `--reference` asks lm-eval's own `hf` model
 too, of Hugging Face folders.
 """
@@ -74,8 +74,17 @@ def main() -> None:
             for score in found.scores:
                 error = "-" if score.stderr is None else f"{score.stderr:.4f}"
                 theirs = other.get((score.task, score.metric))
-                cells = (Path(name).name, score.task, score.metric, score.documents, f"{score.value:.4f}", error)
-                print("| " + " | ".join(map(str, (*cells, "-" if theirs is None else f"{theirs:.4f}"))) + " |")
+                cells = (
+                    Path(name).name,
+                    score.task,
+                    score.metric,
+                    score.documents,
+                    f"{score.value:.4f}",
+                    error,
+                )
+                print(
+                    "| " + " | ".join(map(str, (*cells, "-" if theirs is None else f"{theirs:.4f}"))) + " |"
+                )
             print(f"\n{found.protocol}; {seconds:.0f} s", *found.remarks, "", sep="\n", flush=True)
             results.append({"model": name, "seconds": seconds, **found.to_dict()})
     if args.json:
@@ -129,9 +138,7 @@ def reference(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    theirs = HFLM(
-        pretrained=model, dtype="float32", device="cpu", batch_size=args.batch, max_length=context
-    )
+    theirs = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=args.batch, max_length=context)
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(names)
     raw: Any = evaluate(theirs, loaded, limit=args.limit, log_samples=False, bootstrap_iters=0)
     return {

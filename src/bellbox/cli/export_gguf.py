@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     """
     command = parse_flags(ExportGGUF, argv, "bellbox export gguf", __doc__)
     require("gguf", "gguf")
-    from bellbox.interop.gguf import GGUFFile, export_gguf
+    from bellbox.interop.gguf import WEIGHTS_ONLY, GGUFFile, export_gguf
 
     require_writable(command.out)
     opened = open_model(command.model, command.checkpoint)
@@ -82,6 +82,11 @@ def main(argv: list[str]) -> None:
     )
     print(f"tokenizer {said}")
     print(f"\n{made.description}")
+    if made.description == WEIGHTS_ONLY:
+        print(
+            "What codes activations also scales them (bbq divides each input by its own size), so that perplexity there\n"
+            "can be far from the trained model's. For llama.cpp train with quantization.weight_only: float and block: 1."
+        )
 
 
 def _numbers(shape: tuple[int, ...]) -> int:
