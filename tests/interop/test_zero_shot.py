@@ -328,6 +328,31 @@ def test_options_of_generation_that_are_not_known(
         own(folder).generate_until([asked("The fox", {"until": [], **options})])
 
 
+def test_a_model_that_looks_at_the_whole_batch_is_refused(folder: Path) -> None:
+    model = bb.prepare(load_hf(folder), bb.Recipe.bbq(2, granularity="tensor")).eval()
+    with pytest.raises(bb.BellboxError, match="scoring tasks"):
+        BellboxLM(model, folder / "tokenizer.json", 64)
+
+
+@pytest.mark.parametrize(("attribute", "message"), [("UNSAFE_CODE", "runs code"), ("MULTIMODAL", "pictures")])
+def test_tasks_of_more_than_text_are_refused(
+    attribute: str, message: str, folder: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.setattr(ConfigurableTask, attribute, True, raising=False)
+    with pytest.raises(bb.BellboxError, match=message):
+        zero_shot(own(folder), ["fox_choice"], include=tasks)
+
+
+def test_data_that_cannot_be_had_is_one_line(folder: Path, tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "gone.yaml").write_text(
+        (tasks / "fox_text.yaml").read_text().replace("texts.jsonl", "gone.jsonl")
+    )
+    with pytest.raises(bb.BellboxError, match=r"the data of fox_text cannot be had \(FileNotFoundError"):
+        zero_shot(own(folder), ["fox_text"], include=tmp_path)
+
+
 def test_samples_follow_their_seed(folder: Path) -> None:
     request = asked("The fox", {"until": [], "max_gen_toks": 12, "do_sample": True, "seed": 3})
     assert own(folder).generate_until([request]) == own(folder).generate_until([request])

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bellbox.convert import require_causal
 from bellbox.errors import BellboxError, require
 from bellbox.formats.auto import OpenedModel
 
@@ -54,7 +53,6 @@ def evaluate_tasks(
 
     if opened.tokenizer is None:
         raise BellboxError(f"{opened.path}: no tokenizer lies with the model; put tokenizer.json there")
-    require_causal(opened.model, "scoring tasks")
     longest: int = opened.model.config.max_position_embeddings  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
     if context is not None and not 2 <= context <= longest:
         raise BellboxError(f"--context {context}: {opened.path} takes 2 to {longest} tokens")

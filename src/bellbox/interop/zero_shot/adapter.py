@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.model import LM
 from torch import Tensor, nn
 
+from bellbox.convert import require_causal
 from bellbox.data.beginning import beginning_token, chat_template
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError, require
@@ -45,6 +46,9 @@ class BellboxLM(LM):
         longest: tokens that the model takes.
         batch: sequences at once.
         info: what a results file shall say of the model.
+
+    Raises:
+        BellboxError: a model that is not causal, or a tokenizer that cannot be read.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class BellboxLM(LM):
         info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(model, nn.Module):
+            require_causal(model, "scoring tasks")
         self._device = torch.device("cpu")
         self.model, self.longest, self.batch, self.info = model, longest, batch, info or {}
         self.texts = Tokenizer.load(tokenizer)

@@ -91,7 +91,8 @@ def zero_shot(
     evaluator: Any = require("lm_eval.evaluator", "lm-eval")
     try:
         loaded = manager.load(list(tasks))
-        for task in loaded["tasks"].values():
+        for name, task in loaded["tasks"].items():
+            _require_text(name, task)
             _set_shots(task, shots)
         # Not `simple_evaluate`: that asks pip and the system what they are, for seconds, and puts it into the results.
         raw: Any = evaluator.evaluate(
@@ -139,6 +140,14 @@ def _no_data(tasks: Sequence[str], error: BaseException) -> BellboxError:
         f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {reason}); without the network, name "
         "tasks on files of your own by --include-path"
     )
+
+
+def _require_text(name: str, task: Any) -> None:
+    """Refuse what text in and text out cannot answer safely."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise BellboxError(f"{name} runs code that the model writes, which Bellbox does not; leave it out")
+    if getattr(task, "MULTIMODAL", False):
+        raise BellboxError(f"{name} asks with pictures or sounds, and this is a model of text; leave it out")
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
