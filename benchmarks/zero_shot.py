@@ -5,7 +5,7 @@
     python benchmarks/zero_shot.py --data /tmp/olmo some-hf-folder --text wiki_valid.txt --reference
 
 Prompts, metrics and versions are lm-eval's own. Only where the questions lie is overridden, in YAML files that the
-script writes into a temporary folder; `--keep FOLDER` keeps them, for `bellbox eval --include-path FOLDER`. Of arc_easy,
+script writes into a temporary folder; `--keep FOLDER` keeps them, for `bellbox eval --include-path`. Of arc_easy,
 arc_challenge, openbookqa and sciq it is the validation set, where lm-eval takes the test set. `--text` adds `words`:
 word perplexity of a text whose documents stand between lines of `<|endoftext|>`. `--reference` asks lm-eval's own `hf`
 model too, of Hugging Face folders.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bellbox as bb
-from bellbox.data.beginning import beginning_token
+from bellbox.data.beginning import beginning_token, prefix_token, tokenizer_of
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.models import LlamaConfig, build
 
@@ -34,6 +34,10 @@ def byte_level(tmp_path: Path) -> Path:
         tmp_path / "tokenizer.json"
     )
     return tmp_path / "tokenizer.json"
+
+
+def begin(file: Path) -> int | None:
+    return beginning_token(file, tokenizer_of(file))
 
 
 def rewritten(file: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -160,7 +164,7 @@ def test_merges_that_no_score_can_say(merges: list[list[str]], reason: str | Non
 
 
 def test_the_beginning_token(byte_level: Path) -> None:
-    assert beginning_token(byte_level) is None
+    assert begin(byte_level) is None
     end = Tokenizer.load(byte_level).end_of_text
     template = {
         "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
@@ -168,15 +172,19 @@ def test_the_beginning_token(byte_level: Path) -> None:
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [end], "tokens": ["<|endoftext|>"]}},
     }  # fmt: skip
     rewritten(byte_level, lambda s: s.update(post_processor=template))
-    assert beginning_token(byte_level) == end
+    assert begin(byte_level) == end
     config = byte_level.parent / "tokenizer_config.json"
     config.write_text(json.dumps({"add_bos_token": False}))
-    assert beginning_token(byte_level) is None
+    assert begin(byte_level) is None
     config.write_text(json.dumps({"add_bos_token": True, "bos_token": {"content": "a"}}))
-    assert beginning_token(byte_level) == Tokenizer.load(byte_level).vocab["a"]
+    assert begin(byte_level) == Tokenizer.load(byte_level).vocab["a"]
+    config.write_text(json.dumps({"add_bos_token": False, "bos_token": "b", "eos_token": "c"}))
+    tokenizer = tokenizer_of(byte_level)
+    assert tokenizer.end_of_text == tokenizer.vocab["c"]
+    assert prefix_token(byte_level, tokenizer) == tokenizer.vocab["b"]
     config.write_text(json.dumps({"add_bos_token": True, "bos_token": "<begin>"}))
     with pytest.raises(bb.BellboxError, match="'<begin>' is no token"):
-        beginning_token(byte_level)
+        begin(byte_level)
 
 
 def test_a_template_of_conversations_comes_along(byte_level: Path, tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def main(argv: list[str]) -> None:
     print(f"\n{made.description}")
     if made.description == WEIGHTS_ONLY:
         print(
-            "What codes activations also scales them (bbq divides each input by its own size): perplexity there can be\n"
-            "far from the trained model's. For llama.cpp train with quantization.weight_only: float and block: 1."
+            "What codes activations also scales them (bbq divides each input by its own size): perplexity can be\n"
+            "far from the trained one there. For llama.cpp train with quantization.weight_only: float and block: 1."
         )
 
 

@@ -9,13 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bellbox.data.tokenizer import Tokenizer, configured_end
 from bellbox.errors import BellboxError
 from bellbox.utils.files import JSON_LIMIT, read_json, read_text
 
-_USUAL = "<s>"
+_USUAL, _CONFIG = "<s>", "tokenizer_config.json"
 
 
-def beginning_token(file: Path) -> int | None:
+def tokenizer_of(file: Path) -> Tokenizer:
+    """The tokenizer of a file, its end of text as a `tokenizer_config.json` beside it says.
+
+    Raises:
+        BellboxError: it cannot be read, or the end is no token of it.
+    """
+    return Tokenizer.load(file, configured_end(file.parent))
+
+
+def beginning_token(file: Path, tokenizer: Tokenizer) -> int | None:
     """Id of the token that belongs in front of every text; None where none does.
 
     A template in `tokenizer.json` says; `add_bos_token` and `bos_token` of a `tokenizer_config.json` beside it come
@@ -23,27 +33,45 @@ def beginning_token(file: Path) -> int | None:
 
     Args:
         file: `tokenizer.json` or a sentencepiece `.model`.
+        tokenizer: of that file.
 
     Raises:
-        BellboxError: it cannot be read, or a beginning is asked for that is no token of it.
+        BellboxError: a beginning is asked for that is no token of it.
     """
-    from bellbox.data.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(file)
-    config = file.parent / "tokenizer_config.json"
-    said: dict[str, Any] = read_json(config) if config.is_file() else {}
-    added, name = said.get("add_bos_token"), said.get("bos_token")
-    name = name.get("content") if isinstance(name, dict) else name
+    added, name = _said_beside(file)
     if added is False:
         return None
     if added is True or file.suffix == ".model":
-        name = name if isinstance(name, str) else _USUAL
+        name = name or _USUAL
         if name not in tokenizer.vocab:
             if added is None:
                 return None
-            raise BellboxError(f"{config}: add_bos_token is true, but {name!r} is no token of {file.name}")
+            raise BellboxError(
+                f"{file.parent / _CONFIG}: add_bos_token is true, but {name!r} is no token of {file.name}"
+            )
         return tokenizer.vocab[name]
     return _of_template(tokenizer.backend)
+
+
+def prefix_token(file: Path, tokenizer: Tokenizer) -> int:
+    """Id of the token after which a text without anything before it is scored.
+
+    The beginning token; else the one that is named so and not put in front by itself; else the end of the text before.
+    """
+    begin = beginning_token(file, tokenizer)
+    if begin is not None:
+        return begin
+    _, name = _said_beside(file)
+    return tokenizer.vocab.get(name or "", tokenizer.end_of_text)
+
+
+def _said_beside(file: Path) -> tuple[bool | None, str | None]:
+    """`add_bos_token` and `bos_token` of a `tokenizer_config.json`."""
+    config = file.parent / _CONFIG
+    said: dict[str, Any] = read_json(config) if config.is_file() else {}
+    added, name = said.get("add_bos_token"), said.get("bos_token")
+    name = name.get("content") if isinstance(name, dict) else name
+    return added if isinstance(added, bool) else None, name if isinstance(name, str) else None
 
 
 def _of_template(backend: Any) -> int | None:
@@ -63,7 +91,7 @@ def chat_template(file: Path) -> str | None:
     Raises:
         BellboxError: such a file cannot be read.
     """
-    beside, config = file.parent / "chat_template.jinja", file.parent / "tokenizer_config.json"
+    beside, config = file.parent / "chat_template.jinja", file.parent / _CONFIG
     if beside.is_file():
         return read_text(beside, JSON_LIMIT)
     found = read_json(config).get("chat_template") if config.is_file() else None

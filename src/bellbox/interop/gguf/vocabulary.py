@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bellbox.data.beginning import beginning_token, chat_template
-from bellbox.data.tokenizer import Tokenizer
+from bellbox.data.beginning import beginning_token, chat_template, tokenizer_of
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens, llama.cpp's numbers."""
@@ -61,7 +60,7 @@ def read_vocabulary(file: Path, size: int) -> Vocabulary:
         NotTheSame: llama.cpp has nothing that tokenizes alike.
         BellboxError: the tokenizer cannot be read.
     """
-    tokenizer = Tokenizer.load(file)
+    tokenizer = tokenizer_of(file)
     spec = json.loads(tokenizer.text)
     if tokenizer.vocab_size > size:
         raise NotTheSame(f"it has {tokenizer.vocab_size:,} tokens and the model {size:,}")
@@ -79,7 +78,7 @@ def read_vocabulary(file: Path, size: int) -> Vocabulary:
     if model.get("unk_token") in tokenizer.vocab:
         kinds[tokenizer.vocab[model["unk_token"]]] = _UNKNOWN
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or ()]
-    common = (tokens, kinds, tokenizer.end_of_text, beginning_token(file))
+    common = (tokens, kinds, tokenizer.end_of_text, beginning_token(file, tokenizer))
     if model.get("byte_fallback"):
         _require_sentencepiece(spec)
         for number, name in enumerate(tokens):

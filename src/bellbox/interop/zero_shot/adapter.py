@@ -18,7 +18,7 @@ from lm_eval.api.model import LM
 from torch import Tensor, nn
 
 from bellbox.convert import require_causal
-from bellbox.data.beginning import beginning_token, chat_template
+from bellbox.data.beginning import beginning_token, chat_template, prefix_token, tokenizer_of
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError, require
 from bellbox.interop.zero_shot.scoring import Request, Score, continuation, scores
@@ -64,21 +64,18 @@ class BellboxLM(LM):
             require_causal(model, "scoring tasks")
         self._device = torch.device("cpu")
         self.model, self.longest, self.batch, self.info = model, longest, batch, info or {}
-        self.texts = Tokenizer.load(tokenizer)
+        self.texts = tokenizer_of(tokenizer)
         # Names of special tokens in a prompt are these tokens, as a chat template writes them.
         self._backend: Any = require("tokenizers", "cli").Tokenizer.from_str(self.texts.text)
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.begin = beginning_token(tokenizer)
+        self.begin = beginning_token(tokenizer, self.texts)
+        self.prefix_token_id = prefix_token(tokenizer, self.texts)
+        """What stands before a text without a context."""
         self._template = chat_template(tokenizer)
         self.cuts = Cuts()
 
     # --- tokens ---
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
-        return self.texts.end_of_text if self.begin is None else self.begin
 
     def tok_encode(self, text: str, begin: bool = True) -> list[int]:
         """Token ids, the beginning token in front where the tokenizer wants one and the text has it not yet."""
