@@ -198,6 +198,52 @@ def test_what_gguf_cannot_hold_is_refused_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.1.mlp.up_proj", "lm_head"])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_nan_is_refused_by_name(name: str, bits: Any, tmp_path: Path) -> None:
+    model = low_bit(LLAMA, embedding_bits=bits)
+    with torch.no_grad():
+        model.get_submodule(name).weight.view(-1)[3] = float("nan")  # type: ignore[operator, union-attr]
+    with pytest.raises(bb.BellboxError, match=r"(NaN|nan)"):
+        export_gguf(model, tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_binarized_weights_are_refused(tmp_path: Path) -> None:
+    from bellbox.nn.binarized_linear import BinarizedLinear
+
+    model = build(LLAMA, seed=0)
+    model.model.layers[0].mlp.up_proj = BinarizedLinear(256, 512, False, 128, True)
+    with pytest.raises(bb.BellboxError, match=r"up_proj: binarized weights have several scales"):
+        export_gguf(model, tmp_path / "m.gguf")
+
+
+def test_a_head_and_single_layers_of_other_methods(tmp_path: Path) -> None:
+    """Each tensor has a type of its own; q, k and v of a GPT must share one."""
+    recipe = bb.Recipe.of("bbq", 2, block=1)
+    rule = bb.Recipe.of("bbq", 4, block=1).rules[-1]
+    import dataclasses
+
+    def mixed(pattern: str) -> bb.Recipe:
+        return dataclasses.replace(recipe, rules=(dataclasses.replace(rule, pattern=pattern), *recipe.rules))
+
+    llama = bb.prepare(build(LLAMA, seed=0), mixed("*.v_proj")).eval()
+    types = {t.name: t.type for t in export_gguf(llama, tmp_path / "l.gguf").tensors}
+    assert (types["blk.0.attn_v.weight"], types["blk.0.attn_q.weight"]) == ("Q4_0", "Q2_K")
+    gpt = bb.prepare(build(GPT, seed=0), mixed("*.attn.v_proj")).eval()
+    made = export_gguf(gpt, tmp_path / "g.gguf")
+    fused = next(t for t in made.tensors if t.name == "blk.0.attn_qkv.weight")
+    assert fused.type == "Q4_0"
+    got = values(blocks(made.path)["blk.0.attn_qkv.weight"])
+    ours = torch.cat(
+        [rows_of(gpt.get_submodule(f"transformer.h.0.attn.{part}_proj")) for part in "qkv"]
+    ).numpy()
+    assert np.abs(got - ours).max() <= np.abs(ours).max() * 2**-11
+    half = bb.prepare(build(GPT, seed=0), bb.Recipe.of("bbq", 2, block=1, keep=("*.attn.k_proj",))).eval()
+    with pytest.raises(bb.BellboxError, match="some of q, k and v are quantized and some are not"):
+        export_gguf(half, tmp_path / "h.gguf")
+
+
 def test_a_grid_that_no_type_holds_is_refused() -> None:
     part = Coded(np.zeros((1, 256), dtype=np.uint8), Grid(256, 1.0), np.ones((1, 1), dtype=np.float32))
     with pytest.raises(bb.BellboxError, match="no GGUF type holds 256 levels from -129 to 126"):

@@ -76,9 +76,9 @@ def weight_of(name: str, layer: nn.Module) -> Coded | Tensor:
     if isinstance(layer, CodedLayer):
         return _of_packed(name, layer)
     if isinstance(layer, QuantizedTable):
-        return _of_table(layer.codes())
+        return _of_table(name, layer.codes())
     if isinstance(layer, Compact) and layer.coding is not None:
-        return _of_table(layer.codes())
+        return _of_table(name, layer.codes())
     weight: Any = getattr(layer, "weight", None)
     if isinstance(weight, Tensor):
         return weight.detach().clone()  # a rotated one is decoded here
@@ -114,13 +114,13 @@ def _of_packed(name: str, layer: CodedLayer) -> Coded:
     return _coded(name, layer.weight_codes(), layer.weight_levels, layer.weight_scale)
 
 
-def _of_table(codes: TableCodes) -> Coded:
+def _of_table(name: str, codes: TableCodes) -> Coded:
     """An embedding or head of 8 or 4 bits; the scale of a group of columns is its multiplier times the row's."""
     scales = codes.scale[:, None]
     if codes.multipliers is None:
-        return _coded("", (codes.weight.to(torch.int16) + 127).to(torch.uint8), Grid(255, -0.5), scales)
+        return _coded(name, (codes.weight.to(torch.int16) + 127).to(torch.uint8), Grid(255, -0.5), scales)
     integers = torch.stack((codes.weight & 15, codes.weight >> 4), dim=-1).flatten(-2)
-    return _coded("", integers, Grid(16, 0.0), scales * codes.multipliers)
+    return _coded(name, integers, Grid(16, 0.0), scales * codes.multipliers)
 
 
 def _coded(name: str, codes: Tensor, grid: Grid, scales: Tensor) -> Coded:
