@@ -68,23 +68,21 @@ def evaluate_tasks(
 
 def show_tasks(evaluation: TaskEvaluation) -> None:
     """Print the scores as a table."""
-    console: Any = require("rich.console", "cli").Console()
     found = evaluation.found
     print(f"{evaluation.opened.description}\n\nprotocol  {found.protocol}")
     for remark in found.remarks:
         print(f"note      {remark}")
-    print()
-    table: Any = require("rich.table", "cli").Table(
-        box=require("rich.box", "cli").SIMPLE_HEAD, pad_edge=False
-    )
-    for name in ("task", "metric"):
-        table.add_column(name)
-    for name in ("version", "shots", "questions", "value", "std. error"):
-        table.add_column(name, justify="right")
+    rows = [("task", "metric", "version", "shots", "questions", "value", "std. error")]
     for score in found.scores:
-        table.add_row(
-            score.task, score.metric, score.version,
-            *("-" if each is None else str(each) for each in (score.shots, score.documents)),
-            f"{score.value:,.4f}", "-" if score.stderr is None else f"{score.stderr:.4f}",
-        )  # fmt: skip
-    console.print(table)
+        counts = ("-" if each is None else str(each) for each in (score.shots, score.documents))
+        error = "-" if score.stderr is None else f"{score.stderr:.4f}"
+        rows.append((score.task, score.metric, score.version, *counts, f"{score.value:,.4f}", error))
+    # Not through a console, which cuts numbers where a line is short.
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print()
+    for row in rows:
+        cells = [
+            f"{cell:<{w}}" if n < 2 else f"{cell:>{w}}"
+            for n, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
