@@ -198,6 +198,28 @@ def test_what_gguf_cannot_hold_is_refused_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+def test_an_adapter_is_refused_since_it_would_be_lost(tmp_path: Path) -> None:
+    class Adapter(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base
+
+        @property
+        def weight(self) -> Any:
+            return self.base_layer.weight
+
+    class Louder(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    for wrap in (Adapter, lambda layer: Louder(*reversed(layer.weight.shape), bias=False)):
+        model = build(LLAMA, seed=0)
+        mlp = model.model.layers[0].mlp
+        mlp.up_proj = wrap(mlp.up_proj)
+        with pytest.raises(bb.BellboxError, match="more than its weight may count"):
+            export_gguf(model, tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("name", ["model.norm", "model.layers.1.mlp.up_proj", "lm_head"])
 @pytest.mark.parametrize("bits", [None, 8])
 def test_nan_is_refused_by_name(name: str, bits: Any, tmp_path: Path) -> None:

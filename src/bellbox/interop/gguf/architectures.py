@@ -52,7 +52,8 @@ def architecture_of(model: nn.Module) -> Architecture:
     if isinstance(model, Llama):
         return _llama(model, model.config, Rope(float(model.config.rope_theta)))
     config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) == "llama" and hasattr(model, "lm_head"):
+    names = {name for name, _ in model.named_modules()}
+    if getattr(config, "model_type", None) == "llama" and {"lm_head", "model.embed_tokens"} <= names:
         return _llama(model, *_of_transformers(config))
     kind = getattr(config, "model_type", None) or type(model).__name__
     raise BellboxError(

@@ -80,9 +80,22 @@ def weight_of(name: str, layer: nn.Module) -> Coded | Tensor:
     if isinstance(layer, Compact) and layer.coding is not None:
         return _of_table(name, layer.codes())
     weight: Any = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor):
-        return weight.detach().clone()  # a rotated one is decoded here
-    raise BellboxError(f"{name}: a {type(layer).__name__} has no weight that GGUF could hold")
+    if not isinstance(weight, Tensor) or not _is_its_weight(layer):
+        raise BellboxError(
+            f"{name}: is a {type(layer).__name__}, of which more than its weight may count (an adapter does: merge it "
+            "first), and a GGUF file has no place for more"
+        )
+    return weight.detach().clone()  # a rotated one is decoded here
+
+
+def _is_its_weight(layer: nn.Module) -> bool:
+    """Whether a module computes by its weight alone: torch's own layers, ours, and norms."""
+    if isinstance(layer, QuantizedLayer | Compact):
+        return True
+    plain = (nn.Linear, nn.Embedding)
+    if isinstance(layer, plain):
+        return any(type(layer).forward is kind.forward for kind in plain)
+    return type(layer).__name__.endswith("Norm")
 
 
 @torch.no_grad()
