@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         chosen = [t for t in made.tensors if (t.type, t.of_integers) == (kind, integers)]
         weights = sum(_numbers(t.shape) for t in chosen)
         size = sum(t.bytes for t in chosen)
-        what = "low-bit, codes exact" if integers else "full precision"
+        what = "low-bit, codes exact" if integers else "as it is" if kind == "F32" else "rounded"
         print(
             f"  {kind:<6} {count:>4} tensors {weights:>14,} weights {8 * size / weights:>7.3f} bits each   {what}"
         )
