@@ -1,9 +1,10 @@
-"""Evaluate a model: perplexity and bits per byte, or accuracy; entropy of its codes.
+"""Evaluate a model: perplexity and bits per byte, accuracy, or zero-shot tasks; entropy of its codes.
 
 bellbox eval runs/small
 bellbox eval runs/small --checkpoint best --stride 64
 bellbox eval small-packed --data data/books --json -
 bellbox eval some-hf-folder --data data/books --context 128
+bellbox eval small-packed --tasks hellaswag,piqa,arc_easy --limit 200
 bellbox eval runs/mine --import mine           # a run with a method of your own, from mine.py
 """
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from bellbox.cli.eval_images import ImageEvaluation, evaluate_images, show_images
+from bellbox.cli.eval_tasks import TaskEvaluation, evaluate_tasks, show_tasks
 from bellbox.cli.output import parse_flags, refuse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.evaluation import PerplexityResult, UnigramResult, perplexity, unigram
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 _COUNTED_SEQUENCES = 8
 _WINDOWS, _IMAGES = 8, 128
+_OF_TASKS = ("include_path", "num_fewshot", "limit", "cache", "chat")
+_NOT_OF_TASKS = ("data", "split", "stride", "max_tokens", "image_size", "kv_cache")
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Eval:
     """Tokens between windows; the context where not given. Less costs more and gives each token more context."""
     max_tokens: int | None = None
     """Score at most so many tokens; the whole split where not given."""
-    batch: int | None = None
-    """Windows or images at once; 8 windows, 128 images where not given."""
+    batch: Annotated[int | None, tyro.conf.arg(aliases=["--batch-size"])] = None
+    """Windows, requests or images at once; 8 of text, 128 images where not given."""
     image_size: int | None = None
     """Of a vision model, height and width that pictures in a folder are scaled to; what it was trained with, where not
     given."""
@@ -66,8 +70,20 @@ class Eval:
     """Of a packed model: round its embeddings and head while loading, to see what it costs."""
     kv_cache: Literal["fp32", "int8", "int4"] = "fp32"
     """Of the library's own models: round keys and values, to see what it costs."""
-    json: str | None = None
+    json: Annotated[str | None, tyro.conf.arg(aliases=["--out"])] = None
     """Write the result as JSON to this file, or to standard output with `-`."""
+    tasks: str | None = None
+    """Zero-shot tasks of lm-eval in place of a perplexity, with commas between: hellaswag,piqa,arc_easy."""
+    include_path: Path | None = None
+    """With --tasks: a folder of YAML tasks of your own."""
+    num_fewshot: int | None = None
+    """With --tasks: examples before each question, where the task does not forbid it."""
+    limit: int | None = None
+    """With --tasks: questions of each task at most, to try it."""
+    cache: Path | None = None
+    """With --tasks: keep answers in files of this name; each model has its own."""
+    chat: bool = False
+    """With --tasks: put questions as conversations, by the tokenizer's template."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +143,26 @@ def main(argv: list[str]) -> None:
         raise BellboxError(f"--image-size is {command.image_size}, must be from 1 to 4096")
     opened = open_model(command.model, command.checkpoint, command.embeddings)
     with _Bar() as bar:
+        if command.tasks is None:
+            refuse_flags(command, _OF_TASKS, "an evaluation without --tasks")
         if opened.is_vision:
+            refuse_flags(command, ("tasks",), "a vision model")
             refuse_flags(command, ("split", "context", "stride", "max_tokens", "kv_cache"), "a vision model")
             found = evaluate_images(
                 opened, command.data, command.batch or _IMAGES, command.image_size, bar.update
+            )
+        elif command.tasks is not None:
+            refuse_flags(command, _NOT_OF_TASKS, "zero-shot tasks")
+            found = evaluate_tasks(
+                opened,
+                command.tasks,
+                batch=command.batch or _WINDOWS,
+                context=command.context,
+                include=command.include_path,
+                shots=command.num_fewshot,
+                limit=command.limit,
+                cache=command.cache,
+                chat=command.chat,
             )
         else:
             refuse_flags(command, ("image_size",), "a language model")
@@ -138,7 +170,12 @@ def main(argv: list[str]) -> None:
     if command.json == "-":
         print(json.dumps(found.to_dict(), indent=1))
         return
-    show_images(found) if isinstance(found, ImageEvaluation) else show(found)
+    if isinstance(found, ImageEvaluation):
+        show_images(found)
+    elif isinstance(found, TaskEvaluation):
+        show_tasks(found)
+    else:
+        show(found)
     if command.json is not None:
         write_file(Path(command.json), json.dumps(found.to_dict(), indent=1) + "\n")
         print(f"written to {command.json}")

@@ -157,7 +157,7 @@ class Tokenizer:
             file = next((one for one in candidates if one.is_file()), path)
             if file == path:
                 raise BellboxError(f"{path}: the folder holds neither {FILE_NAME} nor tokenizer.model")
-            end_of_text = end_of_text if end_of_text is not None else _configured_end(path)
+            end_of_text = end_of_text if end_of_text is not None else configured_end(path)
         if not file.is_file():
             raise BellboxError(f"{path}: no such tokenizer")
         if file.suffix == ".model":
@@ -341,7 +341,7 @@ def _fallback_bytes(name: str) -> bytes:
     return name.replace("\u2581", " ").encode()
 
 
-def _configured_end(folder: Path) -> str | None:
+def configured_end(folder: Path) -> str | None:
     """The `eos_token` of a Hugging Face folder's `tokenizer_config.json`, where there is one."""
     if not (folder / "tokenizer_config.json").exists():
         return None
