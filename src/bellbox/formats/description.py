@@ -30,6 +30,11 @@ SECTION, QUANT_METHOD = "quantization_config", "bellbox"
 """Where version 4 stands in `config.json`, and its `quant_method`."""
 FORMER_FORMAT = "bellbox-packed"
 """`format` of versions 2 and 3."""
+WEIGHTS_FILE = "transformers_weights"
+"""Key under which transformers wants the name of the file of weights, where it is another than the usual one."""
+NO_SUCH_FILE = "pip-install-bellbox--and--import-bellbox.interop.transformers--to-load-this.safetensors"
+"""What stands there: transformers without Bellbox skips packed layers with a warning, and would go on with random weights.
+A file that is not there it refuses, and says its name. With Bellbox the entry is taken away first."""
 METHOD_NAME = r"[\x20-\x7e]{0,32}"
 """What a method may be called in a file: printable ASCII."""
 
@@ -48,12 +53,20 @@ def describe(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[
     Raises:
         BellboxError: a layer whose method has a name that no file can hold.
     """
+    made = section(model, layers, files)
+    config = {**_fields_of_transformers(model), SECTION: made}
+    made["sha256"] = seal(config)
+    return config
+
+
+def section(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[str, Any]) -> dict[str, Any]:
+    """Our section without its checksum; arguments and errors as of `describe`."""
     experts = _describe_experts(model)
     tables = {name: _describe_table(m) for name, m in model.named_modules() if isinstance(m, Compact)}
     version = WITH_EXPERTS if experts else VERSION
     if any(isinstance(each, dict) for each in tables.values()):
         version = WITH_INT4
-    section = {
+    return {
         "quant_method": QUANT_METHOD,
         "version": version,
         **({"experts": experts} if version != VERSION else {}),
@@ -62,9 +75,6 @@ def describe(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[
         "embeddings": tables,
         "files": dict(files),
     }
-    config = {**_fields_of_transformers(model), SECTION: section}
-    section["sha256"] = seal(config)
-    return config
 
 
 def seal(config: Mapping[str, Any]) -> str:
@@ -83,7 +93,9 @@ def _fields_of_transformers(model: nn.Module) -> dict[str, Any]:
     from bellbox.models import GPT, Llama
     from bellbox.models.hf_config import write_config
 
-    return write_config(model.config, "float32") if isinstance(model, (Llama, GPT)) else {}
+    if not isinstance(model, (Llama, GPT)):
+        return {}
+    return {**write_config(model.config, "float32"), WEIGHTS_FILE: NO_SUCH_FILE}
 
 
 def _describe_table(table: Compact) -> str | dict[str, Any]:
@@ -190,6 +202,10 @@ def read(path: Path) -> dict[str, Any]:
     if not is_description(config):
         raise BellboxError(f"{path}: not a packed Bellbox model")
     former = config.get("format") == FORMER_FORMAT
+    if not former and "prepared" in config[SECTION]:
+        raise BellboxError(
+            f"{path}: is of a model in training form; load it with transformers (docs/interop.md), convert and save it"
+        )
     section = config if former else config[SECTION]
     version = section.get("version")
     if type(version) is not int or version not in VERSIONS:

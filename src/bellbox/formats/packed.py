@@ -131,7 +131,7 @@ def load(
         )
     if into is not None and any(t.is_meta for t in (*into.parameters(), *into.buffers())):
         raise BellboxError("load(into=model): the model lies on the meta device; build it on a real one")
-    tensors = _read_tensors(root, config)
+    tensors = read_stored(root, config)
     model = _build(root, config["model"]) if into is None else into
     device = None if into is None else next((t.device for t in (*into.parameters(), *into.buffers())), None)
     layers = schema.packed_layers(root, model, config["layers"])
@@ -255,7 +255,16 @@ def file_bytes(folder: str | os.PathLike[str]) -> int:
 # --- reading ---
 
 
-def _read_tensors(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def read_stored(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a folder, their file's checksum compared, by the names of the present version.
+
+    Args:
+        root: the folder.
+        config: as `read_config` gives it.
+
+    Raises:
+        BellboxError: missing, altered or damaged.
+    """
     tensors = read_tensors(listed_file(root, config["files"], TENSORS, CONFIG))
     if config["version"] < 4:
         for name in config["layers"]:

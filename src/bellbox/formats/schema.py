@@ -362,7 +362,7 @@ def assign(
         if isinstance(layer, CodedLayer):
             prefix = f"{name}." if name else ""
             inside.add(id(layer))
-            _fill(layer, {key: tensors.get(prefix + key) for key in stored_buffers(layer)}, device)
+            fill(layer, {key: tensors.get(prefix + key) for key in stored_buffers(layer)}, device)
     placed: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         parent, _, leaf = name.rpartition(".")
@@ -380,7 +380,14 @@ def assign(
             module.to_empty(device=device or "cpu", recurse=False)
 
 
-def _fill(layer: CodedLayer, stored: Mapping[str, Tensor | None], device: torch.device | None) -> None:
+def fill(layer: CodedLayer, stored: Mapping[str, Tensor | None], device: torch.device | None) -> None:
+    """Give an empty layer its stored tensors, in memory of its own.
+
+    Args:
+        layer: as `packed_layers` makes it.
+        stored: what files have of it (`stored_buffers`), by name.
+        device: of the layer; that of the tensors where None.
+    """
     rows = stored["weight_packed"]
     assert rows is not None
     for name, value in stored.items():
