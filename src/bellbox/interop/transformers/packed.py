@@ -130,7 +130,8 @@ def _make_room(
         module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
     ours = {name: each for name, each in (*layers.items(), *tables.items()) if not _is_stored(model, name)}
     for name in ours:
-        replace_layer(model, model.get_submodule(name), Stored(below(tensors, name)))
+        place = model.get_submodule(name)
+        replace_layer(model, place, Stored(below(tensors, name), place))
     untie(model, [*ours, *experts])
 
 

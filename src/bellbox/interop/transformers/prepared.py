@@ -138,7 +138,7 @@ def plan(model: Any, root: Path, recipe: Recipe) -> Prepared:
         memory = {id(value): name for name, value in model.named_parameters()}
         kept = {name: model.get_submodule(name) for name in owners}
         for name, module in kept.items():
-            replace_layer(model, module, Stored(below(tensors, name)))
+            replace_layer(model, module, Stored(below(tensors, name), module))
         untie(model, kept)
     return Prepared(root, recipe, kept, memory, frozenset(tensors))
 

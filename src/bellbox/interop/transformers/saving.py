@@ -63,8 +63,8 @@ def _refuse_options(model: Any, options: dict[str, Any]) -> None:
     for name in ("variant", "distributed_checkpoint"):
         if options.get(name):
             raise BellboxError(f"save_pretrained({name}=...): a Bellbox model is one file, {TENSORS}; leave it out")
-    if "max_shard_size" in options:
-        del options["max_shard_size"]  # one file, however large: its checksum stands in config.json
+    options["save_original_format"] = False  # names of our file are the model's own
+    # One file, however large: its checksum stands in config.json.
     options["max_shard_size"] = sum(t.nbytes for t in state_to_save(model).values()) + 1
 
 

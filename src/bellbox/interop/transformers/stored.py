@@ -3,7 +3,8 @@
 transformers reads tensors one by one into modules that have them under the file's names, moves them to their devices
 and, where it thinks that it should, initializes modules by their class. So a low-bit layer stands aside meanwhile: what
 stands in its place is no layer of torch's, has exactly the tensors of the file in exactly their dtypes, and is not
-initialized. Afterwards the layer takes them.
+initialized. Afterwards the layer takes them. Code of a model that initializes its layers from outside gets the owner's
+layer's attributes to see, whose weights are marked as done.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ class Stored(nn.Module):
 
     Args:
         tensors: by dotted names; only shapes and dtypes are taken.
+        owners: the module that stands aside, if there was one.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], owners: nn.Module | None = None) -> None:
         super().__init__()
+        self.__dict__["owners"] = owners  # no child
+        for each in () if owners is None else (*owners.parameters(), *owners.buffers()):
+            each._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         self._is_hf_initialized = True  # transformers' own mark of a module that it need not initialize
         self._extra: Tensor | None = None
         deeper: dict[str, dict[str, Tensor]] = {}
@@ -40,6 +45,15 @@ class Stored(nn.Module):
                 self._buffers[first] = _like(tensor)
         for name, inside in deeper.items():
             self._modules[name] = Stored(inside)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            owners = self.__dict__.get("owners")
+            if owners is None:
+                raise
+            return getattr(owners, name)
 
     def get_extra_state(self) -> Tensor:
         """The record of a fake-quantized layer."""
