@@ -10,7 +10,9 @@ import importlib
 
 from bellbox.errors import BellboxError
 
-FORMATS: dict[str, str] = {}
+FORMATS: dict[str, str] = {
+    "hf": "a folder that transformers loads, packed layers inside",
+}
 """FORMAT to what it writes; the command of one is `main` of `cli/export_FORMAT.py`."""
 
 

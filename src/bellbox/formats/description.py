@@ -61,18 +61,29 @@ def describe(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[
 
 def section(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[str, Any]) -> dict[str, Any]:
     """Our section without its checksum; arguments and errors as of `describe`."""
-    experts = _describe_experts(model)
-    tables = {name: _describe_table(m) for name, m in model.named_modules() if isinstance(m, Compact)}
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, Compact)}
+    return section_of(_describe_model(model), layers, tables, _describe_experts(model), files)
+
+
+def section_of(
+    model: dict[str, Any] | None,
+    layers: Mapping[str, CodedLayer],
+    tables: Mapping[str, Compact],
+    experts: dict[str, Any],
+    files: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The same from its parts: what `bellbox.models` builds, layers, rounded tables, experts as they stand in it."""
+    described = {name: _describe_table(table) for name, table in tables.items()}
     version = WITH_EXPERTS if experts else VERSION
-    if any(isinstance(each, dict) for each in tables.values()):
+    if any(isinstance(each, dict) for each in described.values()):
         version = WITH_INT4
     return {
         "quant_method": QUANT_METHOD,
         "version": version,
         **({"experts": experts} if version != VERSION else {}),
-        "model": _describe_model(model),
+        "model": model,
         "layers": _describe_layers(layers),
-        "embeddings": tables,
+        "embeddings": described,
         "files": dict(files),
     }
 

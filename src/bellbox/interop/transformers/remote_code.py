@@ -43,20 +43,22 @@ def modeling_text(classes: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def auto_classes(model: Any) -> dict[str, str]:
+def auto_classes_of(model: Any) -> dict[str, str]:
     """The Auto classes that give a model's class, and its body's: `{"AutoModelForCausalLM": "LlamaForCausalLM", ...}`."""
+    body = getattr(model, model.base_model_prefix or "", None)
+    return auto_classes(model.config.model_type, {type(each).__name__ for each in (model, body) if each is not None})
+
+
+def auto_classes(model_type: str, wanted: set[str]) -> dict[str, str]:
+    """The Auto classes that give classes of transformers for a `model_type`."""
+    import transformers
     from transformers.models.auto import modeling_auto
 
-    import transformers
-
-    kind = model.config.model_type
-    body = getattr(model, model.base_model_prefix or "", None)
-    wanted = {type(each).__name__ for each in (model, body) if each is not None}
     found: dict[str, str] = {}
     for auto, each in vars(modeling_auto).items():
         mapping = getattr(each, "_model_mapping", None) if isinstance(each, type) else None
         by_kind: Any = getattr(mapping, "_model_mapping", {})
-        names = by_kind[kind] if kind in by_kind else ()
+        names = by_kind[model_type] if model_type in by_kind else ()
         for name in (names,) if isinstance(names, str) else names:
             if name in wanted and hasattr(transformers, name) and hasattr(transformers, auto):
                 found[auto] = name

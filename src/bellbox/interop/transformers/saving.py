@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
@@ -19,9 +21,10 @@ from bellbox.formats import description
 from bellbox.formats.description import CONFIG, NO_SUCH_FILE, QUANT_METHOD, SECTION, TENSORS, WEIGHTS_FILE
 from bellbox.formats.packed import tensors_of
 from bellbox.interop.transformers.config import PREPARED, PREPARED_VERSION
-from bellbox.interop.transformers.remote_code import MODULE, auto_classes, modeling_text
+from bellbox.interop.transformers.remote_code import MODULE, auto_classes_of, modeling_text
 from bellbox.nn import CodedLayer, QuantizedLayer
 from bellbox.nn.adopted import class_for
+from bellbox.nn.compact import Compact
 from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import describe_file, read_json, write_text
@@ -91,36 +94,65 @@ def state_to_save(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in tensors_of(model).items()}
 
 
+def coded_layers(model: nn.Module) -> dict[str, CodedLayer]:
+    """The packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CodedLayer)}
+
+
 def finish(model: Any, root: Path) -> None:
     """Put our section, its seal and the module for `trust_remote_code` into a folder that transformers wrote."""
-    config = read_json(root / CONFIG)
-    config[WEIGHTS_FILE] = NO_SUCH_FILE
-    autos = auto_classes(model)
     for old in root.glob("*.py"):
         old.unlink()  # the module that the model came from; it is written anew
-    config.pop("auto_map", None)
+    files = {TENSORS: describe_file(root / TENSORS)}
+    layers = coded_layers(model)
+    if layers:
+        section = description.section(model, layers, files)
+        section["model"] = known_model(model)
+    else:
+        recipe = model.hf_quantizer.quantization_config.recipe
+        section = {
+            "quant_method": QUANT_METHOD,
+            PREPARED: PREPARED_VERSION,
+            "recipe": recipe.to_dict(),
+            "files": files,
+        }
+    write_config(root, read_json(root / CONFIG), section, auto_classes_of(model))
+
+
+def write_config(root: Path, config: dict[str, Any], section: dict[str, Any], autos: Mapping[str, str]) -> None:
+    """Write `config.json` with our section, sealed, and the module that its `auto_map` names.
+
+    Args:
+        root: the folder.
+        config: what transformers wants.
+        section: ours, without its checksum.
+        autos: Auto classes, and the classes that they give.
+    """
+    config = {key: value for key, value in config.items() if key not in ("auto_map", SECTION)}
+    config[WEIGHTS_FILE] = NO_SUCH_FILE
     if autos:
         config["auto_map"] = {auto: f"{MODULE}.{name}" for auto, name in sorted(autos.items())}
         write_text(root / f"{MODULE}.py", modeling_text(sorted(set(autos.values()))))
-    config[SECTION] = section_of(model, root)
-    config[SECTION]["sha256"] = description.seal(config)
+    config[SECTION] = section
+    section["sha256"] = description.seal(config)
     write_text(root / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def section_of(model: Any, root: Path) -> dict[str, Any]:
-    """Our section without its seal."""
-    files = {TENSORS: describe_file(root / TENSORS)}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, CodedLayer)}
-    if layers:
-        return description.section(model, layers, files)
-    recipe = model.hf_quantizer.quantization_config.recipe
-    return {
-        "quant_method": QUANT_METHOD,
-        PREPARED: PREPARED_VERSION,
-        "recipe": recipe.to_dict(),
-        "files": files,
-    }
+def known_model(model: Any) -> dict[str, Any] | None:
+    """What `bellbox.models` builds with the same names and the same function, as files say it; None for others."""
+    from bellbox.models import build
+    from bellbox.models.hf_config import config_of
 
-
-def save_transformers(model, folder):
-    raise NotImplementedError
+    if type(model).__name__ != "LlamaForCausalLM":
+        return None
+    try:
+        config = config_of(Path(CONFIG), model.config.to_dict() | {SECTION: None})
+    except BellboxError:
+        return None
+    with torch.device("meta"):
+        ours = build(config)
+    inside = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, CodedLayer | Compact))
+    names = [set(unique_tensors(each, leave_out=inside)) for each in (ours, model)]
+    places = dict(ours.named_modules())
+    same = names[0] == names[1] and all(name[:-1] in places for name in inside)
+    return config.to_dict() if same else None
