@@ -35,6 +35,8 @@ WEIGHTS_FILE = "transformers_weights"
 NO_SUCH_FILE = "pip-install-bellbox--and--import-bellbox.interop.transformers--to-load-this.safetensors"
 """What stands there: transformers without Bellbox skips packed layers with a warning, and would go on with random weights.
 A file that is not there it refuses, and says its name. With Bellbox the entry is taken away first."""
+RMS_NORM = "rms_norm"
+"""Key under which the configuration of a LLaMA says whose norm it was trained with: `bellbox`, or transformers'."""
 METHOD_NAME = r"[\x20-\x7e]{0,32}"
 """What a method may be called in a file: printable ASCII."""
 
@@ -106,7 +108,8 @@ def _fields_of_transformers(model: nn.Module) -> dict[str, Any]:
 
     if not isinstance(model, (Llama, GPT)):
         return {}
-    return {**write_config(model.config, "float32"), WEIGHTS_FILE: NO_SUCH_FILE}
+    norm = {RMS_NORM: "bellbox"} if isinstance(model, Llama) else {}
+    return {**write_config(model.config, "float32"), WEIGHTS_FILE: NO_SUCH_FILE, **norm}
 
 
 def _describe_table(table: Compact) -> str | dict[str, Any]:

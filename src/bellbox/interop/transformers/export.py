@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.formats import description
-from bellbox.formats.description import TENSORS, TOKENIZER
+from bellbox.formats.description import RMS_NORM, TENSORS, TOKENIZER
 from bellbox.formats.packed import tensors_of
 from bellbox.formats.schema import stored_buffers
 from bellbox.interop.transformers.card import write_card
@@ -80,6 +80,8 @@ def export_packed(
         BellboxError: another model, layers that transformers' class cannot have, or the folder cannot be used.
     """
     parts = parts_of(model)
+    if parts.kind == "llama":
+        parts.config[RMS_NORM] = "bellbox"
     if end_of_text is not None:
         parts.config["eos_token_id"] = end_of_text
     autos = auto_classes(parts.kind, _CLASSES[parts.kind])

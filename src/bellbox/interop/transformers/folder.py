@@ -17,10 +17,11 @@ from bellbox.formats import description
 from bellbox.formats.description import CONFIG
 from bellbox.formats.packed import is_packed
 from bellbox.interop.transformers.card import write_card
+from bellbox.interop.transformers.classes import adopt
 from bellbox.interop.transformers.config import BellboxConfig
 from bellbox.interop.transformers.quantizer import BellboxHfQuantizer
 from bellbox.interop.transformers.remote_code import auto_classes_of
-from bellbox.interop.transformers.saving import coded_layers, saved_by_bellbox, state_to_save
+from bellbox.interop.transformers.saving import coded_layers, state_to_save
 from bellbox.nn.compact import Compact
 from bellbox.nn.quantized import QuantizedLayer
 from bellbox.utils.files import new_folder
@@ -80,7 +81,7 @@ def as_packed(model: Any) -> None:
     config = BellboxConfig.from_dict({**description.section(model, layers, {}), "sha256": ""})
     model.config.quantization_config = config
     model.hf_quantizer = BellboxHfQuantizer(config)
-    saved_by_bellbox(model)
+    adopt(model)
 
 
 def new_packed_folder(target: Path) -> Any:

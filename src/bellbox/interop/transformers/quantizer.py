@@ -14,10 +14,10 @@ from bellbox.convert import prepare
 from bellbox.errors import BellboxError
 from bellbox.formats.description import QUANT_METHOD
 from bellbox.interop.transformers import packed, prepared
+from bellbox.interop.transformers.classes import adopt
 from bellbox.interop.transformers.config import BellboxConfig
-from bellbox.interop.transformers.decoding import decode_in_short_steps
 from bellbox.interop.transformers.remote_code import forget_missing_file
-from bellbox.interop.transformers.saving import saved_by_bellbox, state_to_save
+from bellbox.interop.transformers.saving import state_to_save
 
 
 class BellboxHfQuantizer(HfQuantizer):
@@ -88,8 +88,7 @@ class BellboxHfQuantizer(HfQuantizer):
         else:
             assert self.quantization_config.recipe is not None
             prepare(model, self.quantization_config.recipe)
-        saved_by_bellbox(model)
-        decode_in_short_steps(model)
+        adopt(model)
         return model
 
     # --- saving and training ---

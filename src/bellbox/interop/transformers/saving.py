@@ -23,7 +23,6 @@ from bellbox.formats.packed import tensors_of
 from bellbox.interop.transformers.config import PREPARED, PREPARED_VERSION
 from bellbox.interop.transformers.remote_code import MODULE, auto_classes_of, modeling_text
 from bellbox.nn import CodedLayer, QuantizedLayer
-from bellbox.nn.adopted import class_for
 from bellbox.nn.compact import Compact
 from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.tools import unique_tensors
@@ -69,15 +68,6 @@ def _refuse_options(model: Any, options: dict[str, Any]) -> None:
     options["save_original_format"] = False  # names of our file are the model's own
     # One file, however large: its checksum stands in config.json.
     options["max_shard_size"] = sum(t.nbytes for t in state_to_save(model).values()) + 1
-
-
-def saved_by_bellbox(model: Any) -> None:
-    """Have a model's `save_pretrained` write our section; hooks, attributes and `isinstance` stay as they are."""
-    kind = type(model)
-    if not issubclass(kind, SavedByBellbox):
-        made = class_for(SavedByBellbox, kind)
-        made.__name__, made.__qualname__, made.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-        model.__class__ = made
 
 
 def state_to_save(model: nn.Module) -> dict[str, Tensor]:
