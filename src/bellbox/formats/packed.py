@@ -24,6 +24,7 @@ from bellbox.formats.expert_places import packed_projections
 from bellbox.nn import CodedLayer, PackedConv2d, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.nn.pretrained import refuse_plain_saving
 from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import (
@@ -147,6 +148,7 @@ def load(
     gather_in_huge_pages(model)
     if embeddings is not None:
         compact(model, embeddings)
+    refuse_plain_saving(model)
     return model.requires_grad_(False).eval()
 
 

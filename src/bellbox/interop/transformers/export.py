@@ -39,6 +39,7 @@ _CLASSES = {
     "opt": {"OPTForCausalLM", "OPTModel"},
 }
 _OPT_EPSILON = 1e-5
+_POSITIONS = "transformer.wpe"
 
 
 @dataclass
@@ -149,7 +150,9 @@ def parts_of(model: nn.Module) -> Parts:
         parts.model = model.config.to_dict()
     parts.layers = _renamed_layers(model, layers, kind)
     parts.tables = {
-        _renamed(name, kind): each for name, each in model.named_modules() if isinstance(each, Compact)
+        _renamed(name, kind): each
+        for name, each in model.named_modules()
+        if isinstance(each, Compact) and not (kind == "opt" and name == _POSITIONS)
     }
     inside = tuple(f"{name}." for name in layers)
     rest = {name: value for name, value in tensors_of(model).items() if not name.startswith(inside)}
@@ -173,17 +176,16 @@ def _renamed(name: str, kind: str) -> str:
 
 def _rest(model: Llama | GPT, rest: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     """What is not packed, renamed; tables that are stored rounded have more tensors than a weight."""
-    tables = {name for name, each in model.named_modules() if isinstance(each, Compact)}
+    tables = {name: each for name, each in model.named_modules() if isinstance(each, Compact)}
     plain = {name: value for name, value in rest.items() if name.rpartition(".")[0] not in tables}
-    embedding = "model.embed_tokens.weight" if kind == "llama" else "transformer.wte.weight"
-    tied = model.config.tie_word_embeddings and "lm_head.weight" not in plain
-    found = to_hf(plain, kind, tied or embedding not in plain and model.config.tie_word_embeddings)
+    if kind == "opt" and _POSITIONS in tables:  # OPT's is no plain embedding, so it holds the very values
+        table = tables.pop(_POSITIONS)
+        plain[f"{_POSITIONS}.weight"] = table(torch.arange(table.rows))
+    found = to_hf(plain, kind, model.config.tie_word_embeddings)
     for name, value in rest.items():
-        if name not in plain:
-            if kind == "opt" and name.startswith("transformer.wpe.") and value.dim():
-                value = torch.cat((value.new_zeros(2, *value.shape[1:]), value))  # as `to_hf` does of a weight
-            table, _, leaf = name.rpartition(".")
-            found[f"{_renamed(table, kind)}.{leaf}"] = value
+        table_name, _, leaf = name.rpartition(".")
+        if table_name in tables:
+            found[f"{_renamed(table_name, kind)}.{leaf}"] = value
     return found
 
 

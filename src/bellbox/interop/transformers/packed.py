@@ -93,9 +93,18 @@ def plan(model: Any, root: Path) -> Packed:
         layers = schema.packed_layers(root, model, config["layers"])
         experts = packed_projections(root, model, layers, config["experts"])
         tables = schema.compact_tables(root, model, config["embeddings"])
+        _refuse_own_forwards(root, model, tables)
         schema.check_fit(root, model, {**layers, **tables}, experts, tensors)
         _make_room(model, layers, tables, experts, tensors)
     return Packed(layers, tables, experts)
+
+
+def _refuse_own_forwards(root: Path, model: nn.Module, tables: Mapping[str, Compact]) -> None:
+    """Refuse rounded tables in places that do more than look rows up, or multiply with them."""
+    for name in tables:
+        kind = type(model.get_submodule(name))
+        if kind.forward not in (nn.Embedding.forward, nn.Linear.forward):
+            raise BellboxError(f"{root}: {name!r} is a {kind.__name__} in the model, which cannot be stored rounded")
 
 
 def _for_base_model(

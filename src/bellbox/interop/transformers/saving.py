@@ -125,7 +125,7 @@ def write_config(root: Path, config: dict[str, Any], section: dict[str, Any], au
         write_text(root / f"{MODULE}.py", modeling_text(sorted(set(autos.values()))))
     config[SECTION] = section
     section["sha256"] = description.seal(config)
-    write_text(root / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(root / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def known_model(model: Any) -> dict[str, Any] | None:
