@@ -28,5 +28,5 @@ def adopt(model: Any) -> None:
     made = class_for(kind, own)
     made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
     model.__class__ = made
-    if packed and getattr(model.config, RMS_NORM, None) == "bellbox" and own.__name__ == FAMILIES[0]:
+    if packed and getattr(model.config, RMS_NORM, None) == "bellbox" and model.config.model_type == "llama":
         with_bellbox_norms(model)

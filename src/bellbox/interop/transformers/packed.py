@@ -61,7 +61,7 @@ class Packed:
             replace_layer(model, model.get_submodule(name), each)
         without_fused_paths(model)
         gather_in_huge_pages(model)
-        model.requires_grad_(False)
+        model.requires_grad_(False).eval()
 
     def _fill_tables(self, model: nn.Module) -> None:
         filled: dict[int, Compact] = {}
@@ -86,6 +86,7 @@ def plan(model: Any, root: Path) -> Packed:
         BellboxError: what `bellbox.load` refuses.
     """
     config = io.read_config(root)
+    _refuse_our_gpt(root, model, config)
     tensors = io.read_stored(root, config)
     config, tensors = _for_base_model(model, config, tensors)
     with plain_dtype():
@@ -97,6 +98,16 @@ def plan(model: Any, root: Path) -> Packed:
         schema.check_fit(root, model, {**layers, **tables}, experts, tensors)
         _make_room(model, layers, tables, experts, tensors)
     return Packed(layers, tables, experts)
+
+
+def _refuse_our_gpt(root: Path, model: Any, config: Mapping[str, Any]) -> None:
+    """Say what to do where a folder has the names of our GPT, which are not those of GPT-2."""
+    known = config["model"] or {}
+    if known.get("architecture") == "gpt" and model.config.model_type == "gpt2":
+        raise BellboxError(
+            f"{root}: transformers' GPT-2 has q, k and v as one layer; write a folder for it with: bellbox export hf "
+            f"{root} OUT"
+        )
 
 
 def _refuse_own_forwards(root: Path, model: nn.Module, tables: Mapping[str, Compact]) -> None:

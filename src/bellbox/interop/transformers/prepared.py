@@ -59,6 +59,7 @@ class Prepared:
                         module._parameters[leaf] = self._with_memory(model, parameter, made, dtype)
             replace_layer(model, model.get_submodule(name), owner)
         model.tie_weights()
+        model.eval()  # as transformers has the rest by now
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what stays whole: said when the model was first prepared
             prepare(model, self.recipe)
