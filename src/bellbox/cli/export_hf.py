@@ -70,11 +70,13 @@ def main(argv: list[str]) -> None:
         companions=_companions(opened),
     )
     size = sum(file.stat().st_size for file in command.out.iterdir() if file.is_file())
-    print(f"{opened.description}\nwritten to {command.out}, {size:,} bytes; its README.md says how to load it")
+    print(
+        f"{opened.description}\nwritten to {command.out}, {size:,} bytes; its README.md says how to load it"
+    )
 
 
 def _companions(opened: OpenedModel) -> tuple[Path, ...]:
-    """Folders in which a chat template or a generation configuration may lie: the model's, and what a run began with."""
+    """Folders where a chat template or a generation configuration may lie: the model's, and what a run began with."""
     begun = opened.run.config.model.pretrained if opened.run is not None else None
     places = [opened.path, *([] if begun is None else [Path(begun)])]
     return tuple(place for place in places if place.is_dir())

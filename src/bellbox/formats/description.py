@@ -33,8 +33,8 @@ FORMER_FORMAT = "bellbox-packed"
 WEIGHTS_FILE = "transformers_weights"
 """Key under which transformers wants the name of the file of weights, where it is another than the usual one."""
 NO_SUCH_FILE = "pip-install-bellbox--and--import-bellbox.interop.transformers--to-load-this.safetensors"
-"""What stands there: transformers without Bellbox skips packed layers with a warning, and would go on with random weights.
-A file that is not there it refuses, and says its name. With Bellbox the entry is taken away first."""
+"""What stands there. Without Bellbox, transformers skips packed layers with a warning, and has random weights in their
+places; a file that is not there it refuses, and says its name. With Bellbox the entry is taken away first."""
 RMS_NORM = "rms_norm"
 """Key under which the configuration of a LLaMA says whose norm it was trained with: `bellbox`, or transformers'."""
 METHOD_NAME = r"[\x20-\x7e]{0,32}"

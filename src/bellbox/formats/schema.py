@@ -177,7 +177,9 @@ def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Any]) -> d
     places = dict(model.named_modules())
     first: dict[int, Compact] = {}
     tables: dict[str, Compact] = {}
-    order = {name: at for at, name in enumerate(places)}  # the model's, whatever a file's writer did to its keys
+    order = {
+        name: at for at, name in enumerate(places)
+    }  # the model's, whatever a file's writer did to its keys
     for name in sorted(stored, key=lambda each: order.get(each, len(order))):
         entry, place = stored[name], places.get(name)
         if not isinstance(place, (nn.Embedding, nn.Linear, Compact)):

@@ -1,9 +1,9 @@
 """The plain model behind a prepared one, for transformers' `save_pretrained`, as `from_pretrained` reads it.
 
-A packed model is saved whole, with its description, or not at all. A prepared model's own state has rotated weights and quantizers, of which `from_pretrained` would only report
+A prepared model's own state has rotated weights and quantizers, of which `from_pretrained` would only report
 missing keys and go on with random weights. So a prepared `PreTrainedModel` is given a quantizer in transformers'
 sense that hands out the plain weights. `torch.save(model.state_dict())`, safetensors and `bellbox.save` keep what
-they kept.
+they kept. A packed one's codes would be as unreadable, so it is given one that refuses, and says how it is saved.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def have_plain_weights_saved(model: nn.Module) -> None:
 
 
 def refuse_plain_saving(model: nn.Module) -> None:
-    """Have `save_pretrained` of a packed `PreTrainedModel` say how it is saved: what it wrote alone, nobody could read."""
+    """Have `save_pretrained` of a packed `PreTrainedModel` refuse: what it wrote by itself, nobody could read."""
     for each in _pretrained(model):
         if getattr(each, "hf_quantizer", None) is None:
             each.hf_quantizer = _packed_layers()

@@ -20,8 +20,8 @@ from bellbox.errors import require
 require("transformers", "transformers")
 
 from bellbox.interop.transformers.config import BellboxConfig  # noqa: E402  (named before: its absence is one line)
-from bellbox.interop.transformers.quantizer import BellboxHfQuantizer, register  # noqa: E402
 from bellbox.interop.transformers.folder import save_transformers  # noqa: E402
+from bellbox.interop.transformers.quantizer import BellboxHfQuantizer, register  # noqa: E402
 
 register()
 

@@ -133,7 +133,9 @@ def _parts(
 ) -> tuple[list[tuple[str, int, int]], int, int, int]:
     """Rows of the table, bytes of the low-bit layers, their weights, and all parameters."""
     inside = {
-        f"{name}.{key}" if name else key: key for name, layer in layers.items() for key in stored_buffers(layer)
+        f"{name}.{key}" if name else key: key
+        for name, layer in layers.items()
+        for key in stored_buffers(layer)
     }
     codes = sum(tensors[name].nbytes for name, key in inside.items() if key == "weight_packed")
     biases = {name for name, key in inside.items() if key == "bias"}
@@ -155,9 +157,7 @@ def _parts(
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for dtype, some in by_dtype.items():
         name = str(dtype).removeprefix("torch.")
-        rows.append(
-            (f"the rest in {name}", sum(t.numel() for t in some), sum(t.nbytes for t in some))
-        )
+        rows.append((f"the rest in {name}", sum(t.numel() for t in some), sum(t.nbytes for t in some)))
     return rows, codes + constants, weights, sum(count for _, count, _ in rows)
 
 

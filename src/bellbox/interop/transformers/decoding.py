@@ -34,7 +34,14 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Classes whose blocks are a LLaMA's: two RMS norms, q, k, v and o, a SwiGLU."""
 _TABLES = ("default", "linear", "llama3", "yarn")
 """Rotary positions that are a table, whatever the length of the text."""
-_ASKED = {"attention_mask", "past_key_values", "use_cache", "position_ids", "logits_to_keep", "cache_position"}
+_ASKED = {
+    "attention_mask",
+    "past_key_values",
+    "use_cache",
+    "position_ids",
+    "logits_to_keep",
+    "cache_position",
+}
 """What the short loop knows of the arguments of a forward."""
 
 
@@ -181,17 +188,18 @@ class Steps:
 
     @classmethod
     def of(cls, model: Any, cache: Any, batch: int, room: int) -> Steps | None:
-        """Steps for a model and a cache; None where a block is not packed throughout, or something else is asked for."""
+        """Steps for a model and a cache; None where a block is not packed throughout, or the model is not plain."""
         if not _is_plain(model):
             return None
-        if type(cache) is StaticCache and any(each.max_cache_len < room - 1 for each in cache.layers):
+        layers: list[Any] = cache.layers
+        if type(cache) is StaticCache and any(each.max_cache_len < room - 1 for each in layers):
             return None
-        blocks = [_block(each, model) for each in model.model.layers]
+        blocks = [_block(each) for each in model.model.layers]
         return None if any(each is None for each in blocks) else cls(model, cache, blocks, batch, room)
 
     def prompt(self, input_ids: Tensor) -> Tensor:
         """Logits `[B, vocabulary]` after a prompt `[B, T]`, which goes through transformers' modules."""
-        seen = DynamicCache(config=self._model.config)
+        seen: Any = DynamicCache(config=self._model.config)
         found = self._model(
             input_ids=input_ids, past_key_values=seen, use_cache=True, logits_to_keep=1, return_dict=True
         )
@@ -227,15 +235,16 @@ class Steps:
 
     def finish(self, prompt: int) -> None:
         """Have the cache say what it holds."""
+        held: list[Any] = self._cache.layers
         for index, layer in enumerate(self._layers):
             if type(self._cache) is StaticCache:
-                self._cache.layers[index].cumulative_length.add_(self._length - prompt)
+                held[index].cumulative_length.add_(self._length - prompt)
             else:
                 keys, values = layer.keys[:, :, : self._length], layer.values[:, :, : self._length]
                 self._cache.update(keys, values, index)
 
 
-def _block(block: Any, model: Any) -> Any:
+def _block(block: Any) -> Any:
     attention, mlp = block.self_attn, block.mlp
     groups = (
         (attention.q_proj, attention.k_proj, attention.v_proj),

@@ -192,9 +192,7 @@ def _rest(model: Llama | GPT, rest: Mapping[str, Tensor], kind: str) -> dict[str
 # --- low-bit layers ---
 
 
-def _renamed_layers(
-    model: Llama | GPT, layers: Mapping[str, CodedLayer], kind: str
-) -> dict[str, CodedLayer]:
+def _renamed_layers(model: Llama | GPT, layers: Mapping[str, CodedLayer], kind: str) -> dict[str, CodedLayer]:
     """Layers under the names of transformers, q, k and v in as many layers as it has."""
     found: dict[str, CodedLayer] = {}
     for name, layer in layers.items():
@@ -215,8 +213,8 @@ def _renamed_layers(
 
 def _refuse_join(name: str, why: str) -> None:
     raise BellboxError(
-        f"{name}: transformers' GPT-2 has q, k and v as one layer, and here {why}; train them with one rule and a shared "
-        "input (share_inputs), or use the packed folder as it is"
+        f"{name}: transformers' GPT-2 has q, k and v as one layer, and here {why}; train them with one rule "
+        "and a shared input (share_inputs), or use the packed folder as it is"
     )
 
 
@@ -293,4 +291,3 @@ def _with_rows(like: Any, rows: Tensor, scales: Tensor, bias: Tensor | None) -> 
     if isinstance(like, PackedLinear):
         made.group = like.group  # split q, k and v still share what they read
     return made
-

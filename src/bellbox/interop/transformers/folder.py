@@ -64,7 +64,9 @@ def save_transformers(model: nn.Module, folder: str | os.PathLike[str], *, token
         elif tokenizer is not None:
             tokenizer.save_pretrained(writing)
         tables = {
-            name: each.rows * each.columns for name, each in inner.named_modules() if isinstance(each, Compact)
+            name: each.rows * each.columns
+            for name, each in inner.named_modules()
+            if isinstance(each, Compact)
         }
         write_card(writing, coded_layers(inner), state_to_save(inner), auto_classes_of(inner), tables)
 
@@ -77,7 +79,9 @@ def as_packed(model: Any) -> None:
     """
     layers = coded_layers(model)
     if not layers:
-        raise BellboxError("the model has no packed layers: call bellbox.prepare, train, and bellbox.convert first")
+        raise BellboxError(
+            "the model has no packed layers: call bellbox.prepare, train, and bellbox.convert first"
+        )
     config = BellboxConfig.from_dict({**description.section(model, layers, {}), "sha256": ""})
     model.config.quantization_config = config
     model.hf_quantizer = BellboxHfQuantizer(config)
@@ -95,7 +99,9 @@ def new_packed_folder(target: Path) -> Any:
     return new_folder(target, replaces=CONFIG)
 
 
-def copy_companions(source: Path, target: Path, *, but: Mapping[str, Any] | tuple[str, ...] = ()) -> list[str]:
+def copy_companions(
+    source: Path, target: Path, *, but: Mapping[str, Any] | tuple[str, ...] = ()
+) -> list[str]:
     """Copy tokenizer, chat template and generation configuration from beside one model to another.
 
     Args:

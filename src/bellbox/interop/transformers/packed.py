@@ -115,7 +115,9 @@ def _refuse_own_forwards(root: Path, model: nn.Module, tables: Mapping[str, Comp
     for name in tables:
         kind = type(model.get_submodule(name))
         if kind.forward not in (nn.Embedding.forward, nn.Linear.forward):
-            raise BellboxError(f"{root}: {name!r} is a {kind.__name__} in the model, which cannot be stored rounded")
+            raise BellboxError(
+                f"{root}: {name!r} is a {kind.__name__} in the model, which cannot be stored rounded"
+            )
 
 
 def _for_base_model(
@@ -125,7 +127,7 @@ def _for_base_model(
     body = model.base_model_prefix
     if not body or hasattr(model, body) or not any(name.startswith(f"{body}.") for name in tensors):
         return config, tensors
-    layers = below(config["layers"], body)
+    layers: dict[str, Any] = below(config["layers"], body)
     for entry in layers.values():
         if "input" in entry:
             entry["input"] = entry["input"].removeprefix(f"{body}.")  # q, k and v lie in the body together
@@ -171,4 +173,3 @@ def refuse_devices(device_map: Any) -> None:
     places: Iterable[Any] = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
     if "disk" in places:
         raise BellboxError("device_map leaves layers on the disk, which packed layers cannot; load all of it")
-

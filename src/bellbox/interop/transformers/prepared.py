@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-import torch
 from bellbox.convert import prepare
 from bellbox.errors import BellboxError
 from bellbox.formats.description import CONFIG, SECTION, TENSORS, seal

@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 
 from bellbox.convert import prepare
@@ -71,6 +75,7 @@ class BellboxHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
+        del kwargs
         if not self.pre_quantized:
             return model
         root = packed.folder_of(checkpoint_files)
@@ -82,6 +87,7 @@ class BellboxHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        del kwargs
         plan, self._plan = self._plan, None
         if plan is not None:
             plan.put_into(model)
@@ -93,7 +99,7 @@ class BellboxHfQuantizer(HfQuantizer):
 
     # --- saving and training ---
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # noqa: ARG002 (as others have it)
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Yes."""
         return True
 
@@ -130,4 +136,6 @@ def register() -> None:
         elif (there.__module__, there.__qualname__) == (ours.__module__, ours.__qualname__):
             mapping[QUANT_METHOD] = ours  # the module was loaded anew
         else:
-            raise BellboxError(f"transformers has a quantization method {QUANT_METHOD!r} that is not Bellbox's")
+            raise BellboxError(
+                f"transformers has a quantization method {QUANT_METHOD!r} that is not Bellbox's"
+            )

@@ -44,9 +44,11 @@ def modeling_text(classes: list[str]) -> str:
 
 
 def auto_classes_of(model: Any) -> dict[str, str]:
-    """The Auto classes that give a model's class, and its body's: `{"AutoModelForCausalLM": "LlamaForCausalLM", ...}`."""
+    """The Auto classes of a model and its body: `{"AutoModelForCausalLM": "LlamaForCausalLM", ...}`."""
     body = getattr(model, model.base_model_prefix or "", None)
-    return auto_classes(model.config.model_type, {type(each).__name__ for each in (model, body) if each is not None})
+    return auto_classes(
+        model.config.model_type, {type(each).__name__ for each in (model, body) if each is not None}
+    )
 
 
 def auto_classes(model_type: str, wanted: set[str]) -> dict[str, str]:
@@ -58,7 +60,9 @@ def auto_classes(model_type: str, wanted: set[str]) -> dict[str, str]:
     for auto, each in vars(modeling_auto).items():
         mapping = getattr(each, "_model_mapping", None) if isinstance(each, type) else None
         by_kind: Any = getattr(mapping, "_model_mapping", {})
-        names = by_kind[model_type] if model_type in by_kind else ()
+        if model_type not in by_kind:  # `get` of transformers' mapping wants two arguments
+            continue
+        names = by_kind[model_type]
         for name in (names,) if isinstance(names, str) else names:
             if name in wanted and hasattr(transformers, name) and hasattr(transformers, auto):
                 found[auto] = name

@@ -54,7 +54,9 @@ class SavedByBellbox(nn.Module):
             parent.save_pretrained(scratch, **kwargs)
             finish(self, Path(scratch))
             names = sorted(path.name for path in Path(scratch).iterdir())
-            for name in sorted(names, key=lambda each: each == CONFIG):  # the configuration last: it vouches for all
+            for name in sorted(
+                names, key=lambda each: each == CONFIG
+            ):  # the configuration last: it vouches for all
                 os.replace(Path(scratch) / name, target / name)
         if push:
             more = {key: kwargs[key] for key in ("token", "repo_id", "commit_message") if key in kwargs}
@@ -64,7 +66,9 @@ class SavedByBellbox(nn.Module):
 def _refuse_options(model: Any, options: dict[str, Any]) -> None:
     for name in ("variant", "distributed_checkpoint"):
         if options.get(name):
-            raise BellboxError(f"save_pretrained({name}=...): a Bellbox model is one file, {TENSORS}; leave it out")
+            raise BellboxError(
+                f"save_pretrained({name}=...): a Bellbox model is one file, {TENSORS}; leave it out"
+            )
     options["save_original_format"] = False  # names of our file are the model's own
     # One file, however large: its checksum stands in config.json.
     options["max_shard_size"] = sum(t.nbytes for t in state_to_save(model).values()) + 1
@@ -109,7 +113,9 @@ def finish(model: Any, root: Path) -> None:
     write_config(root, read_json(root / CONFIG), section, auto_classes_of(model))
 
 
-def write_config(root: Path, config: dict[str, Any], section: dict[str, Any], autos: Mapping[str, str]) -> None:
+def write_config(
+    root: Path, config: dict[str, Any], section: dict[str, Any], autos: Mapping[str, str]
+) -> None:
     """Write `config.json` with our section, sealed, and the module that its `auto_map` names.
 
     Args:
@@ -141,7 +147,9 @@ def known_model(model: Any) -> dict[str, Any] | None:
         return None
     with torch.device("meta"):
         ours = build(config)
-    inside = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, CodedLayer | Compact))
+    inside = tuple(
+        f"{name}." for name, each in model.named_modules() if isinstance(each, CodedLayer | Compact)
+    )
     names = [set(unique_tensors(each, leave_out=inside)) for each in (ours, model)]
     places = dict(ours.named_modules())
     same = names[0] == names[1] and all(name[:-1] in places for name in inside)

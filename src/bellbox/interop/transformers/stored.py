@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bellbox.nn.quantized import EXTRA_STATE
+
+Value = TypeVar("Value")
 
 
 class Stored(nn.Module):
@@ -65,6 +67,7 @@ class Stored(nn.Module):
         self._extra = state
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        del keep_vars  # what is loaded is no graph's
         for name, tensor in self._buffers.items():
             destination[prefix + name] = tensor
         if self._extra is not None:
@@ -79,10 +82,10 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of a place, by their names below it."""
+def below(named: Mapping[str, Value], name: str) -> dict[str, Value]:
+    """What lies in a place, tensors or descriptions, by its names below it."""
     prefix = f"{name}."
-    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    return {key[len(prefix) :]: value for key, value in named.items() if key.startswith(prefix)}
 
 
 def tie_on_meta(model: Any) -> None:

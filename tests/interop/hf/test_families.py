@@ -6,18 +6,15 @@ Three by default, all of the zoo's models of transformers with BELLBOX_ZOO=all.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 import zoo_check
 import zoo_models
+from torch import nn
 from zoo_packages import package
 
 import bellbox as bb

@@ -7,28 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "zoo"))
+from hf_models import packed_model
 from zoo_packages import package
 
-import bellbox as bb
-from bellbox.models import GPT, GPTConfig, Llama, LlamaConfig, build
-
-IDS = torch.arange(2, 34).reshape(2, 16)
-LLAMA = LlamaConfig(97, 32, 48, 2, 4, 2, max_position_embeddings=64)
-
-
-def packed_model(
-    config: LlamaConfig | GPTConfig = LLAMA, recipe: bb.Recipe | None = None, embeddings: Any = "fp32"
-) -> Llama | GPT:
-    """A packed model at random, whose scales have seen data."""
-    torch.manual_seed(0)
-    model = build(config)
-    bb.prepare(model, recipe or bb.Recipe.bbq(2))
-    with torch.no_grad():
-        model(IDS)
-    return bb.convert(model, embeddings)
+from bellbox.models import GPT, Llama
 
 
 @pytest.fixture(scope="session")
