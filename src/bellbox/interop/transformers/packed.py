@@ -22,7 +22,7 @@ from bellbox.interop.transformers.stored import Stored, below, plain_dtype, tie_
 from bellbox.nn import CodedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact
 from bellbox.nn.experts import bias_name
-from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.nn.huge_pages import gather_in_huge_pages, own_copy
 
 
 def folder_of(checkpoint_files: list[str] | None) -> Path:
@@ -59,6 +59,7 @@ class Packed:
         self.experts.put_into(model)
         for name, each in {**self.layers, **self.tables}.items():
             replace_layer(model, model.get_submodule(name), each)
+        _leave_the_file(model)
         without_fused_paths(model)
         gather_in_huge_pages(model)
         model.requires_grad_(False).eval()
@@ -73,6 +74,17 @@ class Packed:
                     table._buffers[key] = tensors[key].clone()
             if twin is not table:
                 table.tie(twin)
+
+
+def _leave_the_file(model: nn.Module) -> None:
+    """Have no tensor in the memory of the file, where transformers leaves what it need not convert."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        if not isinstance(module, CodedLayer | Compact):  # which have copies already
+            own = (*module._parameters.values(), *module._buffers.values())
+            found |= {id(tensor): tensor for tensor in own if tensor is not None and tensor.is_cpu}
+    for tensor in found.values():
+        tensor.data = own_copy(tensor.data)
 
 
 def plan(model: Any, root: Path) -> Packed:

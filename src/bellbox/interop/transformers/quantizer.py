@@ -113,6 +113,12 @@ class BellboxHfQuantizer(HfQuantizer):
         """Whether it trains without adapters."""
         return not self.quantization_config.is_packed
 
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        del model, dtype
+        raise BellboxError(
+            "dequantize: floats in place of integers would be another function; load the model that this one was made of"
+        )
+
     def get_state_dict_and_metadata(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: Any
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
