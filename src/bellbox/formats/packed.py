@@ -137,7 +137,7 @@ def load(
     device = None if into is None else next((t.device for t in (*into.parameters(), *into.buffers())), None)
     layers = schema.packed_layers(root, model, config["layers"])
     experts = packed_projections(root, model, layers, config["experts"])
-    replaced = {**layers, **schema.compact_tables(root, model, config["embeddings"])}
+    replaced = schema.all_replaced(root, layers, schema.compact_tables(root, model, config["embeddings"]))
     schema.check_fit(root, model, replaced, experts, tensors)
     experts.put_into(model)
     for name, layer in replaced.items():

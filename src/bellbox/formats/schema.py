@@ -205,6 +205,21 @@ def _table_coding(entry: Any) -> TableCoding | None:
     return TableCoding(entry["bits"], entry["group"])
 
 
+def all_replaced(
+    root: Path, layers: Mapping[str, CodedLayer], tables: Mapping[str, Compact]
+) -> dict[str, CodedLayer | Compact]:
+    """Layers and tables by name.
+
+    Raises:
+        BellboxError: a name that is both.
+    """
+    if both := sorted(layers.keys() & tables.keys()):
+        raise BellboxError(
+            f"{root / CONFIG}: {both[0]!r} is described as a layer and as an embedding or head"
+        )
+    return {**layers, **tables}
+
+
 def check_fit(
     root: Path,
     model: nn.Module,

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import IDS, bellbox_greedy, greedy, logits
+from hf_models import IDS, bellbox_greedy, greedy, logits, packed_model
 from torch import Tensor
+
+import bellbox as bb
+from bellbox.models import LlamaConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -61,6 +64,58 @@ def test_the_short_loop_is_taken_and_gives_what_the_ordinary_one_gives(cache, th
         torch.manual_seed(1)
         assert torch.equal(fast, slow(theirs, IDS[:, :6], **asked)), more
         assert ordinary.pop()
+
+
+@pytest.mark.parametrize(
+    "name", ["GPT2LMHeadModel", "OPTForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"]
+)
+def test_other_families_with_a_short_loop(name, ordinary, transformers, tmp_path) -> None:
+    """Trained and packed in transformers, whose norms the fused step rounds otherwise."""
+    import zoo_models
+
+    from bellbox.interop.transformers import save_transformers
+
+    about = next(m for m in zoo_models.TRANSFORMERS if m.name == name)
+    if name == "MistralForCausalLM":
+        about = zoo_models.hf(name, "lm_head", sliding_window=None, **zoo_models.DECODER)
+    model = bb.prepare(
+        about.build(), bb.Recipe.of("lsq", 4, share_inputs=True)
+    )  # coarse steps, far thresholds
+    with torch.no_grad():
+        model(IDS)
+    save_transformers(model, tmp_path / "m")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    for cache in (None, "static"):
+        asked = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+        fast = loaded.generate(IDS[:, :6], pad_token_id=0, **asked)
+        assert ordinary == []
+        handle = loaded.get_input_embeddings().register_forward_hook(lambda *_: None)
+        assert torch.equal(fast, loaded.generate(IDS[:, :6], pad_token_id=0, **asked))
+        assert ordinary.pop()
+        handle.remove()
+    if (
+        name == "GPT2LMHeadModel"
+    ):  # whose q, k and v are split for the step, and made anew where a tensor changes
+        loaded.transformer.h[0].attn.c_attn.weight_scale[64:].mul_(3.0)
+        changed = loaded.generate(IDS[:, :6], pad_token_id=0, **asked)
+        assert ordinary == []
+        assert not torch.equal(fast, changed)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(101, 24, 36, 1, 3, 1), (97, 40, 56, 3, 2, 2), (300, 96, 100, 2, 6, 2)],
+    ids=["24", "40", "96"],
+)
+def test_odd_shapes(shape, transformers, tmp_path) -> None:
+    from bellbox.interop.transformers.export import export_packed
+
+    model = packed_model(LlamaConfig(*shape, max_position_embeddings=40))
+    export_packed(model, tmp_path / "m")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with torch.inference_mode():
+        found = greedy(loaded, IDS[:, :5], 30, cache_implementation="static")
+    assert torch.equal(found, bellbox_greedy(model, IDS[:, :5], 30))
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])

@@ -337,6 +337,60 @@ def test_a_file_of_another_model_is_refused_by_name(folder, transformers, tmp_pa
         transformers.AutoModelForCausalLM.from_pretrained(folder, device_map={"": "disk"})
 
 
+def test_what_the_description_says_twice_or_not_is_refused(folder, transformers, tmp_path) -> None:
+    from bellbox.formats.description import seal
+    from bellbox.interop import BellboxConfig
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def edit(path: Path, change: Any) -> Path:
+        config = json.loads((path / "config.json").read_text())
+        change(config["quantization_config"])
+        config["quantization_config"]["sha256"] = seal(config)
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    def twice(section: dict[str, Any]) -> None:
+        section["layers"]["lm_head"] = section["layers"]["model.layers.0.self_attn.q_proj"] | {
+            "out_features": 97
+        }
+        section["embeddings"]["lm_head"] = "int8"
+
+    with pytest.raises(bb.BellboxError, match="'lm_head' is described as a layer and as an embedding"):
+        load(edit(damaged(folder, tmp_path / "twice", "none", None), twice))
+    source = plain_folder(transformers, tmp_path / "plain")
+    load(source, quantization_config=BellboxConfig(bits=2)).save_pretrained(tmp_path / "p")
+    with pytest.raises(bb.BellboxError, match="does not say size and checksum"):
+        load(edit(tmp_path / "p", lambda section: section["files"]["model.safetensors"].pop("sha256")))
+    with pytest.raises(bb.BellboxError, match="describes neither packed layers nor a prepared model"):
+        load(
+            edit(
+                tmp_path / "p", lambda section: [section.pop(key) for key in ("prepared", "recipe", "files")]
+            )
+        )
+
+
+def test_a_loaded_model_is_its_own_whatever_becomes_of_its_file(folder, transformers, tmp_path) -> None:
+    path = damaged(folder, tmp_path / "m", "none", None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    before = logits(model)
+    with open(path / "model.safetensors", "r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        file.write(b"\0" * size)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_whole_model_is_pickled_and_saved_again(theirs, tmp_path) -> None:
+    torch.save(theirs, tmp_path / "whole.pt")
+    again = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(logits(again), logits(theirs))
+    again.save_pretrained(tmp_path / "m")
+    bb.load(tmp_path / "m")
+    with pytest.raises(bb.BellboxError, match="another function"):
+        again.dequantize()
+
+
 # --- without Bellbox ---
 
 ABSENT = """

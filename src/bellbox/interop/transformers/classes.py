@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from bellbox.formats.description import RMS_NORM
-from bellbox.interop.transformers.decoding import FAMILIES, ShortDecoding, with_bellbox_norms
+from bellbox.interop.transformers.decoding import ShortDecoding, with_bellbox_norms
 from bellbox.interop.transformers.saving import SavedByBellbox
+from bellbox.interop.transformers.steps import FAMILIES
 from bellbox.nn import CodedLayer
 from bellbox.nn.adopted import class_for
 

@@ -81,6 +81,10 @@ class BellboxConfig(QuantizationConfigMixin):
                 raise BellboxError("quantization_config of a prepared model has no recipe")
             made = cls(recipe=values["recipe"])
             made.section = dict(config_dict)
+        elif values.keys() & {"version", "files", "sha256"}:
+            raise BellboxError(
+                "quantization_config of config.json describes neither packed layers nor a prepared model; save it again"
+            )
         else:
             made = cls(**values)
         return (made, kwargs) if return_unused_kwargs else made

@@ -25,11 +25,12 @@ from bellbox.formats.schema import stored_buffers
 from bellbox.interop.transformers.card import write_card
 from bellbox.interop.transformers.folder import copy_companions, new_packed_folder
 from bellbox.interop.transformers.remote_code import auto_classes
+from bellbox.interop.transformers.rows import joined, split
 from bellbox.interop.transformers.saving import coded_layers, write_config
 from bellbox.models import GPT, Llama
 from bellbox.models.hf_config import write_config as config_for
 from bellbox.models.hf_names import opt_name, to_hf
-from bellbox.nn import CodedLayer, PackedLinear, WeightOnlyLinear
+from bellbox.nn import CodedLayer, PackedLinear
 from bellbox.nn.compact import Compact
 from bellbox.utils.files import describe_file, write_tensors, write_text
 
@@ -197,7 +198,9 @@ def _renamed_layers(model: Llama | GPT, layers: Mapping[str, CodedLayer], kind: 
     found: dict[str, CodedLayer] = {}
     for name, layer in layers.items():
         if kind == "llama" and name.endswith(".qkv_proj"):
-            for part, piece in zip("qkv", _split(model, layer), strict=True):
+            head = model.config.head_size
+            sizes = [head * model.config.num_attention_heads, *[head * model.config.key_value_heads] * 2]
+            for part, piece in zip("qkv", split(layer, sizes), strict=True):
                 found[name.replace("qkv_proj", f"{part}_proj")] = piece
         elif kind == "gpt2" and re.search(r"\.(q_proj|qkv_proj)$", name):
             before = name.rpartition(".")[0]
@@ -233,10 +236,7 @@ def _joined(names: list[str], layers: Mapping[str, CodedLayer]) -> CodedLayer:
     for each in some[1:]:
         if why := _why_apart(some[0], each):
             _refuse_join(names[0], why)
-    rows = torch.cat([each.weight_packed for each in some])
-    scales = torch.cat([each.weight_scale for each in some])
-    biases = None if some[0].bias is None else torch.cat([each.bias for each in some])
-    return _with_rows(some[0], rows, scales, biases)
+    return joined(some)
 
 
 def _why_apart(one: Any, other: Any) -> str | None:
@@ -252,42 +252,3 @@ def _why_apart(one: Any, other: Any) -> str | None:
         if a is not b and (a is None or b is None or not torch.equal(a, b)):
             return f"they differ in {name}"
     return None
-
-
-def _split(model: Llama | GPT, layer: CodedLayer) -> list[CodedLayer]:
-    """q, k and v out of one layer of all three."""
-    head, config = model.config.head_size, model.config
-    keys = config.key_value_heads * head
-    sizes = [config.num_attention_heads * head, keys, keys]
-    some: Any = layer
-    rows, scales = some.weight_packed.split(sizes), some.weight_scale.split(sizes)
-    biases = [None] * 3 if some.bias is None else some.bias.split(sizes)
-    return [_with_rows(layer, *each) for each in zip(rows, scales, biases, strict=True)]
-
-
-def _with_rows(like: Any, rows: Tensor, scales: Tensor, bias: Tensor | None) -> CodedLayer:
-    """A layer with other rows of weights and all else of `like`."""
-    count, levels = len(rows), like.weight_levels
-    if isinstance(like, PackedLinear):
-        made: Any = PackedLinear(like.row_length, count, levels, like.coding, bias is not None)
-    else:
-        assert isinstance(like, WeightOnlyLinear)
-        made = WeightOnlyLinear(
-            like.row_length,
-            count,
-            levels,
-            bias is not None,
-            group=like.scale_group,
-            table=like.weight_table is not None,
-            block=like.block,
-            signs=like.act_signs is not None,
-        )
-    for name, value in like._buffers.items():
-        if name not in ("packed", "weight_scale", "bias"):
-            made._buffers[name] = value
-    made._buffers["weight_scale"], made._buffers["bias"] = scales.contiguous(), bias
-    made.fill_from_rows(rows.contiguous())
-    made.quantization_method = like.quantization_method
-    if isinstance(like, PackedLinear):
-        made.group = like.group  # split q, k and v still share what they read
-    return made

@@ -107,7 +107,7 @@ def plan(model: Any, root: Path) -> Packed:
         experts = packed_projections(root, model, layers, config["experts"])
         tables = schema.compact_tables(root, model, config["embeddings"])
         _refuse_own_forwards(root, model, tables)
-        schema.check_fit(root, model, {**layers, **tables}, experts, tensors)
+        schema.check_fit(root, model, schema.all_replaced(root, layers, tables), experts, tensors)
         _make_room(model, layers, tables, experts, tensors)
     return Packed(layers, tables, experts)
 

@@ -115,8 +115,11 @@ def read_section(root: Path) -> dict[str, Any]:
     if not isinstance(section, dict) or section.get("sha256") != seal(config):
         raise BellboxError(f"{root / CONFIG}: damaged, its checksum does not match; save the model again")
     files = section.get("files")
-    if not isinstance(files, dict) or not isinstance(files.get(TENSORS), dict):
-        raise BellboxError(f"{root / CONFIG}: lists no {TENSORS}")
+    stated = files.get(TENSORS) if isinstance(files, dict) else None
+    if not isinstance(stated, dict) or not isinstance(stated.get("sha256"), str) or "bytes" not in stated:
+        raise BellboxError(
+            f"{root / CONFIG}: does not say size and checksum of {TENSORS}; save the model again"
+        )
     return section
 
 

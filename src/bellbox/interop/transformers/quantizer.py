@@ -116,7 +116,7 @@ class BellboxHfQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         del model, dtype
         raise BellboxError(
-            "dequantize: floats in place of integers would be another function; load the model that this one was made of"
+            "dequantize: floats in place of integers are another function; load the model that this one was made of"
         )
 
     def get_state_dict_and_metadata(  # pyright: ignore[reportIncompatibleMethodOverride]
