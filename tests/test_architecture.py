@@ -38,7 +38,7 @@ MAY_KNOW = {
     "runs": "errors utils version core ops quantizers recipe nn convert models data",
     "ptq": "errors utils core nn models data formats",
     "formats": "errors utils core nn models data runs",
-    "interop": "errors utils version core ops quantizers nn convert models data inference",
+    "interop": "errors utils version core ops quantizers nn convert models data inference recipe formats",
     "training": (
         "errors utils core quantizers recipe nn structure optim convert models data objectives evaluation formats runs"
     ),

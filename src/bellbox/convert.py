@@ -48,7 +48,7 @@ from bellbox.nn.compact import Precision, compact, packed_tables, require_unroun
 from bellbox.nn.experts import sizes as expert_sizes
 from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.integer_product import coding_of
-from bellbox.nn.pretrained import have_plain_weights_saved, stop_saving_plain_weights
+from bellbox.nn.pretrained import have_plain_weights_saved, refuse_plain_saving, stop_saving_plain_weights
 from bellbox.nn.quantized_table import QuantizedTable, quantized_table
 from bellbox.nn.state import look_before_loading, look_no_more
 from bellbox.past_forward import WHY, read_past_forward, tables_read_past_forward
@@ -332,6 +332,7 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
             cast(CodedLayer, memo[id(layer)]).take_over(layer, memo)
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
     stop_saving_plain_weights(packed)
+    refuse_plain_saving(packed)
     compact(packed, embeddings)
     gather_in_huge_pages(packed)
     return packed

@@ -146,6 +146,8 @@ TRANSFORMERS = [
     hf("Qwen2ForCausalLM", "lm_head", **DECODER),
     hf("Qwen3ForCausalLM", "lm_head", **DECODER),
     hf("Gemma2ForCausalLM", "lm_head", **DECODER),
+    hf("Gemma3ForCausalLM", "lm_head", sliding_window=16, **DECODER),
+    hf("PhiForCausalLM", "lm_head", **{k: v for k, v in DECODER.items() if k != "head_dim"}),
     hf("Phi3ForCausalLM", "lm_head", **DECODER),
     hf("GPTNeoXForCausalLM", "lm_head", **ENCODER),
     hf(
@@ -292,6 +294,13 @@ TRANSFORMERS = [
         "classifier",
         "vit.embeddings.patch_embeddings.projection",
         fast=True,
+        inputs=image(),
+        **PATCHES,
+    ),
+    hf(
+        "DeiTForImageClassification",
+        "classifier",
+        "deit.embeddings.patch_embeddings.projection",
         inputs=image(),
         **PATCHES,
     ),

@@ -30,6 +30,13 @@ SECTION, QUANT_METHOD = "quantization_config", "bellbox"
 """Where version 4 stands in `config.json`, and its `quant_method`."""
 FORMER_FORMAT = "bellbox-packed"
 """`format` of versions 2 and 3."""
+WEIGHTS_FILE = "transformers_weights"
+"""Key under which transformers wants the name of the file of weights, where it is another than the usual one."""
+NO_SUCH_FILE = "pip-install-bellbox--and--import-bellbox.interop.transformers--to-load-this.safetensors"
+"""What stands there. Without Bellbox, transformers skips packed layers with a warning, and has random weights in their
+places; a file that is not there it refuses, and says its name. With Bellbox the entry is taken away first."""
+RMS_NORM = "rms_norm"
+"""Key under which the configuration of a LLaMA says whose norm it was trained with: `bellbox`, or transformers'."""
 METHOD_NAME = r"[\x20-\x7e]{0,32}"
 """What a method may be called in a file: printable ASCII."""
 
@@ -48,23 +55,39 @@ def describe(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[
     Raises:
         BellboxError: a layer whose method has a name that no file can hold.
     """
-    experts = _describe_experts(model)
-    tables = {name: _describe_table(m) for name, m in model.named_modules() if isinstance(m, Compact)}
+    made = section(model, layers, files)
+    config = {**_fields_of_transformers(model), SECTION: made}
+    made["sha256"] = seal(config)
+    return config
+
+
+def section(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[str, Any]) -> dict[str, Any]:
+    """Our section without its checksum; arguments and errors as of `describe`."""
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, Compact)}
+    return section_of(_describe_model(model), layers, tables, _describe_experts(model), files)
+
+
+def section_of(
+    model: dict[str, Any] | None,
+    layers: Mapping[str, CodedLayer],
+    tables: Mapping[str, Compact],
+    experts: dict[str, Any],
+    files: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The same from its parts: what `bellbox.models` builds, layers, rounded tables, experts as they stand in it."""
+    described = {name: _describe_table(table) for name, table in tables.items()}
     version = WITH_EXPERTS if experts else VERSION
-    if any(isinstance(each, dict) for each in tables.values()):
+    if any(isinstance(each, dict) for each in described.values()):
         version = WITH_INT4
-    section = {
+    return {
         "quant_method": QUANT_METHOD,
         "version": version,
         **({"experts": experts} if version != VERSION else {}),
-        "model": _describe_model(model),
+        "model": model,
         "layers": _describe_layers(layers),
-        "embeddings": tables,
+        "embeddings": described,
         "files": dict(files),
     }
-    config = {**_fields_of_transformers(model), SECTION: section}
-    section["sha256"] = seal(config)
-    return config
 
 
 def seal(config: Mapping[str, Any]) -> str:
@@ -83,7 +106,10 @@ def _fields_of_transformers(model: nn.Module) -> dict[str, Any]:
     from bellbox.models import GPT, Llama
     from bellbox.models.hf_config import write_config
 
-    return write_config(model.config, "float32") if isinstance(model, (Llama, GPT)) else {}
+    if not isinstance(model, (Llama, GPT)):
+        return {}
+    norm = {RMS_NORM: "bellbox"} if isinstance(model, Llama) else {}
+    return {**write_config(model.config, "float32"), WEIGHTS_FILE: NO_SUCH_FILE, **norm}
 
 
 def _describe_table(table: Compact) -> str | dict[str, Any]:
@@ -190,6 +216,10 @@ def read(path: Path) -> dict[str, Any]:
     if not is_description(config):
         raise BellboxError(f"{path}: not a packed Bellbox model")
     former = config.get("format") == FORMER_FORMAT
+    if not former and "prepared" in config[SECTION]:
+        raise BellboxError(
+            f"{path}: is of a model in training form; load it with transformers (docs/interop.md), convert and save it"
+        )
     section = config if former else config[SECTION]
     version = section.get("version")
     if type(version) is not int or version not in VERSIONS:

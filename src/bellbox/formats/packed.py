@@ -23,6 +23,7 @@ from bellbox.formats.expert_places import packed_projections
 from bellbox.nn import CodedLayer, PackedConv2d, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.nn.pretrained import refuse_plain_saving
 from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import (
@@ -131,12 +132,12 @@ def load(
         )
     if into is not None and any(t.is_meta for t in (*into.parameters(), *into.buffers())):
         raise BellboxError("load(into=model): the model lies on the meta device; build it on a real one")
-    tensors = _read_tensors(root, config)
+    tensors = read_stored(root, config)
     model = _build(root, config["model"]) if into is None else into
     device = None if into is None else next((t.device for t in (*into.parameters(), *into.buffers())), None)
     layers = schema.packed_layers(root, model, config["layers"])
     experts = packed_projections(root, model, layers, config["experts"])
-    replaced = {**layers, **schema.compact_tables(root, model, config["embeddings"])}
+    replaced = schema.all_replaced(root, layers, schema.compact_tables(root, model, config["embeddings"]))
     schema.check_fit(root, model, replaced, experts, tensors)
     experts.put_into(model)
     for name, layer in replaced.items():
@@ -147,6 +148,7 @@ def load(
     gather_in_huge_pages(model)
     if embeddings is not None:
         compact(model, embeddings)
+    refuse_plain_saving(model)
     return model.requires_grad_(False).eval()
 
 
@@ -255,7 +257,16 @@ def file_bytes(folder: str | os.PathLike[str]) -> int:
 # --- reading ---
 
 
-def _read_tensors(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def read_stored(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a folder, their file's checksum compared, by the names of the present version.
+
+    Args:
+        root: the folder.
+        config: as `read_config` gives it.
+
+    Raises:
+        BellboxError: missing, altered or damaged.
+    """
     tensors = read_tensors(listed_file(root, config["files"], TENSORS, CONFIG))
     if config["version"] < 4:
         for name in config["layers"]:

@@ -178,8 +178,11 @@ def compact_tables(root: Path, model: nn.Module, stored: Mapping[str, Any]) -> d
     places = dict(model.named_modules())
     first: dict[int, Compact] = {}
     tables: dict[str, Compact] = {}
-    for name, entry in stored.items():
-        place = places.get(name)
+    order = {
+        name: at for at, name in enumerate(places)
+    }  # the model's, whatever a file's writer did to its keys
+    for name in sorted(stored, key=lambda each: order.get(each, len(order))):
+        entry, place = stored[name], places.get(name)
         if not isinstance(place, (nn.Embedding, nn.Linear, Compact)):
             kind = "nothing" if place is None else type(place).__name__
             raise BellboxError(f"{root}: {name!r} is {kind} in the model, neither an embedding nor a head")
@@ -201,6 +204,21 @@ def _table_coding(entry: Any) -> TableCoding | None:
     if isinstance(entry, str):
         return None if entry == "bf16" else TableCoding(8)
     return TableCoding(entry["bits"], entry["group"])
+
+
+def all_replaced(
+    root: Path, layers: Mapping[str, CodedLayer], tables: Mapping[str, Compact]
+) -> dict[str, CodedLayer | Compact]:
+    """Layers and tables by name.
+
+    Raises:
+        BellboxError: a name that is both.
+    """
+    if both := sorted(layers.keys() & tables.keys()):
+        raise BellboxError(
+            f"{root / CONFIG}: {both[0]!r} is described as a layer and as an embedding or head"
+        )
+    return {**layers, **tables}
 
 
 def check_fit(
@@ -363,7 +381,7 @@ def assign(
         if isinstance(layer, CodedLayer):
             prefix = f"{name}." if name else ""
             inside.add(id(layer))
-            _fill(layer, {key: tensors.get(prefix + key) for key in stored_buffers(layer)}, device)
+            fill(layer, {key: tensors.get(prefix + key) for key in stored_buffers(layer)}, device)
     placed: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         parent, _, leaf = name.rpartition(".")
@@ -381,7 +399,14 @@ def assign(
             give_memory(module, device or "cpu")
 
 
-def _fill(layer: CodedLayer, stored: Mapping[str, Tensor | None], device: torch.device | None) -> None:
+def fill(layer: CodedLayer, stored: Mapping[str, Tensor | None], device: torch.device | None) -> None:
+    """Give an empty layer its stored tensors, in memory of its own.
+
+    Args:
+        layer: as `packed_layers` makes it.
+        stored: what files have of it (`stored_buffers`), by name.
+        device: of the layer; that of the tensors where None.
+    """
     rows = stored["weight_packed"]
     assert rows is not None
     for name, value in stored.items():

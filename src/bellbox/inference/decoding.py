@@ -20,6 +20,7 @@ from bellbox.models.gpt import GPTBlock
 from bellbox.models.llama import LlamaBlock
 from bellbox.nn import PackedLinear
 from bellbox.nn.compact import CompactEmbedding, CompactLinear
+from bellbox.nn.packed_linear import served_alike
 from bellbox.ops.decoder_block import gpt_block, head, last_norm, llama_block
 from bellbox.ops.packed_linear import Bound
 
@@ -178,18 +179,7 @@ def _served(block: list[Group]) -> list[list[Bound]] | None:
     calls: list[list[Bound]] = []
     for layers in block:
         packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
-        if len(packed) != len(layers) or any(not _alike(layer, packed[0]) for layer in packed):
+        if len(packed) != len(layers) or any(not served_alike(layer, packed[0]) for layer in packed):
             return None
         calls.append([layer.bound for layer in packed])
     return calls
-
-
-def _alike(one: PackedLinear, other: PackedLinear) -> bool:
-    """Whether two layers code their input alike, number for number."""
-    if one.coding != other.coding:
-        return False
-    for name in ("act_thresholds", "act_rstd", "act_signs"):
-        a, b = one._buffers[name], other._buffers[name]
-        if a is not b and (a is None or b is None or not torch.equal(a, b)):
-            return False
-    return True

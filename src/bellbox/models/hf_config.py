@@ -35,6 +35,11 @@ def read_config(path: Path) -> tuple[ModelConfig, str]:
         BellboxError: no such file, another architecture, an option that these models do not compute.
     """
     values = read_json(path)
+    return config_of(path, values), values["model_type"]
+
+
+def config_of(path: Path, values: dict[str, Any]) -> ModelConfig:
+    """The shape that the content of a `config.json` describes; errors as of `read_config`, which name `path`."""
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in _READERS:
         known = ", ".join(map(repr, _READERS))
@@ -44,7 +49,7 @@ def read_config(path: Path) -> tuple[ModelConfig, str]:
         raise BellboxError(f"{path}: is of a packed Bellbox model; open its folder with bellbox.load")
     _refuse_unless(path, values, "quantization_config", None)
     try:
-        return _READERS[kind](path, values), kind
+        return _READERS[kind](path, values)
     except KeyError as error:
         raise BellboxError(f"{path} has no {error.args[0]!r}, which a {kind} model needs") from error
 
@@ -156,8 +161,14 @@ _READERS: dict[str, Callable[[Path, dict[str, Any]], ModelConfig]] = {
 }
 
 
-def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """What `transformers` wants in a config.json of a LLaMA or GPT-2 whose weights have this dtype."""
+def write_config(config: ModelConfig, dtype: str, kind: str | None = None) -> dict[str, Any]:
+    """What `transformers` wants in a config.json of a LLaMA or GPT-2 whose weights have this dtype.
+
+    Args:
+        config: of the model.
+        dtype: such as `float32`.
+        kind: the model_type; where None that of the model. A GPT with ReLU may also be `opt`.
+    """
     common = {
         "bos_token_id": None,
         "eos_token_id": None,
@@ -184,6 +195,25 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "rms_norm_eps": config.rms_norm_eps,
             "rope_theta": config.rope_theta,  # transformers 4
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
+        }
+    if kind == "opt":
+        return common | {
+            "architectures": ["OPTForCausalLM"],
+            "model_type": "opt",
+            "activation_function": "relu",
+            "do_layer_norm_before": True,
+            "enable_bias": True,
+            "hidden_size": config.hidden_size,
+            "word_embed_proj_dim": config.hidden_size,
+            "ffn_dim": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "max_position_embeddings": config.max_position_embeddings,
+            "init_std": config.initializer_range,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "layerdrop": 0.0,
+            "pad_token_id": None,
         }
     return common | {
         "architectures": ["GPT2LMHeadModel"],

@@ -104,6 +104,11 @@ def from_hf(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return result
 
 
+def opt_name(name: str) -> str:
+    """OPT's name of a tensor, or of a module with a dot behind it, of a GPT of ours."""
+    return _renamed(name, reverse=False)
+
+
 def _renamed(name: str, reverse: bool) -> str:
     for ours, theirs in _OPT:
         old, new = (theirs, ours) if reverse else (ours, theirs)

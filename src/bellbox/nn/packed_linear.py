@@ -84,3 +84,14 @@ class PackedLinear(PackedMatrix, nn.Linear):  # pyright: ignore[reportIncompatib
     ) -> None:
         super().__init__(in_features, out_features, weight_levels, coding, bias)
         self.in_features, self.out_features = in_features, out_features
+
+
+def served_alike(one: PackedMatrix, other: PackedMatrix) -> bool:
+    """Whether two layers code their input alike, number for number."""
+    if one.coding != other.coding:
+        return False
+    for name in ("act_thresholds", "act_rstd", "act_signs"):
+        a, b = one._buffers[name], other._buffers[name]
+        if a is not b and (a is None or b is None or not torch.equal(a, b)):
+            return False
+    return True

@@ -3,7 +3,7 @@
 A prepared model's own state has rotated weights and quantizers, of which `from_pretrained` would only report
 missing keys and go on with random weights. So a prepared `PreTrainedModel` is given a quantizer in transformers'
 sense that hands out the plain weights. `torch.save(model.state_dict())`, safetensors and `bellbox.save` keep what
-they kept.
+they kept. A packed one's codes would be as unreadable, so it is given one that refuses, and says how it is saved.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bellbox.errors import BellboxError
 from bellbox.nn.quantized import EXTRA_STATE, QuantizedLayer
 from bellbox.nn.quantized_table import QuantizedTable
 
@@ -44,13 +45,22 @@ def have_plain_weights_saved(model: nn.Module) -> None:
 
     Likewise one within another module, such as what peft puts around a model.
     """
-    transformers = sys.modules.get("transformers")
-    kind = getattr(transformers, "PreTrainedModel", None)
-    if kind is None:
-        return
-    for each in _outermost(model, kind):
+    for each in _pretrained(model):
         if getattr(each, "hf_quantizer", None) is None:
-            each.hf_quantizer = _plain_weights()  # pyright: ignore[reportAttributeAccessIssue]
+            each.hf_quantizer = _plain_weights()
+
+
+def refuse_plain_saving(model: nn.Module) -> None:
+    """Have `save_pretrained` of a packed `PreTrainedModel` refuse: what it wrote by itself, nobody could read."""
+    for each in _pretrained(model):
+        if getattr(each, "hf_quantizer", None) is None:
+            each.hf_quantizer = _packed_layers()
+
+
+def _pretrained(model: nn.Module) -> Iterator[Any]:
+    """The models of transformers in a model, outermost ones, where that is imported at all."""
+    kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    return iter(()) if kind is None else _outermost(model, kind)
 
 
 def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
@@ -104,3 +114,36 @@ def _plain_weights() -> Any:
             return _plain_weights, ()
 
     return PlainWeights()
+
+
+def _packed_layers() -> Any:
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class PackedLayers(HfQuantizer):
+        """Refuses to have packed layers written as if they were plain ones."""
+
+        def __init__(self) -> None:
+            super().__init__(QuantizationConfigMixin(quant_method="bellbox"))  # pyright: ignore[reportArgumentType]
+
+        def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+            """No.
+
+            Raises:
+                BellboxError: always, with the way out.
+            """
+            raise BellboxError(
+                "save_pretrained knows nothing of packed layers: save this model by "
+                "bellbox.interop.transformers.save_transformers(model, folder), or by bellbox.save"
+            )
+
+        @property
+        def is_trainable(self) -> bool:  # pyright: ignore
+            """By adapters around it."""
+            return True
+
+        def __reduce__(self) -> Any:
+            """A copy is made anew: the class is no attribute of a module."""
+            return _packed_layers, ()
+
+    return PackedLayers()

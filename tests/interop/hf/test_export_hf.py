@@ -1,0 +1,117 @@
+"""`bellbox export hf`: transformers' own classes compute the same; the model card; the command."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hf_models import IDS, LLAMA, bellbox_greedy, greedy, logits, packed_model
+
+import bellbox as bb
+from bellbox.models import GPTConfig, build
+from bellbox.nn import PackedLinear
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (GPTConfig(97, 32, 64, 2, 4, 64), "GPT2LMHeadModel"),
+        (GPTConfig(97, 32, 64, 2, 4, 64, bias=False, activation="gelu_erf"), "GPT2LMHeadModel"),
+        (GPTConfig(97, 32, 64, 2, 4, 64, fused_qkv=True), "GPT2LMHeadModel"),
+        (GPTConfig(97, 32, 64, 2, 4, 64, activation="relu"), "OPTForCausalLM"),
+        (LLAMA, "LlamaForCausalLM"),
+    ],
+    ids=["gpt", "without biases", "fused", "relu", "llama"],
+)
+@pytest.mark.parametrize("embeddings", ["fp32", "int8"])
+def test_transformers_own_classes_compute_the_same(config, name, embeddings, transformers, tmp_path) -> None:
+    from bellbox.interop.transformers.export import export_packed
+
+    model = packed_model(config, embeddings=embeddings)
+    export_packed(model, tmp_path / "m")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert type(loaded).__name__ == name
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+    assert torch.equal(greedy(loaded, IDS[:, :5]), bellbox_greedy(model, IDS[:, :5]))
+
+
+def test_a_gpt_whose_q_k_and_v_are_not_alike_is_refused(transformers, tmp_path) -> None:
+    from bellbox.interop.transformers.export import export_packed
+
+    config = GPTConfig(97, 32, 64, 2, 4, 64)
+    for recipe in (
+        bb.Recipe.of("lsq", 4, share_inputs=False),
+        bb.Recipe.bbq(2, keep=("*.k_proj",)),
+        bb.Recipe.bbq(2, keep=("*.q_proj",)),
+    ):
+        model = packed_model(config, recipe)
+        layer = model.transformer.h[0].attn.v_proj
+        layer.act_scale = layer.act_scale * 1.5
+        with pytest.raises(bb.BellboxError, match="q, k and v as one layer"):
+            export_packed(model, tmp_path / "m")
+        assert not (tmp_path / "m").exists()
+    bb.save(packed_model(config), tmp_path / "saved")
+    with pytest.raises(bb.BellboxError, match="bellbox export hf"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_the_card_counts_what_is_there(ours, folder) -> None:
+    text = (folder / "README.md").read_text()
+    assert text.index("needs Bellbox") < text.index("## Size")
+    sizes = {
+        row[1]: [int(cell.replace(",", "")) for cell in row.groups()[1:]]
+        for row in re.finditer(r"^\| \**([a-z][^|*]*?)\** \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    }
+    whole = sizes.pop("all of it")
+    on_disk = sum((folder / name).stat().st_size for name in ("model.safetensors", "config.json"))
+    assert whole == [sum(p for p, _ in sizes.values()), on_disk]
+    assert sum(size for _, size in sizes.values()) == on_disk
+    assert whole[0] == sum(p.numel() for p in build(LLAMA).parameters())
+    layers = [m for m in ours.modules() if isinstance(m, PackedLinear)]
+    codes = sum(m.weight_packed.nbytes for m in layers)
+    assert sizes["codes of low-bit layers"] == [sum(m.row_length * m.row_count for m in layers), codes]
+    assert f"| {8 * on_disk / whole[0]:.3f} |" in text
+
+
+def test_the_command(transformers, tmp_path, capsys) -> None:
+    from bellbox.cli.main import main
+    from bellbox.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog"] * 3, 280)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    from dataclasses import replace
+
+    model = packed_model(replace(LLAMA, vocab_size=tokenizer.vocab_size))
+    bb.save(model, tmp_path / "packed", tokenizer=tmp_path / "tokenizer.json")
+    (tmp_path / "packed" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "packed" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    main(["export", "hf", str(tmp_path / "packed"), str(tmp_path / "out")])
+    assert "its README.md says how to load it" in capsys.readouterr().out
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = words("the quick", return_tensors="pt").input_ids
+    assert ids[0].tolist() == tokenizer.encode("the quick")
+    assert words.eos_token_id == loaded.config.eos_token_id == tokenizer.end_of_text
+    assert words.chat_template == "{{ messages[0].content }}"
+    assert loaded.generation_config.temperature == 0.5
+    found = greedy(loaded, ids, 8)[0]
+    expected = bellbox_greedy(model, ids, 8)[0]
+    assert torch.equal(found, expected[: len(found)])
+    # bellbox opens what it wrote for transformers, and writes it again
+    main(["export", "hf", str(tmp_path / "out"), str(tmp_path / "out")])
+    main(
+        ["generate", str(tmp_path / "out"), "--prompt", "the", "--max-new-tokens", "4", "--temperature", "0"]
+    )
+    capsys.readouterr()
+    for wrong in (
+        ["export", "hf", str(tmp_path), "x"],
+        ["export", "nosuch", "a", "b"],
+        ["export", "hf", "a"],
+    ):
+        with pytest.raises(SystemExit) as refused:
+            main(wrong)
+        assert refused.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
