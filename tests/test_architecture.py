@@ -28,7 +28,7 @@ MAY_KNOW = {
     "coverage": "nn past_forward quantizers recipe structure",
     "convert": "errors core nn past_forward quantizers recipe structure coverage",
     "calibrate": "errors quantizers",
-    "optim": "errors nn quantizers recipe",
+    "optim": "errors nn quantizers recipe structure",
     "models": "errors utils ops structure",
     "data": "errors utils",
     "inference": "errors ops nn models data convert",
@@ -38,7 +38,7 @@ MAY_KNOW = {
     "formats": "errors utils core nn models data runs",
     "interop": "",
     "training": (
-        "errors utils core quantizers recipe nn structure optim convert models data objectives evaluation formats runs"
+        "errors utils core quantizers recipe nn optim convert models data objectives evaluation formats runs"
     ),
     "benchmark": "utils core ops recipe nn convert models inference",
     "report": "errors utils runs comparison",
