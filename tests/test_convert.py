@@ -541,9 +541,8 @@ def test_a_summary_counts_a_shared_weight_once_and_says_what_is_left() -> None:
 
 
 def test_a_forward_that_a_trainer_put_on_the_model_does_not_run_the_trained_one_from_the_packed():
-    model = bb.prepare(
-        nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), bb.Recipe.bbq(2, keep_ends=False)
-    )
+    layers = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)]
+    model = bb.prepare(nn.Sequential(*layers), bb.Recipe.bbq(2, keep_ends=False))
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     expected = model.train()(x).detach(), model.eval()(x).detach()
     assert not torch.equal(*expected)
