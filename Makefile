@@ -31,8 +31,8 @@ demo: setup
 test: check unit
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/pyright
 
 # One thread a worker: small tensors gain nothing from more, and the workers do not fight for the cores.
@@ -62,8 +62,8 @@ sanitize:
 	build/checks/sanitize/check
 
 format: setup
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples
 
 bench: setup
 	$(BIN)/python benchmarks/step_time.py

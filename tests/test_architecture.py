@@ -36,7 +36,7 @@ MAY_KNOW = {
     "runs": "errors utils version core ops quantizers recipe nn convert models data",
     "ptq": "errors utils core nn models data formats",
     "formats": "errors utils core nn models data runs",
-    "interop": "errors utils nn",
+    "interop": "errors utils nn recipe convert",
     "training": (
         "errors utils core quantizers recipe nn optim convert models data objectives evaluation formats runs"
     ),

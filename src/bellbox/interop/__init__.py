@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PARTS = {"ExactCheckpoints": "trainer", "TorchAOConfig": "torchao"}
+_PARTS = {"ExactCheckpoints": "trainer", "TorchAOConfig": "torchao", "torchao_filter": "torchao"}
 """Public names, by the module that has them."""
 
 
