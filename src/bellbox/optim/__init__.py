@@ -18,7 +18,7 @@ bb.optim.refit_codebooks(model, bb.optim.second_moments(optimizer), step)     # 
 
 from bellbox.optim.cewt import CEWT, constrained_weights, head_weights, normal_scores, project_
 from bellbox.optim.codebooks import add_squared_gradients, refit_codebooks, second_moments
-from bellbox.optim.groups import multiplies, parameter_groups
+from bellbox.optim.groups import multiplies, parameter_groups, scale_gradients_by_row
 from bellbox.optim.hyperball import hyperball, project_weights
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "project_",
     "project_weights",
     "refit_codebooks",
+    "scale_gradients_by_row",
     "second_moments",
 ]

@@ -15,6 +15,7 @@ from bellbox.nn import is_fused_experts, is_transposed_linear
 from bellbox.nn.experts import ExpertsForward
 from bellbox.nn.tools import stored_weights
 from bellbox.quantizers import Quantizer
+from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.recipe import is_head
 
 
@@ -71,3 +72,21 @@ def multiplies(module: nn.Module) -> bool:
     """Whether it is a layer whose weight is multiplied with, or fused experts."""
     known = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | ExpertsForward)
     return known or is_transposed_linear(module) or is_fused_experts(module)
+
+
+def scale_gradients_by_row(model: nn.Module, on: bool = True) -> None:
+    """Have gradients of learned scales of inputs not depend on how a batch is split or padded.
+
+    As published, such a gradient is divided by the root of the number of values in the tensor. Four micro-batches then
+    give twice the gradient of one batch, and padding makes it smaller. With this, it is divided by the root of a row's
+    length alone, so that it is larger by the root of the number of rows: Adam's step does not notice, a clip of the
+    gradient's norm may. To be called again in a process that goes on from a checkpoint; values of scales and all other
+    gradients stay the same.
+
+    Args:
+        model: prepared. Methods that divide so are bbq, lsq and seq; others are left.
+        on: False for the published rule.
+    """
+    for module in model.modules():
+        if isinstance(module, LearnedQuantizer) and module.rows is None:
+            module.gradient_by_row = on
