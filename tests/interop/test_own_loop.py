@@ -159,7 +159,7 @@ def test_an_average_is_a_model_that_packs() -> None:
     assert not torch.equal(logits(packed), logits(model))
 
 
-@pytest.mark.parametrize("form", ["training", "evaluation", "packed"])
+@pytest.mark.parametrize("form", ["training"] + WHOLE * ["evaluation", "packed"])
 def test_compiled_it_is_one_graph_and_the_same_function(form: str) -> None:
     model = llama().train(form == "training")
     model = bb.convert(model) if form == "packed" else model
@@ -180,7 +180,8 @@ def test_compiled_it_is_one_graph_and_the_same_function(form: str) -> None:
             torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["evaluation", "packed"] if WHOLE else ["packed"])
+@pytest.mark.skipif(not WHOLE, reason="BELLBOX_ZOO=all; tests/nn/test_export.py has layers")
+@pytest.mark.parametrize("form", ["evaluation", "packed"])
 def test_exported_it_gives_the_same_bits(form: str) -> None:
     model = llama().eval()
     model = bb.convert(model) if form == "packed" else model
@@ -209,7 +210,7 @@ def test_compiled_unpacking_of_a_slice_is_eager_unpacking() -> None:
         unpacked, fullgraph=True, dynamic=True, backend="inductor" if WHOLE else "aot_eager"
     )
     whole = [held(each, n) for each, n in zip(codes, levels, strict=True)]
-    for rows in (1, 7, 64):
+    for rows in (1, 7, 64) if WHOLE else (7,):
         for start in (0, 1, 5):
             found = compiled(*(part[start : start + rows] for part in whole))
             expected = [each[start : start + rows] for each in codes]
