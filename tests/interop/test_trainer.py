@@ -150,6 +150,26 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
         trainer(LowBit, llama(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_model_that_is_stored_under_other_names_is_resumed_all_the_same(tmp_path: Path) -> None:
+    """Of Mixtral, transformers' own resume finds no expert: they are stored one by one, and loaded as one."""
+
+    def mixtral() -> Any:
+        torch.manual_seed(0)
+        config = transformers.MixtralConfig(**{**SIZES, "num_hidden_layers": 1}, num_local_experts=2)
+        model = bb.prepare(transformers.MixtralForCausalLM(config), bb.Recipe.bbq(2))
+        bb.calibrate(model, [torch.arange(1, 33).reshape(2, 16)])
+        return model
+
+    whole, resumed = mixtral(), mixtral()
+    trainer(LowBit, whole, tmp_path, max_steps=2, save_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    trainer(LowBit, resumed, tmp_path, max_steps=2).train(resume_from_checkpoint=str(folder))
+    assert same(resumed, whole)
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-8])
+    with pytest.raises(bb.BellboxError, match=FILE):
+        trainer(LowBit, mixtral(), tmp_path).train(resume_from_checkpoint=str(folder))
+
+
 def test_a_full_precision_model_is_checkpointed_as_ever(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))

@@ -244,7 +244,7 @@ def test_the_published_rule_has_the_head_on_the_hyperball() -> None:
     assert not torch.allclose(head.detach().flatten().sort().values / head.detach().std(), scores, atol=0.02)
 
 
-def test_it_runs_inside_of_accelerate() -> None:
+def test_it_runs_inside_of_accelerate(tmp_path: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
     plain, model = network(), network()
     alone = hyperball(torch.optim.AdamW(plain.parameters()), plain, every=2)
@@ -256,6 +256,13 @@ def test_it_runs_inside_of_accelerate() -> None:
     ready, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     learn(ready, optimizer, scheduler=schedule)
     assert same(model, plain)
+    accelerator.save_state(str(tmp_path / "state"))
+    learn(ready, optimizer, scheduler=schedule)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    accelerator.load_state(str(tmp_path / "state"))
+    assert same(model, plain)
+    learn(ready, optimizer, scheduler=schedule)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     project(optimizer)
     late = torch.optim.AdamW(network(3).parameters())
     wrapped = accelerator.prepare(late)

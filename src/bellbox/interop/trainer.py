@@ -17,15 +17,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 
 from bellbox.errors import BellboxError
-from bellbox.nn.pretrained import plain_state, saved_as_plain
+from bellbox.nn.pretrained import saved_as_plain
 from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import read_tensors, write_tensors
 
 FILE = "bellbox_state.safetensors"
-"""What the plain weights of a checkpoint do not say: quantizers, their records, weights as they are stored."""
+"""What is not in the other files under the name that it is loaded by: quantizers, their records, rotated weights."""
 
 
 class ExactCheckpoints:
@@ -37,10 +38,10 @@ class ExactCheckpoints:
             model.hf_quantizer.has_said = True  # what it would warn of is kept here
         super()._save(output_dir, state_dict)  # pyright: ignore[reportAttributeAccessIssue]
         if model is not None and self.args.should_save:
-            plain = plain_state(model)
-            own = {name: value for name, value in unique_tensors(model).items() if name not in plain}
-            folder = self.args.output_dir if output_dir is None else output_dir
-            write_tensors(Path(folder) / FILE, {name: value.contiguous() for name, value in own.items()})
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            written = _names_in(folder)
+            own = {name: value for name, value in unique_tensors(model).items() if name not in written}
+            write_tensors(folder / FILE, {name: value.contiguous() for name, value in own.items()})
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._prepared() is not None:
@@ -58,7 +59,7 @@ class ExactCheckpoints:
             return
         path = _file_of(folder)
         found = model.load_state_dict(read_tensors(path), strict=False)
-        own = unique_tensors(model).keys() - plain_state(model).keys()
+        own = unique_tensors(model).keys() - _names_in(path.parent)
         wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if name in own)]
         if wrong:
             raise BellboxError(f"{path} is of another model: {wrong[0]} is in one of them alone")
@@ -67,6 +68,16 @@ class ExactCheckpoints:
         """The model, where `save_pretrained` would write its plain weights."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model if saved_as_plain(model) else None
+
+
+def _names_in(folder: Path) -> set[str]:
+    """Names of the tensors that `save_pretrained` wrote; some models are stored under others than they have."""
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        if path.name != FILE:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+    return names
 
 
 def _file_of(folder: str) -> Path:
