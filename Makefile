@@ -32,8 +32,8 @@ demo: setup
 test: check unit
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/pyright
 
 # One thread a worker: small tensors gain nothing from more, and the workers do not fight for the cores.
@@ -52,7 +52,7 @@ held: setup
 # Beside the environment, not in it: a torchvision whose compiled part does not load breaks the import of transformers.
 zoo-packages: setup
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/zoo timm==1.0.31 torchvision==0.28.0 \
-	  peft==0.21.2 accelerate==1.15.0 psutil==7.2.2
+	  peft==0.21.2 trl==1.16.0 accelerate==1.15.0 psutil==7.2.2
 
 zoo: zoo-packages
 	BELLBOX_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/zoo
@@ -68,8 +68,8 @@ onnx:
 	cmake --build build/onnx --parallel $(JOBS)
 
 format: setup
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples
 
 bench: setup
 	$(BIN)/python benchmarks/step_time.py

@@ -108,9 +108,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_FORMULAS,
     ),
     "quantizers/ternary": _METHODS,
-    "optim": _OPTIMIZER,
+    "optim/groups": _OPTIMIZER,
+    "optim/codebooks": _OPTIMIZER,
+    "optim/hyperball": ("tests/optim/test_hyperball.py",),
     "training/schedule": ("tests/training/test_train_schedule.py",),
-    "training/optim/cewt": ("tests/training/test_train_cewt.py",),
+    "optim/cewt": ("tests/training/test_train_cewt.py",),
     "training/optim/groups": ("tests/training/test_train_optimizer.py", "tests/training/test_train_cewt.py"),
     "training/loop": (
         "tests/training/test_train_step.py",

@@ -30,7 +30,7 @@ MAY_KNOW = {
     "convert": "errors core nn past_forward quantizers recipe structure coverage",
     "listing": "core nn coverage",
     "calibrate": "errors quantizers",
-    "optim": "errors nn quantizers recipe",
+    "optim": "errors nn quantizers recipe structure",
     "models": "errors utils ops structure",
     "data": "errors utils",
     "inference": "errors ops nn models data convert",
@@ -40,7 +40,7 @@ MAY_KNOW = {
     "formats": "errors utils core nn models data runs",
     "interop": "errors utils version core ops quantizers nn convert models data inference recipe formats",
     "training": (
-        "errors utils core quantizers recipe nn structure optim convert models data objectives evaluation formats runs"
+        "errors utils core quantizers recipe nn optim convert models data objectives evaluation formats runs"
     ),
     "benchmark": "utils core ops recipe nn convert models inference",
     "report": "errors utils runs comparison",

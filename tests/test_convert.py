@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 
 import pytest
@@ -537,3 +538,25 @@ def test_a_summary_counts_a_shared_weight_once_and_says_what_is_left() -> None:
     lines = bb.summary(model).splitlines()
     assert "left: blocks.0.fc.0, 512 weights (the recipe leaves it)" in lines
     assert [line for line in lines if line.startswith("left: lm_head, ") and "gives the outputs" in line]
+
+
+def test_a_forward_that_a_trainer_put_on_the_model_does_not_run_the_trained_one_from_the_packed():
+    layers = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)]
+    model = bb.prepare(nn.Sequential(*layers), bb.Recipe.bbq(2, keep_ends=False))
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    expected = model.train()(x).detach(), model.eval()(x).detach()
+    assert not torch.equal(*expected)
+    first, calls = model.forward, []
+
+    def fused(self, *args):
+        calls.append(self)
+        return first(*args)
+
+    model.forward = types.MethodType(fused, model)
+    with pytest.warns(UserWarning, match="put on the model itself calls the trained model"):
+        packed = bb.convert(model.train())
+    assert torch.equal(packed(x), expected[1])
+    assert calls == []
+    assert torch.equal(model(x), expected[0])
+    model.forward = types.MethodType(lambda self, y: 2 * type(self).forward(self, y), model)  # leads nowhere
+    assert torch.equal(bb.convert(model)(x), 2 * expected[1])

@@ -9,6 +9,9 @@ model = bb.load("model-2bit")                      # the same function, on integ
 ```
 """
 
+import importlib
+from types import ModuleType
+
 from bellbox.calibrate import calibrate
 from bellbox.convert import convert, prepare
 from bellbox.errors import BellboxError
@@ -38,3 +41,12 @@ __all__ = [
     "save",
     "summary",
 ]
+
+_ON_DEMAND = ("interop", "optim")
+"""Parts that are imported where they are asked for."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"bellbox.{name}")
+    raise AttributeError(f"module 'bellbox' has no attribute {name!r}")

@@ -48,6 +48,7 @@ from bellbox.nn.compact import Precision, compact, packed_tables, require_unroun
 from bellbox.nn.experts import sizes as expert_sizes
 from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.integer_product import coding_of
+from bellbox.nn.own_forward import forget_forwards_of
 from bellbox.nn.pretrained import have_plain_weights_saved, refuse_plain_saving, stop_saving_plain_weights
 from bellbox.nn.quantized_table import QuantizedTable, quantized_table
 from bellbox.nn.state import look_before_loading, look_no_more
@@ -331,6 +332,13 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
         if not isinstance(layer, QuantizedExpert):  # whose owner is the module around it
             cast(CodedLayer, memo[id(layer)]).take_over(layer, memo)
     packed = copy.deepcopy(model, memo).requires_grad_(False).eval()
+    stale = forget_forwards_of(model, packed)
+    if stale:
+        warnings.warn(
+            f"the forward that was put on {stale[0] or 'the model'} itself calls the trained model: the packed one has "
+            "that of its class",
+            stacklevel=2,
+        )
     stop_saving_plain_weights(packed)
     refuse_plain_saving(packed)
     compact(packed, embeddings)

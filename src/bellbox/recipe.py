@@ -224,7 +224,7 @@ class Recipe:
 
         Causal (the granularity `token`); weights are learned in the rotated domain, where their codes stay equally used
         and no step has to rotate them; and gamma learns at a tenth of the learning rate. `bellbox train` adds the
-        hyperball step (`bellbox.training.optim.cewt`), which a loop of your own may as well.
+        hyperball step (`bellbox.optim.cewt`), which a loop of your own may as well.
 
         Args:
             bits: of weights and activations, 1 to 8 (2 where nothing is said).
@@ -258,7 +258,7 @@ class Recipe:
         grid at every width, taken over the whole weight; weights learned in the rotated domain.
 
         Initialisation and optimizer belong to it: `bellbox train` adds them with `method: cewt`; in a loop of your own,
-        `bellbox.models.lecun_` and `bellbox.training.optim.cewt`. Ours is `Recipe.bbq` with the latter.
+        `bellbox.models.lecun_` and `bellbox.optim.cewt`. Ours is `Recipe.bbq` with the latter.
 
         Args:
             bits: of weights and activations, 1 to 8 (2 where nothing is said).

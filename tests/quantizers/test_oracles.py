@@ -14,11 +14,11 @@ import torch
 from mpmath import mp
 
 from bellbox.core.grid import Levels
+from bellbox.optim.cewt import normal_scores
 from bellbox.quantizers import build_quantizer
 from bellbox.quantizers.nf import normal_float
 from bellbox.quantizers.quest import CLIPS, gaussian_clip, gaussian_error
 from bellbox.recipe import QuantizerSpec
-from bellbox.training.optim.cewt import normal_scores
 
 # bitsandbytes 0.41 to 0.48, `get_4bit_type("nf4")`; appendix E of QLoRA (arXiv 2305.14314) prints the same 16 numbers.
 BITSANDBYTES_NF4 = (

@@ -15,12 +15,12 @@ from bellbox.convert import convert, prepare
 from bellbox.core.entropy import code_counts
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
+from bellbox.optim.cewt import CEWT, constrained_weights, head_weights, normal_scores, project_
 from bellbox.quantizers import build_quantizer
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
 from bellbox.runs.config import CewtSection, OptimizerSection, PhasesSection, QuantizationSection
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
-from bellbox.training.optim.cewt import CEWT, constrained_weights, head_weights, normal_scores, project_
 
 Tiny = Callable[..., TrainConfig]
 

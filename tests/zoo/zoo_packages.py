@@ -16,13 +16,22 @@ _schemas: list[torch.library.Library] = []
 def package(name: str) -> ModuleType | None:
     """An installed package, or None where it is absent."""
     try:
-        if name in ("torchvision", "timm", "peft"):
+        if name in ("torchvision", "timm", "peft", "trl"):
             if APART.is_dir() and str(APART) not in sys.path:
                 sys.path.append(str(APART))
             _declare_operators()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in ("timm", "torchvision", "transformers", "peft", "accelerate", "psutil"):
+        if error.name not in (
+            "timm",
+            "torchvision",
+            "transformers",
+            "peft",
+            "trl",
+            "accelerate",
+            "psutil",
+            "datasets",
+        ):
             raise
         return None
 

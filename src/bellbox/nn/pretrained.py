@@ -8,6 +8,7 @@ they kept. A packed one's codes would be as unreadable, so it is given one that 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import EXTRA_STATE, QuantizedLayer
 from bellbox.nn.quantized_table import QuantizedTable
+
+logger = logging.getLogger("bellbox")
+LEFT_OUT = (
+    "save_pretrained writes the plain weights of a prepared model, without its learned scales; a Trainer resumes "
+    "exactly with bellbox.interop.ExactCheckpoints before its class; torch.save(model.state_dict()) keeps everything"
+)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -72,10 +79,15 @@ def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
             yield from _outermost(child, kind)
 
 
+def saved_as_plain(model: nn.Module) -> bool:
+    """Whether `save_pretrained` would write a model as the plain one that it was."""
+    return type(model.__dict__.get("hf_quantizer")).__name__ == "PlainWeights"
+
+
 def stop_saving_plain_weights(model: nn.Module) -> None:
     """The way back from `have_plain_weights_saved`."""
     for module in model.modules():
-        if type(module.__dict__.get("hf_quantizer")).__name__ == "PlainWeights":
+        if saved_as_plain(module):
             del module.hf_quantizer
 
 
@@ -85,6 +97,9 @@ def _plain_weights() -> Any:
 
     class PlainWeights(HfQuantizer):
         """Hands out the weights of a prepared model as if it were not prepared."""
+
+        has_said = False
+        """Whether somebody was told what is left out."""
 
         def __init__(self) -> None:
             super().__init__(QuantizationConfigMixin(quant_method="bellbox"))  # pyright: ignore[reportArgumentType]
@@ -107,6 +122,9 @@ def _plain_weights() -> Any:
             self, model: Any
         ) -> tuple[dict[str, Tensor], dict[str, Any]]:
             """The plain state."""
+            if not self.has_said:
+                self.has_said = True
+                logger.warning(LEFT_OUT)
             return plain_state(model), {}
 
         def __reduce__(self) -> Any:

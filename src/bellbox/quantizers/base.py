@@ -170,9 +170,12 @@ class Quantizer(nn.Module, ABC):
         return 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Signs follow from the specification: they outlive the meta device, where memory has no content."""
+        """A move. Scales do not become bf16 or fp16: steps of a learning rate would be lost in those.
+
+        Signs follow from the specification: they outlive the meta device, where memory has no content.
+        """
         before = self.signs
-        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
+        super()._apply(_not_narrower(fn), recurse)  # pyright: ignore[reportUnknownMemberType]
         if before is not None and self.signs is not None:
             if self.signs.is_meta and not before.is_meta:
                 self._signs_of_meta = before.to("cpu")
@@ -384,3 +387,14 @@ def rotate_vectors(x: Tensor, block: int) -> Tensor:
     if block == 1:
         return x
     return rotation(x, block**-0.5, block, result_dtype(x))
+
+
+def _not_narrower(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module._apply` does to a tensor, but that fp32 does not become a type of half its size."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        narrower = tensor.dtype == torch.float32 and result.dtype in (torch.bfloat16, torch.float16)
+        return tensor.to(result.device) if narrower else result
+
+    return moved

@@ -382,7 +382,7 @@ class BBQ(LearnedQuantizer):
         whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
         follow = self.options.zeta is not None
         if self.options.zeta is None:
-            gamma = self.learned("gamma")
+            gamma = self.divided_by_row(self.learned("gamma"), rows)
         else:
             assert norm.sigma is not None
             gamma = (self.options.zeta * norm.sigma * (norm.r - norm.r + 1)).to(compute_dtype(rows))
@@ -401,7 +401,8 @@ class BBQ(LearnedQuantizer):
             return super().coded_rows(rows, norm, dtype)
         whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
         numbers = self.levels.thresholds, self.levels.offset, self.block, whole, dtype
-        value, kept = _Keep.apply(rows, self.learned("gamma"), norm.r, norm.free, *numbers)  # type: ignore[misc]
+        gamma = self.divided_by_row(self.learned("gamma"), rows)
+        value, kept = _Keep.apply(rows, gamma, norm.r, norm.free, *numbers)  # type: ignore[misc]
         return Coded(value, kept, steps_of(self.levels.thresholds), self.scale(), norm.r - norm.r + 1)
 
     def scale(self) -> Tensor:

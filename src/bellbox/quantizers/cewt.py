@@ -10,7 +10,7 @@ an input its own L2 norm again, and the whole weight its own Frobenius norm. Wit
 So the grid of a weight is the tensor's, its scale the row's. (The authors multiply by zeta = 1.694 before they divide
 by the norm, which takes it out again.) They add 1e-8 to sigma and to norms; here sigma has that floor, and levels that
 are all zero stay zero. Weights are meant to live in the rotated domain, on the hyperball, projected after each step:
-`Recipe.cewt`, and `optimizer.cewt` of a run (`bellbox.training.optim.cewt`). `method: bbq` with CEWT is ours.
+`Recipe.cewt`, and `optimizer.cewt` of a run (`bellbox.optim.cewt`). `method: bbq` with CEWT is ours.
 """
 
 from __future__ import annotations

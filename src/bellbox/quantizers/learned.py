@@ -36,6 +36,10 @@ class LearnedQuantizer(Quantizer):
     does not decide the dtype of a product.
     """
 
+    gradient_by_row = False
+    """Whether gradients of scales of inputs do not depend on how many rows come at once
+    (`bellbox.optim.scale_gradients_by_row`)."""
+
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__(features, spec, rows)
         self._known: tuple[int, ...] | None = None
@@ -196,6 +200,16 @@ class LearnedQuantizer(Quantizer):
             if initialized is not None and not bool(initialized):
                 given = torch.full_like(given, math.nan)
             state[prefix + name] = given
+
+    def divided_by_row(self, scale: Tensor, rows: Tensor) -> Tensor:
+        """A learned scale, the same value, whose gradient a division by the root of the entries of `rows` follows.
+
+        Where `gradient_by_row`, and for inputs alone, what is left of that division is the root of a row's length.
+        """
+        if not self.gradient_by_row or self.rows is not None or not rows.numel():
+            return scale
+        factor = math.sqrt(rows.numel() / rows.shape[-1])
+        return scale.detach() + (scale - scale.detach()) * factor
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

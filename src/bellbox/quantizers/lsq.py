@@ -86,7 +86,7 @@ class LSQ(LearnedQuantizer):
         """See `Quantizer.fake_quantize`."""
         low, high = -self.levels.offset, self.levels.n - 1 - self.levels.offset
         learned = Learned(1 / math.sqrt(max(1, rows.numel()) * self.largest))
-        a = self._step()
+        a = self.divided_by_row(self._step(), rows)
         return straight_through(
             rows, norm, a, self.levels, self.block, dtype, ClipRange(low, high), a, learned
         )

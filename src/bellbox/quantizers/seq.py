@@ -107,7 +107,7 @@ class SEQ(LearnedQuantizer):
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """See `Quantizer.fake_quantize`."""
-        n, a = self.levels.n, self._range()
+        n, a = self.levels.n, self.divided_by_row(self._range(), rows)
         gain = 1 / math.sqrt(max(1, rows.numel()) * self.largest)
         if self.whole:
             clip_range, learned = ClipRange(-n / 2, n / 2 - 1), Learned(gain)

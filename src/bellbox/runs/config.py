@@ -133,7 +133,7 @@ class PhasesSection:
 
 @dataclass(frozen=True)
 class CewtSection:
-    """Constrained weights: of constant norm, made exactly Gaussian from time to time (`training.optim.cewt`)."""
+    """Constrained weights: of constant norm, made exactly Gaussian from time to time (`optim.cewt`)."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     every: int | None = None

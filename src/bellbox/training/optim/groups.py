@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import ROTATED
 from bellbox.nn.tools import stored_weight
-from bellbox.optim import multiplies, parameter_groups, refit_codebooks, second_moments
+from bellbox.optim import (
+    CEWT,
+    constrained_weights,
+    head_weights,
+    multiplies,
+    parameter_groups,
+    refit_codebooks,
+    second_moments,
+)
 from bellbox.recipe import is_head
 from bellbox.runs.config import CewtSection, OptimizerSection
-from bellbox.training.optim.cewt import CEWT, constrained_weights, head_weights
 
 _NORM = "cewt_norm"
 

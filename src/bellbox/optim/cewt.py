@@ -35,6 +35,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +85,11 @@ def project_(weight: Tensor, norm: float | Tensor) -> Tensor:
 
 
 class CEWT:
-    """CEWT around one or several optimizers; `step` takes the place of theirs.
+    """CEWT around one or several optimizers; `step` takes the place of theirs (`hyperball` hooks into one instead).
 
-    The wrapped optimizers must decouple weight decay from the update, as AdamW and Muon do: the weights are zero
-    while they step, so that what they leave there is the update alone, to the last bit, and decay pulls on nothing.
+    The weights are zero while the optimizers step: what they leave there is the update alone, to the last bit, and
+    decay pulls on nothing. So an optimizer must add its update to what it finds; one that keeps a copy of the weights
+    (schedule-free, fp32 masters of bf16) does not.
 
     ```python
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -141,7 +143,56 @@ class CEWT:
         if turn is not None:
             weight.copy_(turn(True))
 
+    def project(self) -> None:
+        """Make all weights Gaussian now, at the norms that they keep."""
+        for weight in self.norms:
+            if weight in self._turns:
+                self._project(weight)
+
     @torch.no_grad()
+    def before(self) -> dict[Tensor, Tensor | None]:
+        """What comes before the optimizers' step: weights become zero, so that the step leaves its update there.
+
+        Returns:
+            the weights that are to move, and what they were; None without hyperball, where they stay.
+        """
+        kept: dict[Tensor, Tensor | None] = {}
+        for weight in self.norms:
+            if weight.grad is not None:
+                kept[weight] = weight.detach().clone() if self.hyperball else None
+                if self.hyperball:
+                    weight.zero_()
+        return kept
+
+    @torch.no_grad()
+    def restore(self, kept: Mapping[Tensor, Tensor | None]) -> None:
+        """Where a step failed: the weights as they were before it."""
+        for weight, was in kept.items():
+            if was is not None:
+                weight.copy_(was)
+
+    @torch.no_grad()
+    def after(
+        self, kept: Mapping[Tensor, Tensor | None], rate: Callable[[Tensor], Any], project: bool
+    ) -> None:
+        """What comes after it: scale the updates, add them to what the weights were, keep norms or project.
+
+        Args:
+            kept: what `before` gave.
+            rate: how far a weight moves, in units of its norm.
+            project: whether to sort.
+        """
+        for weight, was in kept.items():
+            norm = self.norms[weight]
+            if was is not None:
+                length = torch.linalg.vector_norm(weight, dtype=torch.float64)
+                # An update of zero moves nothing.
+                weight.mul_(torch.where(length > 0, rate(weight) * norm / length, 0.0).float()).add_(was)
+            if project and weight in self._turns:
+                self._project(weight)
+            elif was is not None:
+                weight.mul_((norm / torch.linalg.vector_norm(weight, dtype=torch.float64)).float())
+
     def step(self, lr: float, project: bool = True) -> None:
         """One step of all the parameters.
 
@@ -149,22 +200,14 @@ class CEWT:
             lr: of the hyperball: how far a weight moves, in units of its norm.
             project: whether to sort; without it, only the norms are kept (and not even these without hyperball).
         """
-        moving = [weight for weight in self.norms if weight.grad is not None]
-        before = {weight: weight.detach().clone() for weight in moving if self.hyperball}
-        for weight in before:
-            weight.zero_()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for weight in moving:
-            norm = self.norms[weight]
-            if self.hyperball:
-                length = torch.linalg.vector_norm(weight, dtype=torch.float64)
-                # An update of zero moves nothing.
-                weight.mul_(torch.where(length > 0, lr * norm / length, 0.0).float()).add_(before[weight])
-            if project and weight in self._turns:
-                self._project(weight)
-            elif self.hyperball:
-                weight.mul_((norm / torch.linalg.vector_norm(weight, dtype=torch.float64)).float())
+        kept = self.before()
+        try:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        except BaseException:
+            self.restore(kept)
+            raise
+        self.after(kept, lambda _: lr, project)
 
 
 def _turned(layer: QuantizedLayer, back: bool = False) -> Tensor:
