@@ -1,4 +1,4 @@
-// What a decoder does between its packed layers, one token at a time: RMS norm, attention over the cache, int8 head.
+// What a decoder does between its packed layers, one token at a time: RMS norm, attention over the cache, fp32 and int8 heads.
 //
 // Plain loops, compiled once for each instruction set. Sums run in sixteen lanes that are added in a fixed order, with
 // no fused multiply-add, so every instruction set gives the same bits; sums of squares are fp64. Speed is the memory's:
@@ -178,28 +178,30 @@ inline void attend_pairs(const AttendArgs& a, int64_t begin, int64_t end, float*
     const size_t bytes = static_cast<size_t>(d) * sizeof(float);
     float *const queries = scratch, *const fresh = queries + count * d, *const decoded = fresh + d;
     float* const weights = decoded + kCacheRows * d;
-    const auto place = [&](const float* x, float* to) {
+    const auto place = [&](const float* x, int64_t position, float* to) {
         if (a.cosine != nullptr)
-            turn(x, a.cosine, a.sine, d, to);
+            turn(x, a.cosine + position * (d / 2), a.sine + position * (d / 2), d, to);
         else
             std::memcpy(to, x, bytes);
         rotate_head(to, d, cache.block);
     };
     for (int64_t pair = begin; pair < end; ++pair) {
-        Code* const keys = static_cast<Code*>(cache.keys) + pair * cache.room * row;
-        Code* const values = static_cast<Code*>(cache.values) + pair * cache.room * row;
-        float* const key_scales = cache.key_scales == nullptr ? nullptr : cache.key_scales + pair * cache.room;
-        float* const value_scales = cache.key_scales == nullptr ? nullptr : cache.value_scales + pair * cache.room;
-        place(a.key + pair * d, fresh);
-        const float key_scale = code_row(fresh, d, keys + cache.start * row);
+        const int64_t sequence = pair / a.kv_heads, start = cache.start_of(sequence);
+        const int64_t at = (cache.slot_of(sequence) * a.kv_heads + pair % a.kv_heads) * cache.room;
+        Code* const keys = static_cast<Code*>(cache.keys) + at * row;
+        Code* const values = static_cast<Code*>(cache.values) + at * row;
+        float* const key_scales = cache.key_scales == nullptr ? nullptr : cache.key_scales + at;
+        float* const value_scales = cache.key_scales == nullptr ? nullptr : cache.value_scales + at;
+        place(a.key + pair * d, start, fresh);
+        const float key_scale = code_row(fresh, d, keys + start * row);
         std::memcpy(fresh, a.value + pair * d, bytes);
         rotate_head(fresh, d, cache.block);
-        const float value_scale = code_row(fresh, d, values + cache.start * row);
-        if (key_scales != nullptr) key_scales[cache.start] = key_scale, value_scales[cache.start] = value_scale;
+        const float value_scale = code_row(fresh, d, values + start * row);
+        if (key_scales != nullptr) key_scales[start] = key_scale, value_scales[start] = value_scale;
         // Pairs are sequence by sequence, and of one the queries of a key-value head follow one another.
-        for (int64_t q = 0; q < count; ++q) place(a.query + (pair * count + q) * d, queries + q * d);
+        for (int64_t q = 0; q < count; ++q) place(a.query + (pair * count + q) * d, start, queries + q * d);
         float* const out = a.out + pair * count * d;
-        attend_head(queries, count, keys, values, key_scales, value_scales, cache.start + 1, d, decoded, weights, out);
+        attend_head(queries, count, keys, values, key_scales, value_scales, start + 1, d, decoded, weights, out);
         for (int64_t q = 0; q < count; ++q) rotate_head(out + q * d, d, cache.block);
     }
 }
@@ -209,6 +211,28 @@ inline void attend(const AttendArgs& a, int64_t begin, int64_t end, float* scrat
         case CacheType::f32: return attend_pairs<float>(a, begin, end, scratch);
         case CacheType::i8: return attend_pairs<int8_t>(a, begin, end, scratch);
         case CacheType::i4: return attend_pairs<uint8_t>(a, begin, end, scratch);
+    }
+}
+
+// Weight rows [begin, end) of out[m, n] = dot(x[m], weight[n]), four rows of x at a time; a row's sums are its own.
+inline void float_linear(const FloatLinearArgs& a, int64_t begin, int64_t end) {
+    constexpr int kRows = 4;
+    for (int64_t n = begin; n < end; ++n) {
+        const float* const weight = a.weight + n * a.k;
+        int64_t m = 0;
+        for (; m + kRows <= a.m; m += kRows) {
+            const float* const x = a.x + m * a.k;
+            float lanes[kRows][kLanes] = {};
+            int64_t i = 0;
+            for (; i + kLanes <= a.k; i += kLanes)
+                for (int row = 0; row < kRows; ++row)
+                    for (int l = 0; l < kLanes; ++l) lanes[row][l] += x[row * a.k + i + l] * weight[i + l];
+            for (int row = 0; row < kRows; ++row) {
+                for (int l = 0; i + l < a.k; ++l) lanes[row][l] += x[row * a.k + i + l] * weight[i + l];
+                a.out[(m + row) * a.n + n] = sum_lanes(lanes[row]);
+            }
+        }
+        for (; m < a.m; ++m) a.out[m * a.n + n] = dot(a.x + m * a.k, weight, a.k);
     }
 }
 
