@@ -214,25 +214,53 @@ inline void attend(const AttendArgs& a, int64_t begin, int64_t end, float* scrat
     }
 }
 
-// Weight rows [begin, end) of out[m, n] = dot(x[m], weight[n]), four rows of x at a time; a row's sums are its own.
-inline void float_linear(const FloatLinearArgs& a, int64_t begin, int64_t end) {
-    constexpr int kRows = 4;
-    for (int64_t n = begin; n < end; ++n) {
-        const float* const weight = a.weight + n * a.k;
-        int64_t m = 0;
-        for (; m + kRows <= a.m; m += kRows) {
-            const float* const x = a.x + m * a.k;
-            float lanes[kRows][kLanes] = {};
-            int64_t i = 0;
-            for (; i + kLanes <= a.k; i += kLanes)
-                for (int row = 0; row < kRows; ++row)
-                    for (int l = 0; l < kLanes; ++l) lanes[row][l] += x[row * a.k + i + l] * weight[i + l];
-            for (int row = 0; row < kRows; ++row) {
-                for (int l = 0; i + l < a.k; ++l) lanes[row][l] += x[row * a.k + i + l] * weight[i + l];
-                a.out[(m + row) * a.n + n] = sum_lanes(lanes[row]);
-            }
+// Lanes as wide as a register, of which some make kLanes: a compiler keeps wider ones in memory.
+#if defined(__AVX512F__)
+constexpr int kPart = 16;
+#elif defined(__AVX__)
+constexpr int kPart = 8;
+#else
+constexpr int kPart = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(kPart * sizeof(float))));
+
+inline Lanes load_lanes(const float* from) {
+    Lanes lanes;
+    std::memcpy(&lanes, from, sizeof(lanes));
+    return lanes;
+}
+
+// Products of one weight row with kRows rows of x from `x` on; a row's sums are its own, the very ones of `dot`.
+template <int kRows>
+inline void float_rows(const float* x, const float* weight, int64_t k, int64_t stride, float* out) {
+    constexpr int kParts = kLanes / kPart;
+    Lanes sums[kRows][kParts] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes)
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+            const Lanes w = load_lanes(weight + i + part * kPart);
+#pragma GCC unroll 8
+            for (int row = 0; row < kRows; ++row) sums[row][part] += load_lanes(x + row * k + i + part * kPart) * w;
         }
-        for (; m < a.m; ++m) a.out[m * a.n + n] = dot(a.x + m * a.k, weight, a.k);
+    for (int row = 0; row < kRows; ++row) {
+        float lanes[kLanes];
+        std::memcpy(lanes, sums[row], sizeof(lanes));
+        for (int l = 0; i + l < k; ++l) lanes[l] += x[row * k + i + l] * weight[i + l];
+        out[row * stride] = sum_lanes(lanes);
+    }
+}
+
+// Weight rows [begin, end) of out[m, n] = dot(x[m], weight[n]); some weights at a time for each rows of x, in the first cache.
+inline void float_linear(const FloatLinearArgs& a, int64_t begin, int64_t end) {
+    constexpr int64_t kWeights = 4;
+    for (int64_t first = begin; first < end; first += kWeights) {
+        const int64_t last = first + kWeights < end ? first + kWeights : end;
+        int64_t m = 0;
+        for (; m + 4 <= a.m; m += 4)
+            for (int64_t n = first; n < last; ++n) float_rows<4>(a.x + m * a.k, a.weight + n * a.k, a.k, a.n, a.out + m * a.n + n);
+        for (; m < a.m; ++m)
+            for (int64_t n = first; n < last; ++n) float_rows<1>(a.x + m * a.k, a.weight + n * a.k, a.k, a.n, a.out + m * a.n + n);
     }
 }
 
