@@ -17,7 +17,9 @@ FORMATS: dict[str, str] = {}
 def _usage() -> str:
     width = max(map(len, FORMATS), default=0)
     lines = [f"  {name:<{width}}  {what}" for name, what in FORMATS.items()]
-    return "usage: bellbox export FORMAT MODEL OUT [...]   (bellbox export FORMAT --help)\n\n" + "\n".join(lines)
+    return "usage: bellbox export FORMAT MODEL OUT [...]   (bellbox export FORMAT --help)\n\n" + "\n".join(
+        lines
+    )
 
 
 def main(argv: list[str]) -> None:
