@@ -42,7 +42,7 @@ class SlotDecoder:
         if not isinstance(model, Llama | GPT):
             raise BellboxError(f"a {type(model).__name__} is none of the models that are decoded in slots")
         store: KVCache = model.new_cache(slots, max_length, precision)
-        self._model, self._cache = model, SlotCache(store)
+        self.model, self._cache = model, SlotCache(store)
         self._steps = steps_for(model, store)
         self.max_length = max_length
         self.free = list(range(slots))[::-1]
@@ -60,7 +60,7 @@ class SlotDecoder:
         Returns:
             logits `[1, vocab_size]` after its last token.
         """
-        return evaluate(self._model, piece, self._cache.slots[slot])[:, -1]
+        return evaluate(self.model, piece, self._cache.slots[slot])[:, -1]
 
     @torch.no_grad()
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -76,9 +76,7 @@ class SlotDecoder:
         if self._steps is not None:
             return self._steps.step_slots(self._cache, slots, ids)[:, -1]
         self._cache.check_room(slots)
-        rows = [
-            evaluate(self._model, ids[i : i + 1], self._cache.slots[slot]) for i, slot in enumerate(slots)
-        ]
+        rows = [evaluate(self.model, ids[i : i + 1], self._cache.slots[slot]) for i, slot in enumerate(slots)]
         return torch.cat(rows)[:, -1]
 
     def release(self, slot: int) -> None:
