@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,9 +68,9 @@ class ChatTemplate:
             BellboxError: the template refuses them, or they are no text.
         """
         kept: list[str] = []
-        guarded = [{**each, "content": self._guard(each["content"], kept)} for each in messages]
+        turns = [{**each, "content": self._guard(each["content"], kept)} for each in messages]
         try:
-            text = self._template.render(messages=guarded, add_generation_prompt=True, **self._names)
+            text = self._template.render(messages=turns, add_generation_prompt=True, **self._names)
         except self._wrong as error:
             raise BellboxError(f"the chat template refuses these messages: {error}") from None
         except (
@@ -79,12 +80,10 @@ class ChatTemplate:
                 f"the chat template fails on these messages ({type(error).__name__}: {error})"
             ) from None
         ids: list[int] = []
-        while text:
-            place = next((i for i, char in enumerate(text) if 0 <= ord(char) - _FIRST < len(kept)), len(text))
-            ids += self._special_ids(text[:place])
-            if place < len(text):
-                ids += self._plain.encode(kept[ord(text[place]) - _FIRST])
-            text = text[place + 1 :]
+        last = chr(_FIRST + len(kept) - 1)
+        for part in re.split(f"([{chr(_FIRST)}-{last}])", text) if kept else [text]:
+            guarded = kept and len(part) == 1 and chr(_FIRST) <= part <= last
+            ids += self._plain.encode(kept[ord(part) - _FIRST]) if guarded else self._special_ids(part)
         return ids
 
     def _guard(self, text: str, kept: list[str]) -> str:

@@ -85,7 +85,7 @@ class Engine:
         decoder: SlotDecoder,
         tokenizer: Any,
         queue: int,
-        first_token: Callable[[float], None] = lambda seconds: None,
+        first_token: Callable[[float], object] = float,
     ) -> None:
         self._decoder, self._tokenizer, self._queue = decoder, tokenizer, queue
         self._slots = len(decoder.free)
@@ -112,6 +112,11 @@ class Engine:
     def max_length(self) -> int:
         """Tokens of a request, prompt and new ones."""
         return self._decoder.max_length
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether all texts are decoded in one step, or one after the other."""
+        return self._decoder.is_joint
 
     @property
     def is_alive(self) -> bool:
