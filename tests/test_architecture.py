@@ -37,6 +37,7 @@ MAY_KNOW = {
     "ptq": "errors utils core nn models data formats",
     "formats": "errors utils core nn models data runs",
     "interop": "",
+    "serve": "errors utils data inference",
     "training": (
         "errors utils core quantizers recipe nn structure optim convert models data objectives evaluation formats runs"
     ),

@@ -172,9 +172,11 @@ def _tokens(
         if count and steps is not None:
             logits = steps.step(input_ids)[:, -1]
         else:
-            for piece in prompt_pieces(input_ids):
-                logits = evaluate(model, piece, cache)[:, -1]
-        require_finite(logits, count + 1)  # pyright: ignore[reportPossiblyUnboundVariable]
+            *first, last = prompt_pieces(input_ids)
+            for piece in first:
+                evaluate(model, piece, cache)
+            logits = evaluate(model, last, cache)[:, -1]
+        require_finite(logits, count + 1)
         token = sample(logits, *sampling, generator)
         if stop_token is not None:
             token = torch.where(stopped, stop_token, token)

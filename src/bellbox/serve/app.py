@@ -170,7 +170,7 @@ async def _respond(service: Service, responses: Any, request: Any, kind: type[Co
     return responses.JSONResponse(body)
 
 
-async def _asked(service: Service, request: Any, kind: type[Completion | Chat]) -> Any:
+async def _asked(service: Service, request: Any, kind: type[Completion | Chat]) -> Completion | Chat:
     # What a page elsewhere can send without asking first is no application/json.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RefusedError(415, "the body must be JSON: send content-type: application/json")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -158,10 +158,7 @@ class Chat(Common):
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
 
 
-Kind = TypeVar("Kind", Completion, Chat)
-
-
-def parse(kind: type[Kind], body: bytes) -> Kind:
+def parse(kind: type[Completion | Chat], body: bytes) -> Completion | Chat:
     """A request's body as one of the two kinds.
 
     Raises:
