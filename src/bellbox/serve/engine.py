@@ -206,8 +206,13 @@ class Engine:
                     self._end_all(f"decoding failed: {type(error).__name__}", waiting=False)
                 continue
             self.counts.steps += bool(changed)
-            for each in changed:
-                self._tell(self._tickets[each])
+            for ticket in [self._tickets[each] for each in changed]:
+                try:
+                    self._tell(ticket)
+                except Exception as error:  # of the tokenizer: this text fails, others do not
+                    _log.exception("no text could be made of a token")
+                    self._forget(ticket)
+                    self._end(ticket, "failed", "", f"no text could be made: {type(error).__name__}")
 
     def _admit(self) -> list[Ticket]:
         admitted: list[Ticket] = []
@@ -230,7 +235,7 @@ class Engine:
 
     def _forget(self, ticket: Ticket) -> None:
         self._batcher.remove(ticket.continuation)
-        if self._tickets.pop(ticket.continuation, None) is None:
+        if self._tickets.pop(ticket.continuation, None) is None and ticket in self._waiting:
             self._waiting.remove(ticket)
 
     def _tell(self, ticket: Ticket) -> None:
