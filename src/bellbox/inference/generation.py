@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 PROMPT_PIECE = 256
 """Tokens of a prompt that go through the model at once."""
+_MOSTLY = 512
+"""Tokens, among which those of a top_p mostly are."""
 
 
 def generate(
@@ -202,7 +204,8 @@ def require_finite(logits: Tensor, number: int) -> None:
     Raises:
         BellboxError: there is one; `number` is that of the new token.
     """
-    if not torch.isfinite(logits).all():
+    # The sum is quicker, and finite only where all of them are.
+    if not math.isfinite(logits.sum()) and not torch.isfinite(logits).all():
         raise BellboxError(f"the model's logits for new token {number} are not finite; is it trained?")
 
 
@@ -235,26 +238,55 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator)[:, 0]
+    weights, tokens = _weights(logits, temperature, top_k, top_p)
+    sums = weights.cumsum(dim=-1)
+    # One number a row: a number a token, as torch.multinomial draws, costs more than the step of a small model.
+    whole = sums[:, -1:]
+    drawn = torch.rand(whole.shape, dtype=torch.float64, device=whole.device, generator=generator) * whole
+    place = torch.searchsorted(sums, drawn.minimum(whole.nextafter(torch.zeros_like(whole))), right=True)
+    return (place if tokens is None else tokens.gather(-1, place))[:, 0]
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """What `sample` draws from: `[B, V]` float64, zero outside the chosen tokens; `temperature` above 0."""
+    weights, tokens = _weights(logits, temperature, top_k, top_p)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    if tokens is None:
+        return weights
+    return torch.zeros(logits.shape, dtype=torch.float64, device=logits.device).scatter(-1, tokens, weights)
+
+
+def _weights(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weights of tokens that are drawn in proportion to them, float64 `[B, m]`, and which tokens; None for all."""
     # The largest logit becomes 0 first, so that no temperature, however small, overflows or gives 0/0.
     scaled = logits.double()
     scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperature
     if top_k is None and top_p is None:
-        return scaled.softmax(dim=-1)
-    order = scaled.argsort(dim=-1, descending=True, stable=True)
-    result = scaled.gather(-1, order)
-    if top_k is not None:
-        result[:, top_k:] = -math.inf
-    result = result.softmax(dim=-1)
-    if top_p is not None:
-        before = result.cumsum(dim=-1) - result
-        result = result.masked_fill(before >= top_p, 0.0)
-        result = result / result.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(result).scatter(-1, order, result)
+        return scaled.exp(), None
+    count = scaled.shape[-1] if top_k is None else min(top_k, scaled.shape[-1])
+    if top_p is None:
+        values, tokens = _likeliest(scaled, count)
+        return values.exp(), tokens
+    # Mostly few of the likeliest reach the sum, and to sort all takes as long as a step of a small model.
+    whole = scaled.exp().sum(dim=-1, keepdim=True) if top_k is None else None
+    for some in (min(count, _MOSTLY), count):
+        values, tokens = _likeliest(scaled, some)
+        weights = values.exp()
+        least = top_p * (weights.sum(dim=-1, keepdim=True) if whole is None or some == count else whole)
+        if some == count or (whole is not None and bool((weights.sum(dim=-1, keepdim=True) >= least).all())):
+            break
+    before = weights.cumsum(dim=-1) - weights
+    return weights.masked_fill(before >= least, 0.0), tokens
+
+
+def _likeliest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row in falling order, and where they stand; the same ones among ties every time."""
+    if 8 * count > scaled.shape[-1]:
+        values, tokens = scaled.sort(dim=-1, descending=True, stable=True)
+        return values[:, :count], tokens[:, :count]
+    return scaled.topk(count, dim=-1)
 
 
 class TextStream:
