@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "kernels/cache_rows.h"
+#include "kernels/float_linear.h"
 #include "kernels/kernels.h"
 
 namespace bellbox {
@@ -214,78 +215,34 @@ inline void attend(const AttendArgs& a, int64_t begin, int64_t end, float* scrat
     }
 }
 
-// Lanes as wide as a register, of which some make kLanes: a compiler keeps wider ones in memory.
-#if defined(__AVX512F__)
-constexpr int kPart = 16;
-#elif defined(__AVX__)
-constexpr int kPart = 8;
-#else
-constexpr int kPart = 4;
-#endif
-typedef float Lanes __attribute__((vector_size(kPart * sizeof(float))));
-
-inline Lanes load_lanes(const float* from) {
-    Lanes lanes;
-    std::memcpy(&lanes, from, sizeof(lanes));
-    return lanes;
-}
-
-// Products of one weight row with kRows rows of x from `x` on; a row's sums are its own, the very ones of `dot`.
-template <int kRows>
-inline void float_rows(const float* x, const float* weight, int64_t k, int64_t stride, float* out) {
-    constexpr int kParts = kLanes / kPart;
-    Lanes sums[kRows][kParts] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= k; i += kLanes)
-#pragma GCC unroll 4
-        for (int part = 0; part < kParts; ++part) {
-            const Lanes w = load_lanes(weight + i + part * kPart);
-#pragma GCC unroll 8
-            for (int row = 0; row < kRows; ++row) sums[row][part] += load_lanes(x + row * k + i + part * kPart) * w;
-        }
-    for (int row = 0; row < kRows; ++row) {
-        float lanes[kLanes];
-        std::memcpy(lanes, sums[row], sizeof(lanes));
-        for (int l = 0; i + l < k; ++l) lanes[l] += x[row * k + i + l] * weight[i + l];
-        out[row * stride] = sum_lanes(lanes);
-    }
-}
-
-// Weight rows [begin, end) of out[m, n] = dot(x[m], weight[n]); some weights at a time for each rows of x, in the first cache.
-inline void float_linear(const FloatLinearArgs& a, int64_t begin, int64_t end) {
-    constexpr int64_t kWeights = 4;
-    for (int64_t first = begin; first < end; first += kWeights) {
-        const int64_t last = first + kWeights < end ? first + kWeights : end;
-        int64_t m = 0;
-        for (; m + 4 <= a.m; m += 4)
-            for (int64_t n = first; n < last; ++n) float_rows<4>(a.x + m * a.k, a.weight + n * a.k, a.k, a.n, a.out + m * a.n + n);
-        for (; m < a.m; ++m)
-            for (int64_t n = first; n < last; ++n) float_rows<1>(a.x + m * a.k, a.weight + n * a.k, a.k, a.n, a.out + m * a.n + n);
-    }
-}
-
 // Weight rows [begin, end) of out[m, n] = float(sum_k x * weight) * (scale[n] * x_scale[m]); the sum is exact.
 inline void int8_linear(const Int8LinearArgs& a, int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-        const int8_t* weight = a.weight + n * a.k;
+    constexpr int64_t kPair = 2;  // weights, each read once for four rows, and each row once for both
+    for (int64_t n = begin; n < end; n += kPair) {
+        const bool two = n + 1 < end;
+        const int8_t *w0 = a.weight + n * a.k, *w1 = two ? w0 + a.k : w0;
         int64_t m = 0;
         for (; m + 4 <= a.m; m += 4) {
             const int16_t *x0 = a.x + m * a.k, *x1 = x0 + a.k, *x2 = x1 + a.k, *x3 = x2 + a.k;
-            int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+            int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0, t0 = 0, t1 = 0, t2 = 0, t3 = 0;
             for (int64_t i = 0; i < a.k; ++i) {
-                const int16_t w = weight[i];
+                const int16_t w = w0[i], v = w1[i];
                 s0 += w * x0[i], s1 += w * x1[i], s2 += w * x2[i], s3 += w * x3[i];
+                t0 += v * x0[i], t1 += v * x1[i], t2 += v * x2[i], t3 += v * x3[i];
             }
-            const int32_t sums[4] = {s0, s1, s2, s3};
-            for (int j = 0; j < 4; ++j)
-                a.out[(m + j) * a.n + n] = static_cast<float>(sums[j]) * (a.scale[n] * a.x_scale[m + j]);
+            const int32_t sums[2][4] = {{s0, s1, s2, s3}, {t0, t1, t2, t3}};
+            for (int i = 0; i < (two ? 2 : 1); ++i)
+                for (int j = 0; j < 4; ++j)
+                    a.out[(m + j) * a.n + n + i] = static_cast<float>(sums[i][j]) * (a.scale[n + i] * a.x_scale[m + j]);
         }
-        for (; m < a.m; ++m) {
-            const int16_t* x = a.x + m * a.k;
-            int32_t sum = 0;
-            for (int64_t i = 0; i < a.k; ++i) sum += static_cast<int16_t>(weight[i]) * x[i];
-            a.out[m * a.n + n] = static_cast<float>(sum) * (a.scale[n] * a.x_scale[m]);
-        }
+        for (; m < a.m; ++m)
+            for (int i = 0; i < (two ? 2 : 1); ++i) {
+                const int16_t* x = a.x + m * a.k;
+                const int8_t* const weight = a.weight + (n + i) * a.k;
+                int32_t sum = 0;
+                for (int64_t j = 0; j < a.k; ++j) sum += static_cast<int16_t>(weight[j]) * x[j];
+                a.out[m * a.n + n + i] = static_cast<float>(sum) * (a.scale[n + i] * a.x_scale[m]);
+            }
     }
 }
 
