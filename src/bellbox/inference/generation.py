@@ -261,10 +261,12 @@ def _weights(
 ) -> tuple[Tensor, Tensor | None]:
     """Weights of tokens that are drawn in proportion to them, float64 `[B, m]`, and which tokens; None for all."""
     # The largest logit becomes 0 first, so that no temperature, however small, overflows or gives 0/0.
-    scaled = logits.double()
-    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperature
+    scaled = logits.to(torch.float64, copy=True)
+    scaled.sub_(logits.amax(dim=-1, keepdim=True))
+    if temperature != 1:
+        scaled.div_(temperature)
     if top_k is None and top_p is None:
-        return scaled.exp(), None
+        return scaled.exp_(), None
     count = scaled.shape[-1] if top_k is None else min(top_k, scaled.shape[-1])
     if top_p is None:
         values, tokens = _likeliest(scaled, count)
