@@ -145,7 +145,7 @@ def expected(target: Path, options: argparse.Namespace) -> list[str]:
 def _requests(
     options: argparse.Namespace, pid: int, address: tuple[str, int], texts: list[str]
 ) -> dict[str, Any]:
-    left = [0]
+    left, made = [0], [0]
 
     def one(number: int) -> bool:
         """Whether the answer is right; every tenth client leaves before it comes."""
@@ -163,7 +163,11 @@ def _requests(
             return answer.status == 200
         status, said = answer.status, answer.read()
         connection.close()
-        return status == 200 and json.loads(said)["choices"][0]["text"] == texts[seed]
+        if status != 200:
+            return False
+        answered = json.loads(said)
+        made[0] += answered["usage"]["completion_tokens"]
+        return answered["choices"][0]["text"] == texts[seed]
 
     memory: list[int] = []
     wrong, begun = 0, time.perf_counter()
@@ -179,10 +183,17 @@ def _requests(
     seconds = time.perf_counter() - begun
     growth = memory[-1] - memory[1]
     print(
-        f"{options.count:,} requests ({left[0]:,} left early) in {seconds:,.0f} s, {wrong} lost or mixed; "
-        f"memory grew by {growth / 2**20:.1f} MiB from the second tenth to the last"
+        f"{options.count:,} requests ({left[0]:,} left early) in {seconds:,.0f} s, {made[0] / seconds:,.0f} tokens/s; "
+        f"{wrong} lost or mixed; memory grew by {growth / 2**20:.1f} MiB from the second tenth to the last"
     )
-    return {"requests": options.count, "wrong": wrong, "seconds": seconds, "memory": memory, "growth": growth}
+    return {
+        "requests": options.count,
+        "wrong": wrong,
+        "seconds": seconds,
+        "tokens": made[0],
+        "memory": memory,
+        "growth": growth,
+    }
 
 
 def main() -> None:
