@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import lzma
 import os
 import random
 import statistics
@@ -99,7 +100,7 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def folder_of(options: argparse.Namespace, target: Path) -> Path:
     """A packed model of random weights with a tokenizer."""
-    tokenizer = Tokenizer.train([VALID.read_text(encoding="utf-8")], 512)
+    tokenizer = Tokenizer.train([lzma.decompress(VALID.read_bytes()).decode()], 512)
     model = random_model(preset(options.preset, vocab_size=tokenizer.vocab_size), 2)
     bb.save(model, target)
     tokenizer.save(target / "tokenizer.json")
