@@ -39,6 +39,7 @@ MAY_KNOW = {
     "ptq": "errors utils core nn models data formats",
     "formats": "errors utils core nn models data runs",
     "interop": "errors utils version core ops quantizers nn convert models data inference recipe formats",
+    "serve": "errors utils data inference",
     "training": (
         "errors utils core quantizers recipe nn optim convert models data objectives evaluation formats runs"
     ),

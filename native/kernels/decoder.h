@@ -1,4 +1,4 @@
-// What a decoder does between its packed layers, one token at a time: RMS norm, attention over the cache, int8 head.
+// What a decoder does between its packed layers, one token at a time: RMS norm, attention over the cache, fp32 and int8 heads.
 //
 // Plain loops, compiled once for each instruction set. Sums run in sixteen lanes that are added in a fixed order, with
 // no fused multiply-add, so every instruction set gives the same bits; sums of squares are fp64. Speed is the memory's:
@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "kernels/cache_rows.h"
+#include "kernels/float_linear.h"
 #include "kernels/kernels.h"
 
 namespace bellbox {
@@ -178,28 +179,30 @@ inline void attend_pairs(const AttendArgs& a, int64_t begin, int64_t end, float*
     const size_t bytes = static_cast<size_t>(d) * sizeof(float);
     float *const queries = scratch, *const fresh = queries + count * d, *const decoded = fresh + d;
     float* const weights = decoded + kCacheRows * d;
-    const auto place = [&](const float* x, float* to) {
+    const auto place = [&](const float* x, int64_t position, float* to) {
         if (a.cosine != nullptr)
-            turn(x, a.cosine, a.sine, d, to);
+            turn(x, a.cosine + position * (d / 2), a.sine + position * (d / 2), d, to);
         else
             std::memcpy(to, x, bytes);
         rotate_head(to, d, cache.block);
     };
     for (int64_t pair = begin; pair < end; ++pair) {
-        Code* const keys = static_cast<Code*>(cache.keys) + pair * cache.room * row;
-        Code* const values = static_cast<Code*>(cache.values) + pair * cache.room * row;
-        float* const key_scales = cache.key_scales == nullptr ? nullptr : cache.key_scales + pair * cache.room;
-        float* const value_scales = cache.key_scales == nullptr ? nullptr : cache.value_scales + pair * cache.room;
-        place(a.key + pair * d, fresh);
-        const float key_scale = code_row(fresh, d, keys + cache.start * row);
+        const int64_t sequence = pair / a.kv_heads, start = cache.start_of(sequence);
+        const int64_t at = (cache.slot_of(sequence) * a.kv_heads + pair % a.kv_heads) * cache.room;
+        Code* const keys = static_cast<Code*>(cache.keys) + at * row;
+        Code* const values = static_cast<Code*>(cache.values) + at * row;
+        float* const key_scales = cache.key_scales == nullptr ? nullptr : cache.key_scales + at;
+        float* const value_scales = cache.key_scales == nullptr ? nullptr : cache.value_scales + at;
+        place(a.key + pair * d, start, fresh);
+        const float key_scale = code_row(fresh, d, keys + start * row);
         std::memcpy(fresh, a.value + pair * d, bytes);
         rotate_head(fresh, d, cache.block);
-        const float value_scale = code_row(fresh, d, values + cache.start * row);
-        if (key_scales != nullptr) key_scales[cache.start] = key_scale, value_scales[cache.start] = value_scale;
+        const float value_scale = code_row(fresh, d, values + start * row);
+        if (key_scales != nullptr) key_scales[start] = key_scale, value_scales[start] = value_scale;
         // Pairs are sequence by sequence, and of one the queries of a key-value head follow one another.
-        for (int64_t q = 0; q < count; ++q) place(a.query + (pair * count + q) * d, queries + q * d);
+        for (int64_t q = 0; q < count; ++q) place(a.query + (pair * count + q) * d, start, queries + q * d);
         float* const out = a.out + pair * count * d;
-        attend_head(queries, count, keys, values, key_scales, value_scales, cache.start + 1, d, decoded, weights, out);
+        attend_head(queries, count, keys, values, key_scales, value_scales, start + 1, d, decoded, weights, out);
         for (int64_t q = 0; q < count; ++q) rotate_head(out + q * d, d, cache.block);
     }
 }
@@ -212,28 +215,46 @@ inline void attend(const AttendArgs& a, int64_t begin, int64_t end, float* scrat
     }
 }
 
+// Sums of four rows of x with four weights, both one after the other; exact, in any order. Plain loops over plain names,
+// which is what a compiler keeps in registers.
+inline void int8_sums(const int16_t* x, const int8_t* w, int64_t k, int32_t (*sums)[4]) {
+    const int16_t *x0 = x, *x1 = x0 + k, *x2 = x1 + k, *x3 = x2 + k;
+    const int8_t *w0 = w, *w1 = w0 + k, *w2 = w1 + k, *w3 = w2 + k;
+    int32_t a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
+    int32_t c0 = 0, c1 = 0, c2 = 0, c3 = 0, d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+    for (int64_t i = 0; i < k; ++i) {
+        const int16_t a = w0[i], b = w1[i], c = w2[i], d = w3[i];
+        a0 += a * x0[i], a1 += a * x1[i], a2 += a * x2[i], a3 += a * x3[i];
+        b0 += b * x0[i], b1 += b * x1[i], b2 += b * x2[i], b3 += b * x3[i];
+        c0 += c * x0[i], c1 += c * x1[i], c2 += c * x2[i], c3 += c * x3[i];
+        d0 += d * x0[i], d1 += d * x1[i], d2 += d * x2[i], d3 += d * x3[i];
+    }
+    const int32_t all[4][4] = {{a0, b0, c0, d0}, {a1, b1, c1, d1}, {a2, b2, c2, d2}, {a3, b3, c3, d3}};
+    std::memcpy(sums, all, sizeof(all));
+}
+
 // Weight rows [begin, end) of out[m, n] = float(sum_k x * weight) * (scale[n] * x_scale[m]); the sum is exact.
 inline void int8_linear(const Int8LinearArgs& a, int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-        const int8_t* weight = a.weight + n * a.k;
+    const auto put = [&](int64_t m, int64_t n, int32_t sum) {
+        a.out[m * a.n + n] = static_cast<float>(sum) * (a.scale[n] * a.x_scale[m]);
+    };
+    for (int64_t n = begin; n < end; n += 4) {
+        const int64_t some = end - n < 4 ? end - n : 4;
         int64_t m = 0;
-        for (; m + 4 <= a.m; m += 4) {
-            const int16_t *x0 = a.x + m * a.k, *x1 = x0 + a.k, *x2 = x1 + a.k, *x3 = x2 + a.k;
-            int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-            for (int64_t i = 0; i < a.k; ++i) {
-                const int16_t w = weight[i];
-                s0 += w * x0[i], s1 += w * x1[i], s2 += w * x2[i], s3 += w * x3[i];
+        for (; some == 4 && m + 4 <= a.m; m += 4) {
+            int32_t sums[4][4];
+            int8_sums(a.x + m * a.k, a.weight + n * a.k, a.k, sums);
+            for (int row = 0; row < 4; ++row)
+                for (int i = 0; i < 4; ++i) put(m + row, n + i, sums[row][i]);
+        }
+        for (; m < a.m; ++m)
+            for (int64_t i = n; i < n + some; ++i) {
+                const int16_t* const x = a.x + m * a.k;
+                const int8_t* const weight = a.weight + i * a.k;
+                int32_t sum = 0;
+                for (int64_t j = 0; j < a.k; ++j) sum += static_cast<int16_t>(weight[j]) * x[j];
+                put(m, i, sum);
             }
-            const int32_t sums[4] = {s0, s1, s2, s3};
-            for (int j = 0; j < 4; ++j)
-                a.out[(m + j) * a.n + n] = static_cast<float>(sums[j]) * (a.scale[n] * a.x_scale[m + j]);
-        }
-        for (; m < a.m; ++m) {
-            const int16_t* x = a.x + m * a.k;
-            int32_t sum = 0;
-            for (int64_t i = 0; i < a.k; ++i) sum += static_cast<int16_t>(weight[i]) * x[i];
-            a.out[m * a.n + n] = static_cast<float>(sum) * (a.scale[n] * a.x_scale[m]);
-        }
     }
 }
 

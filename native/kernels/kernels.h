@@ -154,16 +154,21 @@ struct RmsNormArgs {
 
 // Keys and values of `start` tokens, with room for more: rows of fp32 numbers, or of codes that are each times the scale of
 // their row. Of 4 bits, byte i has the code of number i, plus 8, in its low half, and that of i + ceil(head_dim / 2) above.
+// Sequences that come and go have places of their own: a slot of the cache, and how many tokens it holds.
 enum class CacheType : int { f32, i8, i4 };
 
 struct CacheView {
     CacheType type;
-    void* keys;                // [batch, kv_heads, room, head_dim], of 4 bits ceil(head_dim / 2) bytes
+    void* keys;                // [slots, kv_heads, room, head_dim], of 4 bits ceil(head_dim / 2) bytes
     void* values;
-    float* key_scales;         // [batch, kv_heads, room] of codes, else null
+    float* key_scales;         // [slots, kv_heads, room] of codes, else null
     float* value_scales;
-    int64_t room, start;
+    int64_t room, start;       // of places, the largest start
     int64_t block;             // of the rotation of rows before they are coded, a divisor of head_dim; 1: none
+    const int64_t* places = nullptr;  // [batch, 2]: slot (no two alike) and start of each sequence; null: its number, `start`
+
+    int64_t slot_of(int64_t sequence) const { return places == nullptr ? sequence : places[2 * sequence]; }
+    int64_t start_of(int64_t sequence) const { return places == nullptr ? start : places[2 * sequence + 1]; }
 };
 
 // One new token of each sequence: rotary positions, its key and value into the cache, attention over all so far.
@@ -171,7 +176,7 @@ struct AttendArgs {
     const float* query;        // [batch, heads, head_dim]
     const float* key;          // [batch, kv_heads, head_dim]
     const float* value;
-    const float* cosine;       // [head_dim / 2] of this position, or null: no rotary positions
+    const float* cosine;       // [start + 1, head_dim / 2], or null: no rotary positions
     const float* sine;
     int64_t batch, heads, kv_heads, head_dim;
     CacheView cache;
@@ -179,6 +184,14 @@ struct AttendArgs {
 };
 
 constexpr int64_t kCacheRows = 32;  // rows of a cache that `attend` decodes at once, a multiple of 4
+
+// out[m, n] = the product of row m of x and row n of the weights, in fp32, each by itself: sums of sixteen lanes.
+struct FloatLinearArgs {
+    const float* x;            // [m, k]
+    const float* weight;       // [n, k]
+    int64_t m, n, k;
+    float* out;                // [m, n]
+};
 
 // Rows of 12-bit integers times rows of int8: out = float(sum) * (scale[n] * x_scale[m]).
 struct Int8LinearArgs {
@@ -268,6 +281,7 @@ struct Kernels {
     // Pairs (sequence, key-value head) of queries = heads / kv_heads; scratch has room for
     // (queries + kCacheRows + 1) * head_dim + queries * (start + 2) floats.
     void (*attend)(const AttendArgs&, int64_t pair_begin, int64_t pair_end, float* scratch);
+    void (*float_linear)(const FloatLinearArgs&, int64_t n_begin, int64_t n_end);
     void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
     void (*int4_linear)(const Int4LinearArgs&, int64_t n_begin, int64_t n_end);
     int64_t (*integer_peak)(int64_t rounds);   // native/kernels/peak.h

@@ -89,33 +89,60 @@ void rms_norm(nb::handle x, nb::handle weight, double eps, nb::handle out, int t
 }
 
 // A cache as Python hands it over: fp32, int8 or uint8 (two codes of 4 bits a byte), the latter two with scales.
-CacheView cache_of(nb::handle keys, nb::handle values, nb::handle key_scales, nb::handle value_scales, int64_t block, int64_t batch,
-                   int64_t kv_heads, int64_t head_dim, int64_t room, int64_t start) {
+// `start` is how many tokens each sequence holds; or int64 [batch, 2], the slot of each sequence and how many it holds.
+struct GivenCache {
+    std::vector<int64_t> places;  // a copy: nobody writes to it while the kernels read
+    CacheView view;
+};
+
+GivenCache cache_of(nb::handle keys, nb::handle values, nb::handle key_scales, nb::handle value_scales, int64_t block, int64_t batch,
+                    int64_t kv_heads, int64_t head_dim, int64_t room, nb::handle start) {
     require_sizes({batch, kv_heads, room, head_dim});
-    require(start >= 0 && start < room, "the cache has no room for another token");
+    std::vector<int64_t> places;
+    int64_t most = 0, slots = batch;
+    if (is_tensor(start)) {
+        require(numel_of(start) == 2 * batch, "places of a cache are a slot and a number of tokens for each sequence");
+        const int64_t* const given = read<int64_t>(start, "places", {Kind::i64}, 2 * batch);
+        places.assign(given, given + 2 * batch);
+        std::vector<int64_t> taken;
+        slots = 0;
+        for (int64_t i = 0; i < batch; ++i) {
+            const int64_t slot = places[static_cast<size_t>(2 * i)], held = places[static_cast<size_t>(2 * i + 1)];
+            require(slot >= 0 && slot < (int64_t{1} << 31), "there is no such slot in the cache");
+            require(held >= 0 && held < room, "the cache has no room for another token");
+            taken.push_back(slot), slots = std::max(slots, slot + 1), most = std::max(most, held);
+        }
+        std::sort(taken.begin(), taken.end());
+        require(std::adjacent_find(taken.begin(), taken.end()) == taken.end(), "two sequences have the same slot");
+        require_sizes({slots, kv_heads, room, head_dim});
+    } else {
+        require(nb::try_cast(start, most), "start is neither a number nor places");
+        require(most >= 0 && most < room, "the cache has no room for another token");
+    }
     require(power_of_two(block) && head_dim % block == 0, "the block does not divide the head");
     const Kind kind = kind_of(keys, "keys", {Kind::f32, Kind::i8, Kind::u8});
     const CacheType type = kind == Kind::f32 ? CacheType::f32 : kind == Kind::i8 ? CacheType::i8 : CacheType::i4;
     const bool coded = type != CacheType::f32;
     require(coded == !key_scales.is_none() && coded == !value_scales.is_none(), "scales go with codes");
     require(coded || block == 1, "numbers that are not coded are not rotated");
-    const int64_t rows = batch * kv_heads * room, count = rows * (type == CacheType::i4 ? (head_dim + 1) / 2 : head_dim);
-    return {type,
-            read<void>(keys, "keys", {kind}, count),
-            read<void>(values, "values", {kind}, count),
-            read_or_null<float>(key_scales, "key scales", {Kind::f32}, rows),
-            read_or_null<float>(value_scales, "value scales", {Kind::f32}, rows),
-            room, start, block};
+    const int64_t rows = slots * kv_heads * room, count = rows * (type == CacheType::i4 ? (head_dim + 1) / 2 : head_dim);
+    const CacheView view{type,
+                         read<void>(keys, "keys", {kind}, count),
+                         read<void>(values, "values", {kind}, count),
+                         read_or_null<float>(key_scales, "key scales", {Kind::f32}, rows),
+                         read_or_null<float>(value_scales, "value scales", {Kind::f32}, rows),
+                         room, most, block, places.empty() ? nullptr : places.data()};
+    return {std::move(places), view};  // the numbers of a moved vector stay where they are
 }
 
 // keys and values [batch, kv_heads, room, head_dim]; cosines and sines [positions, head_dim / 2] or None.
 void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle cosines, nb::handle sines, nb::handle keys,
             nb::handle values, nb::handle key_scales, nb::handle value_scales, int64_t block, int64_t batch, int64_t heads,
-            int64_t kv_heads, int64_t head_dim, int64_t room, int64_t start, nb::handle out, int threads) {
+            int64_t kv_heads, int64_t head_dim, int64_t room, nb::handle start, nb::handle out, int threads) {
     require_sizes({batch, heads, head_dim}), require_sizes({batch, kv_heads, room, head_dim});
     require(head_dim >= 1 && kv_heads >= 1 && heads % kv_heads == 0, "heads are no multiple of the key-value heads");
-    const CacheView cache = cache_of(keys, values, key_scales, value_scales, block, batch, kv_heads, head_dim, room, start);
-    const int64_t half = head_dim / 2, turns = (start + 1) * half;
+    const GivenCache cache = cache_of(keys, values, key_scales, value_scales, block, batch, kv_heads, head_dim, room, start);
+    const int64_t half = head_dim / 2, turns = (cache.view.start + 1) * half;
     const float* const cosine = read_or_null<float>(cosines, "cosines", {Kind::f32}, turns);
     const float* const sine = read_or_null<float>(sines, "sines", {Kind::f32}, turns);
     require((cosine == nullptr) == (sine == nullptr) && (cosine == nullptr || head_dim % 2 == 0),
@@ -126,9 +153,7 @@ void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle cosin
     const AttendArgs a{numbers(query, "query", batch * heads * head_dim),
                        numbers(key, "key", batch * kv_heads * head_dim),
                        numbers(value, "value", batch * kv_heads * head_dim),
-                       cosine == nullptr ? nullptr : cosine + start * half,
-                       sine == nullptr ? nullptr : sine + start * half,
-                       batch, heads, kv_heads, head_dim, cache,
+                       cosine, sine, batch, heads, kv_heads, head_dim, cache.view,
                        numbers(out, "out", batch * heads * head_dim)};
     nb::gil_scoped_release release;
     run_attend(a, threads);
@@ -148,6 +173,19 @@ float round_row(const float* x, int64_t k, float most, Integer* out) {
     const float factor = usable ? most / largest : 0.0f;
     for (int64_t i = 0; i < k; ++i) out[i] = usable ? static_cast<Integer>(std::nearbyint(x[i] * factor)) : Integer{0};
     return finite ? (usable ? largest / most : 0.0f) : std::numeric_limits<float>::quiet_NaN();
+}
+
+// x [m, columns] times the rows of weight [n, columns], fp32.
+void float_linear(nb::handle x, nb::handle weight, int64_t columns, nb::handle out, int threads) {
+    const int64_t numel = numel_of(x), numbers = numel_of(weight);
+    require(columns >= 1 && numel % columns == 0 && numbers % columns == 0, "x and the weight do not consist of such rows");
+    const int64_t m = numel / columns, n = numbers / columns;
+    require_sizes({m, n}), require_sizes({n, columns});
+    const FloatLinearArgs a{read<float>(x, "x", {Kind::f32}, numel), read<float>(weight, "weight", {Kind::f32}, numbers), m, n,
+                            columns, read<float>(out, "out", {Kind::f32}, m * n)};
+    nb::gil_scoped_release release;
+    share(n, useful_threads(m * n * columns, kLinearGrain, threads),
+          [&](int64_t begin, int64_t end) { kernels().float_linear(a, begin, end); });
 }
 
 // Each row of x becomes 12-bit integers by its largest magnitude first; a row with NaN or infinity gives NaN.
@@ -501,13 +539,13 @@ NB_MODULE(_native, m) {
         .def(nb::init<const GroupPlan&, const GroupPlan&, const GroupPlan&, const GroupPlan&, int64_t>(), nb::keep_alive<1, 2>(),
              nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
         .def("attention", [](DecoderBlock& self, nb::handle x, nb::handle normed, int64_t batch, nb::handle keys, nb::handle values,
-                             nb::handle key_scales, nb::handle value_scales, int64_t rotation, int64_t room, int64_t start,
+                             nb::handle key_scales, nb::handle value_scales, int64_t rotation, int64_t room, nb::handle start,
                              int threads) {
-            const CacheView cache = cache_of(keys, values, key_scales, value_scales, rotation, batch, self.kv / self.head_dim,
+            const GivenCache cache = cache_of(keys, values, key_scales, value_scales, rotation, batch, self.kv / self.head_dim,
                                              self.head_dim, room, start);
             float *const to = rows_of(x, "x", batch * self.hidden), *const from = rows_of(normed, "normed", batch * self.hidden);
             nb::gil_scoped_release release;
-            self.block.attention(to, from, batch, nullptr, nullptr, cache, threads);
+            self.block.attention(to, from, batch, nullptr, nullptr, cache.view, threads);
         }, nb::arg("x"), nb::arg("normed"), nb::arg("batch"), nb::arg("keys"), nb::arg("values"), nb::arg("key_scales").none(),
              nb::arg("value_scales").none(), nb::arg("block"), nb::arg("room"), nb::arg("start"), nb::arg("threads"))
         .def("widen", [](DecoderBlock& self, nb::handle normed, int64_t batch, nb::handle out, int threads) {
@@ -528,18 +566,18 @@ NB_MODULE(_native, m) {
              nb::keep_alive<1, 8>())
         .def("attend_and_widen", [](LlamaDecoderBlock& self, nb::handle x, int64_t batch, nb::handle cosines, nb::handle sines,
                                     nb::handle keys, nb::handle values, nb::handle key_scales, nb::handle value_scales,
-                                    int64_t rotation, int64_t room, int64_t start, nb::handle gate, nb::handle up, int threads) {
-            const CacheView cache = cache_of(keys, values, key_scales, value_scales, rotation, batch, self.kv / self.head_dim,
+                                    int64_t rotation, int64_t room, nb::handle start, nb::handle gate, nb::handle up, int threads) {
+            const GivenCache cache = cache_of(keys, values, key_scales, value_scales, rotation, batch, self.kv / self.head_dim,
                                              self.head_dim, room, start);
             require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
             const int64_t half = self.head_dim / 2;
             require(self.head_dim % 2 == 0, "rotary positions need an even head");
-            const float* const cosine = rows_of(cosines, "cosines", (start + 1) * half) + start * half;
-            const float* const sine = rows_of(sines, "sines", (start + 1) * half) + start * half;
+            const float* const cosine = rows_of(cosines, "cosines", (cache.view.start + 1) * half);
+            const float* const sine = rows_of(sines, "sines", (cache.view.start + 1) * half);
             float *const to = rows_of(x, "x", batch * self.hidden), *const a = rows_of(gate, "gate", batch * self.inner),
                   *const b = rows_of(up, "up", batch * self.inner);
             nb::gil_scoped_release release;
-            self.block.attend_and_widen(to, batch, self.hidden, cosine, sine, cache, a, b, threads);
+            self.block.attend_and_widen(to, batch, self.hidden, cosine, sine, cache.view, a, b, threads);
         }, nb::arg("x"), nb::arg("batch"), nb::arg("cosines"), nb::arg("sines"), nb::arg("keys"), nb::arg("values"),
              nb::arg("key_scales").none(), nb::arg("value_scales").none(), nb::arg("block"), nb::arg("room"), nb::arg("start"),
              nb::arg("gate"), nb::arg("up"), nb::arg("threads"))
@@ -561,6 +599,7 @@ NB_MODULE(_native, m) {
           nb::arg("keys"), nb::arg("values"), nb::arg("key_scales").none(), nb::arg("value_scales").none(), nb::arg("block"),
           nb::arg("batch"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("room"), nb::arg("start"), nb::arg("out"),
           nb::arg("threads"));
+    m.def("float_linear", &float_linear);
     m.def("int8_linear", &int8_linear);
     m.def("int4_linear", &int4_linear);
     m.def("table_rows", &table_rows, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg());

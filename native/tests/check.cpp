@@ -377,9 +377,10 @@ void check_kept(const Kernels& kernels) {
     }
 }
 
-// One token of a decoder: norm, attention over a cache that has room for exactly it, int8 head.
+// One token of a decoder: norm, attention over a cache that has room for exactly it, fp32 and int8 heads. Sequences stand in
+// the cache one after the other and hold alike many tokens, or have places of their own.
 void check_decoder(const Kernels& kernels) {
-    const int64_t batch = pick(1, 2), kv = pick(1, 2), heads = kv * pick(1, 3), d = 2 * pick(1, 40), start = pick(0, 40);
+    const int64_t batch = pick(1, 6), kv = pick(1, 2), heads = kv * pick(1, 3), d = 2 * pick(1, 40), start = pick(0, 40);
     const int64_t room = start + 1, k = heads * d, outputs = pick(1, 40);
     const auto floats = [](int64_t count) {
         std::vector<char> bytes = numbers(count, Type::f32, {1.0f}, false);
@@ -387,8 +388,9 @@ void check_decoder(const Kernels& kernels) {
         memcpy(values.data(), bytes.data(), bytes.size());
         return values;
     };
-    const std::vector<float> query = floats(batch * heads * d), key = floats(batch * kv * d), turn = floats(d / 2);
+    const std::vector<float> query = floats(batch * heads * d), key = floats(batch * kv * d), turn = floats((start + 1) * (d / 2));
     const std::vector<float> cache = floats(batch * kv * room * d), weight = floats(k), scale = floats(outputs);
+    const std::vector<float> floats_in = floats(batch * k), floats_weight = floats(outputs * k);
     std::vector<int16_t> x(static_cast<size_t>(batch * k));
     std::vector<int8_t> head(static_cast<size_t>(outputs * k));
     for (int16_t& value : x) value = static_cast<int16_t>(pick(-2047, 2047));
@@ -396,7 +398,10 @@ void check_decoder(const Kernels& kernels) {
     const bool rotary = pick(0, 1) == 1;
     const CacheType type = one_of<CacheType>({CacheType::f32, CacheType::i8, CacheType::i4});
     const int64_t block = one_of<int64_t>({1, 2, d & -d});
-    std::vector<char> out[2], normed[2], scores[2], held[2];
+    std::vector<int64_t> places;
+    if (pick(0, 1) == 1)
+        for (int64_t i = 0; i < batch; ++i) places.push_back(batch - 1 - i), places.push_back(i == 0 ? start : pick(0, start));
+    std::vector<char> out[2], normed[2], scores[2], floats_of_head[2], held[2];
     for (int i = 0; i < 2; ++i) {
         const Kernels& used = i == 0 ? portable_kernels : kernels;
         out[i].resize(static_cast<size_t>(batch * heads * d) * 4), normed[i].resize(out[i].size());
@@ -409,13 +414,18 @@ void check_decoder(const Kernels& kernels) {
         std::vector<float> scratch(static_cast<size_t>((heads / kv + kCacheRows + 1) * d + heads / kv * (start + 2)));
         const bool coded = type != CacheType::f32;
         const CacheView view{type, keys.data(), values.data(), coded ? key_scales.data() : nullptr,
-                             coded ? value_scales.data() : nullptr, room, start, coded ? block : 1};
+                             coded ? value_scales.data() : nullptr, room, start, coded ? block : 1,
+                             places.empty() ? nullptr : places.data()};
         used.attend(AttendArgs{query.data(), key.data(), key.data(), rotary ? turn.data() : nullptr, turn.data(), batch,
                                heads, kv, d, view, reinterpret_cast<float*>(out[i].data())},
                     0, batch * kv, scratch.data());
         held[i] = keys, held[i].insert(held[i].end(), values.begin(), values.end());
         used.rms_norm(RmsNormArgs{query.data(), weight.data(), batch, k, 1e-5, reinterpret_cast<float*>(normed[i].data())},
                       0, batch);
+        floats_of_head[i].resize(scores[i].size());
+        used.float_linear(FloatLinearArgs{floats_in.data(), floats_weight.data(), batch, outputs, k,
+                                          reinterpret_cast<float*>(floats_of_head[i].data())},
+                          0, outputs);
         used.int8_linear(Int8LinearArgs{x.data(), query.data(), head.data(), scale.data(), batch, outputs, k,
                                         reinterpret_cast<float*>(scores[i].data())},
                          0, outputs);
@@ -424,6 +434,7 @@ void check_decoder(const Kernels& kernels) {
     expect(held[0] == held[1], "the cache after attend");
     expect(same(normed[0], normed[1], Type::f32), "rms_norm");
     expect(same(scores[0], scores[1], Type::f32), "int8_linear");
+    expect(same(floats_of_head[0], floats_of_head[1], Type::f32), "float_linear");
 }
 
 // A head of 4 bits by groups of columns, at the largest values too.

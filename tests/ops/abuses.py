@@ -95,6 +95,10 @@ def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
             5: (torch.ones(4), torch.ones(5).half(), 1),
             6: (0, -5, 17, HUGE, OVERFLOW, None), 7: (0, -1, 16, HUGE, OVERFLOW, 1.5), 8: (0, 1, 9, 16, -8, HUGE),
         }),
+        ("float_linear", (f, torch.ones(5, 64)), {
+            0: (*bad_x, f[:, :63], flat),
+            1: (None, u8, torch.ones(5, 63), torch.ones(64), torch.ones(1, 5, 64), f.double()),
+        }),
         ("int8_linear", (f, i8, torch.ones(5)), {
             0: (*bad_x, f[:, :63], flat), 1: (None, u8, i8[:, :63], i8[0], i8[None]),
             2: (None, torch.ones(4), torch.ones(6), torch.ones(0), torch.ones(5, 5)),
@@ -247,6 +251,31 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
                 small, small, small, None, None, cache, cache, None, None, 1, *s, small, 1
             ),
         )
+    for i, places in enumerate(
+        (torch.tensor([[1, 0]]), torch.tensor([[-1, 0]]), torch.tensor([[0, 4]]), torch.tensor([[0, -1]]),
+         torch.tensor([[0, 0], [0, 0]]), torch.tensor([[0]]), torch.tensor([[0, 0]], dtype=torch.int32),
+         torch.tensor([[2**62, 0]]), torch.zeros(1, 2), None, 1.5, "0", HUGE, 2**70)
+    ):  # fmt: skip
+        yield (
+            f"attend places {i}",
+            lambda p=places: module.attend(
+                small, small, small, None, None, cache, cache, None, None, 1, 1, 1, 1, 8, 4, p, small, 1
+            ),
+        )
+    two, both = torch.ones(2, 1, 8), torch.ones(2, 1, 4, 8)
+    twice = torch.tensor([[1, 0], [1, 2]])
+    yield (
+        "attend one slot twice",
+        lambda: module.attend(
+            two, two, two, None, None, both, both, None, None, 1, 2, 1, 1, 8, 4, twice, two, 1
+        ),
+    )
+    for columns in (0, -1, 63, HUGE, OVERFLOW):
+        yield (
+            f"float_linear {columns}",
+            lambda c=columns: module.float_linear(f, torch.ones(5, 64), c, torch.ones(4, 5), 1),
+        )
+    yield "float_linear out", lambda: module.float_linear(f, torch.ones(5, 64), 64, torch.ones(5), 1)
     sizes = 1, 1, 1, 8, 4, 0, small, 1
     yield (
         "attend sines",

@@ -12,6 +12,8 @@ from bellbox.errors import BellboxError
 from bellbox.models import KVCache, build, preset
 from bellbox.ops import native
 from bellbox.ops.attend import CacheLayer, attend
+from bellbox.ops.float_linear import float_linear
+from bellbox.ops.float_linear import operation as float_operation
 from bellbox.ops.int4_linear import INT4_COLUMNS, int4_linear
 from bellbox.ops.int4_linear import operation as int4_operation
 from bellbox.ops.int8_linear import INT8_COLUMNS, int8_linear
@@ -139,6 +141,73 @@ def test_attention_over_codes_is_that_of_what_they_stand_for(
     weights = (seen @ turn(query).double().transpose(-1, -2) * size**-0.5).softmax(dim=2)
     mixed = (weights * values.double().repeat_interleave(groups, dim=1)).sum(2)
     assert torch.allclose(results[0].double(), mixed.view(batch, 1, -1), rtol=2e-5, atol=4e-6 * scale)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    coded=st.sampled_from([None, torch.int8, torch.uint8]),
+    rows=st.integers(1, 6),
+    kv_heads=st.integers(1, 2),
+    half=st.sampled_from([1, 3, 8, 32]),
+    rotary=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@needs_kernels
+def test_sequences_in_slots_attend_as_each_alone(coded, rows, kv_heads, half, rotary, seed):
+    """Slots in any order, lengths of their own: results and caches have the bits of one call each."""
+    generator = torch.Generator().manual_seed(seed)
+    size, room, slots = 2 * half, 40, rows + 2
+    width = half if coded == torch.uint8 else size
+
+    def floats(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    keys, values = floats(2, slots, kv_heads, room, width)
+    scales: list = [None, None]
+    if coded is not None:
+        keys, values = (torch.randint(0, 100, (2, *keys.shape), generator=generator)).to(coded).unbind()
+        scales = list(floats(2, slots, kv_heads, room).abs())
+    layer = CacheLayer(keys.clone(), values.clone(), *(None if s is None else s.clone() for s in scales))
+    query, key, value = (floats(rows, 1, heads * size) for heads in (2 * kv_heads, kv_heads, kv_heads))
+    tables = (floats(room, half), floats(room, half)) if rotary else None
+    order = torch.randperm(slots, generator=generator)[:rows]
+    starts = torch.randint(0, room, (rows,), generator=generator)
+    for isa in SETS:
+        with native.use(isa):
+            found = attend(query, key, value, tables, layer, torch.stack((order, starts), dim=1))
+            for i, (slot, start) in enumerate(zip(order.tolist(), starts.tolist(), strict=True)):
+                here = slice(slot, slot + 1)
+                one = CacheLayer(keys[here], values[here], *(None if s is None else s[here] for s in scales))
+                part = slice(i, i + 1)
+                alone = attend(query[part], key[part], value[part], tables, one, start)
+                assert torch.equal(found[part], alone)
+    for a, b in zip(layer[:4], (keys, values, *scales), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)  # slots that nobody has included
+
+
+def test_a_row_of_the_float_product_is_its_own_on_every_path(isa):
+    for rows, columns, outputs in (
+        (1, 640, 100),
+        (7, 333, 33),
+        (16, 48, 5),
+        (5, 1, 1),
+        (4, 15, 4),
+        (9, 100, 4100),
+    ):
+        x, weight = torch.randn(rows, columns) * 10, torch.randn(outputs, columns)
+        found = float_linear(x, weight)
+        assert torch.equal(found, float_operation.reference(x, weight))
+        assert torch.equal(found, torch.cat([float_linear(row, weight) for row in x.split(1)]))
+        exact = x.double() @ weight.double().t()
+        bound = 1e-6 * (x.double().abs() @ weight.double().abs().t())
+        assert bool(((found - exact).abs() <= bound).all())
+    assert float_linear(torch.zeros(0, 4), torch.ones(3, 4)).shape == (0, 3)
+    x[2, 7] = float("nan")
+    y = float_linear(x, weight)
+    assert bool(y[2].isnan().all())
+    assert bool(y[[0, 1, 3]].isfinite().all())
+    with pytest.raises(BellboxError, match="a product in fp32 of 4 inputs got shape"):
+        float_linear(torch.ones(2, 5), torch.ones(3, 4))
 
 
 def test_int8_product_is_exact_and_equal_on_every_path(isa):

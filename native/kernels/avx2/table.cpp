@@ -24,6 +24,7 @@ constexpr Kernels avx2_kernels = {
     .linear = avx2::linear,
     .rms_norm = avx2::rms_norm,
     .attend = avx2::attend,
+    .float_linear = avx2::float_linear,
     .int8_linear = avx2::int8_linear,
     .int4_linear = avx2::int4_linear,
     .integer_peak = avx2::integer_peak,

@@ -24,6 +24,7 @@ constexpr Kernels avx512_kernels = {
     .linear = avx512::linear,
     .rms_norm = avx512::rms_norm,
     .attend = avx512::attend,
+    .float_linear = avx512::float_linear,
     .int8_linear = avx512::int8_linear,
     .int4_linear = avx512::int4_linear,
     .integer_peak = avx512::integer_peak,

@@ -21,6 +21,7 @@ constexpr Kernels portable_kernels = {
     .linear = portable::linear,
     .rms_norm = portable::rms_norm,
     .attend = portable::attend,
+    .float_linear = portable::float_linear,
     .int8_linear = portable::int8_linear,
     .int4_linear = portable::int4_linear,
     .integer_peak = portable::integer_peak,

@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "pack a trained run into integers",
     "ptq": "binarize a trained Hugging Face model without training",
     "generate": "continue a prompt",
+    "serve": "answer other programs, as OpenAI's API does",
     "export": "write a model for another program: transformers, ONNX, GGUF",
     "report": "write an HTML page with pictures of a run",
     "bench": "measure speed: single layers, or a whole model",
@@ -44,7 +45,7 @@ _MACHINE = {
 }
 
 _RUNS = ("train", "compare", "demo")
-_WITH_METHODS = ("train", "eval", "convert", "generate", "export", "report", "compare")
+_WITH_METHODS = ("train", "eval", "convert", "generate", "serve", "export", "report", "compare")
 """Commands that take `--import MODULE`, for methods of the user's own."""
 
 

@@ -3,6 +3,9 @@
 One token through a small model is a millisecond of kernels and, layer by layer, as much again of Python. `generate`
 takes this way where it can; it runs the same kernels in the same order as the layers do, so the logits are the same to
 the last bit.
+
+Sequences that are decoded together get the very numbers that each would get alone: packed layers, norms and attention
+are a row's own, and what torch computes between them is called such that a row is computed alike beside any others.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bellbox.models import GPT, KVCache, Llama
+from bellbox.models import GPT, KVCache, Llama, SlotCache
 from bellbox.models.gpt import GPTBlock
+from bellbox.models.head import has_rows_of_its_own, next_logits
 from bellbox.models.llama import LlamaBlock
 from bellbox.nn import PackedLinear
 from bellbox.nn.compact import CompactEmbedding, CompactLinear
@@ -25,6 +29,8 @@ from bellbox.ops.decoder_block import gpt_block, head, last_norm, llama_block
 from bellbox.ops.packed_linear import Bound
 
 Group = tuple[nn.Module, ...]
+_VECTOR, _ONE_THREAD = 64, 16_384
+"""Numbers that torch's elementwise kernels take in whole vectors, and up to which one thread has them all."""
 
 
 class Steps(ABC):
@@ -33,10 +39,11 @@ class Steps(ABC):
     Args:
         cache: made by the model.
         blocks: the model's, as `ops.decoder_block` binds them.
+        head: the model's.
     """
 
-    def __init__(self, cache: KVCache, blocks: Sequence[Any]) -> None:
-        self._cache, self._blocks = cache, blocks
+    def __init__(self, cache: KVCache, blocks: Sequence[Any], head: nn.Module) -> None:
+        self._cache, self._blocks, self._head, self._bound_head = cache, blocks, head, _bound(head)
 
     @torch.no_grad()
     def step(self, input_ids: Tensor) -> Tensor:
@@ -50,61 +57,113 @@ class Steps(ABC):
         self._cache.advance(1)
         return logits
 
+    @torch.no_grad()
+    def step_slots(self, cache: SlotCache, slots: Sequence[int], input_ids: Tensor) -> Tensor:
+        """Logits `[n, 1, vocab_size]` after one more token, `[n, 1]` int64, of the sequences in these slots.
+
+        Args:
+            cache: around the cache that these steps were made for.
+            slots: of different sequences.
+            input_ids: their tokens, in the order of `slots`.
+
+        Raises:
+            BellboxError: a slot twice, unknown or full.
+        """
+        assert cache.store is self._cache
+        cache.check_room(slots)
+        logits = self._logits(input_ids, cache.places(slots), torch.get_num_threads())
+        cache.advance(slots)
+        return logits
+
+    def _logits_of(self, x: Tensor) -> Tensor:
+        """What the head makes of `[n, 1, hidden]`."""
+        return _each_alone(self._head, x) if self._bound_head is None else self._bound_head(x)
+
     @abstractmethod
-    def _logits(self, input_ids: Tensor, start: int, threads: int) -> Tensor:
-        """Those after the token at position `start`, whose keys and values go into the cache."""
+    def _logits(self, input_ids: Tensor, start: int | Tensor, threads: int) -> Tensor:
+        """Those after the token at position `start`, whose keys and values go into the cache.
+
+        Args:
+            input_ids: `[n, 1]`.
+            start: of each sequence; or int64 `[n, 2]`, slot of the cache and position of each.
+            threads: of the kernels.
+        """
 
 
 class LlamaSteps(Steps):
     """Of a LLaMA: a block is one call before the SiLU and one after it."""
 
     def __init__(self, model: Llama, cache: KVCache, blocks: Sequence[Any]) -> None:
-        super().__init__(cache, blocks)
+        super().__init__(cache, blocks, model.lm_head)
         self._model = model
         inner = model.config.intermediate_size
         self._gate, self._up = torch.empty(2, cache.batch, 1, inner).unbind()
         norm = model.model.norm
         self._norm: Callable[[Tensor], Tensor] = last_norm(norm.weight, norm.eps) or norm
-        self._head = _head(model.lm_head)
 
-    def _logits(self, input_ids: Tensor, start: int, threads: int) -> Tensor:
-        model, cache, gate, up = self._model, self._cache, self._gate, self._up
+    def _logits(self, input_ids: Tensor, start: int | Tensor, threads: int) -> Tensor:
+        model, cache, batch = self._model, self._cache, len(input_ids)
+        gate, up = self._gate[:batch], self._up[:batch]
+        parts = alike_by_rows(gate)
         rotary = model.model.rotary_emb
-        x, batch = model.model.embed_tokens(input_ids).contiguous(), cache.batch
+        x = model.model.embed_tokens(input_ids).contiguous()
         for layer, block in enumerate(self._blocks):
             places = *cache.layer(layer), cache.max_length, start
             block.attend_and_widen(x, batch, rotary.cos, rotary.sin, *places, gate, up, threads)
-            F.silu(gate, inplace=True).mul_(up)
+            for part in parts:
+                F.silu(part, inplace=True)
+            gate.mul_(up)
             block.narrow(x, gate, batch, threads)
-        return self._head(self._norm(x))
+        return self._logits_of(self._norm(x))
 
 
 class GPTSteps(Steps):
     """Of a GPT: its layer norms are torch's, so that a block is three calls between them."""
 
     def __init__(self, model: GPT, cache: KVCache, blocks: Sequence[Any]) -> None:
-        super().__init__(cache, blocks)
+        super().__init__(cache, blocks, model.lm_head)
         self._model, self._plain_blocks = model, _gpt_blocks(model)
-        self._head = _head(model.lm_head)
         self._wide = torch.empty(cache.batch, 1, model.config.intermediate_size)
 
-    def _logits(self, input_ids: Tensor, start: int, threads: int) -> Tensor:
-        body, cache, wide = self._model.transformer, self._cache, self._wide
-        x = body.wte(input_ids) + body.wpe(torch.tensor([start]))
+    def _logits(self, input_ids: Tensor, start: int | Tensor, threads: int) -> Tensor:
+        body, cache, batch = self._model.transformer, self._cache, len(input_ids)
+        wide = self._wide[:batch]
+        parts = alike_by_rows(wide)
+        positions = start[:, 1:] if isinstance(start, Tensor) else torch.tensor([start])
+        x = body.wte(input_ids) + body.wpe(positions)
         for layer, (block, call) in enumerate(zip(self._plain_blocks, self._blocks, strict=True)):
             places = *cache.layer(layer), cache.max_length, start
-            call.attention(x, block.ln_1(x), cache.batch, *places, threads)
-            call.widen(block.ln_2(x), cache.batch, wide, threads)
-            active = block.mlp.activate(wide, exact=False)
-            call.narrow(x, active, cache.batch, threads)
-        return self._head(body.ln_f(x))
+            call.attention(x, block.ln_1(x), batch, *places, threads)
+            call.widen(block.ln_2(x), batch, wide, threads)
+            for part in parts:
+                part.copy_(block.mlp.activate(part, exact=False))
+            call.narrow(x, wide, batch, threads)
+        return self._logits_of(body.ln_f(x))
 
 
-def _head(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What gives the logits: the kernel itself where the head is rounded and nothing is added to its product."""
+def alike_by_rows(x: Tensor) -> list[Tensor]:
+    """Views of the rows of `x` `[n, 1, width]` such that an activation of torch computes each row as it would alone.
+
+    Torch takes whole vectors with one routine and the rest of a buffer, or of a thread's share, with another. So some
+    rows go together where they consist of whole vectors and are few enough for one thread; else each by itself.
+    """
+    width = x.shape[-1]
+    return list(x.split(max(1, _ONE_THREAD // width) if width % _VECTOR == 0 else 1))
+
+
+def _bound(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The kernel of a rounded head itself, whose sums are exact, where nothing is added to its product."""
     if not isinstance(layer, CompactLinear) or layer.coding is None or layer.bias is not None:
-        return layer
-    return head(layer.codes()) or layer
+        return None
+    return head(layer.codes())
+
+
+def _each_alone(layer: nn.Module, x: Tensor) -> Tensor:
+    """Logits of `[n, 1, hidden]`, each sequence's as it would get them alone."""
+    exact = (isinstance(layer, CompactLinear) and layer.coding is not None) or isinstance(layer, PackedLinear)
+    if len(x) == 1 or exact or has_rows_of_its_own(layer):
+        return next_logits(layer, x)
+    return torch.cat([layer(row) for row in x.split(1)])
 
 
 def _llama_blocks(model: Llama) -> list[LlamaBlock]:

@@ -1,8 +1,8 @@
 """Text from a model, token by token, as it is made.
 
-`generate` is a plain iterator over token ids: the prompt goes through the model once and fills the KV cache,
-then every token costs one row. `TextStream` turns ids into text without waiting for the end: a character may
-be spread over several tokens, and it comes out when its last byte is there. `generate_text` puts the two
+`generate` is a plain iterator over token ids: the prompt goes through the model, some hundred tokens at a time, and
+fills the KV cache, then every token costs one row. `TextStream` turns ids into text without waiting for the end: a
+character may be spread over several tokens, and it comes out when its last byte is there. `generate_text` puts the two
 together with a tokenizer and a clock.
 
 Decoding with the cache is the full forward: to the last code with `model.exact_attention = True`, by default up to
@@ -37,6 +37,11 @@ from bellbox.ops.cache_codes import CachePrecision, check_cache_precision
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+PROMPT_PIECE = 256
+"""Tokens of a prompt that go through the model at once."""
+_MOSTLY = 512
+"""Tokens, among which those of a top_p mostly are."""
 
 
 def generate(
@@ -78,7 +83,7 @@ def generate(
     from bellbox.convert import require_causal
 
     require_causal(model, "generating")
-    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         shape = list(input_ids.shape)
         raise BellboxError(
@@ -87,13 +92,7 @@ def generate(
     batch, prompt = input_ids.shape
     if not batch or not prompt:
         raise BellboxError("the prompt is empty; give at least one token")
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocabulary is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
-        worst = int(input_ids.max()) if int(input_ids.max()) >= vocabulary else int(input_ids.min())
-        raise BellboxError(
-            f"the prompt holds token {worst}, but the model's vocabulary is 0..{vocabulary - 1}; "
-            "is this the tokenizer that it was trained with?"
-        )
+    check_known(model, int(input_ids.min()), int(input_ids.max()))
     check_cache_precision(kv_cache)
     if kv_cache != "fp32" and not isinstance(model, Llama | GPT):
         raise BellboxError(f"kv_cache is {kv_cache}; a {type(model).__name__} has a cache of its own, fp32")
@@ -102,20 +101,49 @@ def generate(
         cache = model.new_cache(batch, prompt + max_new_tokens, *coding)  # pyright: ignore[reportCallIssue]
     except BellboxError as error:
         raise BellboxError(f"a prompt of {prompt} and {max_new_tokens} new tokens: {error}") from error
-    if seed is not None and not -(2**63) <= seed < 2**64:
-        raise BellboxError(f"seed is {seed}; it must be a number of 64 bits")
     device = next((parameter.device for parameter in model.parameters()), input_ids.device)
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    generator = generator_for(seed, device)
     return _tokens(
         model, input_ids.to(device), cache, max_new_tokens, (temperature, top_k, top_p), generator, stop_token
     )
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def generator_for(seed: int | None, device: torch.device | str = "cpu") -> torch.Generator:
+    """Where the samples of a sequence come from; a fresh seed where None.
+
+    Raises:
+        BellboxError: a seed beyond 64 bits.
+    """
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    elif not -(2**63) <= seed < 2**64:
+        raise BellboxError(f"seed is {seed}; it must be a number of 64 bits")
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def check_known(model: nn.Module, least: int, most: int) -> None:
+    """Refuse tokens that a model does not know.
+
+    Raises:
+        BellboxError: the least or the largest of a prompt's is none of its vocabulary.
+    """
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is not None and not 0 <= least <= most < vocabulary:
+        raise BellboxError(
+            f"the prompt holds token {most if most >= vocabulary else least}, but the model's vocabulary is "
+            f"0..{vocabulary - 1}; is this the tokenizer that it was trained with?"
+        )
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Refuse what `generate` cannot sample with.
+
+    Raises:
+        BellboxError: a value out of range.
+    """
     if max_new_tokens < 1:
         raise BellboxError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if not 0 <= temperature < math.inf:
@@ -143,12 +171,14 @@ def _tokens(
     stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     steps = steps_for(model, cache)
     for count in range(max_new_tokens):
-        if steps is None or count == 0:
-            logits = _evaluate(model, input_ids, cache)[:, -1]
-        else:
+        if count and steps is not None:
             logits = steps.step(input_ids)[:, -1]
-        if not torch.isfinite(logits).all():
-            raise BellboxError(f"the model's logits for new token {count + 1} are not finite; is it trained?")
+        else:
+            *first, last = prompt_pieces(input_ids)
+            for piece in first:
+                evaluate(model, piece, cache)
+            logits = evaluate(model, last, cache)[:, -1]
+        require_finite(logits, count + 1)
         token = sample(logits, *sampling, generator)
         if stop_token is not None:
             token = torch.where(stopped, stop_token, token)
@@ -159,8 +189,28 @@ def _tokens(
         input_ids = token[:, None]
 
 
-def _evaluate(model: nn.Module, input_ids: Tensor, cache: object) -> Tensor:
-    """The model's logits in evaluation mode; every module's mode is put back."""
+def prompt_pieces(input_ids: Tensor) -> tuple[Tensor, ...]:
+    """A prompt `[B, T]` in the pieces in which it goes through a model, always the same ones.
+
+    Torch's attention sums by the shape of a call, so a prompt that is cut otherwise has other last bits. Pieces keep
+    the scores of a long prompt small, and let sequences that are decoded beside it go on in between.
+    """
+    return input_ids.split(PROMPT_PIECE, dim=1)
+
+
+def require_finite(logits: Tensor, number: int) -> None:
+    """Refuse to sample from NaN or infinity.
+
+    Raises:
+        BellboxError: there is one; `number` is that of the new token.
+    """
+    # The sum is quicker, and finite only where all of them are.
+    if not math.isfinite(logits.sum()) and not torch.isfinite(logits).all():
+        raise BellboxError(f"the model's logits for new token {number} are not finite; is it trained?")
+
+
+def evaluate(model: nn.Module, input_ids: Tensor, cache: object) -> Tensor:
+    """The model's logits for the last token, in evaluation mode; every module's mode is put back."""
     training = [module for module in model.modules() if module.training] if model.training else []
     if training:
         model.eval()
@@ -188,26 +238,57 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator)[:, 0]
+    weights, tokens = _weights(logits, temperature, top_k, top_p)
+    sums = weights.cumsum(dim=-1)
+    # One number a row: a number a token, as torch.multinomial draws, costs more than the step of a small model.
+    whole = sums[:, -1:]
+    drawn = torch.rand(whole.shape, dtype=torch.float64, device=whole.device, generator=generator) * whole
+    place = torch.searchsorted(sums, drawn.minimum(whole.nextafter(torch.zeros_like(whole))), right=True)
+    return (place if tokens is None else tokens.gather(-1, place))[:, 0]
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """What `sample` draws from: `[B, V]` float64, zero outside the chosen tokens; `temperature` above 0."""
+    weights, tokens = _weights(logits, temperature, top_k, top_p)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    if tokens is None:
+        return weights
+    return torch.zeros(logits.shape, dtype=torch.float64, device=logits.device).scatter(-1, tokens, weights)
+
+
+def _weights(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weights of tokens that are drawn in proportion to them, float64 `[B, m]`, and which tokens; None for all."""
     # The largest logit becomes 0 first, so that no temperature, however small, overflows or gives 0/0.
-    scaled = logits.double()
-    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperature
+    scaled = logits.to(torch.float64, copy=True)
+    scaled.sub_(logits.amax(dim=-1, keepdim=True))
+    if temperature != 1:
+        scaled.div_(temperature)
     if top_k is None and top_p is None:
-        return scaled.softmax(dim=-1)
-    order = scaled.argsort(dim=-1, descending=True, stable=True)
-    result = scaled.gather(-1, order)
-    if top_k is not None:
-        result[:, top_k:] = -math.inf
-    result = result.softmax(dim=-1)
-    if top_p is not None:
-        before = result.cumsum(dim=-1) - result
-        result = result.masked_fill(before >= top_p, 0.0)
-        result = result / result.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(result).scatter(-1, order, result)
+        return scaled.exp_(), None
+    count = scaled.shape[-1] if top_k is None else min(top_k, scaled.shape[-1])
+    if top_p is None:
+        values, tokens = _likeliest(scaled, count)
+        return values.exp(), tokens
+    # Mostly few of the likeliest reach the sum, and to sort all takes as long as a step of a small model.
+    whole = scaled.exp().sum(dim=-1, keepdim=True) if top_k is None else None
+    for some in (min(count, _MOSTLY), count):
+        values, tokens = _likeliest(scaled, some)
+        weights = values.exp()
+        least = top_p * (weights.sum(dim=-1, keepdim=True) if whole is None or some == count else whole)
+        if some == count or (whole is not None and bool((weights.sum(dim=-1, keepdim=True) >= least).all())):
+            break
+    before = weights.cumsum(dim=-1) - weights
+    return weights.masked_fill(before >= least, 0.0), tokens
+
+
+def _likeliest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row in falling order, and where they stand; the same ones among ties every time."""
+    if 8 * count > scaled.shape[-1]:
+        values, tokens = scaled.sort(dim=-1, descending=True, stable=True)
+        return values[:, :count], tokens[:, :count]
+    return scaled.topk(count, dim=-1)
 
 
 class TextStream:

@@ -14,7 +14,7 @@ from typing import overload
 
 import torch
 
-from bellbox.models.cache import KVCache
+from bellbox.models.cache import KVCache, SlotCache
 from bellbox.models.config import (
     PRESETS,
     VISION_PRESETS,
@@ -49,6 +49,7 @@ __all__ = [
     "ModelConfig",
     "ResNet",
     "ResNetConfig",
+    "SlotCache",
     "ViT",
     "ViTConfig",
     "VisionConfig",

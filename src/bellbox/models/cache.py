@@ -10,6 +10,9 @@ token's own key included: a prompt at once, in pieces or token by token give one
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -136,8 +139,51 @@ class KVCache:
         """Forget everything; the memory stays for the next prompt."""
         self.length = 0
 
+    def row(self, index: int) -> KVCache:
+        """An empty cache of one sequence in the memory of sequence `index` of this one."""
+        row = copy.copy(self)
+        here = slice(index, index + 1)
+        row.keys, row.values = [t[here] for t in self.keys], [t[here] for t in self.values]
+        row.key_scales = [None if t is None else t[here] for t in self.key_scales]
+        row.value_scales = [None if t is None else t[here] for t in self.value_scales]
+        row.batch, row.length = 1, 0
+        return row
+
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes, scales included."""
         tensors = self.keys + self.values + self.key_scales + self.value_scales
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class SlotCache:
+    """Sequences that come and go, each with a length of its own: a slot of one cache is a cache of one sequence.
+
+    Attributes:
+        store: the memory of all; its own `length` says nothing.
+        slots: each slot as the cache that a prompt goes into.
+    """
+
+    def __init__(self, store: KVCache) -> None:
+        self.store = store
+        self.slots = [store.row(index) for index in range(store.batch)]
+
+    def places(self, slots: Sequence[int]) -> Tensor:
+        """Slot and length of each of these sequences, int64 `[n, 2]`, as the compiled kernels take them."""
+        return torch.tensor([(slot, self.slots[slot].length) for slot in slots])
+
+    def check_room(self, slots: Sequence[int]) -> None:
+        """Whether another token of each of these sequences fits.
+
+        Raises:
+            BellboxError: a slot twice, none of the cache's, or a full one.
+        """
+        if len(set(slots)) != len(slots) or not all(0 <= slot < len(self.slots) for slot in slots):
+            raise BellboxError(f"slots {list(slots)} of a cache of {len(self.slots)}; each may come once")
+        for slot in slots:
+            self.slots[slot].check_room(1, 1)
+
+    def advance(self, slots: Sequence[int]) -> None:
+        """Count the token that every layer has written of each of these sequences."""
+        for slot in slots:
+            self.slots[slot].advance(1)

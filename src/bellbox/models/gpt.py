@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bellbox.models.attention import causal_attention, compute_dtype, erf_gelu, tanh_gelu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import GPTConfig
+from bellbox.models.head import next_logits
 from bellbox.models.llama import check_context
 from bellbox.ops.attend import attend, attends
 from bellbox.ops.cache_codes import CachePrecision
@@ -184,7 +185,8 @@ class GPT(nn.Module):
         check_context(before + tokens, self.config.max_position_embeddings)
         if cache is not None:
             cache.check_room(batch, tokens)
-        logits = self.lm_head(self.transformer(input_ids, cache, last_only, self.exact_attention))
+        states = self.transformer(input_ids, cache, last_only, self.exact_attention)
+        logits = next_logits(self.lm_head, states)
         if cache is not None:
             cache.advance(tokens)
         return logits

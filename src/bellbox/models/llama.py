@@ -21,6 +21,7 @@ from bellbox.models import lean
 from bellbox.models.attention import causal_attention, compute_dtype, silu
 from bellbox.models.cache import KVCache
 from bellbox.models.config import LlamaConfig
+from bellbox.models.head import next_logits
 from bellbox.models.lean import pays, swiglu
 from bellbox.ops.attend import attend, attends
 from bellbox.ops.cache_codes import CachePrecision
@@ -276,7 +277,8 @@ class Llama(nn.Module):
         check_context(before + tokens, self.config.max_position_embeddings)
         if cache is not None:
             cache.check_room(batch, tokens)
-        logits = self.lm_head(self.model(input_ids, cache, last_only, self.exact_attention))
+        states = self.model(input_ids, cache, last_only, self.exact_attention)
+        logits = next_logits(self.lm_head, states)
         if cache is not None:
             cache.advance(tokens)
         return logits

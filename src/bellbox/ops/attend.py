@@ -56,7 +56,7 @@ def attend(
     value: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     cache: CacheLayer,
-    start: int,
+    start: int | Tensor,
 ) -> Tensor:
     """One new token of each sequence: rotary positions, key and value into the cache, attention over all so far.
 
@@ -65,20 +65,21 @@ def attend(
         key: `[B, 1, kv_heads * head_dim]`, likewise.
         value: as `key`.
         rotary: cosines and sines `[positions, head_dim / 2]` fp32, or None.
-        cache: the layer's; position `start` is written.
-        start: tokens held; less than `room`.
+        cache: the layer's, of `B` sequences or of as many slots as there are; position `start` is written.
+        start: tokens held, less than `room`; or int64 `[B, 2]`, the slot of each sequence in the cache and how many it
+            holds, no slot twice.
 
     Returns:
         `[B, 1, heads * head_dim]`.
     """
     module = native.compiled()
     assert module is not None
-    batch, kv_heads, room, head_dim = cache.keys.shape
+    _, kv_heads, room, head_dim = cache.keys.shape
     if cache.keys.dtype == torch.uint8:
         head_dim = key.shape[2] // kv_heads
     cosines, sines = (None, None) if rotary is None else rotary
     out = torch.empty_like(query)
-    sizes = batch, query.shape[2] // head_dim, kv_heads, head_dim, room, start
+    sizes = len(query), query.shape[2] // head_dim, kv_heads, head_dim, room, start
     key, value = key.contiguous(), value.contiguous()
     module.attend(query, key, value, cosines, sines, *cache, *sizes, out, torch.get_num_threads())
     return out

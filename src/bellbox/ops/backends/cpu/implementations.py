@@ -14,6 +14,7 @@ from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops import native
 from bellbox.ops.binarized_linear import MAX_BITS
+from bellbox.ops.float_linear import check as check_float
 from bellbox.ops.int4_linear import check as check_int4
 from bellbox.ops.int8_linear import INT8_COLUMNS
 from bellbox.ops.int8_linear import check as check_int8
@@ -346,6 +347,20 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def _why_not_float(arguments: Mapping[str, Any]) -> str | None:
+    return _why_not_plain(arguments, "x", "weight")
+
+
+def _float_linear(x: Tensor, weight: Tensor) -> Tensor:
+    check_float(x, weight)
+    rows, columns = weight.shape
+    module = native.compiled()
+    assert module is not None
+    out = x.new_empty((*x.shape[:-1], rows))
+    module.float_linear(x.detach().contiguous(), weight.detach(), columns, out, _threads())
+    return out
+
+
 def _why_not_int8(arguments: Mapping[str, Any]) -> str | None:
     weight = arguments["weight"]
     if (
@@ -527,6 +542,7 @@ TABLE: dict[str, Implementation] = {
     "bbq_backward_kept": Implementation(_why_not_kept, native.bbq_backward_kept),
     "kept_linear": Implementation(_why_not_kept_linear, _kept_linear),
     "rms_norm": Implementation(_why_not_norm, _rms_norm),
+    "float_linear": Implementation(_why_not_float, _float_linear),
     "int8_linear": Implementation(_why_not_int8, _int8_linear),
     "int4_linear": Implementation(_why_not_int4, _int4_linear),
     "table_rows": Implementation(_why_not_rows_of_table, _table_rows),
