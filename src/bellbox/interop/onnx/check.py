@@ -108,8 +108,10 @@ def agreement(
         feeds = (
             _language_feeds(session, batch) if is_language else {session.get_inputs()[0].name: batch.numpy()}
         )
-        wanted = [session.get_outputs()[0].name, *(each for pair in where.values() for each in pair)]
-        got = dict(zip(wanted, map(torch.from_numpy, session.run(wanted, feeds)), strict=True))
+        coded = {each for pair in where.values() for each in pair}  # of which some may be inputs of the graph
+        wanted = [session.get_outputs()[0].name, *sorted(coded - {*feeds})]
+        got = {name: torch.from_numpy(each) for name, each in feeds.items()}
+        got |= dict(zip(wanted, map(torch.from_numpy, session.run(wanted, feeds)), strict=True))
         moved = torch.zeros(len(batch), dtype=torch.bool)
         for name, layer in layers.items():
             given, codes = where[name]
