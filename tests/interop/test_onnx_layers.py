@@ -15,7 +15,7 @@ import bellbox as bb
 from bellbox.core import packing
 from bellbox.core.grid import Grid, Levels
 from bellbox.errors import BellboxError
-from bellbox.interop.onnx import export
+from bellbox.interop.onnx import check, export, exporting
 from bellbox.models.llama import RMSNorm
 from bellbox.nn import PackedLinear, WeightOnlyLinear
 from bellbox.nn.binarized_linear import BinarizedLinear
@@ -400,6 +400,19 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(BellboxError, match=r"onnxscript is not installed; .*bellbox\[onnx\]"):
         export(layer(), (torch.randn(2, 64),), tmp_path / "model.onnx")
+
+
+def test_constants_beyond_one_file_lie_in_a_second_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(exporting, "_ONE_FILE", 1000)
+    x = torch.randn(3, 64)
+    model = packed(nn.Linear(64, 64), Recipe.bbq(bits=2), x)
+    export(model, (x,), tmp_path / "model.onnx")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    with torch.no_grad():
+        assert np.array_equal(run(tmp_path / "model.onnx", x), model(x).numpy())
+    found = check.agreement(model, tmp_path / "model.onnx", [x])
+    assert found.holds
+    assert found.codes == x.numel()
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

@@ -118,7 +118,9 @@ def test_the_command_writes_the_function_and_proves_it(story, capsys, monkeypatc
     assert sorted(each.name for each in out.iterdir()) == ["model.onnx", "tokenizer.json"]
     monkeypatch.setattr(packed, "exact_attention", True)
     found = check.agreement(packed, out / "model.onnx", [ids])
-    assert (found.wrong, found.ties, found.moved, found.unexplained) == (0, 0, 0, 0)
+    assert (found.wrong, found.ties, found.unexplained) == (0, 0, 0)
+    assert found.moved <= 2  # one in 10^6 integers of the head, on a half
+    assert found.farthest <= 1e-6
     assert found.codes > 100_000 * len(packed.model.layers)
     assert found.difference <= 1e-4
 
@@ -206,6 +208,9 @@ def test_a_changed_file_is_found_out(story, tmp_path):
     assert found.unexplained > 0
     with pytest.raises(BellboxError, match="is of another model"):
         check.agreement(nn.Sequential(nn.Linear(2, 2)), out / "model.onnx", [ids])
+    (tmp_path / "model.onnx").write_bytes((out / "model.onnx").read_bytes()[:-100])
+    with pytest.raises(BellboxError, match="is no ONNX file"):
+        check.agreement(packed, tmp_path / "model.onnx", [ids])
 
 
 GPT = GPTConfig(256, 64, 128, 1, 4, max_position_embeddings=64)
@@ -226,7 +231,7 @@ def test_gpt(embeddings, tmp_path):
     export_model(model, tmp_path / "gpt.onnx", weights="int8")
     found = check.agreement(model, tmp_path / "gpt.onnx", [ids])
     assert found.holds
-    assert found.codes == 4 * 33 * (64 + 64 + 64 + 128)
+    assert found.codes == 4 * 33 * (64 + 64 + 64 + 128 + 64)  # the head as well
     assert found.samples_moved <= 1
     assert found.farthest <= 1e-6
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,9 @@ from bellbox.errors import BellboxError, require
 from bellbox.interop.onnx.exporting import CODED
 from bellbox.models import GPT, Llama
 from bellbox.nn import PackedConv, PackedLayer
+from bellbox.nn.compact import CompactLinear
+from bellbox.nn.quantized_table import most_of_input, table_input_codes
+from bellbox.utils.files import one_line
 
 NEAR = 1e-6
 """What counts as on a threshold: this share of it, or of 1 where it is smaller."""
@@ -83,10 +88,10 @@ def agreement(
     """
     session, where = _session(path, library)
     is_language = isinstance(model, Llama | GPT)
-    named, layers = dict(model.named_modules()), dict[str, PackedLayer]()
+    named, layers = dict(model.named_modules()), dict[str, PackedLayer | CompactLinear]()
     for name in where:
         layer = named.get(name.removeprefix("model.") if is_language else name)
-        if not isinstance(layer, PackedLayer):
+        if not isinstance(layer, PackedLayer | CompactLinear):
             raise BellboxError(f"{os.fspath(path)}: is of another model: this one has no packed layer {name}")
         layers[name] = layer
     found = Agreement(len(layers))
@@ -103,8 +108,10 @@ def agreement(
         feeds = (
             _language_feeds(session, batch) if is_language else {session.get_inputs()[0].name: batch.numpy()}
         )
-        wanted = [session.get_outputs()[0].name, *(each for pair in where.values() for each in pair)]
-        got = dict(zip(wanted, map(torch.from_numpy, session.run(wanted, feeds)), strict=True))
+        coded = {each for pair in where.values() for each in pair}  # of which some may be inputs of the graph
+        wanted = [session.get_outputs()[0].name, *sorted(coded - {*feeds})]
+        got = {name: torch.from_numpy(each) for name, each in feeds.items()}
+        got |= dict(zip(wanted, map(torch.from_numpy, session.run(wanted, feeds)), strict=True))
         moved = torch.zeros(len(batch), dtype=torch.bool)
         for name, layer in layers.items():
             given, codes = where[name]
@@ -124,8 +131,21 @@ def _keep(kept: dict[str, Tensor], name: str, _layer: nn.Module, args: tuple[Ten
     kept[name] = args[0]
 
 
+def _codes(layer: PackedLayer | CompactLinear, x: Tensor) -> Tensor:
+    """Codes of an input, or the integers that a head rounds it to; one-dimensional."""
+    if isinstance(layer, PackedLayer):
+        return layer.input_codes(x).reshape(-1)
+    assert layer.coding is not None
+    return table_input_codes(x, layer.coding).reshape(-1).to(torch.int16)
+
+
 def _compare(
-    found: Agreement, layer: PackedLayer, given: Tensor, codes: Tensor, own: Tensor, moved: Tensor
+    found: Agreement,
+    layer: PackedLayer | CompactLinear,
+    given: Tensor,
+    codes: Tensor,
+    own: Tensor,
+    moved: Tensor,
 ) -> None:
     """Compare a layer's codes.
 
@@ -140,8 +160,8 @@ def _compare(
     if isinstance(layer, PackedConv):
         given = given.permute(0, 3, 1, 2)
         own = own if own.dim() == 4 else own.unsqueeze(2)
-    here, there = layer.input_codes(given).reshape(-1), layer.input_codes(own).reshape(-1)
-    differs = (here != codes.reshape(-1).to(torch.uint8)).nonzero().flatten()
+    here, there = _codes(layer, given), _codes(layer, own)
+    differs = (here != codes.reshape(-1).to(here.dtype)).nonzero().flatten()
     near = int((_distance(layer, given, differs) <= NEAR).sum())
     found.codes += here.numel()
     found.ties += near
@@ -159,11 +179,16 @@ def _compare(
     moved |= changed.any(1)
 
 
-def _distance(layer: PackedLayer, given: Tensor, places: Tensor) -> Tensor:
+def _distance(layer: PackedLayer | CompactLinear, given: Tensor, places: Tensor) -> Tensor:
     """How far these entries of an input lie from the nearest threshold, over it or over 1 where it is smaller."""
-    coding, thresholds = layer.coding, layer.act_thresholds.double()
     if not len(places):
         return torch.zeros(0)
+    if isinstance(layer, CompactLinear):
+        assert layer.coding is not None
+        largest = given.double().abs().amax(-1, keepdim=True)
+        v = (given.double() / largest * most_of_input(layer.coding.bits)).reshape(-1)[places].abs()
+        return (v - v.floor() - 0.5).abs() / v.clamp(min=1.0)
+    coding, thresholds = layer.coding, layer.act_thresholds.double()
     conv = isinstance(layer, PackedConv)
     rows = given.permute(0, 2, 3, 1).flatten(1) if conv else given.reshape(-1, layer.row_length)
     if layer.act_signs is not None:
@@ -184,7 +209,10 @@ def _session(
 ) -> tuple[Any, dict[str, list[str]]]:
     """A session whose outputs are those of the file and all coded inputs with their codes."""
     onnx, runtime = require("onnx", "onnx"), require("onnxruntime", "onnx")
-    proto = onnx.load(os.fspath(path))
+    try:
+        proto = onnx.load(os.fspath(path), load_external_data=False)
+    except Exception as error:  # those of protocol buffers and of the system
+        raise BellboxError(f"{os.fspath(path)}: is no ONNX file: {one_line(error)}") from None
     stated = {each.key: each.value for each in proto.metadata_props}
     if CODED not in stated:
         raise BellboxError(f"{os.fspath(path)}: was not written by bellbox export onnx")
@@ -197,11 +225,13 @@ def _session(
     try:
         if library is not None:
             options.register_custom_ops_library(os.fspath(library))
-        session = runtime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        # Beside the file, where constants of their own file are found.
+        with tempfile.NamedTemporaryFile(dir=Path(path).parent, prefix=".check.", suffix=".onnx") as beside:
+            beside.write(proto.SerializeToString())
+            beside.flush()
+            session = runtime.InferenceSession(beside.name, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has an exception for each of its error codes
-        raise BellboxError(f"{os.fspath(path)}: onnxruntime cannot run it: {error}") from None
+        raise BellboxError(f"{os.fspath(path)}: onnxruntime cannot run it: {one_line(error)}") from None
     return session, where
 
 

@@ -36,14 +36,25 @@ class Builder:
         self.coded: dict[str, tuple[ir.Value, ir.Value]] = {}
         """Of each coded input: by the name of the first layer that reads it, the input and its codes."""
         self._constants: dict[Any, ir.Value] = {}
-        self._used: dict[str, int] = {}
         self._count = 0
+        self._taken: set[str | None] = {value.name for node in graph for value in node.outputs}
+        self._taken |= {*graph.initializers, *(value.name for value in graph.inputs)}
 
     def unique(self, name: str) -> str:
-        """A name that no value of this builder has."""
-        full = f"{self.name}.{name}" if self.name else name
-        count = self._used[full] = self._used.get(full, -1) + 1
-        return f"{full}.{count}" if count else full
+        """A name of the layer's that no value of the graph has."""
+        full = name = f"{self.name}.{name}" if self.name else name
+        while full in self._taken:
+            self._count += 1
+            full = f"{name}.{self._count}"
+        self._taken.add(full)
+        return full
+
+    def _short(self) -> str:
+        """A name for what nobody looks at: long ones are half the file of a small model."""
+        while True:
+            self._count += 1
+            if (name := f"v{self._count}") not in self._taken:
+                return name
 
     def op(
         self,
@@ -68,8 +79,7 @@ class Builder:
         """One more node."""
         node = self.ir.node(kind, list(inputs), attributes, num_outputs=outputs, domain=domain)
         for value in node.outputs:
-            self._count += 1
-            value.name = f"v{self._count}" if name is None else self.unique(name)
+            value.name = self._short() if name is None else self.unique(name)
         self.nodes.append(node)
         return list(node.outputs)
 
@@ -82,7 +92,9 @@ class Builder:
         array = np.asarray(value, dtype)
         key = array.tobytes(), array.shape, array.dtype.str
         if key not in self._constants:
-            self._constants[key] = self.initializer(f"constant_{len(self._constants)}", self.ir.tensor(array))
+            layer, self.name = self.name, ""
+            self._constants[key] = self.initializer(self.unique("constant"), self.ir.tensor(array))
+            self.name = layer
         return self._constants[key]
 
     def initializer(self, name: str, tensor: Any) -> ir.Value:

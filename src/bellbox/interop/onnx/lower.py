@@ -57,4 +57,4 @@ def _layer_of(node: ir.Node, number: int) -> str:
     weight = node.inputs[_WEIGHT] if len(node.inputs) > _WEIGHT else None
     if weight is None or weight.name is None:
         return f"{node.op_type}_{number}"
-    return weight.name.rpartition(".")[0] or node.op_type
+    return weight.name.rpartition(".")[0]

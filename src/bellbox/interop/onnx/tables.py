@@ -59,6 +59,7 @@ def int8_linear(b: Builder, inputs: list[ir.Value | None], _numbers: dict[str, A
     x, weight, scale = inputs
     assert x is not None
     integers, worth = _rounded_input(b, x, INT8_MOST)
+    b.coded[b.name] = x, integers
     high, low = _halves(b, integers)
     matrix = b.op("Transpose", weight, perm=[1, 0])
     raised = b.cast(b.op("Add", high, b.constant(32, np.float32)), "UINT8")
@@ -77,6 +78,7 @@ def int4_linear(b: Builder, inputs: list[ir.Value | None], _numbers: dict[str, A
     assert weight is not None
     assert multipliers is not None
     integers, worth = _rounded_input(b, x, INT4_MOST)
+    b.coded[b.name] = x, integers
     raised = b.cast(b.op("Add", integers, b.constant(128, np.float32)), "UINT8")
     # What follows depends on constants alone: onnxruntime computes it once, while it loads.
     table = _table_integers(b, weight, multipliers, _columns(weight), _columns(multipliers))
@@ -156,7 +158,7 @@ def weight_only(b: Builder, inputs: list[ir.Value | None], numbers: dict[str, An
     assert scale is not None
     codes = packing.unpack(torch.from_numpy(np.array(rows)), columns, levels).numpy()
     width = 2 if levels <= 4 else 4 if levels <= 16 else 8
-    stored = b.small_integers(f"{b.name}.weight", codes, width, signed=False)
+    stored = b.small_integers(b.unique("weight"), codes, width, signed=False)
     if table is None:
         offset = b.constant(numbers["offset"], np.float32)
         values = b.op("Sub", b.cast(stored, "FLOAT"), offset)
