@@ -53,6 +53,10 @@ class BellboxHfQuantizer(HfQuantizer):
         """The first place where the configuration passes by: its file of weights is there after all."""
         return forget_missing_file(config)
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same place in transformers before 5.18."""
+        return forget_missing_file(config)
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of what is not low-bit.
 
@@ -66,11 +70,11 @@ class BellboxHfQuantizer(HfQuantizer):
             )
         return dtype
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, *rest: Any) -> Any:  # pyright: ignore
         """The names in a file of ours are the model's own: nothing is renamed or merged."""
         if self.pre_quantized:
             return []
-        return super().update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, *rest)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
