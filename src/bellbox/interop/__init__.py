@@ -16,9 +16,15 @@ _PARTS = {
     "torchao_filter": "torchao",
 }
 """Public names, by the part that has them: importing a part imports its program."""
+_LAZY = {
+    "ExactCheckpoints": "bellbox.interop.trainer",
+    "TorchAOConfig": "bellbox.interop.torchao",
+    "torchao_filter": "bellbox.interop.torchao",
+}
+"""Names that are taken from a part when somebody asks for them: importing a part imports its program."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PARTS:
-        return getattr(importlib.import_module(f"{__name__}.{_PARTS[name]}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
