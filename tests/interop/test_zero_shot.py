@@ -25,7 +25,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bellbox.interop.zero_shot import BellboxLM, zero_shot
-from bellbox.interop.zero_shot.adapter import rolling_windows, room_for
+from bellbox.interop.zero_shot.adapter import fingerprint, rolling_windows, room_for
 
 WHOLE = os.environ.get("BELLBOX_ZOO") == "all"
 TEXT = "the quick brown fox jumps over the lazy dog, again and again; and why not? It is 1984! " * 60
@@ -235,6 +235,19 @@ def test_answers_kept_for_one_model_are_no_other_s(folder: Path, tasks: Path, tm
     assert two == scored(2, None) != four
     assert scored(4, cache) == four
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_model_is_known_by_every_number_and_by_how_it_computes(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+
+    def key(bits: int, change: float = 0.0) -> str:
+        model = bb.prepare(load_hf(folder), bb.Recipe.bbq(bits)).eval()
+        with torch.no_grad():
+            model.model.norm.weight[0] += change
+        return fingerprint(model, tokenizer)
+
+    assert key(2) == key(2)
+    assert len({key(2), key(2, 1e-3), key(4)}) == 3
 
 
 def test_the_command_writes_a_table_and_a_whole_file(
