@@ -51,7 +51,12 @@ def alone(model: Any, prompt: list[int], tokens: list[int], precision: Any) -> l
 
 
 def together(
-    model: Any, prompts: list[list[int]], texts: list[list[int]], precision: Any, slots: int, chance: random.Random
+    model: Any,
+    prompts: list[list[int]],
+    texts: list[list[int]],
+    precision: Any,
+    slots: int,
+    chance: random.Random,
 ) -> list[list[Tensor]]:
     """The same with random neighbours, arrivals and departures; some leave early, some slots were used before."""
     decoder = SlotDecoder(model, slots, max(map(len, prompts)) + max(map(len, texts)), precision)
@@ -130,7 +135,9 @@ def test_with_other_methods_and_widths(recipe: bb.Recipe, joint: bool) -> None:
 @needs_kernels
 def test_many_rows_and_two_threads() -> None:
     """Rows that would be shared between threads, in torch and in the kernels."""
-    model = model_of("llama", hidden_size=512, intermediate_size=1344, num_attention_heads=8, num_key_value_heads=8)
+    model = model_of(
+        "llama", hidden_size=512, intermediate_size=1344, num_attention_heads=8, num_key_value_heads=8
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
