@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bellbox.errors import BellboxError
-from bellbox.inference.generation import TextStream, generate, generate_text, probabilities
+from bellbox.inference.generation import TextStream, generate, generate_text
+from bellbox.inference.sampling import probabilities
 from bellbox.models import GPTConfig, LlamaConfig, build, load_hf
 
 SHARED = Path(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from serving import Server, ask, get, metric, open_stream, read_until, text_of
 
 import waiting
+from bellbox.cli import serve as command
 from bellbox.data.tokenizer import Tokenizer
+from bellbox.errors import BellboxError
 from bellbox.formats.auto import open_model
 from bellbox.inference.generation import generate
 
@@ -116,9 +119,6 @@ def test_it_ends_when_running_texts_are_done(guarded: Server, expected: str) -> 
 
 
 def test_a_server_for_others_needs_a_key(folder: Path) -> None:
-    from bellbox.cli import serve as command
-    from bellbox.errors import BellboxError
-
     for flags, message in (
         (["--host", "0.0.0.0"], "can be reached by others, so a key is needed"),
         (["--host", "nowhere.invalid.", "--api-key-file", "KEYFILE"], "cannot listen at"),
@@ -136,8 +136,20 @@ def test_a_server_for_others_needs_a_key(folder: Path) -> None:
 
 
 def test_a_port_that_is_taken(folder: Path) -> None:
-    from bellbox.cli import serve as command
-    from bellbox.errors import BellboxError
-
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(BellboxError, match="in use"):
         command.main([str(folder), "--port", str(taken.getsockname()[1])])
+
+
+def test_without_its_packages_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(
+        BellboxError, match=r"uvicorn is not installed; install it with: pip install 'bellbox\[serve\]'"
+    ):
+        command.main([str(folder)])
+
+
+def test_a_folder_that_is_no_language_model(tmp_path: Path) -> None:
+    with pytest.raises(BellboxError, match="no model here"):
+        command.main([str(tmp_path), "--port", "0"])
+    with pytest.raises(BellboxError, match="no such folder"):
+        command.main([str(tmp_path / "absent"), "--port", "0"])

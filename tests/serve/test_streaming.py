@@ -117,7 +117,12 @@ def test_a_connection_that_says_no_request_is_closed(monkeypatch: pytest.MonkeyP
         await send({"type": "http.response.body", "body": b"ok"})
 
     config = uvicorn.Config(
-        app, http=serving_process._protocol(), ws="none", lifespan="off", log_level="warning"
+        app,
+        http=serving_process._protocol(),
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        timeout_keep_alive=1,
     )
     server = uvicorn.Server(config)
     sock = serving_process.listen("127.0.0.1", 0)
@@ -142,3 +147,45 @@ def test_which_addresses_are_this_machines() -> None:
         assert serving_process.is_loopback(host)
     for host in ("0.0.0.0", "::", "192.168.0.1", "example.org", "", "127.0.0.1.evil.example"):
         assert not serving_process.is_loopback(host)
+
+
+def test_a_defect_is_answered_in_json() -> None:
+    """By the application itself, without a server."""
+    from bellbox.serve.app import Service, build_app
+
+    class Broken:
+        is_alive = True
+
+        def text(self) -> bytes:
+            raise ZeroDivisionError
+
+        class requests:  # noqa: N801
+            @staticmethod
+            def labels(*_: str) -> Any:
+                return type("Count", (), {"inc": lambda self: None})()
+
+    service: Any = Service("small", Broken(), None, None, Broken(), key="a-long-secret")  # pyright: ignore
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/metrics",
+        "raw_path": b"/metrics",
+        "query_string": b"",
+    }
+    headers = [(b"host", b"a"), (b"authorization", b"Bearer a-long-secret")]
+    scope |= {
+        "headers": headers,
+        "scheme": "http",
+        "server": ("a", 1),
+        "root_path": "",
+        "http_version": "1.1",
+    }
+
+    async def run() -> None:
+        connection = Connection([{"type": "http.request", "body": b"", "more_body": False}])
+        with pytest.raises(ZeroDivisionError):  # for the log
+            await build_app(service)(scope, connection.receive, connection.send)
+        assert connection.sent[0]["status"] == 500
+        assert b'"ZeroDivisionError in the server"' in connection.sent[1]["body"]
+
+    asyncio.run(run())

@@ -18,15 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.inference.generation import (
-    PROMPT_PIECE,
-    check_known,
-    check_sampling,
-    generator_for,
-    prompt_pieces,
-    require_finite,
-    sample,
-)
+from bellbox.inference.generation import PROMPT_PIECE, check_known, prompt_pieces
+from bellbox.inference.sampling import check_sampling, generator_for, require_finite, sample
 from bellbox.inference.slots import SlotDecoder
 from bellbox.ops.cache_codes import CachePrecision
 

@@ -27,7 +27,10 @@ _OPEN = ("/", "/page.js", "/health")
 """Paths that need no key: they say nothing of the model."""
 _DEFAULT_TOKENS = 16
 """New tokens of a completion that names no number, as OpenAI's."""
-_POLICY = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "frame-ancestors 'none'"
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,9 @@ def build_app(service: Service) -> FastAPI:
         message = f"there is no {request.method} {request.url.path}"
         return _refusal(responses, RefusedError(error.status_code, message, code="not_found"), error.headers)
 
+    async def broken(_: Any, error: Exception) -> Any:  # a defect of ours; uvicorn logs its traceback
+        return _refusal(responses, RefusedError(500, f"{type(error).__name__} in the server", "server_error"))
+
     # Plain routes: what is asked is read and checked here, within limits, before FastAPI would read a body whole.
     # And no pages of documentation, which load scripts from elsewhere.
     app: FastAPI = fastapi.FastAPI(title="Bellbox", docs_url=None, redoc_url=None, openapi_url=None)
@@ -109,6 +115,7 @@ def build_app(service: Service) -> FastAPI:
         route("/v1/chat/completions", chat, methods=["POST"]),
     ]
     app.add_exception_handler(require("starlette.exceptions", "serve").HTTPException, unknown)
+    app.add_exception_handler(Exception, broken)
     app.add_middleware(_Gate, service=service, refuse=lambda error: _refusal(responses, error))
     return app
 
