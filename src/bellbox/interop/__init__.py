@@ -9,14 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PARTS = {
-    "BellboxConfig": "transformers",
-    "ExactCheckpoints": "trainer",
-    "TorchAOConfig": "torchao",
-    "torchao_filter": "torchao",
-}
-"""Public names, by the part that has them: importing a part imports its program."""
 _LAZY = {
+    "BellboxConfig": "bellbox.interop.transformers",
     "ExactCheckpoints": "bellbox.interop.trainer",
     "TorchAOConfig": "bellbox.interop.torchao",
     "torchao_filter": "bellbox.interop.torchao",
