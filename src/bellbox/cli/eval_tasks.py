@@ -72,7 +72,7 @@ def show_tasks(evaluation: TaskEvaluation) -> None:
     print(f"{evaluation.opened.description}\n\nprotocol  {found.protocol}")
     for remark in found.remarks:
         print(f"note      {remark}")
-    rows = [("task", "metric", "version", "shots", "questions", "value", "std. error")]
+    rows: list[tuple[str, ...]] = [("task", "metric", "version", "shots", "questions", "value", "std. error")]
     for score in found.scores:
         counts = ("-" if each is None else str(each) for each in (score.shots, score.documents))
         error = "-" if score.stderr is None else f"{score.stderr:.4f}"
