@@ -75,7 +75,9 @@ def read_vocabulary(file: Path, size: int) -> Vocabulary:
             raise NotTheSame(f"its BPE has a {key}")
     for added in spec.get("added_tokens") or ():
         if added["id"] >= size:
-            raise NotTheSame(f"its added token {added['content']!r} has the id {added['id']}, beyond the model's")
+            raise NotTheSame(
+                f"its added token {added['content']!r} has the id {added['id']}, beyond the model's"
+            )
         kinds[added["id"]] = _CONTROL if added.get("special") else _USER_DEFINED
     if model.get("unk_token") in tokenizer.vocab:
         kinds[tokenizer.vocab[model["unk_token"]]] = _UNKNOWN
