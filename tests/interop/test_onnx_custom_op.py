@@ -119,3 +119,6 @@ def test_a_trained_model_through_the_check(tmp_path):
     found = agreement(packed, tmp_path / "model.onnx", [x], LIBRARY)
     assert found.holds
     assert found.difference == 0.0
+    assert found.codes == 32 * (64 + 48)
+    packed[0].weight_scale[3] *= 1.01  # what the file does not know of
+    assert agreement(packed, tmp_path / "model.onnx", [x], LIBRARY).wrong >= 20  # all but sums of 0

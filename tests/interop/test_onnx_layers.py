@@ -332,12 +332,12 @@ def test_a_prepared_model_is_converted_and_stays_the_user_s(tmp_path):
     x = torch.randn(16, 64)
     model(x)
     own = model[0].forward
-    export(model, (x,), tmp_path / "model.onnx", input_names=["given"], output_names=["made"])
+    export(model, (x,), tmp_path / "model.onnx", input_names=["v1"], output_names=["made"])
     assert model.training
     assert model[0].forward == own
     assert "forward" not in model[0].__dict__
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    got = session.run(["made"], {"given": x[:3].numpy()})[0]
+    got = session.run(["made"], {"v1": x[:3].numpy()})[0]
     with torch.no_grad():
         assert np.array_equal(got, bb.convert(model.eval())(x[:3]).numpy())
 

@@ -44,7 +44,7 @@ class Agreement:
     codes: int = 0
     """Codes compared, of each of them."""
     wrong: int = 0
-    """Of the same input, codes that differ and are not within 1e-6 of a threshold."""
+    """Of the same input, codes that differ and are not within 1e-6 of a threshold; outputs of a custom operator."""
     ties: int = 0
     """Of the same input, codes that differ within 1e-6 of a threshold."""
     moved: int = 0
@@ -81,7 +81,7 @@ def agreement(
         model: packed, in evaluation mode.
         path: what `export` or `export_model` made of it.
         batches: int64 `[batch, T]` of LLaMA and GPT; else the one argument of a forward.
-        library: of the custom operator. Layers that are one node show no codes: outputs alone are compared then.
+        library: of the custom operator. Of layers that are one node the outputs are compared, bit for bit.
 
     Raises:
         BellboxError: no onnxruntime, a file that it cannot run, or one of another model.
@@ -108,14 +108,16 @@ def agreement(
         feeds = (
             _language_feeds(session, batch) if is_language else {session.get_inputs()[0].name: batch.numpy()}
         )
-        coded = {each for pair in where.values() for each in pair}  # of which some may be inputs of the graph
+        coded = {
+            each for named_so in where.values() for each in named_so[:2]
+        }  # of which some may be inputs of the graph
         wanted = [session.get_outputs()[0].name, *sorted(coded - {*feeds})]
         got = {name: torch.from_numpy(each) for name, each in feeds.items()}
         got |= dict(zip(wanted, map(torch.from_numpy, session.run(wanted, feeds)), strict=True))
         moved = torch.zeros(len(batch), dtype=torch.bool)
         for name, layer in layers.items():
-            given, codes = where[name]
-            _compare(found, layer, got[given], got[codes], kept[name], moved)
+            given, seen, kind = where[name]
+            _compare(found, layer, got[given], got[seen], kind, kept[name], moved)
         off = (got[wanted[0]] - expected).abs().flatten(1).amax(1).nan_to_num(torch.inf)
         off = off / expected.abs().max().clamp(min=1e-30)
         found.difference = max(found.difference, *off[~moved].tolist(), 0.0)
@@ -143,7 +145,8 @@ def _compare(
     found: Agreement,
     layer: PackedLayer | CompactLinear,
     given: Tensor,
-    codes: Tensor,
+    seen: Tensor,
+    kind: str,
     own: Tensor,
     moved: Tensor,
 ) -> None:
@@ -153,7 +156,8 @@ def _compare(
         found: takes the counts.
         layer: the packed one.
         given: its input in onnxruntime.
-        codes: that this has there.
+        seen: the codes that this has there, or the layer's output.
+        kind: which of the two.
         own: its input in torch.
         moved: bool, one a sample: whether a code before differs. Is brought up to date.
     """
@@ -161,7 +165,13 @@ def _compare(
         given = given.permute(0, 3, 1, 2)
         own = own if own.dim() == 4 else own.unsqueeze(2)
     here, there = _codes(layer, given), _codes(layer, own)
-    differs = (here != codes.reshape(-1).to(here.dtype)).nonzero().flatten()
+    if kind == "output":
+        expected = layer(given)
+        same = (seen == expected) | (seen.isnan() & expected.isnan())
+        found.wrong += int((~same).sum())
+        differs = torch.zeros(0, dtype=torch.int64)
+    else:
+        differs = (here != seen.reshape(-1).to(here.dtype)).nonzero().flatten()
     near = int((_distance(layer, given, differs) <= NEAR).sum())
     found.codes += here.numel()
     found.ties += near
@@ -218,7 +228,7 @@ def _session(
         raise BellboxError(f"{os.fspath(path)}: was not written by bellbox export onnx")
     where: dict[str, list[str]] = json.loads(stated[CODED])
     known = {each.name for each in (*proto.graph.output, *proto.graph.input)}
-    for each in {name for pair in where.values() for name in pair} - known:
+    for each in {name for named in where.values() for name in named[:2]} - known:
         proto.graph.output.add(name=each)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -30,7 +30,8 @@ from bellbox.version import __version__
 
 Weights = Literal["int2", "int4", "int8"]
 CODED = "bellbox.coded"
-"""Key of the file's metadata: for each coded input by the name of its layer, the value and that of its codes."""
+"""Key of the file's metadata: by the name of its layer, for each coded input the value, then that of its codes or, where
+the layer is one node, of its output, then which of the two."""
 _OLDEST, _NEWEST = 18, 25
 _ONE_FILE = 2_000_000_000
 """Bytes of constants that a file may hold; protocol buffers end at 2 GiB."""
@@ -125,7 +126,7 @@ def _in_standard_operators(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise BellboxError(f"{name}: is on {tensor.device}; export model.cpu()")
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad(), exportable(model.eval()), _quiet():
             program = torch.onnx.export(
@@ -150,7 +151,8 @@ def _in_standard_operators(
             f"the model cannot be exported to ONNX: {one_line(cause)} (torch.export must be able to trace it)"
         ) from error
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     assert program is not None
     made = program.model
     if (given := made.opset_imports.get("", 0)) != opset:
@@ -158,7 +160,10 @@ def _in_standard_operators(
     builder = Builder(made.graph, opset, weights, custom_op)
     lower(made.graph, builder)
     _clean(made, opset, {DOMAIN} if custom_op else set())
-    where = {name: [x.name, codes.name] for name, (x, codes) in builder.coded.items()}
+    where = {
+        name: [x.name, seen.name, "output" if getattr(seen.producer(), "domain", "") else "codes"]
+        for name, (x, seen) in builder.coded.items()
+    }
     made.metadata_props[CODED] = json.dumps(where)
     return made
 

@@ -34,7 +34,8 @@ class Builder:
         self.memo: dict[Any, Any] = {}
         """What nodes of one layer share with those of another: coded inputs, weights."""
         self.coded: dict[str, tuple[ir.Value, ir.Value]] = {}
-        """Of each coded input: by the name of the first layer that reads it, the input and its codes."""
+        """By the name of the first layer that reads it, each coded input and its codes; of a layer that is the custom
+        operator, which shows no codes, its input and its output."""
         self._constants: dict[Any, ir.Value] = {}
         self._count = 0
         self._taken: set[str | None] = {value.name for node in graph for value in node.outputs}

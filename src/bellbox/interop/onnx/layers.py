@@ -67,7 +67,7 @@ def _custom_op(b: Builder, inputs: list[ir.Value | None], rule: Rule, numbers: d
     if rule.signs is not None:
         x = b.op("Mul", x, b.constant(np.frombuffer(rule.signs, np.int8), np.float32))
     weights = Grid(numbers["weight_levels"], numbers["weight_zero_point"])
-    return b.op(
+    out = b.op(
         "PackedLinear",
         *(x, weight, weight_scale, bias or none, act_scale, thresholds, rstd or none),
         domain=DOMAIN,
@@ -79,6 +79,9 @@ def _custom_op(b: Builder, inputs: list[ir.Value | None], rule: Rule, numbers: d
         normalise=_CUSTOM_NORMALISE.index(rule.normalise),
         rescale=int(rule.rescale),
     )
+    assert inputs[0] is not None
+    b.coded[b.name] = inputs[0], out
+    return out
 
 
 def packed_conv2d(b: Builder, inputs: list[ir.Value | None], numbers: dict[str, Any]) -> ir.Value:
