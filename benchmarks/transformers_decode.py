@@ -24,7 +24,7 @@ import torch
 import transformers
 
 import bellbox as bb
-import bellbox.interop.transformers  # noqa: F401  (registers)
+import bellbox.interop.transformers
 from bellbox.benchmark import measure_machine
 from bellbox.benchmark.timing import take_turns
 from bellbox.inference.generation import generate
