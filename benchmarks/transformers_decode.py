@@ -7,8 +7,8 @@ python benchmarks/transformers_decode.py --json decode.json
 
 Packed models of random weights, exported and loaded. Contenders take turns: Bellbox's own loop; `generate` with a
 static and a dynamic cache; the same with a hook, which makes it take transformers' own loop and modules around packed
-layers; and the model in fp32 in transformers alone. Each run makes the same greedy tokens after the same prompt; it
-counts the time of the whole call, prompt included. With one thread, time is what the processor spends on this process.
+layers; and the model in fp32 in transformers alone. Each run makes greedy tokens after the same prompt, and counts the
+time of the whole call, prompt included. With one thread, time is what the processor spends on this process.
 """
 
 from __future__ import annotations
