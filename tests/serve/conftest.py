@@ -14,9 +14,6 @@ import bellbox as bb
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.models import build, preset, save_hf
 
-for module in ("fastapi", "uvicorn", "prometheus_client", "openai"):
-    pytest.importorskip(module, reason=f"{module} is not installed")
-
 TEXT = "Once upon a time there was a bell in a box. Ünïcödé 日本語 🔔, hello world!\n" * 5
 TEMPLATE = (
     "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}{% for m in messages %}<|{{ m.role }}|>"
@@ -43,6 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def serve() -> Iterator[Callable[..., Server]]:
     """Starts servers, which are gone in the end."""
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
     started: list[Server] = []
 
     def start(model: Path, *flags: str, **environment: str) -> Server:

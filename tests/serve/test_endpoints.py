@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from serving import ask, get
 
@@ -15,9 +14,11 @@ from bellbox.formats.auto import open_model
 from bellbox.inference.generation import generate_text
 from conftest import Server
 
+openai: Any = pytest.importorskip("openai", reason="openai is not installed")
+
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
+def client(server: Server) -> Any:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
@@ -33,7 +34,7 @@ def written(opened: Any, prompt: str, most: int, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_completion_is_what_generate_writes(client: openai.OpenAI, opened: Any, seed: int) -> None:
+def test_a_completion_is_what_generate_writes(client: Any, opened: Any, seed: int) -> None:
     """The same seed gives the same text, streamed or not, with characters that several tokens make up."""
     settings: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": seed}
     expected = written(opened, "Once upon", 40, top_k=50, **settings)
@@ -51,7 +52,7 @@ def test_a_completion_is_what_generate_writes(client: openai.OpenAI, opened: Any
     assert reasons == [None] * (len(reasons) - 1) + [whole.choices[0].finish_reason]
 
 
-def test_several_prompts_and_texts(client: openai.OpenAI, opened: Any) -> None:
+def test_several_prompts_and_texts(client: Any, opened: Any) -> None:
     found = client.completions.create(
         model="small", prompt=["Once", "a bell in"], n=3, max_tokens=9, seed=5, temperature=1
     )
@@ -66,7 +67,7 @@ def test_several_prompts_and_texts(client: openai.OpenAI, opened: Any) -> None:
     assert greedy.choices[0].text == written(opened, "Once", 9, temperature=0)
 
 
-def test_stop_strings(client: openai.OpenAI, opened: Any) -> None:
+def test_stop_strings(client: Any, opened: Any) -> None:
     text = written(opened, "Once", 60, seed=1)
     stop = text[10:14]
     asked: dict[str, Any] = {"model": "small", "prompt": "Once", "max_tokens": 60, "seed": 1, "stop": [stop]}
@@ -77,7 +78,7 @@ def test_stop_strings(client: openai.OpenAI, opened: Any) -> None:
     assert "".join(events) == text[: text.index(stop)]
 
 
-def test_a_chat(client: openai.OpenAI, opened: Any) -> None:
+def test_a_chat(client: Any, opened: Any) -> None:
     messages: list[Any] = [
         {"role": "system", "content": "You are a bell."},
         {"role": "user", "content": [{"type": "text", "text": " hello "}, {"type": "text", "text": "world"}]},
@@ -94,7 +95,7 @@ def test_a_chat(client: openai.OpenAI, opened: Any) -> None:
     assert events[-1].choices[0].finish_reason == found.choices[0].finish_reason
 
 
-def test_what_the_server_is(server: Server, client: openai.OpenAI) -> None:
+def test_what_the_server_is(server: Server, client: Any) -> None:
     assert [each.id for each in client.models.list()] == ["small"]
     assert client.models.retrieve("small").owned_by == "bellbox"
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'"):

@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import uvicorn
 
 from bellbox.serve import server as serving_process
 from bellbox.serve import streaming
 from bellbox.serve.streaming import EventStream, GoneError, beside, read_body
+
+uvicorn: Any = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 
 class Connection:
