@@ -32,8 +32,8 @@ demo: setup
 test: check unit
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/pyright
 
 # One thread a worker: small tensors gain nothing from more, and the workers do not fight for the cores.
@@ -68,8 +68,8 @@ onnx:
 	cmake --build build/onnx --parallel $(JOBS)
 
 format: setup
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples
 
 bench: setup
 	$(BIN)/python benchmarks/step_time.py
