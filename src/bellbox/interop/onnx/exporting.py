@@ -30,8 +30,8 @@ from bellbox.version import __version__
 
 Weights = Literal["int2", "int4", "int8"]
 CODED = "bellbox.coded"
-"""Key of the file's metadata: by the name of its layer, for each coded input the value, then that of its codes or, where
-the layer is one node, of its output, then which of the two."""
+"""Key of the file's metadata: by the name of its layer, for each coded input the value, then that of its codes or,
+where the layer is one node, of its output, then which of the two."""
 _OLDEST, _NEWEST = 18, 25
 _ONE_FILE = 2_000_000_000
 """Bytes of constants that a file may hold; protocol buffers end at 2 GiB."""
