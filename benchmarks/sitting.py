@@ -52,6 +52,7 @@ STARTS = 5
 
 def measure(out: Path, folder: Path | None, only: list[str]) -> None:
     """Run the parts and keep what they found; after each, so that a stop loses one part at most."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     for name, (command, more) in PARTS.items():
         if only and name.partition(",")[0] not in only and name not in only:
