@@ -115,7 +115,11 @@ def test_the_command_writes_the_function_and_proves_it(story, capsys, monkeypatc
     said = capsys.readouterr().out
     assert "differ for the same input  0 (and 0 within 1e-6" in said
     assert said.rstrip().endswith("=> the same function")
-    assert sorted(each.name for each in out.iterdir()) == ["model.onnx", "tokenizer.json"]
+    assert sorted(each.name for each in out.iterdir()) == ["README.md", "model.onnx", "tokenizer.json"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"| the file | {(out / 'model.onnx').stat().st_size:,} bytes" in card
+    assert f"| parameters | {sum(p.numel() for p in build(packed.config).parameters()):,}," in card
+    assert "=> the same function" in card
     monkeypatch.setattr(packed, "exact_attention", True)
     found = check.agreement(packed, out / "model.onnx", [ids])
     assert (found.wrong, found.ties, found.unexplained) == (0, 0, 0)

@@ -78,6 +78,7 @@ def main(argv: list[str]) -> None:
     for module in ("onnx", "onnxscript", "onnxruntime"):  # before anything is opened
         require(module, "onnx")
     from bellbox.interop.onnx import check, export_model
+    from bellbox.interop.onnx.card import write_card
 
     if command.custom_op is not None and not command.custom_op.is_file():
         raise BellboxError(
@@ -110,6 +111,8 @@ def main(argv: list[str]) -> None:
             tokenizer.backend.save(os.fspath(folder / "tokenizer.json"))
         if command.check:
             found = check.agreement(model, folder / FILE, batches, command.custom_op)
+        told = None if found is None else describe(found, of_what)
+        write_card(folder, FILE, model, custom_op=command.custom_op is not None, checked=told)
     size = sum(file.stat().st_size for file in command.out.glob(f"{FILE}*"))
     print(f"{opened.description}\nwritten to {command.out / FILE}, {size:,} bytes\n")
     if found is None:
