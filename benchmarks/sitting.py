@@ -96,7 +96,7 @@ def starts(folder: Path) -> dict[str, Any]:
             "the first token of `bellbox generate`": [
                 *BELLBOX, "generate", str(folder), "--prompt", "Once upon a time", "--max-new-tokens", "1",
             ],
-            "a whole `bellbox train` of one step, with validation and checkpoint": [*BELLBOX, "train", "--folder", f"{place}/run", *once],
+            "`bellbox train` of one step, validated and saved": [*BELLBOX, "train", "--folder", f"{place}/run", *once],
         }  # fmt: skip
         times: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(STARTS):
