@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import sys
@@ -153,3 +154,13 @@ def test_a_folder_that_is_no_language_model(tmp_path: Path) -> None:
         command.main([str(tmp_path), "--port", "0"])
     with pytest.raises(BellboxError, match="no such folder"):
         command.main([str(tmp_path / "absent"), "--port", "0"])
+
+
+def test_a_client_that_went_away_is_no_news():
+    from bellbox.serve.server import _is_news
+
+    told = [
+        logging.LogRecord("asyncio", 30, "", 0, text, None, None)
+        for text in ("socket.send() raised exception.", "something else")
+    ]
+    assert [_is_news(each) for each in told] == [False, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -55,6 +56,11 @@ def address_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's says more than that a client went away while it was written to."""
+    return record.getMessage() != "socket.send() raised exception."
+
+
 def run(service: Service, sock: socket.socket, grace: float, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; then let running texts end, for `grace` seconds, and return.
 
@@ -70,6 +76,7 @@ def run(service: Service, sock: socket.socket, grace: float, ready: Callable[[],
         BellboxError: uvicorn is not installed.
     """
     uvicorn = require("uvicorn", "serve")
+    logging.getLogger("asyncio").addFilter(_is_news)
     config: Any = uvicorn.Config(
         build_app(service),
         http=_protocol(),
