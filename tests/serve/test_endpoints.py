@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import ask, get
+from serving import Server, ask, get
 
 from bellbox.formats.auto import open_model
 from bellbox.inference.generation import generate_text
-from conftest import Server
 
 openai: Any = pytest.importorskip("openai", reason="openai is not installed")
 
