@@ -24,9 +24,8 @@ from bellbox.models.head import has_rows_of_its_own, next_logits
 from bellbox.models.llama import LlamaBlock
 from bellbox.nn import PackedLinear
 from bellbox.nn.compact import CompactEmbedding, CompactLinear
-from bellbox.nn.packed_linear import served_alike
+from bellbox.nn.packed_linear import bound_groups
 from bellbox.ops.decoder_block import gpt_block, head, last_norm, llama_block
-from bellbox.ops.packed_linear import Bound
 
 Group = tuple[nn.Module, ...]
 _VECTOR, _ONE_THREAD = 64, 16_384
@@ -209,7 +208,7 @@ def steps_for(model: nn.Module, cache: object) -> Steps | None:
 
 
 def _llama_block(block: LlamaBlock) -> Any:
-    layers = _served(_llama_layers(block))
+    layers = bound_groups(_llama_layers(block))
     norms = block.input_layernorm, block.post_attention_layernorm
     if layers is None:
         return None
@@ -217,7 +216,7 @@ def _llama_block(block: LlamaBlock) -> Any:
 
 
 def _gpt_block(block: GPTBlock, head_dim: int) -> Any:
-    layers = _served(_gpt_layers(block))
+    layers = bound_groups(_gpt_layers(block))
     return None if layers is None else gpt_block(layers, head_dim)
 
 
@@ -231,14 +230,3 @@ def _plain(model: Llama | GPT, cache: KVCache, blocks: nn.Module, embeddings: Se
     if not all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
         return False
     return all(cache.layer(layer).is_direct() for layer in range(len(cache.keys)))
-
-
-def _served(block: list[Group]) -> list[list[Bound]] | None:
-    """The calls of a block's layers; None where one of a group is not packed, or codes its input differently."""
-    calls: list[list[Bound]] = []
-    for layers in block:
-        packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
-        if len(packed) != len(layers) or any(not served_alike(layer, packed[0]) for layer in packed):
-            return None
-        calls.append([layer.bound for layer in packed])
-    return calls

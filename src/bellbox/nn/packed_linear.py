@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import torch
@@ -84,6 +85,17 @@ class PackedLinear(PackedMatrix, nn.Linear):  # pyright: ignore[reportIncompatib
     ) -> None:
         super().__init__(in_features, out_features, weight_levels, coding, bias)
         self.in_features, self.out_features = in_features, out_features
+
+
+def bound_groups(groups: Iterable[Sequence[nn.Module]]) -> list[list[Bound]] | None:
+    """The calls of a block's layers; None where one of a group is not packed, or codes its input differently."""
+    calls: list[list[Bound]] = []
+    for layers in groups:
+        packed = [layer for layer in layers if isinstance(layer, PackedMatrix)]
+        if len(packed) != len(layers) or any(not served_alike(layer, packed[0]) for layer in packed):
+            return None
+        calls.append([layer.bound for layer in packed])
+    return calls
 
 
 def served_alike(one: PackedMatrix, other: PackedMatrix) -> bool:

@@ -15,12 +15,11 @@ from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
 from bellbox.interop.transformers.rows import split
-from bellbox.nn import PackedLinear, PackedTransposed
+from bellbox.nn import PackedTransposed
 from bellbox.nn.compact import CompactEmbedding
-from bellbox.nn.packed_linear import served_alike
+from bellbox.nn.packed_linear import bound_groups
 from bellbox.ops.attend import CacheLayer
 from bellbox.ops.decoder_block import gpt_block, llama_block
-from bellbox.ops.packed_linear import Bound
 from bellbox.ops.rms_norm import rms_norm
 
 _TABLES = ("default", "linear", "llama3", "yarn")
@@ -142,7 +141,7 @@ class LlamaSteps(Steps):
         """See `Steps`."""
         attention, mlp = block.self_attn, block.mlp
         qkv = attention.q_proj, attention.k_proj, attention.v_proj
-        calls = _bound(qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
+        calls = bound_groups((qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)))
         norms = block.input_layernorm, block.post_attention_layernorm
         eps = {norm.variance_epsilon for norm in norms}
         if calls is None or len(eps) > 1 or attention.scaling != attention.head_dim**-0.5:
@@ -224,7 +223,7 @@ class GPT2Steps(_PlainBlocks):
         """See `Steps`."""
         attention, mlp = block.attn, block.mlp
         qkv = _three(attention.c_attn)
-        calls = None if qkv is None else _bound(qkv, (attention.c_proj,), (mlp.c_fc,), (mlp.c_proj,))
+        calls = None if qkv is None else bound_groups((qkv, (attention.c_proj,), (mlp.c_fc,), (mlp.c_proj,)))
         return None if calls is None else gpt_block(calls, attention.head_dim)
 
     @staticmethod
@@ -270,7 +269,7 @@ class OPTSteps(_PlainBlocks):
         """See `Steps`."""
         attention = block.self_attn
         qkv = attention.q_proj, attention.k_proj, attention.v_proj
-        calls = _bound(qkv, (attention.out_proj,), (block.fc1,), (block.fc2,))
+        calls = bound_groups((qkv, (attention.out_proj,), (block.fc1,), (block.fc2,)))
         return None if calls is None else gpt_block(calls, attention.head_dim)
 
     @staticmethod
@@ -326,17 +325,6 @@ def _is_plain(model: Any, body: Any) -> bool:
     if not isinstance(table, CompactEmbedding) and type(table) is not nn.Embedding:
         return False
     return all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in body.parameters())
-
-
-def _bound(*groups: tuple[Any, ...]) -> list[list[Bound]] | None:
-    """The calls of a block's layers; None where one of a group is not packed, or codes its input differently."""
-    calls: list[list[Bound]] = []
-    for layers in groups:
-        packed = [layer for layer in layers if isinstance(layer, PackedLinear | PackedTransposed)]
-        if len(packed) != len(layers) or any(not served_alike(layer, packed[0]) for layer in packed):
-            return None
-        calls.append([layer.bound for layer in packed])
-    return calls
 
 
 class _Kept:
