@@ -181,25 +181,41 @@ def new_tables(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Module, Quanti
         BellboxError: a table that cannot have the bits or the group of the recipe, or none where bits are asked for.
     """
     bits, group = recipe.embedding_bits, recipe.embedding_group
-    if bits is None:
+    of_heads = bits if recipe.head_bits is None else None if recipe.head_bits == 32 else recipe.head_bits
+    if bits is None and of_heads is None:
         if group is not None:
             raise BellboxError(
                 f"embedding_group is {group}, but there are no embedding_bits that it could be of"
             )
         return []
     taken = {id(layer) for _, layer, _ in decide(model, recipe)}
-    found = {name: each for name, each in tables(model, ends(model), bits).items() if id(each) not in taken}
+    every = tables(model, ends(model), bits or of_heads or 8)
+    entries = {id(each.weight): name for name, each in every.items() if isinstance(each, nn.Embedding)}
+    found: dict[str, tuple[nn.Embedding | nn.Linear, int]] = {}
+    for name, each in every.items():
+        width = bits if isinstance(each, nn.Embedding) else of_heads
+        if width != bits and (other := entries.get(id(each.weight))) is not None:
+            raise BellboxError(
+                f"{name}: is tied to {other}, so head_bits {recipe.head_bits} cannot differ from embedding_bits; "
+                "leave head_bits out"
+            )
+        if width is not None and id(each) not in taken:
+            found[name] = each, width
     past = {name for name in tables_read_past_forward(model) if name in found}
-    heads = {id(each.weight) for each in found.values() if isinstance(each, nn.Linear)}
-    left = [name for name in past if id(found[name].weight) not in heads]
+    heads = {id(each.weight) for each, _ in found.values() if isinstance(each, nn.Linear)}
+    left = [name for name in past if id(found[name][0].weight) not in heads]
     if left:
         warnings.warn(f"left in full precision: {', '.join(sorted(left))} ({WHY})", stacklevel=3)
     found = {name: each for name, each in found.items() if name not in left}
     if not found:
-        raise BellboxError(
-            f"embedding_bits is {bits}, but the model has no embedding that could be rounded; leave it out"
-        )
-    return [(each, quantized_table(name, each, bits, group)) for name, each in found.items()]
+        asked = f"embedding_bits is {bits}" if bits is not None else f"head_bits is {of_heads}"
+        raise BellboxError(f"{asked}, but the model has no embedding that could be rounded; leave it out")
+    # A group is of 4 bits: beside those, a table of 8 has none.
+    mixed = bits != of_heads and 4 in (bits, of_heads)
+    return [
+        (each, quantized_table(name, each, width, None if mixed and width == 8 else group))
+        for name, (each, width) in found.items()
+    ]
 
 
 def _new_experts(model: nn.Module, recipe: Recipe) -> list[tuple[nn.Module, Replacement]]:

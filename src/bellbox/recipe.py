@@ -104,6 +104,8 @@ class Recipe:
     """Bits that embeddings and heads are rounded to while training (`bellbox.nn.quantized_table`); None: fp32."""
     embedding_group: Literal[32, 64] | None = None
     """Columns that share a scale with 4 bits; where None 64, or 32 where 64 do not divide."""
+    head_bits: Literal[4, 8, 32] | None = None
+    """Bits of heads where they are not those of embeddings; 32: fp32. A head that is tied to an embedding has its."""
 
     @classmethod
     def of(
@@ -128,6 +130,7 @@ class Recipe:
         rules: tuple[Rule, ...] = (),
         embedding_bits: Literal[4, 8] | None = None,
         embedding_group: Literal[32, 64] | None = None,
+        head_bits: Literal[4, 8, 32] | None = None,
         statistic: Granularity | None = None,
         weight_statistic: Granularity | None = None,
     ) -> Recipe:
@@ -158,6 +161,7 @@ class Recipe:
             rules: rules that go before all others.
             embedding_bits: see `Recipe.embedding_bits`.
             embedding_group: see `Recipe.embedding_group`.
+            head_bits: see `Recipe.head_bits`.
             statistic: the former name of `granularity`.
             weight_statistic: the former name of `weight_granularity`.
 
@@ -170,7 +174,7 @@ class Recipe:
         if method == "none":
             # Without rules there is nothing to keep.
             kept = keep_ends and bool(rules)
-            return cls(rules, share_inputs, kept, integer_forward, embedding_bits, embedding_group)
+            return cls(rules, share_inputs, kept, integer_forward, embedding_bits, embedding_group, head_bits)
         if bits is not None and levels is not None:
             raise BellboxError("give bits or levels, not both (ternary is levels=3)")
         common = levels if bits is None else levels_from_bits(bits)
@@ -208,7 +212,9 @@ class Recipe:
         left = tuple(map(Rule, (*heads, *STEMS)))
         everything = Rule(EVERYTHING, weights, activations, weights_rotated)
         every = (*rules, *map(Rule, keep), *left, everything)
-        return cls(every, share_inputs, keep_ends, integer_forward, embedding_bits, embedding_group)
+        return cls(
+            every, share_inputs, keep_ends, integer_forward, embedding_bits, embedding_group, head_bits
+        )
 
     @classmethod
     def bbq(

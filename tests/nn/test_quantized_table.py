@@ -87,6 +87,33 @@ def test_trained_packed_stored_and_loaded_are_one_function(tmp_path, bits, group
         )  # a code near a threshold may be another
 
 
+@pytest.mark.parametrize("words", [4, 8, None])
+@pytest.mark.parametrize("head", [4, 8, 32])
+def test_embedding_and_head_may_have_bits_of_their_own(tmp_path, words, head) -> None:
+    config = preset("tiny", vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                    num_attention_heads=2, max_position_embeddings=64)  # fmt: skip
+    group = 32 if 4 in (words, head) else None
+    recipe = bb.Recipe.bbq(2, embedding_bits=words, head_bits=head, embedding_group=group)
+    model: Any = bb.prepare(build(config, seed=0), recipe)
+    F.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten()).backward()
+    found = [getattr(m, "coding", None) for m in (model.model.embed_tokens, model.lm_head)]
+    assert [c and c.bits for c in found] == [words, None if head == 32 else head]
+    assert {c.group for c in found if c and c.bits == 4} <= {32}
+    with torch.no_grad():
+        expected = model.eval()(IDS)
+        packed = bb.convert(model)
+        assert torch.equal(packed(IDS), expected)
+        bb.save(packed, tmp_path / "model")
+        loaded: Any = bb.load(tmp_path / "model")
+        assert torch.equal(loaded(IDS), expected)
+        assert steps_for(loaded, loaded.new_cache(2, 20)) is not None
+    kinds = (type(loaded.model.embed_tokens), type(loaded.lm_head))
+    assert kinds == (
+        CompactEmbedding if words else nn.Embedding,
+        nn.Linear if head == 32 else CompactLinear,
+    )
+
+
 @pytest.mark.parametrize(("bits", "group"), CODINGS)
 def test_gradients_are_those_of_the_formula_in_float64(bits, group) -> None:
     torch.manual_seed(0)
@@ -223,6 +250,10 @@ def test_what_cannot_be_rounded_is_refused_before_anything_changes() -> None:
             "max_norm 1 cannot be rounded",
         ),
         (nn.Sequential(nn.Linear(64, 64)), {"embedding_bits": 4}, "has no embedding that could be rounded"),
+        (nn.Sequential(nn.Linear(64, 64)), {"head_bits": 4}, "head_bits is 4, but the model has no embedding"),
+        (Small(tied=True), {"embedding_bits": 8, "head_bits": 4}, "to_logits: is tied to words, so head_bits 4"),
+        (Small(tied=True), {"head_bits": 8}, "to_logits: is tied to words, so head_bits 8"),
+        (Small(), {"head_bits": 8, "embedding_group": 64}, "leave out the group 64"),
     )  # fmt: skip
     for model, choices, message in cases:
         kinds = [type(module) for module in model.modules()]

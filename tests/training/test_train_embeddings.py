@@ -74,13 +74,20 @@ def test_what_does_not_fit_is_refused_before_the_first_step(tiny: Tiny) -> None:
 
     check(embedding_bits=8)
     check(embedding_bits=4, embedding_group=32)
+    check(embedding_bits=8, head_bits=4, embedding_group=32)
+    check(head_bits=4)
     with pytest.raises(BellboxError, match="groups of 64 do not divide the 32 columns"):
         check(embedding_bits=4, embedding_group=64)
     with pytest.raises(BellboxError, match="leave out the group 64"):
         check(embedding_bits=8, embedding_group=64)
     with pytest.raises(BellboxError, match="there are no embedding_bits"):
         check(embedding_group=64)
-    for key, value in (("embedding_bits", 3), ("embedding_group", 16), ("embedding_bits", "4")):
+    for key, value in (
+        ("embedding_bits", 3),
+        ("embedding_group", 16),
+        ("embedding_bits", "4"),
+        ("head_bits", 2),
+    ):
         with pytest.raises(BellboxError, match=f"quantization.{key}"):
             config_from_dict({"quantization": {key: value}})
 

@@ -76,6 +76,7 @@ def make_recipe(section: QuantizationSection) -> Recipe:
         "integer_forward": section.integer_forward,
         "embedding_bits": None if section.embedding_bits == 32 else section.embedding_bits,
         "embedding_group": section.embedding_group,
+        "head_bits": section.head_bits,
     }
     if section.method == "bbq":
         return Recipe.bbq(weights_rotated=section.weights_rotated, **choices)

@@ -113,6 +113,8 @@ class QuantizationSection:
     Null: `bellbox train` takes 8, but for full precision and what is as published; elsewhere 32."""
     embedding_group: Literal[32, 64] | None = None
     """Columns that share a scale with 4 bits; 64 where null (32 where 64 do not divide)."""
+    head_bits: Literal[4, 8, 32] | None = None
+    """Bits of the output layer where they are not those of the embeddings; 32 leaves it alone."""
     recipe: dict[str, Any] | None = None
     """A whole recipe with rules by layer name, in place of all the other keys of this section."""
 

@@ -74,7 +74,9 @@ def phases_of(config: ResolvedConfig) -> list[Phase]:
     if start:
         stages.insert(
             0,
-            dataclasses.replace(final, method="none", recipe=None, embedding_bits=None, embedding_group=None),
+            dataclasses.replace(
+                final, method="none", recipe=None, embedding_bits=None, embedding_group=None, head_bits=None
+            ),
         )
         borders.insert(0, (0, start))
     phases = [Phase(i, *border, stage) for i, (border, stage) in enumerate(zip(borders, stages, strict=True))]
