@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bellbox.convert import new_layers, new_tables, prepare
 from bellbox.core.grid import levels_from_bits
+from bellbox.core.sharded import part_like
 from bellbox.errors import BellboxError
 from bellbox.models import build, lecun_, preset, vision_preset
 from bellbox.nn import quantized_inside
@@ -143,7 +144,9 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     except BellboxError as error:
         raise BellboxError(f"{where}: {error}") from None
     state = model.state_dict(keep_vars=True)
-    full = {name: tensors.get(names.setdefault(id(value), name)) for name, value in state.items()}
+    full: dict[str, Any] = {
+        name: tensors.get(names.setdefault(id(value), name)) for name, value in state.items()
+    }
     for name, value in state.items():
         given = full[name]
         if given is None:
@@ -156,4 +159,4 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     unknown = sorted(set(tensors) - set(state))
     if unknown:
         raise BellboxError(f"{where}: tensor '{unknown[0]}' is not in the model of config.yaml")
-    model.load_state_dict(full)
+    model.load_state_dict({name: part_like(value, full[name]) for name, value in state.items()})
