@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bellbox.convert import new_layers, new_tables, prepare
 from bellbox.core.grid import levels_from_bits
-from bellbox.core.sharded import part_like
+from bellbox.core.sharded import part_like, whole
 from bellbox.errors import BellboxError
 from bellbox.models import build, lecun_, preset, vision_preset
 from bellbox.nn import quantized_inside
@@ -124,8 +124,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each tensor once: what layers share goes under the first of its names."""
-    return {name: value.detach() for name, value in unique_tensors(model).items()}
+    """The state dict with each tensor once, whole: what layers share goes under the first of its names.
+
+    Of a sharded model every process calls it.
+    """
+    return {name: whole(value.detach()) for name, value in unique_tensors(model).items()}
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -547,9 +547,8 @@ class Trainer:
             state.loss = None
         state.random = random_state.capture()
         moments = self.optimizer.tensors(self.model.named_parameters())
-        with self.parallel.whole_weights():
-            tensors = model_tensors(self.model)
-            self.world.from_first(lambda: self._write_checkpoint(tensors, moments))
+        tensors = model_tensors(self.model)
+        self.world.from_first(lambda: self._write_checkpoint(tensors, moments))
         self.saved_step = state.step
         state.seconds += time.monotonic() - begun
 
