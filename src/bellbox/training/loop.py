@@ -32,6 +32,7 @@ from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers, weights_quantized_once
 from bellbox.quantizers.learned import LearnedQuantizer
+from bellbox.quantizers.running import running_scales_once
 from bellbox.runs.average import Average
 from bellbox.runs.binding import binding, refuse_changed
 from bellbox.runs.build import (
@@ -185,6 +186,9 @@ class Trainer:
             optimizer = ModelOptimizer(self.model, self.config.optimizer, norms)
         self.optimizer = optimizer
         self.average = Average(self.model, self.config.averaging)
+        for module in self.model.modules():
+            if isinstance(module, LearnedQuantizer):
+                module.share = self.task.share
         # Debug hooks would break a compiled graph anyway.
         compiled = self.config.compile and not self.config.debug
         self.forward = torch.compile(self.parallel.forward) if compiled else self.parallel.forward
@@ -391,7 +395,8 @@ class Trainer:
         total = torch.zeros(5, device=self.device)
         try:
             dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-            with weights_quantized_once(self.model, dtype) if len(parts) > 1 else nullcontext():
+            held = weights_quantized_once(self.model, dtype) if len(parts) > 1 else nullcontext()
+            with running_scales_once(self.model), held:
                 for number, (inputs, targets) in enumerate(parts, 1):
                     with self.parallel.accumulating(number < len(parts)):
                         losses = self._losses(inputs, targets) / len(parts)

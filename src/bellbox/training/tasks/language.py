@@ -63,6 +63,11 @@ class LanguageTask(Task):
         return whole.at(step)[0][: self.config.batch.micro_sequences]
 
     @property
+    def share(self) -> float:
+        """See `Task`."""
+        return self._micro / self.config.batch.micro_sequences
+
+    @property
     def passes(self) -> int:
         """See `Task`."""
         return self.config.sequences_per_step // self.world.size // self._micro

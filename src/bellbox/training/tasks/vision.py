@@ -72,6 +72,11 @@ class VisionTask(Task):
         return self.batches.at(step)[0][: self.config.vision.micro_batch]
 
     @property
+    def share(self) -> float:
+        """See `Task`."""
+        return self._micro / (self.config.vision.micro_batch or self.config.vision.batch)
+
+    @property
     def passes(self) -> int:
         """See `Task`."""
         return self.config.vision.batch // self.world.size // self._micro
