@@ -51,7 +51,7 @@ from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
 from bellbox.runs.resolve import resolve
 from bellbox.training import random_state
 from bellbox.training.arithmetic import with_arithmetic
-from bellbox.training.check import check_trainable
+from bellbox.training.check import check_trainable, refuse_unsharded
 from bellbox.training.data_files import DATA_FILE, refuse_other_files, remember_files
 from bellbox.training.distill import Teacher, divergence
 from bellbox.training.distributed import Parallel, start
@@ -124,6 +124,8 @@ class Trainer:
         random_state.seed_all(self.config.seed)
         self.phases = phases_of(self.config)
         check_trainable(self.config)
+        if self.world.mode == "fsdp":
+            refuse_unsharded(self.config, len(self.phases))
         self.phase = self.phases[0]
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         load = self._first_weights()
@@ -517,7 +519,7 @@ class Trainer:
         # Of several processes, none may leave alone.
         interruptible = self.signals.interruptible() if self.world.size == 1 else nullcontext()
         with interruptible, self.parallel.whole_weights():
-            with SpectrumMeter(model, self.config.mec) as spectrum:
+            with SpectrumMeter(model, self.config.mec, self.world) as spectrum:
                 result = self.task.evaluate(model)
             measures = quantization_measures(
                 model, lambda: None if inputs is None else model(inputs.to(self.device))

@@ -23,13 +23,13 @@ class WholeMuon(torch.optim.Muon):
     update follows the gradient smoothly, where bf16 rounds what differs in the last bit only to something else.
 
     Args:
-        matrices: 2-D parameters.
+        matrices: 2-D parameters, or groups of them.
         lr: that of AdamW.
         momentum: decay of the running gradient.
         dtype: that is multiplied in.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float, dtype: torch.dtype) -> None:
+    def __init__(self, matrices: Iterable[Any], lr: float, momentum: float, dtype: torch.dtype) -> None:
         super().__init__(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self.dtype = dtype
 

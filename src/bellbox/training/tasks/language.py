@@ -79,7 +79,16 @@ class LanguageTask(Task):
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """See `Task`."""
         parts = self.parts.losses()
-        result = perplexity(model, self.dataset.valid, context=self.config.data.context, each=parts.add)
+        world = self.world
+        result = perplexity(
+            model,
+            self.dataset.valid,
+            context=self.config.data.context,
+            each=parts.add,
+            share=(world.rank, world.size),
+            add_up=world.add_up,
+        )
+        parts.add_up(world.add_up)
         return {
             "loss": result.loss,
             "perplexity": result.perplexity,
