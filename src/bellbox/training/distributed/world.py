@@ -253,10 +253,12 @@ def _meet(rank: int, size: int, wait: timedelta) -> Any:
             address, port, size, rank == 0 and not agent, wait, wait_for_workers=False, multi_tenant=True
         )
     except (RuntimeError, ValueError, OSError):
-        raise BellboxError(
+        lost = BellboxError(
             f"rank {rank} of {size} found nobody at {address}:{port} within {seconds}: rank 0 is missing; start all "
             f"ranks, or fewer of them ({_LAUNCH})"
-        ) from None
+        )
+        lost.alone = True
+        raise lost from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"bellbox/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
     store.set(f"here/{rank}", "")
