@@ -3,8 +3,8 @@
     python benchmarks/ranks.py                          # preset tiny, 3 turns of 12 steps
     python benchmarks/ranks.py --turns 5 --mode fsdp
 
-Each turn is a run of its own in a folder that goes away, and its first steps do not count. The rate is the median of the
-training records. To be taken on a machine with nothing else to do.
+Each turn is a run of its own in a folder that goes away, and its first steps do not count. The rate is the median of
+the training records. To be taken on a machine with nothing else to do.
 """
 
 from __future__ import annotations
