@@ -1,8 +1,8 @@
 """A model of transformers trained at 2 bits under accelerate: DDP, or FSDP2 where the launcher says so.
 
-    accelerate launch --cpu --num_processes 2 --use_fsdp --fsdp_version 2 \\
-        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_cpu_ram_efficient_loading false \\
-        examples/accelerate_fsdp.py --steps 20
+    accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 --fsdp_cpu_ram_efficient_loading false \\
+        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP examples/accelerate_fsdp.py     # GPUs
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/accelerate_fsdp.py    # CPUs: DDP
 
 The model has random weights and learns to count, so that nothing is fetched. What matters are the three lines that are
 marked: prepare before accelerate does, calibrate before the first step, and the state of whole weights at the end.
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bellbox as bb
+from bellbox.core.sharded import whole
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     )
     model = bb.prepare(LlamaForCausalLM(shape), bb.Recipe.bbq(bits=2))  # 1: before it is sharded
     optimizer = torch.optim.AdamW(bb.optim.parameter_groups(model, lr=3e-3, weight_decay=0.1))
-    starts = torch.arange(options.steps * 8)
+    starts = torch.arange(options.steps * 4 * accelerator.num_processes)
     batches = DataLoader([(start + torch.arange(32)) % 64 for start in starts], batch_size=4)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
 
@@ -50,11 +51,12 @@ def main() -> None:
         mean = accelerator.reduce(loss.detach(), "mean").item()
         accelerator.print(f"step {step}  loss {mean:.4f}")
 
-    state = accelerator.get_state_dict(model)  # 3: gathered from all processes
+    trained = accelerator.unwrap_model(model).state_dict()
+    state = {name: whole(value) for name, value in trained.items()}  # 3: gathered from all processes
     if accelerator.is_main_process:
-        whole = bb.prepare(LlamaForCausalLM(shape), bb.Recipe.bbq(bits=2))
-        whole.load_state_dict(state)
-        packed = bb.convert(whole.eval())
+        alone = bb.prepare(LlamaForCausalLM(shape), bb.Recipe.bbq(bits=2))
+        alone.load_state_dict(state)
+        packed = bb.convert(alone.eval())
         print(f"packed: {sum(isinstance(m, bb.nn.PackedLinear) for m in packed.modules())} layers")
         if options.out:
             bb.save(packed, options.out)
