@@ -20,6 +20,9 @@ class BellboxError(ValueError):
     megabyte.
     """
 
+    speaks: bool | None = None
+    """Whether, of several processes that train together, this one reports it; None: the first does, if it can."""
+
     def __init__(self, message: str) -> None:
         if len(message) > _MOST_CHARACTERS:
             half = _MOST_CHARACTERS // 2

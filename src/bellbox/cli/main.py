@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             sys.stdout.flush()
     except BellboxError as error:
-        _fail(str(error))
+        _fail(str(error), speaks=error.speaks)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
@@ -203,10 +203,19 @@ def _import_methods(arguments: list[str]) -> list[str]:
     return others + arguments[end:]
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
-    """One line on standard error."""
-    print(f"bellbox: {'error: ' if code == 2 else ''}{message}", file=sys.stderr)
+def _fail(message: str, code: int = 2, speaks: bool | None = None) -> NoReturn:
+    """One line on standard error; of processes that a launcher started together, from one of them."""
+    if speaks is None:
+        speaks = os.environ.get("RANK") is None or _speaks(message)
+    if speaks:
+        print(f"bellbox: {'error: ' if code == 2 else ''}{message}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None
+
+
+def _speaks(message: str) -> bool:
+    from bellbox.training.distributed import speaks_for_all
+
+    return speaks_for_all(message)
 
 
 def _is_utf8(text: str) -> bool:

@@ -8,6 +8,7 @@ bellbox train --task vision --data.source cifar10.npz --model.preset resnet-smal
 bellbox train --import mine --quantization.method mine       # a method of your own: mine.py (docs/methods.md)
 bellbox train --config configs/paper/llama-95M-2bit.yaml --dry-run     # sizes, steps, memory and time, and no run
 bellbox train --config grid.yaml --row "BBQ, 2 bits"         # one row of a grid for bellbox compare
+torchrun --nproc-per-node 2 -m bellbox train --distributed.mode fsdp   # two processes (docs/distributed.md)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +35,7 @@ from bellbox.nn import quantized_layers
 from bellbox.runs.config import ModelSection
 from bellbox.training import TrainConfig, Trainer, load_config
 from bellbox.training.arithmetic import with_embeddings
+from bellbox.training.distributed import launched_rank
 from bellbox.utils.malloc import keep_freed_memory
 from bellbox.utils.memory import peak_in_words
 from bellbox.utils.yaml import parse_yaml
@@ -96,17 +99,24 @@ def _dry_run_of_rows(grid: Grid, path: str | None, argv: list[str], dry: bool) -
 def _train(config: TrainConfig, resume: str) -> None:
     _refuse_folder(Path(config.folder))
     keep_freed_memory()
+    if launched_rank():  # one of several processes says it
+        warnings.simplefilter("ignore")
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
     imports = "".join(f" --import {name}" for name in trainer.config.methods_from)
-    print(summary(trainer.model), flush=True)
+    first = trainer.world.first
+    if first:
+        print(summary(trainer.model), flush=True)
     result = trainer.run()
     if result.stopped_by is not None:
         again = f"bellbox train --config {result.folder / 'config.yaml'}{imports}"
-        print(
-            f"stopped at step {result.step} of {result.total_steps}, saved; go on with: {again}", flush=True
-        )
+        if first:
+            print(
+                f"stopped at step {result.step} of {result.total_steps}, saved; go on with: {again}",
+                flush=True,
+            )
         raise SystemExit(128 + result.stopped_by)
-    print(_farewell(result.folder, trainer.model, imports))
+    if first:
+        print(_farewell(result.folder, trainer.model, imports))
 
 
 def _refuse_folder(folder: Path) -> None:
