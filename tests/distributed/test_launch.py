@@ -42,7 +42,7 @@ def launch(config: Path, size: int, ranks: list[int], *flags: str) -> list[tuple
         )
         for rank in ranks
     ]  # fmt: skip
-    found = [process.communicate(timeout=300) for process in started]
+    found = [process.communicate(timeout=550) for process in started]
     return [(process.returncode, *texts) for process, texts in zip(started, found, strict=True)]
 
 
@@ -99,10 +99,7 @@ def test_a_missing_process_is_named_in_bounded_time(written: Any, there: int, na
     ((code, _, said),) = launch(written(distributed=section), 2, [there])
     assert code == 2
     assert named in said
-    # torch itself warns of a socket where nobody listens
-    assert [line for line in said.splitlines() if named in line] == [said.splitlines()[-1]]
-    assert said.count("bellbox: error: ") == 1
-    assert "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1, said
     assert time.monotonic() - begun < 200  # imports and three seconds, on a machine with other work
 
 
@@ -112,7 +109,7 @@ def test_torchrun_starts_the_program_itself(written: Any, tmp_path: Path) -> Non
     done = subprocess.run(
         [*torchrun, "--no-python", str(program), "train", "--config", str(written()),
          "--distributed.mode", "fsdp"],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=550, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes (fsdp)") == 1
@@ -123,7 +120,7 @@ def test_a_mode_without_a_launcher_says_how_to_start_it(written: Any) -> None:
     without = {key: value for key, value in os.environ.items() if key != "RANK"}
     done = subprocess.run(
         [sys.executable, "-m", "bellbox", "train", "--config", str(written()), "--distributed.mode", "ddp"],
-        capture_output=True, text=True, timeout=300, env=without,
+        capture_output=True, text=True, timeout=550, env=without,
     )  # fmt: skip
     assert done.returncode == 2
     assert "torchrun --nproc-per-node 2 -m bellbox train" in done.stderr
