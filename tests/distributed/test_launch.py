@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,10 +26,10 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def launch(config: Path, size: int, ranks: list[int], *flags: str) -> list[tuple[int, str, str]]:
-    """Exit code, standard output and error of each of some ranks."""
+def begin(config: Path, size: int, ranks: list[int], *flags: str) -> list[subprocess.Popen[str]]:
+    """Some ranks of a job, as a launcher starts them."""
     port = str(_free_port())
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, "-m", "bellbox", "train", "--config", str(config), *flags],
             env={
@@ -42,6 +43,11 @@ def launch(config: Path, size: int, ranks: list[int], *flags: str) -> list[tuple
         )
         for rank in ranks
     ]  # fmt: skip
+
+
+def launch(config: Path, size: int, ranks: list[int], *flags: str) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and error of each of some ranks."""
+    started = begin(config, size, ranks, *flags)
     found = [process.communicate(timeout=550) for process in started]
     return [(process.returncode, *texts) for process, texts in zip(started, found, strict=True)]
 
@@ -101,6 +107,21 @@ def test_a_missing_process_is_named_in_bounded_time(written: Any, there: int, na
     assert named in said
     assert len(said.strip().splitlines()) == 1, said
     assert time.monotonic() - begun < 200  # imports and three seconds, on a machine with other work
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(written: Any, tmp_path: Path) -> None:
+    started = begin(written(), 2, [0, 1], "--steps", "100000", "--eval-every", "100000")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert all(process.poll() is None for process in started), [p.communicate() for p in started]
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGTERM)
+    (out, _), (silent, _) = (process.communicate(timeout=550) for process in started)
+    assert [process.returncode for process in started] == [143, 143]
+    assert "saved; go on with" in out
+    assert silent == ""
+    step = max(record["step"] for record in read_records(metrics))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
 
 
 def test_torchrun_starts_the_program_itself(written: Any, tmp_path: Path) -> None:
