@@ -205,17 +205,15 @@ def _import_methods(arguments: list[str]) -> list[str]:
 
 def _fail(message: str, code: int = 2, speaks: bool | None = None) -> NoReturn:
     """One line on standard error; of processes that a launcher started together, from one of them."""
-    if speaks is None:
-        speaks = os.environ.get("RANK") is None or _speaks(message)
-    if speaks:
+    if os.environ.get("RANK") is None or _speaks(message, speaks):
         print(f"bellbox: {'error: ' if code == 2 else ''}{message}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 
 
-def _speaks(message: str) -> bool:
-    from bellbox.training.distributed import speaks_for_all
+def _speaks(message: str, speaks: bool | None) -> bool:
+    from bellbox.training.distributed import leave
 
-    return speaks_for_all(message)
+    return leave(message, speaks)
 
 
 def _is_utf8(text: str) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -180,12 +182,22 @@ def launched_rank() -> int | None:
     return _environment("RANK") if named else None
 
 
-def speaks_for_all(message: str) -> bool:
-    """Whether this process is to print its error: the first one; another one where the first has no error itself.
+def leave(message: str, speaks: bool | None) -> bool:
+    """End this process' part in an error: whether it is to print it.
 
     Args:
         message: of the error.
+        speaks: `BellboxError.speaks`. Where None, the first process prints; another one, where the first has none.
     """
+    try:
+        return _speaks(message) if speaks is None else speaks
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            with suppress(Exception):  # others may be gone
+                dist.destroy_process_group()
+
+
+def _speaks(message: str) -> bool:
     rank = launched_rank() or 0
     if not (dist.is_available() and dist.is_initialized()):
         # What is refused before the processes meet is refused in all of them.
@@ -252,7 +264,10 @@ def _meet(rank: int, size: int, wait: timedelta) -> Any:
         raise BellboxError(f"RANK is {rank} of {size} processes: ranks are 0 to {size - 1}")
     seconds = f"{wait.total_seconds():g} s"
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    deadline = time.monotonic() + wait.total_seconds()
     try:
+        if rank or agent:
+            _reach(address, port, deadline)
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             address, port, size, rank == 0 and not agent, wait, wait_for_workers=False, multi_tenant=True
         )
@@ -266,7 +281,6 @@ def _meet(rank: int, size: int, wait: timedelta) -> Any:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"bellbox/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
     store.set(f"here/{rank}", "")
-    deadline = time.monotonic() + wait.total_seconds()
     missing = list(range(size))
     while missing and time.monotonic() < deadline:
         missing = [each for each in missing if not store.check([f"here/{each}"])]
@@ -280,6 +294,22 @@ def _meet(rank: int, size: int, wait: timedelta) -> Any:
             "distributed.timeout is how long to wait"
         )
     return store
+
+
+def _reach(address: str, port: int, deadline: float) -> None:
+    """Wait until somebody listens; torch's own waiting fills the screen.
+
+    Raises:
+        OSError: nobody does.
+    """
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=1):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _bytes_of(value: Any) -> Tensor:
