@@ -1,0 +1,54 @@
+"""Kernels for NVIDIA GPUs in Triton as a backend; nothing of Triton is imported before the first call is taken."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bellbox.ops.backends.triton import availability, limits
+from bellbox.ops.dispatch import Backend, register
+
+
+class TritonBackend(Backend):
+    """fp32, bf16 and fp16 on CUDA, up to 16 levels; on CPU tensors where Triton interprets (TRITON_INTERPRET=1)."""
+
+    name = "triton"
+    priority = 5
+
+    def why_not(self, operation: str, arguments: Mapping[str, Any]) -> str | None:
+        """See `Backend.why_not`."""
+        known = limits.WHY_NOT.get(operation)
+        if known is None:
+            return "has no kernel for it"
+        devices = {each.device for each in arguments.values() if isinstance(each, Tensor)}
+        if len(devices) > 1:
+            return f"tensors are on {' and '.join(sorted(map(str, devices)))}"
+        return availability.why_not_on(devices.pop()) or known(arguments)
+
+    def has(self, operation: str) -> bool:
+        """See `Backend.has`."""
+        return operation in limits.WHY_NOT
+
+    def implementation(self, operation: str) -> Callable[..., Any]:
+        """See `Backend.implementation`."""
+        return importlib.import_module(f"{__name__}.launch").TABLE[operation]
+
+    def may_take(self, operation: str, tensors: Mapping[str, Tensor | None]) -> bool:
+        """See `Backend.may_take`."""
+        devices = {each.device.type for each in tensors.values() if each is not None}
+        return devices == {"cuda"} or (devices == {"cpu"} and availability.interpreted())
+
+    def status(self) -> str:
+        """See `Backend.status`."""
+        return availability.describe()
+
+    def multiplies_integers(self, device: str) -> bool:
+        """See `Backend.multiplies_integers`."""
+        return device == "cuda" and availability.why_not_on(torch.device("cuda", torch.cuda.current_device())) is None
+
+
+register(TritonBackend())
