@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bellbox.core.packing import code_width
 from bellbox.ops.backends.triton import availability, limits
 from bellbox.ops.dispatch import Backend, register
+from bellbox.ops.packed_linear import TENSORS
+
+LINEAR = (
+    "x", *TENSORS, "in_features", "weight_levels", "weight_zero_point", "act_zero_point", "block", "normalise",
+    "rescale", "dtype",
+)  # fmt: skip
+"""Arguments of `packed_linear` in the order of its schema."""
 
 
 class TritonBackend(Backend):
@@ -41,6 +49,29 @@ class TritonBackend(Backend):
         """See `Backend.may_take`."""
         devices = {each.device.type for each in tensors.values() if each is not None}
         return devices == {"cuda"} or (devices == {"cpu"} and availability.interpreted())
+
+    def bind(
+        self, operation: str, tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]
+    ) -> Callable[..., Any] | None:
+        """See `Backend.bind`: of layers that share an input, which is then coded once."""
+        if operation != "packed_linear_group" or not self.may_take(operation, tensors):
+            return None
+        layers: list[tuple[Mapping[str, Tensor | None], tuple[Any, ...]]] = numbers["layers"]
+        if len({code_width(each[1]) for _, each in layers}) > 1:  # codes of the input stand as its weights' do
+            return None
+
+        def call(x: Tensor, dtype: torch.dtype) -> list[Tensor] | None:
+            now = [
+                ((buffers["packed"], *(buffers[name] for name in TENSORS[1:])), each)
+                for buffers, each in layers
+            ]
+            for own, each in now:
+                named = dict(zip(LINEAR, (x, *own, *each, dtype), strict=True))
+                if x.shape[-1:] != (each[0],) or self.why_not("packed_linear", named) is not None:
+                    return None
+            return self.implementation(operation)(x, now, dtype)
+
+        return call
 
     def status(self) -> str:
         """See `Backend.status`."""

@@ -17,6 +17,7 @@ from bellbox.core.grid import Grid
 from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops.backends.triton import plan
+from bellbox.ops.backends.triton.availability import interpreted
 from bellbox.ops.backends.triton.kernels import activation, layout, product
 from bellbox.ops.backends.triton.kernels import rows as row_kernels
 from bellbox.ops.kept import MOST, STEPS, stepped
@@ -47,6 +48,11 @@ def _on_device(run: Callable[..., Any]) -> Callable[..., Any]:
             return run(*arguments)
 
     return on_device
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel writes for a result: the interpreter cuts fp32 down to bf16 where a GPU rounds, so torch rounds."""
+    return torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
 
 
 def _stages(block: int) -> int:
@@ -81,10 +87,10 @@ def row_rms(x: Tensor) -> Tensor:
 def rotate(x: Tensor, factor: float, block: int, dtype: torch.dtype) -> Tensor:
     """See `bellbox.ops.rotate`."""
     check_rows(x, block)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=_stored(dtype), device=x.device)
     grid, options = _by_piece(x, block)
     row_kernels.rotate[grid](x.contiguous(), out, factor, x.shape[-1], STAGES=_stages(block), **options)
-    return out
+    return out.to(dtype)
 
 
 def encode(x: Tensor, r: Tensor, thresholds: Sequence[float], block: int) -> Tensor:
@@ -134,13 +140,13 @@ def decode_kept(
     """See `bellbox.ops.kept`."""
     if scale.numel() not in (1, len(kept)):
         raise BellboxError(f"{tuple(scale.shape)} scales do not fit {len(kept)} rows")
-    out = torch.empty(kept.shape, dtype=dtype, device=kept.device)
+    out = torch.empty(kept.shape, dtype=_stored(dtype), device=kept.device)
     grid, options = _by_piece(kept, 1)
     row_kernels.decode_kept[grid](
         kept.contiguous(), scale.contiguous(), _table(tuple(thresholds), kept.device), out, float(offset),
         kept.shape[1], _step(scale), LEVELS=len(thresholds) + 1, **options,
     )  # fmt: skip
-    return out
+    return out.to(dtype)
 
 
 def bbq_forward(
@@ -154,14 +160,14 @@ def bbq_forward(
 ) -> tuple[Tensor, Tensor]:
     """See `bellbox.ops.fake_quantize.reference_forward`."""
     check_rows(x, block, r, scale)
-    out, value = (torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))
+    out, value = (torch.empty(x.shape, dtype=_stored(dtype), device=x.device) for _ in range(2))
     grid, options = _by_piece(x, block)
     row_kernels.forward[grid](
         x.contiguous(), r.contiguous(), scale.contiguous(), _table(tuple(thresholds), x.device), out, value,
         float(offset), x.shape[1], _step(r), _step(scale),
         STAGES=_stages(block), LEVELS=len(thresholds) + 1, **options,
     )  # fmt: skip
-    return out, value
+    return out.to(dtype), value.to(dtype)
 
 
 def _backward(
@@ -172,7 +178,7 @@ def _backward(
     if not grad.shape == value.shape == levels.shape:
         raise BellboxError(f"a gradient {tuple(grad.shape)} does not fit what was kept, {tuple(value.shape)}")
     r, gamma, free = (each.contiguous() for each in of_rows)
-    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    out = torch.empty(grad.shape, dtype=_stored(dtype), device=grad.device)
     dots = grad.new_empty((len(grad), 1), dtype=torch.float32)
     size, whole = plan.whole_row(grad.shape[1], block)
     row_kernels.backward[(len(grad),)](
@@ -181,7 +187,7 @@ def _backward(
         SIZE=size, WHOLE=whole, STAGES=_stages(block), KEPT=kept, LEVELS=len(thresholds) + 1,
         num_warps=plan.warps(size), **OPTIONS,
     )  # fmt: skip
-    return out, dots
+    return out.to(dtype), dots
 
 
 def bbq_backward(
@@ -303,7 +309,7 @@ def multiply(rows: Rows, weights: Weights, dtype: torch.dtype, tiles: plan.Tiles
         tiles: sizes; `plan` chooses where None.
     """
     count, outputs = len(rows.integers), weights.outputs
-    out = weights.scale.new_empty((count, outputs), dtype=dtype)
+    out = weights.scale.new_empty((count, outputs), dtype=_stored(dtype))
     ends = {
         "MULTIPLIER": weights.grid.multiplier, "SHIFT": _shift(weights.grid),
         "WEIGHT_WORTH": 1 / weights.grid.multiplier, "ACT_WORTH": 1 / rows.grid.multiplier,
@@ -325,7 +331,7 @@ def multiply(rows: Rows, weights: Weights, dtype: torch.dtype, tiles: plan.Tiles
             weights.blocks, row_step, BITS=weights.bits, PLANES=rows.planes, OUTPUTS=wide, WORDS=some,
             ACT_MULTIPLIER=rows.grid.multiplier, ACT_SHIFT=_shift(rows.grid), num_warps=4, **ends,
         )  # fmt: skip
-        return out
+        return out.to(dtype)
     chosen = tiles or plan.tiles(count, outputs, weights.blocks, weights.bits, plan.processors(packed))
     split = chosen.splits > 1
     target = packed.new_empty((chosen.splits, count, outputs), dtype=torch.int32) if split else out
@@ -341,7 +347,7 @@ def multiply(rows: Rows, weights: Weights, dtype: torch.dtype, tiles: plan.Tiles
             target, rows.sums, *scaling, out, count, outputs, row_step,
             SIZE=size, SPLITS=chosen.splits, num_warps=2, **ends,
         )  # fmt: skip
-    return out
+    return out.to(dtype)
 
 
 def packed_linear(
@@ -350,20 +356,50 @@ def packed_linear(
     weight_zero_point: float, act_zero_point: float, block: int, normalise: str, rescale: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """See `bellbox.ops.packed_linear`."""
-    check(
-        x, weight, weight_scale, bias, act_scale, act_thresholds, act_rstd, act_signs, in_features, weight_levels,
-        weight_zero_point, act_zero_point, block, normalise, rescale, in_features,
-    )  # fmt: skip
-    if x.dim() == 0 or x.shape[-1] != in_features:
+    tensors = weight, weight_scale, bias, act_scale, act_thresholds, act_rstd, act_signs
+    numbers = in_features, weight_levels, weight_zero_point, act_zero_point, block, normalise, rescale
+    return packed_linear_group(x, [(tensors, numbers)], dtype)[0]
+
+
+def packed_linear_group(
+    x: Tensor, layers: Sequence[tuple[tuple[Tensor | None, ...], tuple[Any, ...]]], dtype: torch.dtype
+) -> list[Tensor]:
+    """Packed layers that code their common input alike, at weights of one width: it is coded once.
+
+    Args:
+        x: `[..., in_features]`.
+        layers: tensors and numbers of each, in the order of the schema of `bellbox.ops.packed_linear`.
+        dtype: of the results.
+    """
+    for tensors, numbers in layers:
+        check(x, *tensors, *numbers, features=numbers[0])  # type: ignore[arg-type]
+    tensors, numbers = layers[0]
+    columns, _, _, zero_point, *coding = numbers
+    if x.dim() == 0 or x.shape[-1] != columns:
         raise BellboxError(
-            f"a packed layer of {in_features} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
+            f"a packed layer of {columns} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
         )
-    weights = Weights(weight, weight_scale, bias, Grid(weight_levels, weight_zero_point), in_features)
-    rows = code_rows(
-        x.detach().reshape(-1, in_features), weights, Grid(act_thresholds.numel() + 1, act_zero_point), act_scale,
-        act_thresholds, act_rstd, act_signs, block, normalise, rescale,
-    )  # fmt: skip
-    return multiply(rows, weights, dtype).reshape(*x.shape[:-1], weights.outputs)
+    act_scale, thresholds, rstd, signs = tensors[3:]
+    assert act_scale is not None
+    assert thresholds is not None
+    grid = Grid(thresholds.numel() + 1, zero_point)
+    weights = [_weights(*each) for each in layers]
+    given = x.detach().reshape(-1, columns)
+    rows = code_rows(given, weights[0], grid, act_scale, thresholds, rstd, signs, *coding)
+    outs = []
+    for (own, _), weight in zip(layers, weights, strict=True):
+        own_scale = own[3]
+        assert own_scale is not None
+        out = multiply(rows._replace(act_scale=own_scale), weight, dtype)
+        outs.append(out.reshape(*x.shape[:-1], weight.outputs))
+    return outs
+
+
+def _weights(tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> Weights:
+    weight, scale, bias = tensors[:3]
+    assert weight is not None
+    assert scale is not None
+    return Weights(weight, scale, bias, Grid(numbers[1], numbers[2]), numbers[0])
 
 
 def kept_linear(
@@ -434,5 +470,6 @@ TABLE: dict[str, Callable[..., Any]] = {
         "bbq_backward_kept": bbq_backward_kept,
         "prepack": prepack,
         "unpack": unpack,
+        "packed_linear_group": packed_linear_group,
     }.items()
 }

@@ -50,7 +50,7 @@ def _fp32(arguments: Mapping[str, Any], *names: str) -> str | None:
 def _rows(x: Tensor, block: int = 1) -> str | None:
     if block > LARGEST_BLOCK:
         return f"a rotation of {block}"
-    if not x.numel():
+    if not x.dim() or not x.numel():
         return "there are no numbers"
     if x.shape[-1] > _GRID * PIECE:
         return f"rows of {x.shape[-1]} numbers"

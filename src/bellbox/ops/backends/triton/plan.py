@@ -81,7 +81,8 @@ def tiles(rows: int, outputs: int, blocks: int, bits: int, available: int) -> Ti
         return Tiles(_DECODE_ROWS, size, max(1, min(16, steps, wanted)), 4, 4)
     if rows <= 64:
         return Tiles(power_of_two(max(rows, 32)), 64, 1, 4, 4)
-    return Tiles(128, 128, 1, 8, 3)
+    # Three bits hold two tiles of bytes: half the rows, or the registers of a thread run out.
+    return Tiles(64 if bits == 3 else 128, 128, 1, 8, 3)
 
 
 PLANE_ROWS = 4
