@@ -224,6 +224,11 @@ class Weights(NamedTuple):
         return code_width(self.grid.n)
 
     @property
+    def field(self) -> int:
+        """Bits of a field of the layout, which the order of columns follows: three bits are two, and one apart."""
+        return 2 if self.bits == 3 else self.bits
+
+    @property
     def blocks(self) -> int:
         """Of 64 columns."""
         return -(-self.columns // 64)
@@ -267,9 +272,9 @@ def code_rows(
     """One launch: rows `[rows, columns]` as a product with these weights reads them."""
     count, columns = x.shape
     planes = code_width(grid.n) if on_planes(count, weights.grid.n, grid.n) else 0
-    bits, group = weights.bits, plan.group(weights.bits)
+    field, group = weights.field, plan.group(weights.bits)
     padded = weights.blocks * 64 if planes else -(-weights.blocks // group) * group * 64
-    shape = (count, planes, padded // 8 * bits) if planes else (count, padded)
+    shape = (count, planes, padded // 8 * field) if planes else (count, padded)
     out = x.new_empty(shape, dtype=torch.uint8 if planes else torch.int8)
     sums, scales = x.new_empty(count, dtype=torch.int32), x.new_empty(count, dtype=torch.float32)
     size, whole = plan.whole_row(columns, max(64 * group, block))
@@ -277,7 +282,7 @@ def code_rows(
         x.contiguous(), act_signs, thresholds.contiguous(), act_rstd, out, sums, scales, columns, padded,
         SIZE=size, WHOLE=whole, STAGES=_stages(block), LEVELS=grid.n, MULTIPLIER=grid.multiplier,
         SHIFT=_shift(grid), NORMALISE=normalise, RESCALE=rescale, SIGNED=act_signs is not None,
-        BITS=bits, GROUP=group, PLANES=planes, num_warps=plan.warps(size), **OPTIONS,
+        BITS=field, GROUP=group, PLANES=planes, num_warps=plan.warps(size), **OPTIONS,
     )  # fmt: skip
     return Rows(out, padded, sums, scales, act_scale, grid, planes)
 
@@ -286,14 +291,14 @@ def _arranged(
     kept: Tensor, row_scale: Tensor, weights: Weights, grid: Grid, act_scale: Tensor, thresholds: Sequence[float]
 ) -> Rows:
     count, columns = kept.shape
-    bits, group = weights.bits, plan.group(weights.bits)
+    field, group = weights.field, plan.group(weights.bits)
     padded = -(-weights.blocks // group) * group * 64
     out = kept.new_empty((count, padded))
     sums = kept.new_empty(count, dtype=torch.int32)
     size = min(plan.power_of_two(padded), 4096)
     activation.arrange[(count,)](
         kept.contiguous(), _table(tuple(thresholds), kept.device), out, sums, columns, padded,
-        SIZE=size, LEVELS=grid.n, MULTIPLIER=grid.multiplier, SHIFT=_shift(grid), BITS=bits, GROUP=group,
+        SIZE=size, LEVELS=grid.n, MULTIPLIER=grid.multiplier, SHIFT=_shift(grid), BITS=field, GROUP=group,
         num_warps=plan.warps(size), **OPTIONS,
     )  # fmt: skip
     return Rows(out, padded, sums, row_scale.contiguous(), act_scale, grid, 0)
