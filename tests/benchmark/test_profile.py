@@ -40,8 +40,9 @@ def test_parts_are_the_whole_and_packed_layers_have_both_of_theirs() -> None:
 
 def test_layers_with_their_first_outputs_are_those_layers() -> None:
     model = random_model(CONFIG, 4)
-    with torch.no_grad(), profiling._inputs(model) as shared:
-        model(TOKENS)
+    with torch.no_grad():
+        with profiling._inputs(model) as shared:
+            model(TOKENS)
         readers = sorted(len(layers) for layers, _ in shared.values())
         assert readers == [1, 1, 1, 1, 2, 2, 3, 3]  # o and down; gate and up; q, k and v
         for layers, x in shared.values():
