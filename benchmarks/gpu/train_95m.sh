@@ -16,6 +16,7 @@ MINUTES=${MINUTES:-25}
 TOKENS=${TOKENS:-100000000}
 BATCH=${BATCH:-65536}
 PRESET=${PRESET:-95M}
+VOCAB=${VOCAB:-32000} # null where SOURCE holds tokens already
 DEVICE=${DEVICE:-cuda}
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}"
@@ -24,7 +25,7 @@ cat > "$OUT/base.yaml" <<BASE
 base: $ROOT/configs/paper/llama-95M.yaml
 folder: $OUT/run
 model: {preset: $PRESET}
-data: {source: "$SOURCE"}
+data: {source: "$SOURCE", vocab_size: $VOCAB}
 batch: {tokens: $BATCH, micro_sequences: 32}
 quantization: {method: bbq, share: true}
 tokens: $TOKENS

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bellbox as bb
 from bellbox.cli.main import main
-from bellbox.models import ModelConfig, build
+from bellbox.models import build, preset
 from bellbox.ops import dispatch
 from bellbox.ops.backends.triton import TritonBackend, availability
 from bellbox.ops.encode import encode, row_rms
@@ -23,8 +23,8 @@ from bellbox.ops.encode import encode, row_rms
 def packed(bits: int) -> tuple[nn.Module, torch.Tensor]:
     """A LLaMA of one block, packed, and tokens."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+    config = preset(
+        "tiny", vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=16,
     )  # fmt: skip
     model = bb.prepare(build(config, seed=0), bb.Recipe.bbq(bits)).eval()

@@ -14,7 +14,10 @@ from bellbox.ops.encode import encode, normaliser, row_rms
 from bellbox.ops.fake_quantize import bbq_backward, bbq_forward
 from bellbox.ops.rotate import rotate
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no factor of two")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no factor of two"),
+    pytest.mark.filterwarnings("ignore:one input channel"),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (3, 33), (3, 64), (2, 2304)]
 
@@ -50,7 +53,7 @@ def test_codes_rotations_and_statistics(shape: tuple[int, int], dtype: torch.dty
     assert guards() > 3
 
 
-@pytest.mark.parametrize(("shape", "n"), zip(SHAPES, (2, 4, 7, 16), strict=True))
+@pytest.mark.parametrize(("shape", "n"), [*zip(SHAPES, (2, 4, 7, 16), strict=True)])
 def test_kept_bytes_and_what_is_decoded_from_them(shape: tuple[int, int], n: int, guards: Any) -> None:
     x, r, levels, block = made(*shape, n, torch.float32)
     kept = bytes_of.keep(x, r, levels.thresholds, block)
