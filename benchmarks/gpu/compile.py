@@ -43,7 +43,21 @@ CLASSES = {
     "store": ("STG", "UTMASTG"),
     "shared": ("LDS", "STS", "LDSM", "STSM", "LDTM", "STTM"),
     "shuffle": ("SHFL",),
-    "integer": ("LOP3", "SHF", "PRMT", "IADD3", "IADD", "IMAD", "LEA", "ISETP", "SEL", "VIADD", "POPC", "I2F", "I2FP"),
+    "integer": (
+        "LOP3",
+        "SHF",
+        "PRMT",
+        "IADD3",
+        "IADD",
+        "IMAD",
+        "LEA",
+        "ISETP",
+        "SEL",
+        "VIADD",
+        "POPC",
+        "I2F",
+        "I2FP",
+    ),
     "float": ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "DADD", "DMUL", "DFMA", "F2F", "F2FP", "MUFU"),
     "spill": ("LDL", "STL"),
 }
@@ -98,7 +112,7 @@ def recorded(processors: int) -> list[Launch]:
     for name in ("activation", "product", "row_kernels", "layout"):
         module = getattr(launch, name)
         setattr(launch, name, recorder.of(module))
-    plan.processors = lambda x: processors
+    plan.processors = lambda _: processors
     with torch.device("meta"):
         for what, call in _calls():
             recorder.what = what
@@ -121,7 +135,9 @@ def _calls() -> Iterator[tuple[str, Any]]:
     ):
         weights, inputs = Levels.gaussian(2**weight_bits), Levels.gaussian(2**act_bits)
 
-        def linear(weights: Levels = weights, inputs: Levels = inputs, count: int = count, columns: int = columns) -> None:
+        def linear(
+            weights: Levels = weights, inputs: Levels = inputs, count: int = count, columns: int = columns
+        ) -> None:
             launch.packed_linear(
                 floats(count, columns),
                 torch.empty(packed_size(outputs, columns, weights.n), dtype=torch.uint8),
@@ -176,7 +192,9 @@ def compiled(launched: Launch, architecture: int) -> Any:
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for place, (name, parameter) in enumerate(zip(launched.function.arg_names, launched.function.params, strict=True)):
+    for place, (name, parameter) in enumerate(
+        zip(launched.function.arg_names, launched.function.params, strict=True)
+    ):
         value = launched.arguments[name]
         if parameter.is_constexpr or value is None or value is True or (type(value) is int and value == 1):
             signature[name] = "constexpr"
@@ -230,7 +248,9 @@ def read(launched: Launch, architecture: int) -> Row:
         path.write_bytes(binary.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", path)
         code = _run("nvdisasm", "-c", path)
-    instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE))
+    instructions = Counter(
+        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
+    )
 
     def used(name: str) -> int:
         found = re.search(rf"{name}:(\d+)", usage)
@@ -251,10 +271,11 @@ def _run(tool: str, *arguments: Any) -> str:
 
 def table(rows: list[Row]) -> str:
     """As Markdown."""
-    lines = ["| kernel | call | sm | warps | registers | spills | shared, KiB | tensor | load | store | shared | shuffle | integer | float |"]
-    lines.append("|" + "---|" * 14)
+    kinds = [kind for kind in CLASSES if kind != "spill"]
+    heads = ("kernel", "call", "sm", "warps", "registers", "spills", "shared, KiB", *kinds)
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
-        counts = " | ".join(str(row.count(kind)) for kind in ("tensor", "load", "store", "shared", "shuffle", "integer", "float"))
+        counts = " | ".join(str(row.count(kind)) for kind in kinds)
         lines.append(
             f"| {row.kernel} | {row.what} | {row.architecture} | {row.warps} | {row.registers} | {row.count('spill')} | "
             f"{row.shared / 1024:.1f} | {counts} |"
@@ -263,7 +284,9 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="kernels whose name or call contains this")
     parser.add_argument("--markdown", type=Path, help="write the table here too")

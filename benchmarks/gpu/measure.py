@@ -93,7 +93,10 @@ class Bench:
         line = {"part": part, **row}
         with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        print("  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        print(
+            "  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+            flush=True,
+        )
         return line
 
     def seconds(self, call: Callable[[int], object]) -> float:
@@ -139,7 +142,9 @@ class Bench:
     def layer(self, outputs: int, inputs: int, bits: int) -> PackedLinear:
         """A packed layer of random codes."""
         levels = Levels.gaussian(2**bits)
-        layer = PackedLinear(inputs, outputs, levels.grid, InputCoding(levels, block_size(inputs)), bias=False)
+        layer = PackedLinear(
+            inputs, outputs, levels.grid, InputCoding(levels, block_size(inputs)), bias=False
+        )
         layer = layer.to(self.device).eval()
         codes = torch.randint(0, levels.n, (outputs, inputs), dtype=torch.uint8, device=self.device)
         layer.packed = prepack(codes, levels.n)
@@ -178,10 +183,15 @@ def codes(bench: Bench) -> None:
             with torch.no_grad():
                 found = layer(x).cpu()
                 expected = packed_linear.reference(
-                    x.cpu(), *(None if t is None else t.cpu() for t in layer.bound.tensors()), *layer.numbers, x.dtype
+                    x.cpu(),
+                    *(None if t is None else t.cpu() for t in layer.bound.tensors()),
+                    *layer.numbers,
+                    x.dtype,
                 )
             wrong = int((found != expected).sum())
-            bench.note("codes", what="outputs", levels=2**bits, columns=width, numbers=found.numel(), different=wrong)
+            bench.note(
+                "codes", what="outputs", levels=2**bits, columns=width, numbers=found.numel(), different=wrong
+            )
 
 
 def ceilings(bench: Bench) -> None:
@@ -209,7 +219,9 @@ def kernels(bench: Bench) -> None:
                 weights = launch.Weights(layer.packed, layer.weight_scale, None, levels.grid, width)
                 coding = layer.act_scale, layer.act_thresholds, None, None, layer.coding.block, "rms", False
 
-                def code(_: int, x: Tensor = x, weights: Any = weights, coding: Any = coding, levels: Any = levels) -> Any:
+                def code(
+                    _: int, x: Tensor = x, weights: Any = weights, coding: Any = coding, levels: Any = levels
+                ) -> Any:
                     return launch.code_rows(x, weights, levels.grid, *coding)
 
                 coded = code(0)
@@ -217,30 +229,46 @@ def kernels(bench: Bench) -> None:
                     "code_rows": (3 * rows * width / copy, code),
                     "multiply": (
                         max(2 * rows * width**2 / int8, (width**2 * bits / 8 + 3 * rows * width) / copy),
-                        lambda _, coded=coded, weights=weights: launch.multiply(coded, weights, torch.bfloat16),
+                        lambda _, coded=coded, weights=weights: launch.multiply(
+                            coded, weights, torch.bfloat16
+                        ),
                     ),
                 }
                 for name, (floor, call) in floors.items():
                     took = bench.seconds(call)
-                    bench.note("kernels", kernel=name, columns=width, rows=rows, bits=bits, microseconds=took * 1e6, of_floor=floor / took)
-        levels = Levels.gaussian(16)
-        x, block = bench.randn(bench.sizes.rows, width), block_size(width)
-        r = normaliser(row_rms(x), block).float()
-        steps = stepped(levels.thresholds)
-        assert steps is not None
-        kept, one = keep(x, r, levels.thresholds, block), torch.ones(1, 1, device=bench.device)
-        free = torch.ones(len(x), 1, device=bench.device)
-        numbers = x.numel()
-        training = {
-            "row_rms": (2, lambda _, x=x: row_rms(x)),
-            "keep": (3, lambda _, x=x, r=r, block=block: keep(x, r, levels.thresholds, block)),
-            "bbq_backward_kept": (5, lambda _, x=x, r=r, block=block, kept=kept, free=free: bbq_backward_kept(
-                x, kept, r, one, free, steps, levels.offset, block, x.dtype)),
-        }  # fmt: skip
-        for name, (moved, call) in training.items():
-            took = bench.seconds(call)
-            floor = moved * numbers / copy
-            bench.note("kernels", kernel=name, columns=width, rows=len(x), bits=4, microseconds=took * 1e6, of_floor=floor / took)
+                    bench.note(
+                        "kernels",
+                        kernel=name,
+                        columns=width,
+                        rows=rows,
+                        bits=bits,
+                        microseconds=took * 1e6,
+                        of_floor=floor / took,
+                    )
+        _of_training(bench, width, copy)
+
+
+def _of_training(bench: Bench, width: int, copy: float) -> None:
+    levels = Levels.gaussian(16)
+    x, block = bench.randn(bench.sizes.rows, width), block_size(width)
+    r, rows = normaliser(row_rms(x), block).float(), len(x)
+    steps = stepped(levels.thresholds)
+    assert steps is not None
+    kept, one = keep(x, r, levels.thresholds, block), torch.ones(1, 1, device=bench.device)
+    free = torch.ones(rows, 1, device=bench.device)
+
+    def backward(_: int) -> object:
+        return bbq_backward_kept(x, kept, r, one, free, steps, levels.offset, block, x.dtype)
+
+    moved: dict[str, tuple[int, Callable[[int], object]]] = {
+        "row_rms": (2, lambda _: row_rms(x)),
+        "keep": (3, lambda _: keep(x, r, levels.thresholds, block)),
+        "bbq_backward_kept": (5, backward),
+    }
+    for name, (bytes_each, call) in moved.items():
+        took = bench.seconds(call)
+        figures = {"microseconds": took * 1e6, "of_floor": bytes_each * x.numel() / copy / took}
+        bench.note("kernels", kernel=name, columns=width, rows=rows, bits=4, **figures)
 
 
 def _rotating(make: Callable[[], Any], nbytes: int, bench: Bench) -> list[Any]:
@@ -261,10 +289,16 @@ def sweep(bench: Bench) -> None:
             floats = _rotating(lambda width=width: bench.randn(width, width), 2 * width**2, bench)
             contenders["bf16"] = lambda turn, x=x, floats=floats: F.linear(x, floats[turn % len(floats)])
             for bits in bench.sizes.bits:
-                layers = _rotating(lambda width=width, bits=bits: bench.layer(width, width, bits), width**2 * bits // 8, bench)
+                layers = _rotating(
+                    lambda width=width, bits=bits: bench.layer(width, width, bits),
+                    width**2 * bits // 8,
+                    bench,
+                )
                 contenders[f"{bits} bits"] = lambda turn, x=x, layers=layers: layers[turn % len(layers)](x)
             if bitsandbytes is not None and bench.cuda:
-                nf4 = bitsandbytes.nn.Linear4bit(width, width, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
+                nf4 = bitsandbytes.nn.Linear4bit(
+                    width, width, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16
+                )
                 nf4 = nf4.to(bench.device)
                 contenders["NF4 (bitsandbytes)"] = lambda _, x=x, nf4=nf4: nf4(x)
             times = {}
@@ -272,13 +306,24 @@ def sweep(bench: Bench) -> None:
                 for name, call in contenders.items():
                     times[name] = bench.seconds(call)
             for name, took in times.items():
-                bench.note("sweep", N=width, rows=rows, name=name, microseconds=took * 1e6, times_bf16=times["bf16"] / took)
+                bench.note(
+                    "sweep",
+                    N=width,
+                    rows=rows,
+                    name=name,
+                    microseconds=took * 1e6,
+                    times_bf16=times["bf16"] / took,
+                )
 
 
 def _model(bench: Bench, config: dict[str, int], bits: int | None) -> nn.Module:
     """A LLaMA of random weights on the device, bf16 or packed."""
     room = max(bench.sizes.room, bench.sizes.prompt[1]) + 64
-    made = build(preset("95M", **config, max_position_embeddings=room), seed=0).to(bench.device, torch.bfloat16).eval()
+    made = (
+        build(preset("95M", **config, max_position_embeddings=room), seed=0)
+        .to(bench.device, torch.bfloat16)
+        .eval()
+    )
     if bits is None:
         return made
     prepared = bb.prepare(made, bb.Recipe.bbq(bits)).eval()
@@ -323,31 +368,51 @@ def decode(bench: Bench) -> None:
             model(prompt, cache=cache, last_only=True)
             length, token = cache.length, prompt[:, :1]
 
-            def eager(_: int, model: Any = model, cache: Any = cache, length: int = length, token: Tensor = token) -> None:
+            def eager(
+                _: int, model: Any = model, cache: Any = cache, length: int = length, token: Tensor = token
+            ) -> None:
                 cache.length = length
                 model(token, cache=cache, last_only=True)
 
             took = bench.seconds(eager)
-            bench.note("decode", model=name, name=kind, batch=batch, how="eager", tokens_per_second=batch / took)
+            bench.note(
+                "decode", model=name, name=kind, batch=batch, how="eager", tokens_per_second=batch / took
+            )
             cache.length = length
             steps = (GraphSteps if bench.cuda else StaticSteps)(model, cache)  # type: ignore[arg-type]
 
-            def static(_: int, steps: StaticSteps = steps, cache: Any = cache, length: int = length, token: Tensor = token) -> None:
+            def static(
+                _: int,
+                steps: StaticSteps = steps,
+                cache: Any = cache,
+                length: int = length,
+                token: Tensor = token,
+            ) -> None:
                 cache.length = length
                 steps._expected = length  # the same place again
                 steps.step(token)
 
             took = bench.seconds(static)
-            bench.note("decode", model=name, name=kind, batch=batch, how="graph", tokens_per_second=batch / took)
+            bench.note(
+                "decode", model=name, name=kind, batch=batch, how="graph", tokens_per_second=batch / took
+            )
 
 
 def training(bench: Bench) -> None:
     """Forward and backward of a training step in bf16 autocast, eager and compiled, against full precision."""
     for name in bench.sizes.steps:
         base: dict[str, float] = {}
-        for kind, recipe in (("full precision", None), ("4 bits", bb.Recipe.bbq(4)), ("2 bits", bb.Recipe.bbq(2))):
+        for kind, recipe in (
+            ("full precision", None),
+            ("4 bits", bb.Recipe.bbq(4)),
+            ("2 bits", bb.Recipe.bbq(2)),
+        ):
             torch.manual_seed(0)
-            config = preset(name) if bench.sizes is FULL else preset(name, **next(iter(bench.sizes.models.values())))
+            config = (
+                preset(name)
+                if bench.sizes is FULL
+                else preset(name, **next(iter(bench.sizes.models.values())))
+            )
             model = build(config, seed=0)
             model = (model if recipe is None else bb.prepare(model, recipe)).to(bench.device).train()
             tokens = torch.randint(0, config.vocab_size, bench.sizes.tokens, device=bench.device)
@@ -381,14 +446,18 @@ def tables(out: Path) -> str:
     for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         part = row.pop("part")
-        named = {k: v for k, v in row.items() if not isinstance(v, float) and k not in ("peak_bytes", "different")}
+        named = {
+            k: v for k, v in row.items() if not isinstance(v, float) and k not in ("peak_bytes", "different")
+        }
         rows.setdefault(part, {})[json.dumps(named, sort_keys=True)] = row
     text = ""
     for part, found in rows.items():
         heads = list(dict.fromkeys(key for row in found.values() for key in row))
         text += f"\n## {part}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
         for row in found.values():
-            cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(key, "") for key in heads))
+            cells = (
+                f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(key, "") for key in heads)
+            )
             text += f"| {' | '.join(cells)} |\n"
     return text.lstrip()
 
@@ -414,7 +483,9 @@ def pictures(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all where none is named")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="on the CPU, at sizes that try the script alone")

@@ -44,7 +44,9 @@ MODELS = {"700M": (24, 1536, 4096), "2.4B": (30, 2560, 6912)}
 def coding(gpu: Gpu, rows: int, columns: int, bits: int) -> tuple[float, float]:
     """Seconds of coding rows: by memory (2 bytes read, 1 written), and by issue of instructions or fp64."""
     numbers = rows * columns
-    return 3 * numbers / gpu.bandwidth, max(numbers * INSTRUCTIONS[bits] / gpu.issue, 2 * numbers / gpu.double)
+    return 3 * numbers / gpu.bandwidth, max(
+        numbers * INSTRUCTIONS[bits] / gpu.issue, 2 * numbers / gpu.double
+    )
 
 
 def product(gpu: Gpu, rows: int, outputs: int, columns: int, bits: float, rate: float, act: int) -> float:

@@ -83,7 +83,9 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
         (["tiny", "--device", "tpu"], "--device 'tpu': cpu or cuda"),
     ],
 )
-def test_what_does_not_fit_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         main(["bench", "profile", *flags, "--threads", "1"])
     assert left.value.code == 2

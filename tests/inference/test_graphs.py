@@ -40,7 +40,9 @@ def replayed(steps_type: type[StaticSteps], model: Llama, device: str = "cpu") -
                 cache.reset()
                 model(prompt, cache=cache, last_only=True)
         if turn == 10:
-            model.model.embed_tokens.weight.data.mul_(100)  # what a graph holds is where numbers lie, not the numbers
+            model.model.embed_tokens.weight.data.mul_(
+                100
+            )  # what a graph holds is where numbers lie, not the numbers
         token = torch.randint(0, 96, (2, 1), generator=draw).to(device)
         expected = model(token, cache=theirs, last_only=True)
         if logits is not None:

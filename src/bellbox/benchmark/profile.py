@@ -103,9 +103,13 @@ def _inputs(model: nn.Module) -> Iterator[dict[int, tuple[list[PackedLinear], Te
 
     def note(layer: nn.Module, given: tuple[Any, ...]) -> None:
         assert isinstance(layer, PackedLinear)
-        found.setdefault(id(given[0]), ([], given[0]))[0].append(layer)  # the tensor stays alive, so does its id
+        found.setdefault(id(given[0]), ([], given[0]))[0].append(
+            layer
+        )  # the tensor stays alive, so does its id
 
-    hooks = [each.register_forward_pre_hook(note) for each in model.modules() if isinstance(each, PackedLinear)]
+    hooks = [
+        each.register_forward_pre_hook(note) for each in model.modules() if isinstance(each, PackedLinear)
+    ]
     try:
         yield found
     finally:
@@ -187,6 +191,8 @@ def profile(name: str, model: nn.Module, tokens: Tensor, seconds: float = 2.0) -
     elementwise = statistics.median(each["element-wise"] for each in clocks)
     parts = product + quantization + elementwise
     if parts > whole:  # parts that are waited for one by one come to a little more than the whole
-        product, quantization, elementwise = (each * whole / parts for each in (product, quantization, elementwise))
+        product, quantization, elementwise = (
+            each * whole / parts for each in (product, quantization, elementwise)
+        )
         parts = whole
     return Profile(name, product, quantization, elementwise, whole - parts)

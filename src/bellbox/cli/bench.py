@@ -165,7 +165,9 @@ def _kernels(command: Kernels, machine: Machine) -> list[dict[str, Any]]:
     return rows
 
 
-def _shape(text: str, flag: str = "--shapes", what: str = "OUTPUTSxINPUTS, such as 4096x4096") -> tuple[int, int]:
+def _shape(
+    text: str, flag: str = "--shapes", what: str = "OUTPUTSxINPUTS, such as 4096x4096"
+) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None or 0 in (shape := (int(match[1]), int(match[2]))):
         raise BellboxError(f"{flag} {text!r}: write {what}")
@@ -209,7 +211,7 @@ def _model(command: Model) -> list[dict[str, Any]]:
 
 
 def _models_of(command: Parts) -> dict[str, Callable[[], nn.Module]]:
-    """What makes each model, by name: as it is in a folder, or a named size in fp32 (bf16 on a GPU) and in each width."""
+    """What makes each model, by name: that of a folder, or a named size in floats and in each width."""
     _shape(command.rows, "--rows", "SEQUENCESxTOKENS, such as 1x256")
     if command.device.partition(":")[0] not in ("cpu", "cuda"):
         raise BellboxError(f"--device {command.device!r}: cpu or cuda")
@@ -218,7 +220,9 @@ def _models_of(command: Parts) -> dict[str, Callable[[], nn.Module]]:
     if Path(command.model).is_dir():
         opened = open_model(command.model)
         if opened.is_vision:
-            raise BellboxError(f"{command.model}: is a vision model; language models are split into parts here")
+            raise BellboxError(
+                f"{command.model}: is a vision model; language models are split into parts here"
+            )
         return {Path(command.model).name: lambda: opened.model}
     if command.model not in PRESETS:
         raise BellboxError(

@@ -32,7 +32,9 @@ class StaticSteps:
         if not isinstance(model, Llama) or model.config.fused_qkv:
             raise BellboxError("steps of fixed shapes are for a LLaMA with q, k and v as three layers")
         if cache.precision != "fp32":
-            raise BellboxError(f"steps of fixed shapes read no {cache.precision} cache: make it with precision fp32")
+            raise BellboxError(
+                f"steps of fixed shapes read no {cache.precision} cache: make it with precision fp32"
+            )
         self._model, self._cache = model, cache
         device = cache.keys[0].device
         self._token = torch.zeros((cache.batch, 1), dtype=torch.int64, device=device)
@@ -97,7 +99,9 @@ class StaticSteps:
         query, groups = _rotated(query, *rotary), query.shape[1] // keys.shape[1]
         if groups > 1:
             keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        mixed = F.scaled_dot_product_attention(query, keys.to(query.dtype), values.to(query.dtype), attn_mask=seen)
+        mixed = F.scaled_dot_product_attention(
+            query, keys.to(query.dtype), values.to(query.dtype), attn_mask=seen
+        )
         return attention.o_proj(mixed.transpose(1, 2).flatten(2))
 
 

@@ -109,7 +109,15 @@ def test_training_runs_on_these_kernels_alone(monkeypatch: pytest.MonkeyPatch) -
     model = bb.prepare(nn.Linear(64, 24), bb.Recipe.bbq(4, integer_forward=True)).train()
     x = torch.randn(3, 64)
     step_of(model, model, x)
-    assert {"row_rms", "keep", "kept_codes", "prepack", "kept_linear", "bbq_backward_kept", "decode_kept"} <= asked
+    assert {
+        "row_rms",
+        "keep",
+        "kept_codes",
+        "prepack",
+        "kept_linear",
+        "bbq_backward_kept",
+        "decode_kept",
+    } <= asked
 
 
 LACKING = [
@@ -162,7 +170,9 @@ def test_tensors_elsewhere_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     assert dispatch.backends().index("cpu") < dispatch.backends().index("triton")
 
 
-def test_the_command_line_says_whether_it_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_says_whether_it_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("BELLBOX_BACKEND")
     main(["--version", "-v"])
     assert "  triton: interpreted, on the CPU (TRITON_INTERPRET=1)" in capsys.readouterr().out

@@ -37,7 +37,16 @@ def test_every_part_of_the_measurements_runs(tmp_path: Path) -> None:
 
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     table = tmp_path / "table.md"
-    done = run(sys.executable, SCRIPTS / "compile.py", "--arch", "90", "--only", "multiply: 64 rows", "--markdown", table)
+    done = run(
+        sys.executable,
+        SCRIPTS / "compile.py",
+        "--arch",
+        "90",
+        "--only",
+        "multiply: 64 rows",
+        "--markdown",
+        table,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     row = next(line for line in table.read_text().splitlines() if line.startswith("| multiply |"))
     _, _, _, architecture, _, registers, spills, _, tensor, *_ = (each.strip() for each in row.split("|"))

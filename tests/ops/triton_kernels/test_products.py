@@ -22,7 +22,11 @@ NAN = float("nan")
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal bits, NaN included."""
-    return a.dtype == b.dtype and torch.equal(a.nan_to_num(7.25), b.nan_to_num(7.25)) and torch.equal(a.isnan(), b.isnan())
+    return (
+        a.dtype == b.dtype
+        and torch.equal(a.nan_to_num(7.25), b.nan_to_num(7.25))
+        and torch.equal(a.isnan(), b.isnan())
+    )
 
 
 def layer(
@@ -99,7 +103,9 @@ def test_pieces_of_the_columns_change_no_bit(levels: int) -> None:
 
 
 @pytest.mark.parametrize(("weights", "inputs"), [(2, 2), (2, 4), (4, 2), (4, 4), (3, 3)])
-def test_bit_planes_serve_few_rows_of_few_levels(weights: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bit_planes_serve_few_rows_of_few_levels(
+    weights: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bellbox.ops.backends.triton import launch, plan
 
     arguments = layer(4, 37, 330, weights, inputs)

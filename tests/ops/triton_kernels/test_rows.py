@@ -38,7 +38,9 @@ def made(rows: int, columns: int, n: int, dtype: torch.dtype) -> Any:
     return x, r, levels, block
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [*zip(SHAPES, (*DTYPES, DTYPES[1]), strict=True), (SHAPES[2], DTYPES[0])])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*zip(SHAPES, (*DTYPES, DTYPES[1]), strict=True), (SHAPES[2], DTYPES[0])]
+)
 def test_codes_rotations_and_statistics(shape: tuple[int, int], dtype: torch.dtype, guards: Any) -> None:
     x, r, _, block = made(*shape, 16, dtype)
     assert torch.allclose(row_rms(x), row_rms.reference(x), rtol=1e-14, atol=0, equal_nan=True)
@@ -70,7 +72,9 @@ def test_kept_bytes_and_what_is_decoded_from_them(shape: tuple[int, int], n: int
     guards()
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [*zip(SHAPES, (*DTYPES, DTYPES[1]), strict=True), (SHAPES[2], DTYPES[0])])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*zip(SHAPES, (*DTYPES, DTYPES[1]), strict=True), (SHAPES[2], DTYPES[0])]
+)
 def test_forward_has_the_codes_and_backward_the_gradient(
     shape: tuple[int, int], dtype: torch.dtype, guards: Any
 ) -> None:

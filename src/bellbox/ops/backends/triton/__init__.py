@@ -47,6 +47,7 @@ class TritonBackend(Backend):
 
     def may_take(self, operation: str, tensors: Mapping[str, Tensor | None]) -> bool:
         """See `Backend.may_take`."""
+        del operation
         devices = {each.device.type for each in tensors.values() if each is not None}
         return devices == {"cuda"} or (devices == {"cpu"} and availability.interpreted())
 
@@ -57,7 +58,9 @@ class TritonBackend(Backend):
         if operation != "packed_linear_group" or not self.may_take(operation, tensors):
             return None
         layers: list[tuple[Mapping[str, Tensor | None], tuple[Any, ...]]] = numbers["layers"]
-        if len({code_width(each[1]) for _, each in layers}) > 1:  # codes of the input stand as its weights' do
+        if (
+            len({code_width(each[1]) for _, each in layers}) > 1
+        ):  # codes of the input stand as its weights' do
             return None
 
         def call(x: Tensor, dtype: torch.dtype) -> list[Tensor] | None:
@@ -79,7 +82,10 @@ class TritonBackend(Backend):
 
     def multiplies_integers(self, device: str) -> bool:
         """See `Backend.multiplies_integers`."""
-        return device == "cuda" and availability.why_not_on(torch.device("cuda", torch.cuda.current_device())) is None
+        return (
+            device == "cuda"
+            and availability.why_not_on(torch.device("cuda", torch.cuda.current_device())) is None
+        )
 
 
 register(TritonBackend())

@@ -58,7 +58,8 @@ def lacking(triton: bool, capability: tuple[int, int], hip: str | None) -> str |
     if not triton:
         return "Triton is not installed"
     if capability < OLDEST:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need {OLDEST[0]}.{OLDEST[1]}"
+        has, needed = (".".join(map(str, each)) for each in (capability, OLDEST))
+        return f"the GPU has compute capability {has}, the kernels need {needed}"
     return None
 
 

@@ -6,7 +6,6 @@ Nothing here reads a number back from the device, so that launches may be record
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -185,13 +184,20 @@ def _backward(
         grad.contiguous(), value.contiguous(), levels.contiguous(), _table(tuple(thresholds), grad.device),
         r, gamma, free, out, dots, float(offset), grad.shape[1], _step(r), _step(gamma), _step(free),
         SIZE=size, WHOLE=whole, STAGES=_stages(block), KEPT=kept, LEVELS=len(thresholds) + 1,
-        num_warps=plan.warps(size), **OPTIONS,
+        num_warps=plan.row_warps(size), **OPTIONS,
     )  # fmt: skip
     return out.to(dtype), dots
 
 
 def bbq_backward(
-    grad: Tensor, v: Tensor, x_hat: Tensor, r: Tensor, gamma: Tensor, free: Tensor, block: int, whole_tensor: bool
+    grad: Tensor,
+    v: Tensor,
+    x_hat: Tensor,
+    r: Tensor,
+    gamma: Tensor,
+    free: Tensor,
+    block: int,
+    whole_tensor: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `bellbox.ops.fake_quantize.reference_backward`; sigma of each row."""
     assert not whole_tensor
@@ -282,13 +288,18 @@ def code_rows(
         x.contiguous(), act_signs, thresholds.contiguous(), act_rstd, out, sums, scales, columns, padded,
         SIZE=size, WHOLE=whole, STAGES=_stages(block), LEVELS=grid.n, MULTIPLIER=grid.multiplier,
         SHIFT=_shift(grid), NORMALISE=normalise, RESCALE=rescale, SIGNED=act_signs is not None,
-        BITS=field, GROUP=group, PLANES=planes, num_warps=plan.warps(size), **OPTIONS,
+        BITS=field, GROUP=group, PLANES=planes, num_warps=plan.row_warps(size), **OPTIONS,
     )  # fmt: skip
     return Rows(out, padded, sums, scales, act_scale, grid, planes)
 
 
 def _arranged(
-    kept: Tensor, row_scale: Tensor, weights: Weights, grid: Grid, act_scale: Tensor, thresholds: Sequence[float]
+    kept: Tensor,
+    row_scale: Tensor,
+    weights: Weights,
+    grid: Grid,
+    act_scale: Tensor,
+    thresholds: Sequence[float],
 ) -> Rows:
     count, columns = kept.shape
     field, group = weights.field, plan.group(weights.bits)
@@ -381,9 +392,7 @@ def packed_linear_group(
     tensors, numbers = layers[0]
     columns, _, _, zero_point, *coding = numbers
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise BellboxError(
-            f"a packed layer of {columns} inputs got shape {tuple(x.shape)}, dtype {x.dtype}"
-        )
+        raise BellboxError(f"a packed layer of {columns} inputs got shape {tuple(x.shape)}, dtype {x.dtype}")
     act_scale, thresholds, rstd, signs = tensors[3:]
     assert act_scale is not None
     assert thresholds is not None

@@ -78,9 +78,7 @@ def _product(columns: int, weight: tuple[int, float], act: tuple[int, float]) ->
 def _packed_linear(arguments: Mapping[str, Any]) -> str | None:
     n, levels = arguments["act_thresholds"].numel() + 1, arguments["weight_levels"]
     reason = _levels(max(n, levels)) or _float(arguments, "x") or _rows(arguments["x"], arguments["block"])
-    reason = reason or _fp32(
-        arguments, "weight_scale", "bias", "act_scale", "act_thresholds", "act_rstd"
-    )
+    reason = reason or _fp32(arguments, "weight_scale", "bias", "act_scale", "act_thresholds", "act_rstd")
     if reason is not None:
         return reason
     if not arguments["weight_scale"].numel() or n < 2:

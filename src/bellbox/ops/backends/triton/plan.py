@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WHOLE_ROW = 16_384
-"""Longest row that a program holds in registers; longer ones are read twice."""
+WHOLE_ROW = 4096
+"""Longest row that a program holds in registers; longer ones are read twice, the second time from the cache."""
 _PIECE = 4096
 _DECODE_ROWS = 16
 
@@ -27,6 +27,11 @@ def warps(size: int) -> int:
     return min(16, max(1, size // 512))
 
 
+def row_warps(size: int) -> int:
+    """Of a program of a whole row, which also holds its statistic: 8 numbers a thread, or registers spill."""
+    return min(16, max(1, size // 256))
+
+
 def whole_row(columns: int, least: int) -> tuple[int, bool]:
     """Numbers that a program of a row holds, and whether they are the row; at least `least` of them."""
     size = max(power_of_two(columns), least)
@@ -39,7 +44,7 @@ def piece(columns: int, block: int) -> int:
 
 
 def group(bits: int) -> int:
-    """Blocks of 64 columns whose bytes are unpacked together, so that a tensor core has 32 columns or more of a field."""
+    """Blocks of 64 columns whose bytes are unpacked together: tensor cores take 32 columns or more of a field."""
     return 4 if bits == 1 else 2
 
 

@@ -32,9 +32,7 @@ def prepack(codes, out, rows, columns, blocks, BITS: tl.constexpr):
         tl.store(start + tl.arange(0, 256), low)
         tl.store(start + 256 + tl.arange(0, 128), _fields(codes, tile, block * 64, rows, columns, 2, 1))
     else:
-        tl.store(
-            start + tl.arange(0, 128 * BITS), _fields(codes, tile, block * 64, rows, columns, 0, BITS)
-        )
+        tl.store(start + tl.arange(0, 128 * BITS), _fields(codes, tile, block * 64, rows, columns, 0, BITS))
 
 
 @triton.jit

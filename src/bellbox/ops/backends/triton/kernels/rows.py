@@ -113,7 +113,9 @@ def forward(
 
 
 @triton.jit
-def _slope(grad, value, levels, thresholds, offset, at, inside, gamma, KEPT: tl.constexpr, LEVELS: tl.constexpr):
+def _slope(
+    grad, value, levels, thresholds, offset, at, inside, gamma, KEPT: tl.constexpr, LEVELS: tl.constexpr
+):
     """Gradient to the value, the value, and gradient times level, of some numbers of a row."""
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     if KEPT:

@@ -47,10 +47,10 @@ def _reached3(v, t0, t1, t2, t3, t4, t5, t6):
 
 
 @triton.jit
-def _threshold(table, I: tl.constexpr, LEVELS: tl.constexpr):
+def _threshold(table, INDEX: tl.constexpr, LEVELS: tl.constexpr):
     # Beyond the last one stands NaN, which nothing reaches.
-    if I < LEVELS - 1:  # noqa: SIM108 (both sides would be evaluated)
-        t = tl.load(table + I)
+    if INDEX < LEVELS - 1:  # noqa: SIM108 (both sides would be evaluated)
+        t = tl.load(table + INDEX)
     else:
         t = float("nan")
     return t
@@ -102,10 +102,7 @@ def place(column, BITS: tl.constexpr, GROUP: tl.constexpr):
     inside = column % 64
     block = (column // 64) % GROUP
     return (
-        column // (64 * GROUP) * (64 * GROUP)
-        + inside // SPAN * (GROUP * SPAN)
-        + block * SPAN
-        + inside % SPAN
+        column // (64 * GROUP) * (64 * GROUP) + inside // SPAN * (GROUP * SPAN) + block * SPAN + inside % SPAN
     )
 
 
