@@ -277,8 +277,8 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         counts = " | ".join(str(row.count(kind)) for kind in kinds)
         lines.append(
-            f"| {row.kernel} | {row.what} | {row.architecture} | {row.warps} | {row.registers} | {row.count('spill')} | "
-            f"{row.shared / 1024:.1f} | {counts} |"
+            f"| {row.kernel} | {row.what} | {row.architecture} | {row.warps} | {row.registers} | "
+            f"{row.count('spill')} | {row.shared / 1024:.1f} | {counts} |"
         )
     return "\n".join(lines) + "\n"
 
