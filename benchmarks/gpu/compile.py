@@ -6,7 +6,7 @@
 The launches are those of the library at the shapes below: they are recorded, on tensors without memory, and compiled
 with Triton's own tools. A row of the table is one compiled kernel: registers a thread, bytes of stack and instructions
 that spill, shared memory, and instructions of the machine code by class. Exit code 1 where a kernel spills, or where a
-product on tensor cores has no integer tensor-core instruction.
+product on tensor cores has no integer tensor-core instruction, or multiplications and additions were fused.
 """
 
 from __future__ import annotations
@@ -136,22 +136,30 @@ def _calls() -> Iterator[tuple[str, Any]]:
         weights, inputs = Levels.gaussian(2**weight_bits), Levels.gaussian(2**act_bits)
 
         def linear(
-            weights: Levels = weights, inputs: Levels = inputs, count: int = count, columns: int = columns
+            weights: Levels = weights,
+            inputs: Levels = inputs,
+            count: int = count,
+            columns: int = columns,
+            outputs: int = outputs,
         ) -> None:
             launch.packed_linear(
                 floats(count, columns),
                 torch.empty(packed_size(outputs, columns, weights.n), dtype=torch.uint8),
                 floats(outputs, dtype=torch.float32), None, floats(1, dtype=torch.float32),
                 floats(inputs.n - 1, dtype=torch.float32), None, None,
-                columns, weights.n, weights.zero_point, inputs.zero_point, block, "rms", False, torch.bfloat16,
+                columns, weights.n, weights.zero_point, inputs.zero_point, min(block, columns & -columns), "rms",
+                False, torch.bfloat16,
             )  # fmt: skip
 
         yield f"{count} rows, weights {weight_bits} bits, activations {act_bits}", linear
         if (weight_bits, count) == (4, rows):
             yield f"{count} rows of 11008", lambda linear=linear: linear(columns=11008)
             yield f"{count} rows of 24576", lambda linear=linear: linear(columns=24576)
+        if weight_bits in (4, 1):  # numbers that are 1 are no variables when a kernel is compiled
+            yield f"a column, {act_bits} bits", lambda linear=linear: linear(count=1, columns=1, outputs=1)
     levels = Levels.gaussian(16)
     x, r = floats(rows, columns), floats(rows, 1, dtype=torch.float32)
+    yield "row_rms of a column", lambda: launch.row_rms(floats(1, 1))
     one = floats(1, 1, dtype=torch.float32)
     thresholds, offset = levels.thresholds, levels.offset
     kept = torch.empty((rows, columns), dtype=torch.int8)
@@ -225,7 +233,7 @@ class Row:
     warps: int
     instructions: Counter[str]
     fused: int
-    """Fused multiply-adds of fp32 in the machine code."""
+    """Fused multiply-adds of fp32: none, or results are not the reference's."""
 
     def count(self, kind: str) -> int:
         """Instructions of a class, in the text of the machine code: loops count once."""
@@ -235,6 +243,8 @@ class Row:
         """What must not be, or None."""
         if self.count("spill") or self.stack:
             return f"{self.count('spill')} instructions spill, {self.stack} bytes of stack"
+        if self.fused:
+            return f"{self.fused} fused multiply-adds"
         if self.kernel == "multiply" and not self.count("tensor"):
             return "no integer tensor-core instruction"
         return None
@@ -258,7 +268,7 @@ def read(launched: Launch, architecture: int) -> Row:
 
     return Row(
         launched.function.__name__, launched.what, architecture, used("REG"), used("STACK"), binary.metadata.shared,
-        binary.metadata.num_warps, instructions, instructions["FFMA"],
+        binary.metadata.num_warps, instructions, binary.asm["ptx"].count("fma.rn.f32"),
     )  # fmt: skip
 
 

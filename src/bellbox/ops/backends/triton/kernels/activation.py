@@ -55,7 +55,7 @@ def code_rows(
             if NORMALISE == "absmax":
                 most = tl.maximum(most, tl.max(tl.abs(given)))
     length = tl.sqrt(squares)
-    sigma = length / tl.sqrt(columns.to(tl.float64))
+    sigma = length / tl.sqrt(tl.zeros([], tl.float64) + columns)
     finite = sigma <= 1e30
     if NORMALISE == "absmax":
         sigma = most.to(tl.float64)

@@ -22,7 +22,7 @@ def row_rms(x, out, columns, SIZE: tl.constexpr):
         column = first + tl.arange(0, SIZE)
         wide = tl.load(x + row * columns + column, mask=column < columns, other=0.0).to(tl.float64)
         squares += tl.sum(wide * wide)
-    tl.store(out + row, tl.sqrt(squares) / tl.sqrt(columns.to(tl.float64)))
+    tl.store(out + row, tl.sqrt(squares) / tl.sqrt(tl.zeros([], tl.float64) + columns))
 
 
 @triton.jit
