@@ -75,7 +75,7 @@ FULL = Sizes(
     ("95M", "300M"), (16, 512), (4, 2, 1), "inductor", 0.3,
 )  # fmt: skip
 TINY = Sizes(
-    1 << 16, 64, (64,), 17, {"none": _llama(1, 32, 2, 32, 32)}, (1, 3), (1,), 8, ("tiny",), (1, 4), (4,), "aot_eager",
+    1 << 16, 64, (32,), 5, {"none": _llama(1, 32, 2, 32, 32)}, (1, 2), (1,), 4, ("tiny",), (1, 2), (4,), "aot_eager",
     0.0,
 )  # fmt: skip
 
@@ -402,11 +402,8 @@ def training(bench: Bench) -> None:
     """Forward and backward of a training step in bf16 autocast, eager and compiled, against full precision."""
     for name in bench.sizes.steps:
         base: dict[str, float] = {}
-        for kind, recipe in (
-            ("full precision", None),
-            ("4 bits", bb.Recipe.bbq(4)),
-            ("2 bits", bb.Recipe.bbq(2)),
-        ):
+        for bits in (None, *bench.sizes.bits[:2]):
+            kind = "full precision" if bits is None else f"{bits} bits"
             torch.manual_seed(0)
             config = (
                 preset(name)
@@ -414,7 +411,9 @@ def training(bench: Bench) -> None:
                 else preset(name, **next(iter(bench.sizes.models.values())))
             )
             model = build(config, seed=0)
-            model = (model if recipe is None else bb.prepare(model, recipe)).to(bench.device).train()
+            model = (
+                (model if bits is None else bb.prepare(model, bb.Recipe.bbq(bits))).to(bench.device).train()
+            )
             tokens = torch.randint(0, config.vocab_size, bench.sizes.tokens, device=bench.device)
             for how in ("eager", "compiled"):
                 run = model if how == "eager" else torch.compile(model, backend=bench.sizes.compiler)

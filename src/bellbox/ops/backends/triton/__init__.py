@@ -69,7 +69,7 @@ class TritonBackend(Backend):
                 for buffers, each in layers
             ]
             for own, each in now:
-                named = dict(zip(LINEAR, (x, *own, *each, dtype), strict=True))
+                named: dict[str, Any] = dict(zip(LINEAR, (x, *own, *each, dtype), strict=True))
                 if x.shape[-1:] != (each[0],) or self.why_not("packed_linear", named) is not None:
                     return None
             return self.implementation(operation)(x, now, dtype)

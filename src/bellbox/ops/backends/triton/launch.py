@@ -17,8 +17,10 @@ from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops.backends.triton import plan
 from bellbox.ops.backends.triton.availability import interpreted
-from bellbox.ops.backends.triton.kernels import activation, layout, product
-from bellbox.ops.backends.triton.kernels import rows as row_kernels
+from bellbox.ops.backends.triton.kernels import activation as _activation
+from bellbox.ops.backends.triton.kernels import layout as _layout
+from bellbox.ops.backends.triton.kernels import product as _product
+from bellbox.ops.backends.triton.kernels import rows as _rows
 from bellbox.ops.kept import MOST, STEPS, stepped
 from bellbox.ops.packed_linear import check
 from bellbox.ops.preconditions import check_rows
@@ -27,6 +29,11 @@ from bellbox.ops.weight_layout import check_codes, check_packed, packed_size, ti
 # Separate roundings: a fused multiply-add would round the scaled product and the bias once where the reference
 # rounds twice.
 OPTIONS = {"enable_fp_fusion": False}
+# A function of Triton is launched by its subscript, which no type checker knows.
+activation: Any = _activation
+layout: Any = _layout
+product: Any = _product
+row_kernels: Any = _rows
 _BAND = 8
 
 

@@ -3,8 +3,8 @@
 Weights are read as they are stored (`bellbox.ops.weight_layout`) and unpacked in registers. They are the left operand:
 tensor cores take that one from registers. Every sum is an integer, so splitting it changes no bit.
 """
-# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportCallIssue=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# Triton's language looks like Python and is none: `tl.constexpr` is a number, a pointer plus a number a pointer.
+# So types are not checked here (`ignore` of pyright in pyproject.toml).
 
 from __future__ import annotations
 
