@@ -34,8 +34,9 @@ GPUS = (
     Gpu("RTX 4090", 1.008e12, 165.2e12, 660.6e12, 128 * 128 * 2.52e9, 1.29e12),
     Gpu("RTX 5090", 1.792e12, 209.5e12, 838e12, 170 * 128 * 2.41e9, 1.64e12),
 )
-INSTRUCTIONS = {4: 46.0, 3: 34.0, 2: 29.0, 1: 26.0}
-"""Of the coding kernel for a number: machine instructions over numbers a thread, sm_90, rows of 4096."""
+INSTRUCTIONS = {4: 100.5, 3: 92.0, 2: 88.5, 1: 88.5}
+"""Of the coding kernel for a number: all of its machine code over the 8 numbers of a thread, sm_80, rows of 4096. An
+upper bound: about 280 of its 700 to 800 instructions are there for a single number too, and rare paths count. 1 bit as 2."""
 PROMPT = 64 * 512
 MODELS = {"700M": (24, 1536, 4096), "2.4B": (30, 2560, 6912)}
 """Layers, hidden and intermediate size of LLaMAs of about that size."""
