@@ -36,7 +36,7 @@ GPUS = (
 )
 INSTRUCTIONS = {4: 100.5, 3: 92.0, 2: 88.5, 1: 88.5}
 """Of the coding kernel for a number: all of its machine code over the 8 numbers of a thread, sm_80, rows of 4096. An
-upper bound: about 280 of its 700 to 800 instructions are there for a single number too, and rare paths count. 1 bit as 2."""
+upper bound: about 280 of its 700 to 800 instructions are there for a single number too, and rare paths count."""
 PROMPT = 64 * 512
 MODELS = {"700M": (24, 1536, 4096), "2.4B": (30, 2560, 6912)}
 """Layers, hidden and intermediate size of LLaMAs of about that size."""
