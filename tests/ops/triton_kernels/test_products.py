@@ -175,5 +175,7 @@ def test_what_does_not_fit_is_refused_as_everywhere() -> None:
         packed_linear.operation(torch.ones(2, 63), *arguments[1:])
     with pytest.raises(BellboxError, match="bias does not have 5 numbers"):
         packed_linear.operation(*arguments[:3], torch.ones(4), *arguments[4:])
-    with pytest.raises(BellboxError, match="BELLBOX_BACKEND=triton does not take packed_linear: x is torch.float64"):
+    with pytest.raises(
+        BellboxError, match="BELLBOX_BACKEND=triton does not take packed_linear: x is torch.float64"
+    ):
         packed_linear.operation(arguments[0].double(), *arguments[1:])
