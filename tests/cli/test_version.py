@@ -31,7 +31,9 @@ def test_every_operation_is_named_with_its_backends():
     assert native.isa() in lines[0]
     backends = dict(line.strip().split(": ") for line in lines if line.startswith("  "))
     assert {"packed_linear", "packed_conv2d", "binarized_linear", "encode", "rotate"} <= set(backends)
-    assert backends["packed_linear"] == backends["binarized_linear"] == "cpu, reference"
+    assert backends["packed_linear"] == "cpu, triton, reference"
+    assert backends["binarized_linear"] == "cpu, reference"
+    assert backends["cpu"] == native.describe()
     assert any(line.startswith("precision auto on the CPU: ") for line in lines)
 
 

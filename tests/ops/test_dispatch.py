@@ -77,7 +77,7 @@ def test_a_backend_of_higher_priority_is_asked_first_and_no_more_once_it_is_gone
     toy = Toy()
     dispatch.register(toy)
     try:
-        assert dispatch.backends() == ["toy", "cpu"]
+        assert dispatch.backends() == ["toy", "cpu", "triton"]
         assert torch.equal(layer(X), expected)  # a layer that has run already asks again
         assert toy.calls == 1
         assert str(layer.explain()) == "packed_linear: toy"
@@ -88,7 +88,7 @@ def test_a_backend_of_higher_priority_is_asked_first_and_no_more_once_it_is_gone
         assert toy.calls == 2  # it does not take bf16
     finally:
         dispatch.unregister("toy")
-    assert dispatch.backends() == ["cpu"]
+    assert dispatch.backends() == ["cpu", "triton"]
     assert torch.equal(layer(X), expected)
     assert toy.calls == 2
     assert layer.explain() == dispatch.Choice("packed_linear", FIRST, layer.explain().refused)
@@ -120,7 +120,7 @@ def test_a_choice_says_who_runs_and_why_others_do_not(layer, toy):
     double = packed_linear.operation.choose((X.double(), *arguments[1:]))
     assert double[0] is None
     assert double[1].backend == "reference"
-    assert [name for name, _ in double[1].refused] == ["toy", "cpu"]
+    assert [name for name, _ in double[1].refused] == ["toy", "cpu", "triton"]
     conv = packed_of(nn.Conv2d(8, 8, 3, groups=2), (1, 8, 5, 5))
     assert ("toy", "knows one operation") in conv.explain().refused
     if native.available():

@@ -1,9 +1,11 @@
-"""Measure speed on this machine: single layers against torch, or a whole model in prefill and decode.
+"""Measure speed on this machine: single layers against torch, a whole model in prefill and decode, or its parts.
 
 bellbox bench kernels
 bellbox bench kernels --rows 1 16 --shapes 4096x4096 --bits 2 --threads 1 --json kernels.json
 bellbox bench model --preset 95M
 bellbox bench model --preset 300M --bits 2 --threads 2 --json model.json
+bellbox bench profile 95M --rows 8x128 --picture profile.svg
+bellbox bench profile runs/mine-2bit --device cuda
 """
 
 from __future__ import annotations
@@ -11,17 +13,24 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from torch import nn
 
 from bellbox.benchmark import Machine, bench_kernels, bench_model, measure_machine
 from bellbox.benchmark.kernels import ROWS, SHAPES
+from bellbox.benchmark.model import random_model
+from bellbox.benchmark.profile import CLASSES, Profile, profile
 from bellbox.cli.output import parse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
-from bellbox.models import preset
+from bellbox.formats.auto import open_model
+from bellbox.models import PRESETS, build, preset
+from bellbox.report.profile import profile_picture
+from bellbox.report.sheet import standalone
 from bellbox.utils.processor import MAX_THREADS
 
 require("tyro", "cli")
@@ -73,6 +82,22 @@ class Model(Common):
     """For prompts and for single tokens, all models together."""
 
 
+@dataclass(frozen=True)
+class Parts(Common):
+    """Where the time of a forward goes: products, quantization, element-wise operations, the rest."""
+
+    model: tyro.conf.Positional[str] = "95M"
+    """A named size, with random weights, or the folder of a language model."""
+    rows: str = "1x256"
+    """Sequences x tokens of the forward."""
+    device: str = "cpu"
+    """Where: cpu or cuda."""
+    picture: Path | None = None
+    """Write a picture of stacked bars to this file (SVG)."""
+    seconds: float = 2.0
+    """For each part of each model, at least."""
+
+
 def main(argv: list[str]) -> None:
     """Run `bellbox bench` with the arguments after that.
 
@@ -80,7 +105,9 @@ def main(argv: list[str]) -> None:
         BellboxError: what the user can put right.
     """
     kinds: Any = (
-        Annotated[Kernels, tyro.conf.subcommand("kernels")] | Annotated[Model, tyro.conf.subcommand("model")]
+        Annotated[Kernels, tyro.conf.subcommand("kernels")]
+        | Annotated[Model, tyro.conf.subcommand("model")]
+        | Annotated[Parts, tyro.conf.subcommand("profile")]
     )
     command = parse_flags(kinds, argv, "bellbox bench", __doc__)
     wrong = [b for b in command.bits if not 1 <= b <= 4]
@@ -92,10 +119,18 @@ def main(argv: list[str]) -> None:
         raise BellboxError("--rows takes numbers of at least 1")
     if command.json is not None:
         require_writable(command.json)
+    if isinstance(command, Parts) and command.picture is not None:
+        require_writable(command.picture)
     torch.set_num_threads(command.threads)
+    models = _models_of(command) if isinstance(command, Parts) else {}
     machine = measure_machine()
     print(machine)
-    results = _kernels(command, machine) if isinstance(command, Kernels) else _model(command)
+    if isinstance(command, Kernels):
+        results = _kernels(command, machine)
+    elif isinstance(command, Model):
+        results = _model(command)
+    else:
+        results = _parts(command, models)
     if command.json is not None:
         figures = {"machine": machine.to_dict(), "results": results}
         write_file(command.json, json.dumps(figures, indent=1) + "\n")
@@ -130,10 +165,12 @@ def _kernels(command: Kernels, machine: Machine) -> list[dict[str, Any]]:
     return rows
 
 
-def _shape(text: str) -> tuple[int, int]:
+def _shape(
+    text: str, flag: str = "--shapes", what: str = "OUTPUTSxINPUTS, such as 4096x4096"
+) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None or 0 in (shape := (int(match[1]), int(match[2]))):
-        raise BellboxError(f"--shapes {text!r}: write OUTPUTSxINPUTS, such as 4096x4096")
+        raise BellboxError(f"{flag} {text!r}: write {what}")
     return shape
 
 
@@ -170,4 +207,57 @@ def _model(command: Model) -> list[dict[str, Any]]:
     peak = found[-1].peak_memory
     if peak is not None:
         print(f"peak memory of all models together {peak / 2**20:,.0f} MiB")
+    return [each.to_dict() for each in found]
+
+
+def _models_of(command: Parts) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each model, by name: that of a folder, or a named size in floats and in each width."""
+    _shape(command.rows, "--rows", "SEQUENCESxTOKENS, such as 1x256")
+    if command.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise BellboxError(f"--device {command.device!r}: cpu or cuda")
+    if command.device != "cpu" and not torch.cuda.is_available():
+        raise BellboxError(f"--device {command.device}: torch sees no CUDA device here; use cpu")
+    if Path(command.model).is_dir():
+        opened = open_model(command.model)
+        if opened.is_vision:
+            raise BellboxError(
+                f"{command.model}: is a vision model; language models are split into parts here"
+            )
+        return {Path(command.model).name: lambda: opened.model}
+    if command.model not in PRESETS:
+        raise BellboxError(
+            f"{command.model}: neither a folder nor a named size; sizes are {', '.join(sorted(PRESETS))}"
+        )
+    config = preset(command.model, vocab_size=_VOCABULARY)
+    floats = "fp32" if command.device == "cpu" else "bf16"
+    dtype = torch.float32 if command.device == "cpu" else torch.bfloat16
+    made: dict[str, Callable[[], nn.Module]] = {floats: lambda: build(config, seed=0).to(dtype)}
+    for bits in command.bits:
+        made[f"{bits} bit{'s' if bits > 1 else ''}"] = lambda bits=bits: random_model(config, bits)
+    return made
+
+
+def _parts(command: Parts, models: dict[str, Callable[[], nn.Module]]) -> list[dict[str, Any]]:
+    batch, length = _shape(command.rows, "--rows")
+    found: list[Profile] = []
+    for name, make in models.items():
+        model = make().eval().to(command.device)
+        config: Any = model.config
+        longest = config.max_position_embeddings
+        if length > longest:
+            raise BellboxError(f"--rows {command.rows}: the model takes {longest} tokens")
+        tokens = torch.randint(0, config.vocab_size, (batch, length), device=command.device)
+        print(f"  ... {name}", file=sys.stderr)
+        found.append(profile(name, model, tokens, command.seconds))
+        del model
+    width = max(len(each.name) for each in found)
+    print(f"\n{command.model}, {batch} x {length} tokens on {command.device}; milliseconds of a forward")
+    print(f"  {'':{width}} {'all':>10}" + "".join(f"{kind:>16}" for kind in CLASSES))
+    for each in found:
+        parts = "".join(f"{1e3 * s:9,.2f} ({s / each.total:4.0%})" for s in each.seconds)
+        print(f"  {each.name:{width}} {1e3 * each.total:10,.2f}{parts}")
+    if command.picture is not None:
+        bars = {each.name: [1e3 * s for s in each.seconds] for each in found}
+        title = f"{Path(command.model).name}, {batch} x {length} tokens on {command.device}"
+        write_file(command.picture, standalone(profile_picture(bars, CLASSES, title)))
     return [each.to_dict() for each in found]

@@ -85,6 +85,7 @@ def _details() -> str:
         f"precision auto on the CPU: {precision}, {why}",
         f"backends, first asked first: {', '.join((*dispatch.backends(), dispatch.REFERENCE))}",
     ]
+    lines += [f"  {name}: {status}" for name, status in dispatch.statuses().items()]
     lines += [f"  {name}: {', '.join(dispatch.kernels_of(name))}" for name in sorted(dispatch.OPERATIONS)]
     return "\n".join(lines)
 

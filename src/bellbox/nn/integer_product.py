@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bellbox.core.grid import Grid
 from bellbox.ops import native
-from bellbox.ops.dispatch import forced
+from bellbox.ops.dispatch import multiplies_integers
 from bellbox.ops.kept import kept_codes, kept_linear, kept_product
 from bellbox.ops.transforms import constant_when_traced, refuse_second_derivative
 from bellbox.ops.weight_layout import prepack
@@ -73,8 +73,8 @@ def serves(
 
 @constant_when_traced
 def on_kernels(device: str) -> bool:
-    """Whether products on integers run on compiled kernels, on a kind of device."""
-    return device == "cpu" and native.available() and forced() in (None, "cpu")
+    """Whether products on integers run on kernels, on a kind of device."""
+    return multiplies_integers(device)
 
 
 def has_bytes(quantizer: Quantizer) -> bool:

@@ -82,6 +82,15 @@ class Backend(ABC):
         del operation, tensors
         return True
 
+    def status(self) -> str:
+        """Whether it runs on this machine, in a few words for people."""
+        return "there"
+
+    def multiplies_integers(self, device: str) -> bool:
+        """Whether its product of integers on a kind of device is faster than one of floats."""
+        del device
+        return False
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -216,6 +225,17 @@ def unregister(name: str) -> None:
 def backends() -> list[str]:
     """Names, those asked first in front."""
     return [each.name for each in _backends]
+
+
+def statuses() -> dict[str, str]:
+    """By the backends' names: whether each runs on this machine."""
+    return {each.name: each.status() for each in _backends}
+
+
+def multiplies_integers(device: str) -> bool:
+    """Whether a product of integers on a kind of device has kernels that are faster than floats."""
+    only = forced()
+    return any(only in (None, each.name) and each.multiplies_integers(device) for each in _backends)
 
 
 def kernels_of(operation: str) -> list[str]:

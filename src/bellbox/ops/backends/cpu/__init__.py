@@ -51,5 +51,13 @@ class CpuBackend(Backend):
         with torch.no_grad():
             return bind(tensors, numbers)
 
+    def status(self) -> str:
+        """See `Backend.status`."""
+        return native.describe()
+
+    def multiplies_integers(self, device: str) -> bool:
+        """See `Backend.multiplies_integers`."""
+        return device == "cpu" and native.available()
+
 
 register(CpuBackend())

@@ -1,0 +1,333 @@
+"""Compile every kernel of the Triton backend for GPUs that need not be there, and show what came out.
+
+    python benchmarks/gpu/compile.py                        # all kernels, sm_80, 90, 100 and 120; a few minutes
+    python benchmarks/gpu/compile.py --arch 90 --only multiply --markdown table.md
+
+The launches are those of the library at the shapes below: they are recorded, on tensors without memory, and compiled
+with Triton's own tools. A row of the table is one compiled kernel: registers a thread, bytes of stack and instructions
+that spill, shared memory, and instructions of the machine code by class. Exit code 1 where a kernel spills, or where a
+product on tensor cores has no integer tensor-core instruction, or multiplications and additions were fused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bellbox.core.grid import Grid, Levels
+from bellbox.ops.backends.triton import launch, plan
+from bellbox.ops.weight_layout import packed_size
+
+ARCHITECTURES = (80, 90, 100, 120)
+PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+"""Multiprocessors of A100, H100, B200 and RTX 5090, which the number of pieces of a decode product depends on."""
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TENSOR = ("IMMA", "IGMMA", "UTCIMMA")
+CLASSES = {
+    "tensor": TENSOR,
+    "load": ("LDG", "LDGSTS", "UTMALDG"),
+    "store": ("STG", "UTMASTG"),
+    "shared": ("LDS", "STS", "LDSM", "STSM", "LDTM", "STTM"),
+    "shuffle": ("SHFL",),
+    "integer": (
+        "LOP3",
+        "SHF",
+        "PRMT",
+        "IADD3",
+        "IADD",
+        "IMAD",
+        "LEA",
+        "ISETP",
+        "SEL",
+        "VIADD",
+        "POPC",
+        "I2F",
+        "I2FP",
+    ),
+    "float": ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "DADD", "DMUL", "DFMA", "F2F", "F2FP", "MUFU"),
+    "spill": ("LDL", "STL"),
+}
+
+
+@dataclass
+class Launch:
+    """A kernel with the arguments of one launch."""
+
+    what: str
+    function: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass
+class Recorder:
+    """Stands for the modules of kernels: takes launches down in place of launching."""
+
+    what: str = ""
+    found: list[Launch] = field(default_factory=list)
+
+    def of(self, module: Any) -> Any:
+        recorder = self
+
+        class Module:
+            def __getattr__(self, name: str) -> Any:
+                return _Launcher(getattr(module, name), recorder)
+
+        return Module()
+
+
+@dataclass
+class _Launcher:
+    function: Any
+    recorder: Recorder
+
+    def __getitem__(self, grid: Any) -> Any:
+        def take_down(*positional: Any, **named: Any) -> None:
+            names = self.function.arg_names
+            arguments = dict(zip(names, positional, strict=False))
+            arguments |= {name: value for name, value in named.items() if name in names}
+            options = {name: value for name, value in named.items() if name not in names}
+            self.recorder.found.append(Launch(self.recorder.what, self.function, arguments, options))
+
+        return take_down
+
+
+def recorded(processors: int) -> list[Launch]:
+    """Every kernel at the shapes of a LLaMA 7B: hidden 4096, intermediate 11008, prompts of 2048 rows, single rows."""
+    recorder = Recorder()
+    for name in ("activation", "product", "row_kernels", "layout"):
+        module = getattr(launch, name)
+        setattr(launch, name, recorder.of(module))
+    plan.processors = lambda _: processors
+    with torch.device("meta"):
+        for what, call in _calls():
+            recorder.what = what
+            call()
+    return recorder.found
+
+
+def _calls() -> Iterator[tuple[str, Any]]:
+    def floats(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    columns, outputs, block = 4096, 4096, 128
+    rows = 2048
+    for weight_bits, act_bits, count in (
+        *((bits, bits, rows) for bits in (4, 3, 2, 1)),
+        *((bits, 4, 1) for bits in (4, 3, 2, 1)),
+        (4, 4, 64),
+        (2, 2, 1),
+        (1, 1, 1),
+    ):
+        weights, inputs = Levels.gaussian(2**weight_bits), Levels.gaussian(2**act_bits)
+
+        def linear(
+            weights: Levels = weights,
+            inputs: Levels = inputs,
+            count: int = count,
+            columns: int = columns,
+            outputs: int = outputs,
+        ) -> None:
+            launch.packed_linear(
+                floats(count, columns),
+                torch.empty(packed_size(outputs, columns, weights.n), dtype=torch.uint8),
+                floats(outputs, dtype=torch.float32), None, floats(1, dtype=torch.float32),
+                floats(inputs.n - 1, dtype=torch.float32), None, None,
+                columns, weights.n, weights.zero_point, inputs.zero_point, min(block, columns & -columns), "rms",
+                False, torch.bfloat16,
+            )  # fmt: skip
+
+        yield f"{count} rows, weights {weight_bits} bits, activations {act_bits}", linear
+        if (weight_bits, count) == (4, rows):
+            yield f"{count} rows of 11008", lambda linear=linear: linear(columns=11008)
+            yield f"{count} rows of 24576", lambda linear=linear: linear(columns=24576)
+        if weight_bits in (4, 1):  # numbers that are 1 are no variables when a kernel is compiled
+            yield f"a column, {act_bits} bits", lambda linear=linear: linear(count=1, columns=1, outputs=1)
+    levels = Levels.gaussian(16)
+    x, r = floats(rows, columns), floats(rows, 1, dtype=torch.float32)
+    yield "row_rms of a column", lambda: launch.row_rms(floats(1, 1))
+    one = floats(1, 1, dtype=torch.float32)
+    thresholds, offset = levels.thresholds, levels.offset
+    kept = torch.empty((rows, columns), dtype=torch.int8)
+    yield "row_rms", lambda: launch.row_rms(x)
+    yield "rotate", lambda: launch.rotate(x, block**-0.5, block, torch.bfloat16)
+    yield "encode", lambda: launch.encode(x, r, thresholds, block)
+    yield "keep", lambda: launch.keep(x, r, thresholds, block)
+    yield "kept_codes", lambda: launch.kept_codes(kept, thresholds)
+    yield "decode_kept", lambda: launch.decode_kept(kept, r, thresholds, offset, torch.bfloat16)
+    yield "bbq_forward", lambda: launch.bbq_forward(x, r, one, thresholds, offset, block, torch.bfloat16)
+    yield "bbq_backward", lambda: launch.bbq_backward(x, x, x, r, one, r, block, False)
+    yield (
+        "bbq_backward_kept",
+        lambda: launch.bbq_backward_kept(x, kept, r, one, r, thresholds, offset, block, torch.bfloat16),
+    )
+    packed = torch.empty(packed_size(outputs, columns, 16), dtype=torch.uint8)
+    scale = floats(outputs, dtype=torch.float32)
+    yield (
+        "kept_linear",
+        lambda: launch.kept_linear(
+            kept, r, packed, scale, None, one, thresholds, 16, Grid(16, 0.0).zero_point, 0.0, torch.bfloat16
+        ),
+    )
+    codes = torch.empty((outputs, columns), dtype=torch.uint8)
+    for bits in (4, 3, 2, 1):
+        yield f"prepack, {bits} bits", lambda bits=bits: launch.prepack(codes, 2**bits, 1)
+        yield f"unpack, {bits} bits", lambda bits=bits: launch.unpack(packed, outputs, columns, 2**bits)
+
+
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int32: "*i32", torch.float16: "*fp16",
+}  # fmt: skip
+
+
+def compiled(launched: Launch, architecture: int) -> Any:
+    """What Triton would have compiled at that launch: arguments that are 1 or multiples of 16 are known as such."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for place, (name, parameter) in enumerate(
+        zip(launched.function.arg_names, launched.function.params, strict=True)
+    ):
+        value = launched.arguments[name]
+        if parameter.is_constexpr or value is None or value is True or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[(place,)] = value
+        elif isinstance(value, Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(launched.function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launched.options)
+
+
+@dataclass
+class Row:
+    """What a compiled kernel needs and does."""
+
+    kernel: str
+    what: str
+    architecture: int
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    instructions: Counter[str]
+    fused: int
+    """Fused multiply-adds of fp32: none, or results are not the reference's."""
+
+    def count(self, kind: str) -> int:
+        """Instructions of a class, in the text of the machine code: loops count once."""
+        return sum(self.instructions[name] for name in CLASSES[kind])
+
+    def wrong(self) -> str | None:
+        """What must not be, or None."""
+        if self.count("spill") or self.stack:
+            return f"{self.count('spill')} instructions spill, {self.stack} bytes of stack"
+        if self.fused:
+            return f"{self.fused} fused multiply-adds"
+        if self.kernel == "multiply" and not self.count("tensor"):
+            return "no integer tensor-core instruction"
+        return None
+
+
+def read(launched: Launch, architecture: int) -> Row:
+    """Compile, and take the machine code apart."""
+    binary = compiled(launched, architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", path)
+        code = _run("nvdisasm", "-c", path)
+    instructions = Counter(
+        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
+    )
+
+    def used(name: str) -> int:
+        found = re.search(rf"{name}:(\d+)", usage)
+        return int(found[1]) if found else 0
+
+    return Row(
+        launched.function.__name__, launched.what, architecture, used("REG"), used("STACK"), binary.metadata.shared,
+        binary.metadata.num_warps, instructions, binary.asm["ptx"].count("fma.rn.f32"),
+    )  # fmt: skip
+
+
+def _run(tool: str, *arguments: Any) -> str:
+    done = subprocess.run([TOOLS / tool, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{tool}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def table(rows: list[Row]) -> str:
+    """As Markdown."""
+    kinds = [kind for kind in CLASSES if kind != "spill"]
+    heads = ("kernel", "call", "sm", "warps", "registers", "spills", "shared, KiB", *kinds)
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in rows:
+        counts = " | ".join(str(row.count(kind)) for kind in kinds)
+        lines.append(
+            f"| {row.kernel} | {row.what} | {row.architecture} | {row.warps} | {row.registers} | "
+            f"{row.count('spill')} | {row.shared / 1024:.1f} | {counts} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="kernels whose name or call contains this")
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    modules = {name: getattr(launch, name) for name in ("activation", "product", "row_kernels", "layout")}
+    for architecture in arguments.arch:
+        for name, module in modules.items():
+            setattr(launch, name, module)
+        seen: set[str] = set()
+        for launched in recorded(PROCESSORS[architecture]):
+            label = f"{launched.function.__name__}: {launched.what}"
+            if arguments.only not in label or label in seen:
+                continue
+            seen.add(label)
+            row = read(launched, architecture)
+            rows.append(row)
+            print(
+                f"sm_{architecture} {label}: {row.registers} registers, {row.stack} stack, tensor {row.count('tensor')}"
+                + (f"  WRONG: {row.wrong()}" if row.wrong() else ""),
+                flush=True,
+            )
+    text = table(rows)
+    print(text)
+    if arguments.markdown:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    wrong = [row for row in rows if row.wrong()]
+    for row in wrong:
+        print(f"sm_{row.architecture} {row.kernel} ({row.what}): {row.wrong()}", file=sys.stderr)
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Whether Triton's kernels can run: on which device, with which Triton, and if not, why."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+import warnings
+
+import torch
+
+OLDEST = (8, 0)
+"""Compute capability that the kernels are written for: int8 tensor cores that take their operands from registers."""
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, which is how CPU tensors come to them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether Triton is there; it is not imported for that."""
+    return "triton" in sys.modules or importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """None where kernels run on tensors of a device, else the reason in a few words.
+
+    A CUDA device on which they do not run is told of once: the reference gives the same results, slower.
+    """
+    if device.type == "cpu" and interpreted():
+        return None if installed() else "Triton is not installed"
+    if device.type != "cuda":
+        return f"a tensor is on {device}: Triton's kernels are for CUDA"
+    reason = lacking(installed(), _capability(device.index) if installed() else OLDEST, torch.version.hip)
+    if reason is not None:
+        _tell(reason)
+    return reason
+
+
+def lacking(triton: bool, capability: tuple[int, int], hip: str | None) -> str | None:
+    """What keeps kernels from a GPU, or None.
+
+    Args:
+        triton: whether it is installed.
+        capability: of the GPU, such as (8, 0).
+        hip: version of ROCm that torch was built for, None for CUDA.
+    """
+    if hip is not None:
+        return "the kernels are not tried on ROCm"
+    if not triton:
+        return "Triton is not installed"
+    if capability < OLDEST:
+        has, needed = (".".join(map(str, each)) for each in (capability, OLDEST))
+        return f"the GPU has compute capability {has}, the kernels need {needed}"
+    return None
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    way_out = "; pip install triton brings them" if "installed" in reason else ""
+    warnings.warn(
+        f"no Bellbox kernels on this GPU: {reason}{way_out}. The torch reference runs: the same results, slower",
+        stacklevel=2,
+    )
+
+
+def describe() -> str:
+    """One line for people: whether the kernels run here."""
+    if interpreted():
+        return "interpreted, on the CPU (TRITON_INTERPRET=1)" if installed() else "Triton is not installed"
+    if not torch.cuda.is_available():
+        return "no CUDA device" + ("" if installed() else ", and Triton is not installed")
+    index = torch.cuda.current_device()
+    reason = lacking(installed(), _capability(index), torch.version.hip)
+    return reason or f"on {torch.cuda.get_device_name(index)}"

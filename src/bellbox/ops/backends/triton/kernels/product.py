@@ -1,0 +1,187 @@
+"""Products of coded rows with packed weights: int8 tensor cores, or bit planes; and the epilogue.
+
+Weights are read as they are stored (`bellbox.ops.weight_layout`) and unpacked in registers. They are the left operand:
+tensor cores take that one from registers. Every sum is an integer, so splitting it changes no bit.
+"""
+# Triton's language looks like Python and is none: `tl.constexpr` is a number, a pointer plus a number a pointer.
+# So types are not checked here (`ignore` of pyright in pyproject.toml).
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _scaled(total, weight_scale, act_scale, row_scale, bias, BIAS: tl.constexpr):
+    """Separate fp32 roundings in the order of `bellbox.ops.integer.scaled_product`; not one fused multiply-add."""
+    y = total.to(tl.float32) * (weight_scale * act_scale) * row_scale
+    if BIAS:
+        y = y + bias
+    return y
+
+
+@triton.jit
+def _unpacked(bytes, high, field, part, BITS: tl.constexpr):
+    """int8 codes of one field of each byte; of three bits the third stands in a plane of its own."""
+    if BITS == 3:
+        low = (bytes >> (2 * field)) & 3
+        code = low | (((high >> (2 * field + part)) & 1) << 2)
+    else:
+        code = (bytes >> (BITS * field)) & ((1 << BITS) - 1)
+    return code.to(tl.int8)
+
+
+@triton.jit
+def multiply(
+    act, weight, sums, row_scale, weight_scale, act_scale, bias, out, rows, outputs, blocks, padded, row_step,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SPLITS: tl.constexpr,
+    BAND: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr, WEIGHT_WORTH: tl.constexpr,
+    ACT_WORTH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Tile of ROWS x OUTPUTS of act `[rows, padded]` int8 times the weights, `[outputs, 64 blocks]`.
+
+    Program ids: tile, piece of the columns. `out` is `[rows, outputs]`, or with SPLITS above 1 the pieces' int32 sums,
+    `[SPLITS, rows, outputs]`. A weight's integer is `MULTIPLIER * code - SHIFT`.
+    """
+    FIELD: tl.constexpr = 2 if BITS == 3 else BITS
+    SPAN: tl.constexpr = 8 * FIELD
+    FIELDS: tl.constexpr = 8 // FIELD
+    DEPTH: tl.constexpr = GROUP * SPAN
+    BYTES: tl.constexpr = 128 * BITS
+    # Tiles that read the same weights run beside each other, BAND columns of tiles at a time.
+    tiles_n = tl.cdiv(outputs, OUTPUTS)
+    tiles_m = tl.cdiv(rows, ROWS)
+    tile, piece = tl.program_id(0), tl.program_id(1)
+    band = tile // (BAND * tiles_m)
+    wide = tl.minimum(tiles_n - band * BAND, BAND)
+    tile_n = band * BAND + tile % (BAND * tiles_m) % wide
+    tile_m = tile % (BAND * tiles_m) // wide
+
+    n = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tile_m * ROWS + tl.arange(0, ROWS)
+    byte = tl.arange(0, DEPTH)
+    block, inside = byte // SPAN, byte % SPAN
+    strip = weight + (n // 16).to(tl.int64) * (blocks * BYTES) + 4 * (n % 16)
+    low = strip[:, None] + (block * BYTES + inside // 4 * 64 + inside % 4)[None, :]
+    high = low
+    part = inside // 8
+    if BITS == 3:
+        third = inside % 8
+        high = strip[:, None] + (block * BYTES + 256 + third // 4 * 64 + third % 4)[None, :]
+    there = ((n // 16) * 16 < outputs)[:, None]
+    columns = act + m.to(tl.int64)[None, :] * padded + byte[:, None]
+    real = (m < rows)[None, :]
+
+    steps = tl.cdiv(blocks, GROUP)
+    each = tl.cdiv(steps, SPLITS)
+    total = tl.zeros([OUTPUTS, ROWS], tl.int32)
+    for step in range(piece * each, tl.minimum((piece + 1) * each, steps)):
+        held = there & (step * GROUP + block < blocks)[None, :]
+        bytes = tl.load(low + step * (GROUP * BYTES), mask=held, other=0)
+        thirds = bytes
+        if BITS == 3:
+            thirds = tl.load(high + step * (GROUP * BYTES), mask=held, other=0)
+        for field in tl.static_range(0, FIELDS):
+            codes = _unpacked(bytes, thirds, field, part[None, :], BITS)
+            given = tl.load(columns + step * (64 * GROUP) + field * DEPTH, mask=real, other=0)
+            total = tl.dot(codes, given, total, out_dtype=tl.int32)
+
+    mask = (n < outputs)[:, None] & real
+    if SPLITS > 1:
+        at = (piece.to(tl.int64) * rows + m.to(tl.int64)[None, :]) * outputs + n[:, None]
+        tl.store(out + at, total, mask=mask)
+    else:
+        sum_of_row = tl.load(sums + m, mask=m < rows, other=0)[None, :]
+        y = _scaled(
+            total * MULTIPLIER - SHIFT * sum_of_row,
+            (tl.load(weight_scale + n, mask=n < outputs, other=0.0) * WEIGHT_WORTH)[:, None],
+            tl.load(act_scale) * ACT_WORTH,
+            tl.load(row_scale + m * row_step, mask=m < rows, other=0.0)[None, :],
+            tl.load(bias + n, mask=n < outputs, other=0.0)[:, None] if BIAS else 0.0,
+            BIAS,
+        )
+        at = m.to(tl.int64)[:, None] * outputs + n[None, :]
+        tl.store(out + at, tl.trans(y).to(out.dtype.element_ty), mask=tl.trans(mask))
+
+
+@triton.jit
+def finish(
+    partial, sums, row_scale, weight_scale, act_scale, bias, out, rows, outputs, row_step,
+    SIZE: tl.constexpr, SPLITS: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
+    WEIGHT_WORTH: tl.constexpr, ACT_WORTH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Adds up what `multiply` left of its pieces, and scales. Program ids: row, SIZE outputs."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = n < outputs
+    total = tl.zeros([SIZE], tl.int32)
+    for piece in tl.static_range(0, SPLITS):
+        total += tl.load(partial + (piece * rows + row) * outputs + n, mask=inside, other=0)
+    y = _scaled(
+        total * MULTIPLIER - SHIFT * tl.load(sums + row),
+        tl.load(weight_scale + n, mask=inside, other=0.0) * WEIGHT_WORTH,
+        tl.load(act_scale) * ACT_WORTH,
+        tl.load(row_scale + row * row_step),
+        tl.load(bias + n, mask=inside, other=0.0) if BIAS else 0.0,
+        BIAS,
+    )
+    tl.store(out + row * outputs + n, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bits_set(x):
+    # The form that compilers know as a population count.
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def multiply_planes(
+    act, weight, weight_sums, sums, row_scale, weight_scale, act_scale, bias, out, rows, outputs, blocks, row_step,
+    BITS: tl.constexpr, PLANES: tl.constexpr, OUTPUTS: tl.constexpr, WORDS: tl.constexpr,
+    MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr, ACT_MULTIPLIER: tl.constexpr, ACT_SHIFT: tl.constexpr,
+    WEIGHT_WORTH: tl.constexpr, ACT_WORTH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """One row times weights of 1 or 2 bits, bit by bit: `and`, and a count of what is left.
+
+    Program ids: row, OUTPUTS outputs. act int32 `[rows, PLANES, words]`; weights are read as int32 words. With codes c
+    the product of integers `M c - s` is `M M' sum(c c') - M s' sum(c) - s sum(M' c' - s')`.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    word = tl.arange(0, WORDS)
+    VECTORS: tl.constexpr = 2 * BITS
+    words = blocks * VECTORS
+    # Word j of a block of 64 columns holds, for each of 16 rows, four bytes.
+    strip = weight + (n // 16).to(tl.int64) * (words * 16) + n % 16
+    there = ((n // 16) * 16 < outputs)[:, None]
+    count = tl.zeros([OUTPUTS, WORDS], tl.int32)
+    for first in range(0, words, WORDS):
+        inside = first + word < words
+        held = tl.load(
+            strip[:, None] + (first + word)[None, :] * 16, mask=there & inside[None, :], other=0
+        ).to(tl.uint32, bitcast=True)
+        for plane in tl.static_range(0, PLANES):
+            given = tl.load(act + (row * PLANES + plane) * words + first + word, mask=inside, other=0)
+            given = given.to(tl.uint32, bitcast=True)[None, :]
+            for bit in tl.static_range(0, BITS):
+                count += _bits_set((held >> bit) & given) << (plane + bit)
+    total = tl.sum(count, 1)
+    inside = n < outputs
+    total = (
+        total * (MULTIPLIER * ACT_MULTIPLIER)
+        - tl.load(weight_sums + n, mask=inside, other=0) * (MULTIPLIER * ACT_SHIFT)
+        - SHIFT * tl.load(sums + row)
+    )
+    y = _scaled(
+        total,
+        tl.load(weight_scale + n, mask=inside, other=0.0) * WEIGHT_WORTH,
+        tl.load(act_scale) * ACT_WORTH,
+        tl.load(row_scale + row * row_step),
+        tl.load(bias + n, mask=inside, other=0.0) if BIAS else 0.0,
+        BIAS,
+    )
+    tl.store(out + row * outputs + n, y.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,78 @@
+"""The scripts for a GPU, tried without one: every part runs at the smallest sizes, kernels compile without spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = ROOT / "benchmarks" / "gpu"
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BELLBOX_BACKEND")}
+    variables = {**clean, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_every_part_of_the_measurements_runs(tmp_path: Path) -> None:
+    done = run(
+        sys.executable, SCRIPTS / "measure.py", "--tiny", "--out", tmp_path,
+        TRITON_INTERPRET="1", BELLBOX_BACKEND="triton",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    parts = {"environment", "codes", "ceilings", "kernels", "sweep", "prefill", "decode", "training"}
+    assert {row["part"] for row in rows} == parts
+    assert all(row["different"] == 0 for row in rows if row["part"] == "codes")
+    tables = (tmp_path / "tables.md").read_text()
+    assert all(f"## {part}" in tables for part in parts)
+    assert (tmp_path / "prefill-none.svg").read_text().startswith("<svg")
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    done = run(
+        sys.executable,
+        SCRIPTS / "compile.py",
+        "--arch",
+        "90",
+        "--only",
+        "multiply: 64 rows",
+        "--markdown",
+        table,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = next(line for line in table.read_text().splitlines() if line.startswith("| multiply |"))
+    _, _, _, architecture, _, registers, spills, _, tensor, *_ = (each.strip() for each in row.split("|"))
+    assert architecture == "90"
+    assert 0 < int(registers) <= 255
+    assert int(spills) == 0
+    assert int(tensor) > 0
+
+
+@pytest.mark.parametrize("script", ["run.sh", "train_95m.sh"])
+def test_the_shell_can_read_the_scripts(script: str) -> None:
+    assert run("bash", "-n", SCRIPTS / script).returncode == 0
+    assert os.access(SCRIPTS / script, os.X_OK)
+
+
+def test_without_a_gpu_the_measurements_say_so(tmp_path: Path) -> None:
+    done = run(sys.executable, SCRIPTS / "measure.py", "--out", tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "torch sees no CUDA device" in done.stderr
+
+
+def test_the_grid_of_the_paper_is_one_that_trains(tmp_path: Path) -> None:
+    done = run(
+        SCRIPTS / "train_95m.sh", "classics", DRY="1", OUT=str(tmp_path), PYTHON=sys.executable, DEVICE="cpu",
+        PRESET="tiny", TOKENS="1000000", VOCAB="null", PYTHONPATH=os.environ.get("PYTHONPATH", ""),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for row in ("full precision", "BBQ", "BBQ, paper", "QuEST", "LSQ"):
+        assert row in done.stdout
