@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test check unit held zoo zoo-packages sanitize onnx format bench clean
+.PHONY: setup demo test check unit held zoo zoo-packages sanitize onnx runtime format bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make zoo     80 architectures of transformers, torchvision and timm (about 6 minutes)"
 	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
 	@echo "make onnx    the compiled operator for onnxruntime (needs cmake; about 1 minute)"
+	@echo "make runtime bellbox-run and libbellbox, without Python (needs cmake and nlohmann-json; about 2 minutes)"
 	@echo "make bench   the time of a training step and of a packed layer"
 
 setup: $(VENV)/.ready
@@ -66,6 +67,11 @@ sanitize:
 onnx:
 	cmake -S . -B build/onnx -DBELLBOX_ONNX=ON
 	cmake --build build/onnx --parallel $(JOBS)
+
+# bellbox-run and libbellbox: packed folders without Python (docs/device.md).
+runtime:
+	cmake -S . -B build/runtime -DBELLBOX_RUNTIME=ON
+	cmake --build build/runtime --parallel $(JOBS)
 
 format: setup
 	$(BIN)/ruff check --fix src tests benchmarks examples

@@ -1,0 +1,81 @@
+/* libbellbox: packed Bellbox models without Python.
+ *
+ * Every function that can fail returns a bellbox_status and writes one line into `error`, which may be NULL. Nothing is
+ * global: several models, and several threads with a session of their own each, run at once. Strings are UTF-8. */
+#ifndef BELLBOX_H
+#define BELLBOX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define BELLBOX_API __attribute__((visibility("default")))
+#else
+#define BELLBOX_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+    BELLBOX_OK = 0,
+    BELLBOX_REFUSED = 2, /* a folder, a prompt or a number that cannot be used; `error` says which, and the way out */
+    BELLBOX_FAILED = 3   /* no memory, or a fault of the program */
+} bellbox_status;
+
+typedef struct {
+    char text[512];
+} bellbox_error;
+
+typedef struct bellbox_model bellbox_model;
+typedef struct bellbox_session bellbox_session;
+
+typedef struct {
+    int64_t vocabulary, positions, hidden, blocks;
+} bellbox_shape;
+
+/* A packed folder, checked and laid out for this processor. `*model` is to be closed with bellbox_close. */
+BELLBOX_API bellbox_status bellbox_open(const char* folder, bellbox_model** model, bellbox_error* error);
+BELLBOX_API void bellbox_close(bellbox_model* model);
+BELLBOX_API bellbox_status bellbox_describe(const bellbox_model* model, bellbox_shape* shape, bellbox_error* error);
+/* The instruction set whose kernels run: "avx512", "avx2", "portable" and so on. */
+BELLBOX_API const char* bellbox_kernels(void);
+
+/* Tokens of a text: at most `room` are written, `*count` is how many there are. */
+BELLBOX_API bellbox_status bellbox_encode(const bellbox_model* model, const char* text, uint32_t* tokens, size_t room, size_t* count,
+                              bellbox_error* error);
+
+/* A sequence and its cache of at most `tokens` tokens. */
+BELLBOX_API bellbox_status bellbox_begin(const bellbox_model* model, int64_t tokens, int threads, bellbox_session** session,
+                             bellbox_error* error);
+BELLBOX_API void bellbox_end(bellbox_session* session);
+/* Logits [vocabulary] for the token after these, which go into the cache. */
+BELLBOX_API bellbox_status bellbox_forward(bellbox_session* session, const uint32_t* tokens, size_t count, float* logits,
+                               bellbox_error* error);
+
+typedef struct {
+    int64_t max_new_tokens; /* 0: 200, or what the context leaves */
+    double temperature;     /* 0 takes the likeliest token */
+    int64_t top_k;          /* 0: all */
+    double top_p;           /* 0: all */
+    uint64_t seed;          /* the same seed gives the same text */
+    const char* stop;       /* a token, written as text; NULL: the tokenizer's end of text */
+    int threads;            /* 0: 1 */
+} bellbox_options;
+
+typedef struct {
+    int64_t prompt_tokens, new_tokens;
+    double prefill_seconds, decode_seconds;
+} bellbox_times;
+
+/* Called with each piece of text as it is made; another value than 0 ends the text. */
+typedef int (*bellbox_piece)(void* user, const char* text, size_t bytes);
+
+BELLBOX_API bellbox_status bellbox_generate(const bellbox_model* model, const char* prompt, const bellbox_options* options,
+                                bellbox_piece piece, void* user, bellbox_times* times, bellbox_error* error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,39 @@
+// JSON of a file, read by a library and asked for by kind: what is missing or of another kind is one line.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+
+#include "runtime/error.h"
+
+namespace bellbox {
+
+using Json = nlohmann::json;
+
+inline Json parse_json(std::string_view text, const std::string& what) {
+    Json parsed = Json::parse(text.begin(), text.end(), nullptr, false);
+    if (parsed.is_discarded()) throw Error(what + ": is no JSON that can be read");
+    return parsed;
+}
+
+// A member; null where it is missing.
+inline const Json& member(const Json& object, const char* name) {
+    static const Json none;
+    const auto found = object.is_object() ? object.find(name) : object.end();
+    return found == object.end() ? none : *found;
+}
+
+inline std::string text_or(const Json& object, const char* name, const std::string& otherwise) {
+    const Json& value = member(object, name);
+    return value.is_string() ? value.get<std::string>() : otherwise;
+}
+
+inline bool flag_or(const Json& object, const char* name, bool otherwise) {
+    const Json& value = member(object, name);
+    return value.is_boolean() ? value.get<bool>() : otherwise;
+}
+
+}  // namespace bellbox
