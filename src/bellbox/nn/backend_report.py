@@ -14,7 +14,7 @@ def backend_report(model: nn.Module) -> str:
         model: what `convert` or `load` gave.
 
     Returns:
-        Lines such as `layers.0.q_proj  packed_linear: cpu`; one line where there is no packed layer.
+        The lines in one text. Where there is no packed layer, one line says so.
 
     Raises:
         BellboxError: `BELLBOX_BACKEND` names a backend that does not take a layer.
