@@ -378,7 +378,7 @@ class BBQ(LearnedQuantizer):
             self.r_ema.copy_(1 / rms)
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with BBQ's gradient."""
         whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
         follow = self.options.zeta is not None
         if self.options.zeta is None:
@@ -396,7 +396,7 @@ class BBQ(LearnedQuantizer):
         return plain and stepped(self.levels.thresholds) is not None
 
     def coded_rows(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Coded:
-        """See `Quantizer.coded_rows`."""
+        """`[rows, features]` as codes for a product on integers, with BBQ's gradient."""
         if not self.keeps_bytes:
             return super().coded_rows(rows, norm, dtype)
         whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")

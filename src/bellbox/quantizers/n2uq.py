@@ -119,7 +119,7 @@ class N2UQ(LearnedQuantizer):
         return self.learned("a").reshape(-1).clamp(min=NARROWEST)
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with N2UQ's gradient."""
         if self.rows is None:
             beta, s1, s2 = (self.learned(name) for name in ("beta", "s1", "s2"))
             numbers = beta, self._widths(), s1, s2, self._thresholds()
