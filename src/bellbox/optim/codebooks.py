@@ -33,7 +33,8 @@ def refit_codebooks(
         BellboxError: a codebook that counts errors by squared gradients, and there are none for its weight.
 
     Examples:
-        >>> recipe = bb.Recipe.of("kmeans", 2, weight_only="float", options={"refit_every": 10, "fisher": True}, keep_ends=False)
+        >>> options = {"refit_every": 10, "fisher": True}
+        >>> recipe = bb.Recipe.of("kmeans", 2, weight_only="float", options=options, keep_ends=False)
         >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 8)), recipe)
 
         >>> optimizer = torch.optim.AdamW(model.parameters())
@@ -95,7 +96,8 @@ def add_squared_gradients(model: nn.Module, sums: MutableMapping[Tensor, Tensor]
         sums: stored weight -> fp32 sum, the shape of the weight; begin with an empty dict.
 
     Examples:
-        >>> recipe = bb.Recipe.of("kmeans", 2, weight_only="float", options={"refit_every": 10, "fisher": True}, keep_ends=False)
+        >>> options = {"refit_every": 10, "fisher": True}
+        >>> recipe = bb.Recipe.of("kmeans", 2, weight_only="float", options=options, keep_ends=False)
         >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 8)), recipe)
 
         >>> sums = {}

@@ -391,7 +391,7 @@ class BBQ(LearnedQuantizer):
 
     @property
     def keeps_bytes(self) -> bool:
-        """See `Quantizer.keeps_bytes`: values of size 1, a learned gamma, thresholds that bytes tell apart."""
+        """Whether bytes do for the backward: values of size 1, a learned gamma, thresholds that bytes tell apart."""
         plain = self.options.rms and self.options.zeta is None
         return plain and stepped(self.levels.thresholds) is not None
 
@@ -417,7 +417,7 @@ class BBQ(LearnedQuantizer):
 
     @torch.no_grad()
     def normaliser(self, rows: Tensor, training: bool) -> Normaliser:
-        """See `Quantizer.normaliser`; in training the running scale is updated and the batch's own is used."""
+        """What rows are multiplied with; in training the running scale is updated and the batch's own is used."""
         if self.granularity != "ema" or not self.options.rms:
             return super().normaliser(rows, training)
         if training:

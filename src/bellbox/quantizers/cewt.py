@@ -60,7 +60,7 @@ class CEWTQuantizer(Quantizer):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Quantizer.encode`: what a row's integers are multiplied with gives it, or the weight, its norm."""
+        """Codes, and row scales that give each row, or the weight, the norm that it had."""
         rows = self.rows_of(x)
         norm = self.normaliser(rows, training=False)
         codes = self.codes_of(rows, norm.r)

@@ -99,13 +99,13 @@ class N2UQ(LearnedQuantizer):
         return self._levels
 
     def codes_of(self, rows: Tensor, r: Tensor) -> Tensor:
-        """See `Quantizer.codes_of`; of activations by the thresholds as a tensor, which a compiled graph follows."""
+        """uint8 codes of `[rows, features]`; of activations by a tensor of thresholds, which compiled graphs follow."""
         if self.rows is not None:
             return super().codes_of(rows, r)
         return learned_encode(rows, r, self._thresholds())
 
     def thresholds(self, device: torch.device) -> Tensor:
-        """See `Quantizer.thresholds`; in a compiled graph those that are learned by the time it runs."""
+        """Thresholds between codes, fp32 `[n - 1]`; in a compiled graph those that are learned by the time it runs."""
         if self.rows is not None or not torch.compiler.is_compiling():
             return super().thresholds(device)
         return self._thresholds().to(device, torch.float32)
