@@ -26,7 +26,8 @@ def summary(model: nn.Module) -> str:
         model: prepared, packed or neither.
 
     Returns:
-        Text of several lines: a row a kind of layer with its shape, rows by columns of the weight, then the parameters.
+        A text of several lines. A row is a kind of layer with its shape, rows by columns of the weight. The parameters
+        that are quantized and those that are not come last.
 
     Examples:
         >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), bb.Recipe.bbq(bits=2))

@@ -69,7 +69,9 @@ def functions() -> list[str]:
 def test_it_says_what_it_takes(name: str) -> None:
     """Each argument by name, where there are two or more; a result, where there is one."""
     text = inspect.getdoc(PUBLIC[name]) or ""
-    asked = [each for each in inspect.signature(PUBLIC[name]).parameters if each not in ("self", "optimizers")]
+    asked = [
+        each for each in inspect.signature(PUBLIC[name]).parameters if each not in ("self", "optimizers")
+    ]
     if len(asked) > 1:
         missing = [each for each in asked if f"\n    {each}: " not in text]
         assert missing == [], f"{name} does not say what they are: {', '.join(missing)}"

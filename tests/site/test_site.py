@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,20 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     for file in site.rglob("*.html"):
         for target in Page(file.read_text(encoding="utf-8")).loaded:
             assert not urlsplit(target).netloc, f"{file.name}: {target}"
+
+
+def test_the_pictures_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import explain
+
+    explain.main(tmp_path)
+    for made in tmp_path.glob("*.svg"):
+        kept = (ROOT / "docs" / "figures" / made.name).read_text(encoding="utf-8")
+        words = re.findall(r"<text[^>]*>(.*?)</text>", made.read_text(encoding="utf-8"))
+        assert words == re.findall(r"<text[^>]*>(.*?)</text>", kept), made.name
+        assert len(words) > 5
+    assert len(list(tmp_path.glob("*.svg"))) == len(list((ROOT / "docs" / "figures").glob("*.svg")))
 
 
 @pytest.fixture(scope="module")
