@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     x = torch.randn(512, 64)
     y = torch.sin(x @ torch.randn(64, 8) / 8)
 
-    # The ends of the network stay in full precision by themselves where they have a head's place; name others by keep=.
+    # All three layers become low-bit: a stack as short as this does not show its ends. keep= names layers to leave.
     model = bb.prepare(network(), bb.Recipe.bbq(bits=choices.bits))
     bb.calibrate(model, [x])
     optimizer = torch.optim.AdamW(bb.optim.parameter_groups(model, lr=3e-3, weight_decay=0.01))
