@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test check unit held zoo zoo-packages sanitize onnx runtime format bench clean
+.PHONY: setup demo test docs axe check unit held zoo zoo-packages sanitize onnx runtime format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train, pack and run a 2-bit language model on bundled books (about 5 minutes)"
 	@echo "make test    linter, types and tests (under 10 minutes)"
+	@echo "make docs    the documentation site in build/site, without a warning or a dead link"
 	@echo "make zoo     80 architectures of transformers, torchvision and timm (about 6 minutes)"
 	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
 	@echo "make onnx    the compiled operator for onnxruntime (needs cmake; about 1 minute)"
@@ -49,6 +50,18 @@ held: setup
 	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-held \
 	    $(BIN)/python -m pytest -q -n $(JOBS) tests/ops tests/nn tests/test_golden.py; \
 	else echo "not run held to AVX2: this processor has no more than that"; fi
+
+# The site, then its tests: links, and in headless Chromium widths, contrast and alternative text.
+docs: setup axe
+	$(BIN)/python -m sphinx -W --keep-going -n -q docs build/site
+	$(BIN)/python -m pytest -q -n 0 tests/site/test_site.py
+	@echo "open build/site/index.html"
+
+# axe-core, which looks at pages as someone who cannot see them does. Without npm its tests are skipped.
+axe:
+	if command -v npm >/dev/null; then \
+	  npm install --prefix build/axe --no-audit --no-fund --silent axe-core@4.14.1; \
+	else echo "not fetched: no npm, so the tests by axe-core are skipped"; fi
 
 # Beside the environment, not in it: a torchvision whose compiled part does not load breaks the import of transformers.
 zoo-packages: setup

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bellbox.quantizers import METHODS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,3 +30,31 @@ def test_its_links_lead_somewhere_and_its_lines_are_short() -> None:
     assert not [line for line in text.splitlines() if len(line) > 120]
     for target in re.findall(r"\]\(([^)#]+)", text):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_method_stands_in_the_matrix_and_packs_as_it_says() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    matrix = text[text.index("| method | bits |") :].split("\n\n")[0]
+    rows = {
+        name: [cell.strip() for cell in row.strip("|").split("|")]
+        for row in matrix.splitlines()
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    assert set(METHODS) <= set(rows)
+    for name, kind in METHODS.items():
+        assert (rows[name][3] == "integers") == kind.on_grid, name
+        assert ("1-4" in rows[name][1]) == (not name.startswith("ternary_")), name
+
+
+def test_the_beginning_is_short() -> None:
+    """What it is, for whom, a picture, how to install, a program with its output, two commands: forty lines."""
+    beginning = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40])
+    for part in (
+        "For whoever",
+        "![",
+        "pip install",
+        "```python",
+        "equal to the trained model: True",
+        "make demo",
+    ):
+        assert part in beginning, part

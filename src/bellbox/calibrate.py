@@ -48,8 +48,12 @@ def calibrate(
             scale at all, a method whose scales several processes cannot set together, or the first form of FSDP.
 
     Examples:
-        >>> model = bb.prepare(model, bb.Recipe.bbq(bits=2))
-        >>> bb.calibrate(model, [first, second])
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), bb.Recipe.bbq(bits=2))
+        >>> model[0].activation_quantizer.quantizer.is_set
+        False
+        >>> bb.calibrate(model, [torch.randn(16, 64), torch.randn(16, 64)])
+        >>> model[0].activation_quantizer.quantizer.is_set
+        True
     """
     if isinstance(batches, Tensor | Mapping):
         raise BellboxError("batches is one batch: give a list of them, such as [x]")

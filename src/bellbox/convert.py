@@ -84,6 +84,14 @@ def prepare(model: Model, recipe: Recipe, example: Any = None) -> Model:
     Raises:
         BellboxError: the model is prepared or packed already, no layer matches a recipe that has rules, a layer or an
             embedding cannot have what the recipe says, or `recipe` is no recipe.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> model = bb.prepare(model, bb.Recipe.bbq(bits=2))
+        >>> loss = model(torch.randn(4, 64)).square().mean()
+        >>> loss.backward()
+        >>> model[0].rotated_weight.grad.shape
+        torch.Size([32, 64])
     """
     model = cast(Model, unwrapped(model))
     layers = new_layers(model, recipe, deferred=True, example=example)
@@ -314,6 +322,16 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
 
     Raises:
         BellboxError: nothing to convert, or a layer or table that cannot be packed (by name, with the way out).
+
+    Examples:
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 8)), bb.Recipe.of("bbq", 2, keep_ends=False))
+        >>> x = torch.randn(4, 64)
+        >>> bb.calibrate(model, [x])
+        >>> packed = bb.convert(model.eval())
+        >>> packed[0].weight_packed.shape, packed[0].weight_packed.dtype  # 64 codes of 2 bits a row
+        (torch.Size([8, 16]), torch.uint8)
+        >>> torch.equal(packed(x), model(x))
+        True
     """
     model = cast(Model, unwrapped(model))
     layers = dict(quantized_layers(model))

@@ -18,6 +18,13 @@ class BellboxError(ValueError):
 
     It stays one where a name or a value in it, read from somebody's file, holds line breaks, control characters or a
     megabyte.
+
+    Examples:
+        >>> try:
+        ...     bb.Recipe.bbq(bits=9)
+        ... except bb.BellboxError as error:
+        ...     print(error)
+        bits=9: must be a whole number from 1 to 8 (ternary is levels=3)
     """
 
     speaks: bool | None = None

@@ -21,6 +21,18 @@ def summary(model: nn.Module) -> str:
     """A table of the quantized layers, what is left and why, and how many parameters are quantized and how many not.
 
     Equal layers of repeated blocks are listed once, with their number; a weight that several layers share counts once.
+
+    Args:
+        model: prepared, packed or neither.
+
+    Returns:
+        A text of several lines. A row is a kind of layer with its shape, rows by columns of the weight. The parameters
+        that are quantized and those that are not come last.
+
+    Examples:
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), bb.Recipe.bbq(bits=2))
+        >>> print(bb.summary(model).splitlines()[-1])
+        parameters: 2,304 quantized, 82 not
     """
     rows: dict[tuple[str, ...], list[str]] = {}
     inside: dict[int, int] = {}

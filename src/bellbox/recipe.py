@@ -57,7 +57,13 @@ def is_head(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens to the layers whose dotted name matches a pattern."""
+    """What happens to the layers whose dotted name matches a pattern.
+
+    Examples:
+        >>> rule = bb.Rule("*.mlp.*", bb.QuantizerSpec("bbq", 16), bb.QuantizerSpec("bbq", 16))
+        >>> rule.matches("layers.0.mlp.up_proj"), rule.matches("layers.0.self_attn.q_proj")
+        (True, False)
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
@@ -81,7 +87,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules, first match first; layers that none matches are left as they are."""
+    """Rules, first match first; layers that none matches are left as they are.
+
+    Examples:
+        >>> recipe = bb.Recipe.bbq(bits=2, keep=("0",))
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)), recipe)
+        >>> [type(layer).__name__ for layer in model]
+        ['Linear', 'QuantizedLinear', 'QuantizedLinear']
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
@@ -168,6 +181,11 @@ class Recipe:
         Raises:
             BellboxError: both `bits` and `levels`, `weight_only` together with a choice for activations, an unknown
                 method, or a value out of range.
+
+        Examples:
+            >>> spec = bb.Recipe.of("lsq", bits=4, weight_levels=4).rules[-1]
+            >>> spec.weights.levels, spec.activations.levels
+            (4, 16)
         """
         granularity = granularity or statistic
         weight_granularity = weight_granularity or weight_statistic
@@ -243,6 +261,11 @@ class Recipe:
 
         Raises:
             BellboxError: both `bits` and `levels`, or a value out of range.
+
+        Examples:
+            >>> rule = bb.Recipe.bbq(levels=3).rules[-1]  # ternary
+            >>> rule.weights.levels, rule.weights_rotated
+            (3, True)
         """
         options: dict[str, bool | float | str] = {"gamma_lr": gamma_lr}
         if gamma_init is not None:
@@ -314,6 +337,12 @@ class Recipe:
             kind: of the layer.
             end: whether it is one of the network's ends (`bellbox.structure.ends`).
             within: dotted name of the module that it is a parameter of, which a pattern may mean as well.
+
+        Examples:
+            >>> bb.Recipe.bbq(2).rule_for("lm_head") is None
+            True
+            >>> bb.Recipe.bbq(2).rule_for("layers.0.q_proj").weights.method
+            'bbq'
         """
         for rule in self.rules:
             if end and self.keep_ends and rule.pattern == EVERYTHING:
@@ -360,6 +389,12 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
 
     Raises:
         BellboxError: an unknown key, a wrong type or a value out of range, by name.
+
+    Examples:
+        >>> from bellbox.recipe import recipe_from_dict
+        >>> recipe = bb.Recipe.bbq(2)
+        >>> recipe_from_dict(recipe.to_dict()) == recipe
+        True
     """
     from pydantic import TypeAdapter, ValidationError
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chromium import BROWSER, Chromium
 from serving import Server, get, metric
 
 import waiting
 from bellbox.formats.auto import open_model
 from bellbox.inference.generation import generate_text
+from chromium import BROWSER, Chromium
 
 
 def test_it_loads_nothing_from_elsewhere(server: Server) -> None:

@@ -81,6 +81,11 @@ class Grid:
 
     Raises:
         BellboxError: n outside 2..256, or a zero point that is not a multiple of 1/2.
+
+    Examples:
+        >>> from bellbox.core.grid import Grid
+        >>> Grid(4, -0.5).integers, Grid(4, 0.0).integers
+        ((-3, -1, 1, 3), (-2, -1, 0, 1))
     """
 
     n: int
@@ -146,6 +151,12 @@ class Levels(Grid):
 
     Raises:
         BellboxError: as `Grid`, or thresholds that are not n-1 strictly rising finite numbers.
+
+    Examples:
+        >>> from bellbox.core.grid import Levels
+        >>> levels = Levels(4, -0.5, (-1.0, 0.0, 1.0))
+        >>> levels.encode(torch.tensor([-2.0, -1.0, 0.5, 9.0]))  # a tie goes up
+        tensor([0, 1, 2, 3], dtype=torch.uint8)
     """
 
     thresholds: tuple[float, ...] = field(repr=False)
@@ -168,6 +179,11 @@ class Levels(Grid):
         Args:
             n: number of levels, 2..256.
             zero_point: multiple of 1/2; `default_zero_point(n)` where None.
+
+        Examples:
+            >>> from bellbox.core.grid import Levels
+            >>> Levels.gaussian(4).thresholds
+            (-0.6744897365570068, 0.0, 0.6744897365570068)
         """
         normal = NormalDist()
         check_levels(n)
@@ -185,6 +201,11 @@ class Levels(Grid):
             n: number of levels, 2..256.
             zero_point: multiple of 1/2; with -1/2 the levels are symmetric about zero.
             step: what one level is worth on the normalised input.
+
+        Examples:
+            >>> from bellbox.core.grid import Levels
+            >>> Levels.uniform(4, step=0.5).thresholds
+            (-0.5, 0.0, 0.5)
         """
         offset = Grid(n, zero_point).offset
         return cls(n, zero_point, tuple((i - 0.5 - offset) * step for i in range(1, n)))

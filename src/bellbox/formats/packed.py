@@ -52,6 +52,14 @@ def save(
 
     Raises:
         BellboxError: the model is not packed, or the folder cannot be used.
+
+    Examples:
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 8)), bb.Recipe.of("bbq", 2, keep_ends=False))
+        >>> bb.calibrate(model, [torch.randn(4, 64)])
+        >>> bb.save(bb.convert(model.eval()), "folder")
+        >>> import os
+        >>> sorted(os.listdir("folder"))
+        ['config.json', 'model.safetensors']
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -116,6 +124,16 @@ def load(
     Raises:
         BellboxError: missing, truncated, altered, of another version, or not fitting the model; embeddings that
             are no longer fp32.
+
+    Examples:
+        >>> def network():
+        ...     return nn.Sequential(nn.Linear(64, 8))
+        >>> model = bb.prepare(network(), bb.Recipe.of("bbq", 2, keep_ends=False))
+        >>> bb.calibrate(model, [torch.randn(4, 64)])
+        >>> bb.save(bb.convert(model.eval()), "folder")
+        >>> x = torch.randn(4, 64)
+        >>> torch.equal(bb.load("folder", into=network())(x), model(x))
+        True
     """
     root = Path(folder)
     if says_format(root / CONFIG, BINARIZED):

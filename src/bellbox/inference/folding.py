@@ -34,6 +34,19 @@ def fold_batch_norms(model: Model) -> Model:
 
     Raises:
         BellboxError: the model is in training mode, or cannot be traced.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        >>> model = bb.prepare(model, bb.Recipe.of("bbq", 2, keep_ends=False))
+        >>> x = torch.randn(4, 8, 6, 6)
+        >>> _ = model(x)  # sets scales and the norm's statistics
+        >>> packed = bb.convert(model.eval())
+
+        >>> folded = bb.fold_batch_norms(packed)
+        >>> type(folded[1]).__name__
+        'Identity'
+        >>> torch.allclose(folded(x), model(x), atol=1e-5)
+        True
     """
     from torch import fx
 

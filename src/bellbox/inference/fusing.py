@@ -61,6 +61,17 @@ def fuse_convolutions(model: nn.Module) -> nn.Module:
 
     Raises:
         BellboxError: the model is in training mode, or cannot be traced.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        >>> model = bb.prepare(model, bb.Recipe.of("bbq", 2, keep_ends=False))
+        >>> x = torch.randn(4, 8, 6, 6)
+        >>> _ = model(x)  # sets scales and the norm's statistics
+        >>> packed = bb.convert(model.eval())
+
+        >>> fused = bb.fuse_convolutions(bb.fold_batch_norms(packed))
+        >>> torch.allclose(fused(x), model(x), atol=1e-5)
+        True
     """
     traced = trace(model)
     modules: dict[str, nn.Module] = dict(traced.named_modules())

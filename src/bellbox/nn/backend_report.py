@@ -14,10 +14,16 @@ def backend_report(model: nn.Module) -> str:
         model: what `convert` or `load` gave.
 
     Returns:
-        Lines such as `layers.0.q_proj  packed_linear: cpu`; one line where there is no packed layer.
+        The lines in one text. Where there is no packed layer, one line says so.
 
     Raises:
         BellboxError: `BELLBOX_BACKEND` names a backend that does not take a layer.
+
+    Examples:
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 8)), bb.Recipe.of("bbq", 2, keep_ends=False))
+        >>> bb.calibrate(model, [torch.randn(4, 64)])
+        >>> print(bb.backend_report(bb.convert(model.eval())))  # doctest: +ELLIPSIS
+        0  packed_linear: ...
     """
     found = {
         name or "(model)": layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)

@@ -41,6 +41,12 @@ def grow_embeddings(model: nn.Module, tokens: int) -> nn.Module:
 
     Raises:
         BellboxError: no embedding, a head of another length or of low bits, or tokens out of range.
+
+    Examples:
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(10, 4), "lm_head": nn.Linear(4, 10, bias=False)})
+        >>> model = bb.grow_embeddings(model, 12)
+        >>> model["embed"].weight.shape, model["lm_head"].weight.shape
+        (torch.Size([12, 4]), torch.Size([12, 4]))
     """
     if not 1 <= tokens <= _MOST:
         raise BellboxError(f"a vocabulary of {tokens} tokens: must be from 1 to {_MOST}")

@@ -43,7 +43,21 @@ _BACKEND: Any = os.environ.encodekey("BELLBOX_BACKEND")
 
 
 class Backend(ABC):
-    """Where operations may run."""
+    """Where operations may run.
+
+    Examples:
+        >>> from bellbox.ops.dispatch import Backend
+        >>> class Nothing(Backend):
+        ...     name, priority = "nothing", 1
+        ...     def why_not(self, operation, arguments):
+        ...         return "it is an example"
+        ...     def has(self, operation):
+        ...         return False
+        ...     def implementation(self, operation):
+        ...         raise NotImplementedError
+        >>> Nothing().why_not("packed_linear", {})
+        'it is an example'
+    """
 
     name: ClassVar[str]
     """What `BELLBOX_BACKEND` and reports call it."""

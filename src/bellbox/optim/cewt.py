@@ -50,7 +50,19 @@ Turn = Callable[[Tensor, bool], Tensor]
 
 @functools.lru_cache(maxsize=16)
 def normal_scores(count: int, device: torch.device) -> Tensor:
-    """Phi^-1((r + 1/2) / count) for r = 0 .. count - 1, scaled to an RMS of 1; fp32 `[count]`."""
+    """Phi^-1((r + 1/2) / count) for r = 0 .. count - 1, scaled to an RMS of 1.
+
+    Args:
+        count: how many, 2 at least.
+        device: where they are computed, and kept for the next call.
+
+    Returns:
+        fp32 `[count]`, rising.
+
+    Examples:
+        >>> bb.optim.normal_scores(3, torch.device("cpu"))
+        tensor([-1.2247,  0.0000,  1.2247])
+    """
     ranks = torch.arange(count, dtype=torch.float64, device=device)
     scores = torch.special.ndtri((ranks + 0.5) / count)
     scores = (scores - scores.flip(0)) / 2  # odd to the last bit
@@ -69,6 +81,11 @@ def project_(weight: Tensor, norm: float | Tensor) -> Tensor:
 
     Raises:
         BellboxError: another dtype, or a view that is not contiguous.
+
+    Examples:
+        >>> weight = torch.tensor([[0.1, 5.0, -3.0]])
+        >>> bb.optim.project_(weight, norm=1.0)
+        tensor([[ 0.0000,  0.7071, -0.7071]])
     """
     if weight.dtype != torch.float32 or not weight.is_contiguous() or weight.numel() < 2:
         raise BellboxError(
@@ -91,13 +108,6 @@ class CEWT:
     decay pulls on nothing. So an optimizer must add its update to what it finds; one that keeps a copy of the weights
     (schedule-free, fp32 masters of bf16) does not.
 
-    ```python
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    cewt = CEWT([optimizer], constrained_weights(model))
-    loss.backward()
-    cewt.step(lr=0.02, project=step % 16 == 0)
-    ```
-
     Args:
         optimizers: which train the weights, and perhaps other parameters, which they step as usual.
         weights: fp32 matrices to constrain; as a mapping, with how those are rotated that are coded in another domain
@@ -112,6 +122,15 @@ class CEWT:
 
     Raises:
         BellboxError: see `project_`.
+
+    Examples:
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), bb.Recipe.bbq(bits=2))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> cewt = bb.optim.CEWT([optimizer], bb.optim.constrained_weights(model))
+        >>> for step in range(2):
+        ...     model(torch.randn(4, 64)).square().mean().backward()
+        ...     cewt.step(lr=0.02, project=step % 16 == 0)
+        ...     optimizer.zero_grad()
     """
 
     def __init__(
@@ -225,6 +244,12 @@ def constrained_weights(model: nn.Module) -> dict[Tensor, Turn | None]:
     """The weights of all the layers of a prepared model that quantize their weight, each once, as `CEWT` takes them.
 
     Experts in one 3-D parameter are not among them: a matrix of theirs is no parameter of an optimizer.
+
+    Examples:
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), bb.Recipe.bbq(bits=2))
+
+        >>> [tuple(weight.shape) for weight in bb.optim.constrained_weights(model)]
+        [(32, 64), (8, 32)]
     """
     return {
         layer.stored_weight: None if layer.weights_rotated else layer.turned
@@ -239,6 +264,14 @@ def head_weights(model: nn.Module) -> list[Tensor]:
     """The trained weights of the linear layers that give the outputs; none that is tied or quantized.
 
     Such a layer is known by the model's structure (`bellbox.structure.outputs`), whatever its name.
+
+    Examples:
+        >>> class Tiny(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.body, self.lm_head = nn.Linear(8, 8), nn.Linear(8, 16)
+        >>> [tuple(weight.shape) for weight in bb.optim.head_weights(Tiny())]
+        [(16, 8)]
     """
     embeddings = embedding_weights(model)
     heads = [model.get_submodule(name) for name in outputs(model)]

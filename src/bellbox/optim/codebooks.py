@@ -32,6 +32,17 @@ def refit_codebooks(
 
     Raises:
         BellboxError: a codebook that counts errors by squared gradients, and there are none for its weight.
+
+    Examples:
+        >>> options = {"refit_every": 10, "fisher": True}
+        >>> recipe = bb.Recipe.of("kmeans", 2, weight_only="float", options=options, keep_ends=False)
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 8)), recipe)
+
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.randn(4, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> bb.optim.refit_codebooks(model, bb.optim.second_moments(optimizer), step=10)
+        ['0']
     """
     fitted: list[str] = []
     for name, layer in quantized_layers(model):
@@ -60,7 +71,16 @@ def _squares_of(name: str, layer: QuantizedLayer, known: Mapping[Tensor, Tensor]
 
 
 def second_moments(*optimizers: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """Parameter -> the running mean of its squared gradient, of optimizers of Adam's kind; others have none."""
+    """Parameter -> the running mean of its squared gradient, of optimizers of Adam's kind; others have none.
+
+    Examples:
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.Adam([weight], betas=(0.9, 0.5))
+        >>> weight.grad = torch.tensor([1.0, 2.0])
+        >>> optimizer.step()
+        >>> bb.optim.second_moments(optimizer)[weight]
+        tensor([0.5000, 2.0000])
+    """
     return {
         parameter: state["exp_avg_sq"]
         for optimizer in optimizers
@@ -76,6 +96,17 @@ def add_squared_gradients(model: nn.Module, sums: MutableMapping[Tensor, Tensor]
     Args:
         model: prepared, after a backward; only weights whose codebook is fitted by squared gradients are looked at.
         sums: stored weight -> fp32 sum, the shape of the weight; begin with an empty dict.
+
+    Examples:
+        >>> options = {"refit_every": 10, "fisher": True}
+        >>> recipe = bb.Recipe.of("kmeans", 2, weight_only="float", options=options, keep_ends=False)
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 8)), recipe)
+
+        >>> sums = {}
+        >>> model(torch.randn(4, 64)).square().mean().backward()
+        >>> bb.optim.add_squared_gradients(model, sums)
+        >>> [tuple(total.shape) for total in sums.values()]
+        [(8, 64)]
     """
     weights = {
         layer.parameter  # of experts: one parameter of many layers

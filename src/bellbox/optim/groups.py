@@ -37,6 +37,14 @@ def parameter_groups(
     Returns:
         groups with `params`, `weight_decay`, `lr` and `lr_scale`: what `lr` was multiplied with, for loops that set
         rates themselves. Groups without parameters are left out.
+
+    Examples:
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), bb.Recipe.bbq(bits=2))
+
+        >>> groups = bb.optim.parameter_groups(model, lr=1e-3, weight_decay=0.1)
+        >>> [(group["weight_decay"], group["lr_scale"]) for group in groups]  # matrices, biases, gammas
+        [(0.1, 1.0), (0.0, 1.0), (0.0, 0.1)]
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     weights = (
@@ -69,7 +77,12 @@ def parameter_groups(
 
 
 def multiplies(module: nn.Module) -> bool:
-    """Whether it is a layer whose weight is multiplied with, or fused experts."""
+    """Whether it is a layer whose weight is multiplied with, or fused experts.
+
+    Examples:
+        >>> bb.optim.multiplies(nn.Linear(2, 2)), bb.optim.multiplies(nn.LayerNorm(2))
+        (True, False)
+    """
     known = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | ExpertsForward)
     return known or is_transposed_linear(module) or is_fused_experts(module)
 
@@ -86,6 +99,11 @@ def scale_gradients_by_row(model: nn.Module, on: bool = True) -> None:
     Args:
         model: prepared. Methods that divide so are bbq, lsq and seq; others are left.
         on: False for the published rule.
+
+    Examples:
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), bb.Recipe.bbq(bits=2))
+
+        >>> bb.optim.scale_gradients_by_row(model)
     """
     for module in model.modules():
         if isinstance(module, LearnedQuantizer) and module.rows is None:

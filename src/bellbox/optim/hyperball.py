@@ -55,6 +55,17 @@ def hyperball(
     Raises:
         BellboxError: nothing to constrain, weights that are not fp32, a scheduler that was
             made before, or an optimizer that is wrapped already or is evaluated several times a step (L-BFGS).
+
+    Examples:
+        >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), bb.Recipe.bbq(bits=2))
+
+        >>> optimizer = torch.optim.AdamW(bb.optim.parameter_groups(model, lr=1e-3))
+        >>> optimizer = bb.optim.hyperball(optimizer, model, lr=0.02, every=16)
+        >>> before = model[0].rotated_weight.norm()
+        >>> model(torch.randn(4, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> torch.allclose(model[0].rotated_weight.norm(), before)
+        True
     """
     optimizer = _inner(optimizer)
     if hasattr(optimizer, _AT):
@@ -97,6 +108,13 @@ def project_weights(optimizer: Optimizer) -> None:
 
     Raises:
         BellboxError: the optimizer has no hyperball.
+
+    Examples:
+        >>> weight = nn.Parameter(torch.rand(8, 8))
+        >>> optimizer = bb.optim.hyperball(torch.optim.SGD([weight], lr=0.1), [weight])
+        >>> bb.optim.project_weights(optimizer)
+        >>> bool(weight.mean().abs() < 1e-6)  # a bell about zero now, of the same norm and order
+        True
     """
     ball = getattr(_inner(optimizer), _AT, None)
     if ball is None:

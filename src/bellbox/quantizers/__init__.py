@@ -34,6 +34,13 @@ def build_quantizer(spec: QuantizerSpec, features: int, rows: int | None, name: 
 
     Raises:
         BellboxError: an unknown method, or numbers out of range.
+
+    Examples:
+        >>> from bellbox.quantizers import build_quantizer
+        >>> quantizer = build_quantizer(bb.QuantizerSpec("quest", 4), features=64, rows=None, name="an input")
+        >>> codes, row_scales = quantizer.encode(torch.randn(2, 64))
+        >>> codes.shape, codes.dtype, row_scales.shape
+        (torch.Size([2, 64]), torch.uint8, torch.Size([2, 1]))
     """
     quantizer = check_method(spec.method, spec.options)(features, spec, rows)
     quantizer.name = name

@@ -53,6 +53,18 @@ def set_debug(enabled: bool) -> None:
     """Raise `BellboxError` on NaN or infinity in a quantizer's input instead of passing it on as NaN.
 
     Costs one look at a small tensor a call. Also switched on by the environment variable BELLBOX_DEBUG=1.
+
+    Examples:
+        >>> from bellbox.quantizers import build_quantizer, set_debug
+        >>> quantizer = build_quantizer(bb.QuantizerSpec("quest", 4), 64, None, "input of fc")
+        >>> set_debug(True)
+        >>> try:
+        ...     quantizer(torch.full((1, 64), float("nan")))
+        ... except bb.BellboxError as error:
+        ...     print(error)
+        ... finally:
+        ...     set_debug(False)
+        input of fc: the quantizer's input holds NaN or infinity (or an RMS above 1e30)
     """
     global _debug
     _debug = enabled
@@ -84,6 +96,15 @@ class Quantizer(nn.Module, ABC):
 
     Raises:
         BellboxError: options or a granularity that the method does not have, or an activation of a weight-only method.
+
+    Examples:
+        >>> from bellbox.quantizers import build_quantizer
+        >>> quantizer = build_quantizer(bb.QuantizerSpec("quest", 4), features=64, rows=None, name="an input").eval()
+        >>> x = torch.randn(2, 64)
+        >>> codes, row_scales = quantizer.encode(x)
+        >>> levels = quantizer.levels.decode(codes)
+        >>> torch.allclose(quantizer(x), quantizer.scale() * row_scales * levels)  # two views, one function
+        True
     """
 
     method: ClassVar[str]

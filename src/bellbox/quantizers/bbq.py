@@ -380,7 +380,7 @@ class BBQ(LearnedQuantizer):
             self.r_ema.copy_(1 / rms)
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with BBQ's gradient."""
         whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
         follow = self.options.zeta is not None
         if self.options.zeta is None:
@@ -393,12 +393,12 @@ class BBQ(LearnedQuantizer):
 
     @property
     def keeps_bytes(self) -> bool:
-        """See `Quantizer.keeps_bytes`: values of size 1, a learned gamma, thresholds that bytes tell apart."""
+        """Whether bytes do for the backward: values of size 1, a learned gamma, thresholds that bytes tell apart."""
         plain = self.options.rms and self.options.zeta is None
         return plain and stepped(self.levels.thresholds) is not None
 
     def coded_rows(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Coded:
-        """See `Quantizer.coded_rows`."""
+        """`[rows, features]` as codes for a product on integers, with BBQ's gradient."""
         if not self.keeps_bytes:
             return super().coded_rows(rows, norm, dtype)
         whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
@@ -419,7 +419,7 @@ class BBQ(LearnedQuantizer):
 
     @torch.no_grad()
     def normaliser(self, rows: Tensor, training: bool) -> Normaliser:
-        """See `Quantizer.normaliser`; in training the running scale is updated and the batch's own is used."""
+        """What rows are multiplied with; in training the running scale is updated and the batch's own is used."""
         if self.granularity != "ema" or not self.options.rms:
             return super().normaliser(rows, training)
         if training:

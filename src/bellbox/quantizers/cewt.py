@@ -47,7 +47,7 @@ class CEWTQuantizer(Quantizer):
         return Levels.gaussian(n, -0.5 if zero_point is None else zero_point)
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with CEWT's gradient."""
         work = compute_dtype(rows)
         wide = rows.to(work)
         levels = boxed(rows, norm, self.levels, self.block, self.rows is not None, work)
@@ -60,7 +60,7 @@ class CEWTQuantizer(Quantizer):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Quantizer.encode`: what a row's integers are multiplied with gives it, or the weight, its norm."""
+        """Codes, and row scales that give each row, or the weight, the norm that it had."""
         rows = self.rows_of(x)
         norm = self.normaliser(rows, training=False)
         codes = self.codes_of(rows, norm.r)

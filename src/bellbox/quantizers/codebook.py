@@ -61,7 +61,7 @@ class Codebook(Quantizer):
         """The values of the codes, rising, `[n]`, in units of the scale."""
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with the straight-through gradient."""
         assert norm.sigma is not None
         codes = self.codes_of(rows.detach(), norm.r)
         scale = (norm.sigma * (norm.r - norm.r + 1)).to(norm.r.dtype)
@@ -70,7 +70,7 @@ class Codebook(Quantizer):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Quantizer.encode`; a row is NaN where one of its groups is, and its scales are in `table` units."""
+        """Codes and row scales; a row is NaN where one of its groups is, and its scales are in units of `table`."""
         rows = self.rows_of(x)
         self.see_first(rows)
         norm = self.normaliser(rows, training=False)
@@ -82,7 +82,7 @@ class Codebook(Quantizer):
 
     @torch.no_grad()
     def packed_scales(self, x: Tensor, row_scales: Tensor) -> Tensor:  # noqa: ARG002
-        """See `Quantizer.packed_scales`: one a group."""
+        """What a stored value of `table` is multiplied with: fp32 `[rows]`, or `[rows, groups]`."""
         rows = self.rows_of(x)
         norm = self.normaliser(rows, training=False)
         scales = row_scale(norm.r, len(rows), norm.sigma).reshape(-1, self.scales_a_row)

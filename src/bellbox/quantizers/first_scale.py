@@ -58,4 +58,4 @@ first_scale = Operation(
     _first_scale,
     _fake,
 )
-"""See `_first_scale`."""
+"""The first scales of a quantizer, from the rows that it meets first, as an operation that compilers keep."""

@@ -151,7 +151,7 @@ class KMeans(Codebook, LearnedQuantizer):
 
     @torch.no_grad()
     def refit(self, x: Tensor, squared_gradients: Tensor | None = None) -> None:
-        """See `Quantizer.refit`."""
+        """Fit the centroids to the weight, entries weighed by their squared gradients where these are given."""
         self._fit(x.detach().to(torch.float64), squared_gradients)
 
     def _fit(self, x: Tensor, squared_gradients: Tensor | None = None) -> None:
@@ -172,10 +172,10 @@ class KMeans(Codebook, LearnedQuantizer):
         return self._levels
 
     def codes_of(self, rows: Tensor, r: Tensor) -> Tensor:
-        """See `Quantizer.codes_of`; the thresholds are a tensor, which a compiled graph follows."""
+        """uint8 codes of `[rows, features]`; the thresholds are a tensor, which a compiled graph follows."""
         centroids = self.centroids.double()
         return learned_encode(rows, r, (centroids[:-1] + centroids[1:]) / 2)
 
     def table(self) -> Tensor:
-        """See `Codebook.table`."""
+        """Values of the codes, rising, `[n]`, in units of the scale."""
         return self.centroids

@@ -114,7 +114,7 @@ class LearnedQuantizer(Quantizer):
         self.set_from(wide)
 
     def see_first(self, rows: Tensor) -> None:
-        """See `Quantizer.see_first`. With a scale that is still not set, ones are computed with: see `learned`."""
+        """Set the scale from the first rows. With one that is still not set, ones are computed with: see `learned`."""
         if torch.compiler.is_compiling():
             self._see_first_in_graph(rows)
             return

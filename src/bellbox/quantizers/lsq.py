@@ -79,11 +79,11 @@ class LSQ(LearnedQuantizer):
         return max(1.0, self.levels.n - 1 if self.unsigned else self.levels.n / 2 - 1)
 
     def set_from_moments(self, moments: Moments) -> None:
-        """See the module."""
+        """The first step, 2 E|x| / sqrt(largest level), from sums over several processes perhaps."""
         self.a.copy_((2 * moments.mean_abs / math.sqrt(self.largest)).clamp(min=FLOOR))
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with LSQ's gradient."""
         low, high = -self.levels.offset, self.levels.n - 1 - self.levels.offset
         learned = Learned(1 / math.sqrt(max(1, rows.numel()) * self.largest))
         a = self.divided_by_row(self._step(), rows)
@@ -92,11 +92,11 @@ class LSQ(LearnedQuantizer):
         )
 
     def rstd(self) -> Tensor:
-        """1/a."""
+        """Reciprocal of the learned step: what rows are multiplied with before they are coded."""
         return 1 / self._step().detach()
 
     def scale(self) -> Tensor:
-        """a, fp32."""
+        """The learned step, fp32: what one level is worth."""
         return self._step().detach().to(torch.float32)
 
     def _step(self) -> Tensor:

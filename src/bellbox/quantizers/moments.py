@@ -75,20 +75,20 @@ class SummedMoments(Moments):
 
     @property
     def mean_abs(self) -> Tensor:
-        """See `Moments`."""
+        """Mean of the magnitudes, of all tensors together."""
         return self._mean(1)
 
     @property
     def rms(self) -> Tensor:
-        """See `Moments`."""
+        """Root of the mean square, of all tensors together."""
         return self._mean(2).sqrt()
 
     @property
     def positive_rms(self) -> Tensor:
-        """See `Moments`."""
+        """`rms` of what a ReLU leaves of all tensors."""
         return self._mean(3).sqrt()
 
     @property
     def absmax(self) -> Tensor:
-        """See `Moments`."""
+        """Largest magnitude in any of the tensors."""
         return self.sums[4]

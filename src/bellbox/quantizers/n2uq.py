@@ -99,13 +99,13 @@ class N2UQ(LearnedQuantizer):
         return self._levels
 
     def codes_of(self, rows: Tensor, r: Tensor) -> Tensor:
-        """See `Quantizer.codes_of`; of activations by the thresholds as a tensor, which a compiled graph follows."""
+        """uint8 codes of `[rows, features]`; of activations by a tensor of thresholds, which compiled graphs follow."""
         if self.rows is not None:
             return super().codes_of(rows, r)
         return learned_encode(rows, r, self._thresholds())
 
     def thresholds(self, device: torch.device) -> Tensor:
-        """See `Quantizer.thresholds`; in a compiled graph those that are learned by the time it runs."""
+        """Thresholds between codes, fp32 `[n - 1]`; in a compiled graph those that are learned by the time it runs."""
         if self.rows is not None or not torch.compiler.is_compiling():
             return super().thresholds(device)
         return self._thresholds().to(device, torch.float32)
@@ -119,7 +119,7 @@ class N2UQ(LearnedQuantizer):
         return self.learned("a").reshape(-1).clamp(min=NARROWEST)
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with N2UQ's gradient."""
         if self.rows is None:
             beta, s1, s2 = (self.learned(name) for name in ("beta", "s1", "s2"))
             numbers = beta, self._widths(), s1, s2, self._thresholds()

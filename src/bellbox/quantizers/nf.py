@@ -58,5 +58,5 @@ class NF(Codebook):
         return levels_between(self.values)
 
     def table(self) -> Tensor:
-        """See `Codebook.table`."""
+        """Values of the codes, rising, `[n]`, in units of the scale."""
         return torch.tensor(self.values, dtype=torch.float64)

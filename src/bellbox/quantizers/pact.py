@@ -82,7 +82,7 @@ class PACT(LearnedQuantizer):
             self.alpha.copy_((self.clip * rms).clamp(min=FLOOR))
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with PACT's gradient."""
         if self.rows is not None:
             assert norm.sigma is not None
             return straight_through(rows, norm, norm.sigma * self.step, self.levels, self.block, dtype)

@@ -98,7 +98,7 @@ class QuEST(Quantizer):
         return Levels.uniform(n, -0.5 if zero_point is None else zero_point, self.step)
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with QuEST's gradient."""
         assert norm.sigma is not None
         levels, unit = self.levels, norm.sigma * self.step
         if self.options.rule == "clip":

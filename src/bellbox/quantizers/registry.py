@@ -81,8 +81,17 @@ def is_known(method: str) -> bool:
 def check_method(method: str, options: dict[str, bool | float | str]) -> type[Any]:
     """The class of a method, its options read for a trial.
 
+    Args:
+        method: its name, one of `METHODS` or of an installed package.
+        options: of the method, by name.
+
     Raises:
         BellboxError: an unknown method or option, or an option of the wrong type.
+
+    Examples:
+        >>> from bellbox.quantizers import check_method
+        >>> check_method("bbq", {"gamma": "frozen"}).__name__
+        'BBQ'
     """
     if not is_known(method):
         known = ", ".join(dict.fromkeys([*METHODS, *_installed()]))

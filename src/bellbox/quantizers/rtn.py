@@ -26,7 +26,7 @@ class RTN(Quantizer):
         return Levels.uniform(n, -0.5 if zero_point is None else zero_point, 2 / (n - 1))
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with the straight-through gradient."""
         assert norm.sigma is not None
         unit = norm.sigma * (2 / (self.levels.n - 1))
         return straight_through(rows, norm, unit, self.levels, self.block, dtype)

@@ -94,7 +94,7 @@ class SEQ(LearnedQuantizer):
         return (mean if self.levels.n == 2 else largest).clamp(min=FLOOR)
 
     def set_from(self, x: Tensor) -> None:
-        """See the module: of a weight, row by row."""
+        """The first step: of an input from all of its values, of a weight row by row."""
         if self.rows is None:
             super().set_from(x)
             return
@@ -102,11 +102,11 @@ class SEQ(LearnedQuantizer):
         self.a.copy_(self._start(size.mean(-1, keepdim=True), size.amax(-1, keepdim=True)))
 
     def set_from_moments(self, moments: Moments) -> None:
-        """See the module."""
+        """The first step, from magnitudes that may be sums over several processes."""
         self.a.copy_(self._start(moments.mean_abs, moments.absmax))
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with SEQ's gradient."""
         n, a = self.levels.n, self.divided_by_row(self._range(), rows)
         gain = 1 / math.sqrt(max(1, rows.numel()) * self.largest)
         if self.whole:
@@ -120,7 +120,7 @@ class SEQ(LearnedQuantizer):
         return straight_through(rows, norm, unit, self.levels, self.block, dtype, clip_range, a, learned)
 
     def rstd(self) -> Tensor:
-        """1/a."""
+        """Reciprocal of the learned range: what rows are multiplied with before they are coded."""
         return 1 / self._range().detach()
 
     def scale(self) -> Tensor:

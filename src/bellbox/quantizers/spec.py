@@ -34,7 +34,14 @@ def with_present_names(data: Any) -> Any:
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """One quantizer, by name and numbers; what is None is the method's own choice for a weight or an activation."""
+    """One quantizer, by name and numbers; what is None is the method's own choice for a weight or an activation.
+
+    Examples:
+        >>> bb.QuantizerSpec("quest", levels=16).options
+        {}
+        >>> bb.QuantizerSpec("bbq", options={"gamma": "frozen"}).levels
+        4
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 

@@ -27,7 +27,13 @@ from bellbox.quantizers.base import Normaliser
 
 @dataclass(frozen=True)
 class ClipRange:
-    """Where the gradient passes, on the normalised value v; both ends belong to it."""
+    """Where the gradient passes, on the normalised value v; both ends belong to it.
+
+    Examples:
+        >>> from bellbox.quantizers.straight_through import ClipRange
+        >>> ClipRange(-2.0, 2.0)
+        ClipRange(low=-2.0, high=2.0)
+    """
 
     low: float
     high: float

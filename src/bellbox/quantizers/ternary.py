@@ -34,7 +34,7 @@ class _Ternary(Quantizer):
             raise BellboxError(f"{self.method} has 3 levels, -1, 0 and 1: give levels=3 (zero_point -0.5)")
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
-        """See `Quantizer.fake_quantize`."""
+        """`x_hat` of `[rows, features]` in `dtype`, with the straight-through gradient."""
         assert norm.sigma is not None
         return straight_through(rows, norm, norm.sigma * self.worth, self.levels, self.block, dtype)
 

@@ -20,7 +20,7 @@ class CpuBackend(Backend):
     priority = 10
 
     def why_not(self, operation: str, arguments: Mapping[str, Any]) -> str | None:
-        """See `Backend.why_not`."""
+        """None where the compiled kernels take the call, else the reason."""
         known = implementations.TABLE.get(operation)
         if known is None:
             return "has no kernel for it"
@@ -32,17 +32,17 @@ class CpuBackend(Backend):
         return known.why_not(arguments)
 
     def has(self, operation: str) -> bool:
-        """See `Backend.has`."""
+        """Whether the compiled module has a kernel for the operation."""
         return operation in implementations.TABLE and native.available()
 
     def implementation(self, operation: str) -> Callable[..., Any]:
-        """See `Backend.implementation`."""
+        """The kernel that runs a call which was taken."""
         return implementations.TABLE[operation].run
 
     def bind(
         self, operation: str, tensors: Mapping[str, Tensor | None], numbers: Mapping[str, Any]
     ) -> Callable[..., Any] | None:
-        """See `Backend.bind`."""
+        """A call with the addresses of its buffers, or None where it has none."""
         bind = implementations.BOUND.get(operation)
         if bind is None or not native.available():
             return None
