@@ -1,4 +1,4 @@
-"""Try an installed Bellbox as its user does: kernels without a compiler, one OpenMP in the process, the README's program.
+"""Try an installed Bellbox as its user does: kernels, no compiler, one OpenMP in the process, the README's program.
 
     python tests/install/try_installed.py README.md
 
@@ -51,7 +51,9 @@ def readme(path: Path) -> None:
 
 def main() -> None:
     """Try everything; exit with a line that says what is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("readme", type=Path)
     parser.add_argument("--reference", action="store_true", help="the wheel has no kernels")
     asked = parser.parse_args()
