@@ -11,10 +11,13 @@ ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"`((?:tests|native|benchmarks|src|docs)/[\w./-]+)`")
 
 
-@pytest.mark.parametrize("page", ["docs/promises.md", "docs/releasing.md", "CONTRIBUTING.md"])
-def test_what_a_page_names_is_there(page: str) -> None:
-    named = PLACE.findall((ROOT / page).read_text(encoding="utf-8"))
-    assert len(named) >= 5
+@pytest.mark.parametrize(
+    ("page", "least"), [("docs/promises.md", 40), ("docs/releasing.md", 3), ("CONTRIBUTING.md", 15)]
+)
+def test_what_a_page_names_is_there(page: str, least: int) -> None:
+    places = PLACE.findall((ROOT / page).read_text(encoding="utf-8"))
+    named = [place for place in places if "NAME" not in place]
+    assert len(named) >= least
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 

@@ -32,8 +32,9 @@ def runtimes() -> list[str]:
     """The OpenMP libraries in a process that has used torch and our kernels, by file."""
     program = (
         "import bellbox as bb, torch\n"
-        "model = bb.prepare(torch.nn.Sequential(torch.nn.Linear(256, 256)), bb.Recipe.bbq(bits=2)).eval()\n"
-        "bb.convert(model)(torch.randn(64, 256) @ torch.randn(256, 256))\n"
+        "model = bb.prepare(torch.nn.Sequential(torch.nn.Linear(256, 256)), bb.Recipe.bbq(bits=2))\n"
+        "model(torch.randn(64, 256) @ torch.randn(256, 256))\n"
+        "bb.convert(model.eval())(torch.randn(64, 256))\n"
         "print(open('/proc/self/maps').read())\n"
     )
     return sorted(set(re.findall(r"/\S*lib[a-z]*omp[^/\s]*", said("-c", program))))
