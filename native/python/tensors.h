@@ -26,9 +26,15 @@ inline nb::object checked(PyObject* made) {
 
 inline nb::object attribute(nb::handle of, PyObject* name) { return checked(PyObject_GetAttr(of.ptr(), name)); }
 
+// A method without arguments. As PyObject_CallMethodNoArgs, which is not of Python's stable interface.
+inline nb::object call_method(nb::handle of, PyObject* name) {
+    PyObject* const self = of.ptr();
+    return checked(PyObject_VectorcallMethod(name, &self, 1, nullptr));
+}
+
 inline uintptr_t address_of(nb::handle tensor) {
     static PyObject* const name = interned("data_ptr");
-    return nb::cast<uintptr_t>(checked(PyObject_CallMethodNoArgs(tensor.ptr(), name)));
+    return nb::cast<uintptr_t>(call_method(tensor, name));
 }
 
 enum class Kind { f32, bf16, f16, f64, u8, i8, i16, i32, i64 };
@@ -67,7 +73,7 @@ inline Kind kind_of(nb::handle tensor, const char* what, std::initializer_list<K
 inline int64_t numel_of(nb::handle tensor) {
     if (!is_tensor(tensor)) refuse("what should be a tensor is none");
     static PyObject* const name = interned("numel");
-    return nb::cast<int64_t>(checked(PyObject_CallMethodNoArgs(tensor.ptr(), name)));
+    return nb::cast<int64_t>(call_method(tensor, name));
 }
 
 // The address of a contiguous tensor on the CPU of one of these dtypes, with at least so many numbers.
@@ -77,7 +83,7 @@ T* read(nb::handle tensor, const char* what, std::initializer_list<Kind> kinds, 
     if (!is_tensor(tensor)) refuse(std::string(what) + " is no tensor");
     if (!truth(tensor, is_cpu)) refuse(std::string(what) + " is not on the CPU");
     kind_of(tensor, what, kinds);
-    if (!checked(PyObject_CallMethodNoArgs(tensor.ptr(), is_contiguous)).is(nb::handle(Py_True)))
+    if (!call_method(tensor, is_contiguous).is(nb::handle(Py_True)))
         refuse(std::string(what) + " is not contiguous");
     const int64_t numel = numel_of(tensor);
     if (numel < least)
@@ -141,7 +147,7 @@ struct Input {
         if (!is_tensor(x)) refuse("the input is no tensor");
         if (!truth(x, is_cpu)) refuse("the input is not on the CPU");
         dtype = attribute(x, dtype_of);
-        dense = checked(PyObject_CallMethodNoArgs(x.ptr(), contiguous));
+        dense = call_method(x, contiguous);
         type = type_of(dtype);
         shape = nb::cast<nb::tuple>(attribute(x, shape_of));
         if (shape.size() == 0 || nb::cast<int64_t>(shape[shape.size() - 1]) != k)
@@ -158,7 +164,7 @@ struct Input {
         PyObject* arguments[16];
         if (last + 3 > 16) refuse("the input has more than 12 dimensions");
         arguments[0] = x.ptr();
-        for (size_t i = 0; i < last; ++i) arguments[1 + i] = PyTuple_GET_ITEM(shape.ptr(), static_cast<Py_ssize_t>(i));
+        for (size_t i = 0; i < last; ++i) arguments[1 + i] = PyTuple_GetItem(shape.ptr(), static_cast<Py_ssize_t>(i));
         arguments[1 + last] = columns.ptr(), arguments[2 + last] = wanted.ptr();
         // Sizes one by one and no dtype where it need not be: torch takes half a microsecond longer to read the others.
         return checked(PyObject_VectorcallMethod(new_empty, arguments, last + 2, wanted.is(dtype) ? nullptr : keywords));

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,3 +42,14 @@ def test_without_kernels_it_says_so():
     lines = said(BELLBOX_ISA="reference")
     assert "reference" in lines[0]
     assert native.isa() == "reference" or native.isa() not in lines[0]
+
+
+def test_kernels_that_were_built_without_openmp_say_so(monkeypatch):
+    monkeypatch.delenv("BELLBOX_ISA", raising=False)
+    for threads, says in (
+        (True, "native portable"),
+        (False, "native portable, on one thread (built without OpenMP)"),
+    ):
+        module = SimpleNamespace(isa=lambda: "portable", threads=threads)
+        monkeypatch.setattr(native, "_module", lambda module=module: module)
+        assert native.describe() == says

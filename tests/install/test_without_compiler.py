@@ -83,6 +83,7 @@ def test_the_tree_gives_a_wheel_of_python_alone(tree: Path, tmp_path: Path) -> N
         names = archive.namelist()
     assert "bellbox/py.typed" in names
     assert "bellbox/data/classics/train.txt.xz" in names
+    assert "bellbox/report/templates/parts.html" in names
     assert not any("_native" in name for name in names)
 
 

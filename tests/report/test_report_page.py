@@ -19,6 +19,7 @@ from bellbox.report import (
     SizeRow,
     Verification,
     binarized_page,
+    html,
     read_record,
     render,
 )
@@ -180,6 +181,29 @@ def test_text_from_files_is_escaped(page: str) -> None:
     ):
         assert text in page
     assert "<script" not in page
+
+
+def test_every_part_of_a_page_escapes_what_it_is_given() -> None:
+    evil = '<i onclick="x()">&\''
+    parts = (
+        html.header(evil, evil, [evil, evil]),
+        html.cards([(evil, evil, evil)]),
+        html.section(evil, evil),
+        html.figure_with_caption("<svg/>", evil),
+        html.caption(evil),
+        html.table([evil], [[evil, evil]]),
+        html.sizes([(evil, [evil], evil, evil)]),
+        html.agreement(evil, evil, evil, evil, evil, evil),
+        html.sample(evil, f"{evil}\n{evil}"),
+        html.facts([(evil, evil)]),
+        html.details(evil, html.preformatted(evil)),
+        html.document(evil, evil),
+    )
+    for part in parts:
+        assert "<i" not in part
+        assert 'onclick="' not in part
+        assert "&lt;i onclick=&#34;x()&#34;&gt;&amp;&#39;" in part
+    assert html.joined([evil, html.caption("a")]).startswith("&lt;i")
 
 
 def test_the_thresholds_and_code_shares_are_drawn(page: str) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import bellbox.utils.files as files
 from bellbox.cli.output import require_writable, write_file
 from bellbox.errors import BellboxError
 from bellbox.utils.files import (
     lock,
     new_file,
+    new_folder,
     open_regular,
     parsing,
     read_bytes,
@@ -127,6 +129,34 @@ def test_tensors_of_types_that_nothing_computes_with_are_refused(tmp_path: Path)
     (tmp_path / "t").write_bytes(b"")
     with pytest.raises(BellboxError, match="damaged"):
         read_tensors(tmp_path / "t")
+
+
+@posix
+@pytest.mark.parametrize("is_posix", [True, False])
+def test_folders_are_synced_only_where_the_system_opens_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_posix: bool
+) -> None:
+    """What is asked of a system that is not POSIX: no folder is opened to be synced, and files are opened to write."""
+    fcntl = pytest.importorskip("fcntl")
+    synced: list[tuple[bool, bool]] = []
+
+    def noted(handle: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        synced.append((is_folder, fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(files, "_POSIX", is_posix)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mark").write_text("old")
+    with new_folder(tmp_path / "there", replaces="mark") as made:
+        (made / "mark").write_text("new")
+    write_text(tmp_path / "there" / "file", "text")
+    assert (tmp_path / "there" / "mark").read_text() == "new"
+    assert (tmp_path / "there" / "file").read_text() == "text"
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    # The new folder's file, that folder, and the one it stands in; the written file, and the folder that it stands in.
+    on_posix = [(False, False), (True, False), (True, False), (False, False), (True, False)]
+    assert synced == (on_posix if is_posix else [(False, True), (False, True)])
 
 
 def test_a_folder_is_held_by_one_process_and_let_go_of_when_it_dies(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "data": "turn text into token shards",
     "plan": "how much of a token budget to train quantized",
     "train": "train a model, low-bit or not",
+    "schema": "the JSON schema of a run's configuration, for editors",
     "eval": "perplexity, bits per byte and entropy of a model",
     "convert": "pack a trained run into integers",
     "ptq": "binarize a trained Hugging Face model without training",

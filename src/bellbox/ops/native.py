@@ -102,7 +102,7 @@ def describe() -> str:
         return (
             "torch reference (the compiled kernels were not built; install with a C++ compiler to get them)"
         )
-    return f"native {module.isa()}"
+    return f"native {module.isa()}{'' if module.threads else ', on one thread (built without OpenMP)'}"
 
 
 def instruction_sets() -> list[str]:

@@ -6,19 +6,16 @@ from collections.abc import Sequence
 
 from bellbox.comparison.baselines import table as tables
 from bellbox.comparison.baselines.table import Table
-from bellbox.report.html import document, section, table, text
+from bellbox.report.html import caption, document, header, joined, section, table
 
 
 def baselines_page(drawn: Sequence[Table]) -> str:
     """One self-contained HTML page."""
-    header = (
-        '<header>\n<p class="kicker">Bellbox baselines</p>\n'
-        f"<h1>{text(', '.join(each.model for each in drawn))}</h1>\n"
-        '<p class="about">One checkpoint, each method through its own package</p>\n</header>\n'
-    )
-    return document("Bellbox baselines", header + "".join(map(_section, drawn)))
+    checkpoints = ", ".join(each.model for each in drawn)
+    top = header("Bellbox baselines", checkpoints, ["One checkpoint, each method through its own package"])
+    return document("Bellbox baselines", joined([top, *map(_section, drawn)]))
 
 
 def _section(each: Table) -> str:
-    notes = "".join(f'<p class="caption">{text(note)}</p>\n' for note in tables.notes(each))
+    notes = joined(map(caption, tables.notes(each)))
     return section(each.model, table(tables.headings(), tables.cells(each)) + notes)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bellbox.report.html import document, figure_with_caption, section, text
+from bellbox.report.html import cards, document, figure_with_caption, header, section
 from bellbox.report.style import BLUE, GREEN, MUTED, ORANGE, PURPLE, RED, figure, kind_of, styled, to_svg
 
 _REACH = 4.0
@@ -28,7 +28,7 @@ def binarized_page(name: str, record: dict[str, Any], bits_per_weight: float, we
         f"{settings['method']} ({settings['variant']}), {settings['samples']} samples of {settings['context']} tokens, "
         f"inputs of {settings['activation_bits']} bits, {sum(block['seconds'] for block in blocks) / 60:.1f} minutes"
     )
-    cards = [
+    numbers = [
         (
             "bits a weight",
             f"{bits_per_weight:.3f}",
@@ -40,16 +40,7 @@ def binarized_page(name: str, record: dict[str, Any], bits_per_weight: float, we
             f"mean over layers; worst {max(errors):.4f}",
         ),
     ]
-    body = (
-        f'<header>\n<p class="kicker">Bellbox binarized model</p>\n<h1>{text(name)}</h1>\n'
-        f'<p class="about">{text(about)}</p>\n</header>\n<div class="cards">'
-        + "".join(
-            f'<div class="card"><div class="label">{text(label)}</div><div class="value">{text(value)}</div>'
-            f'<div class="note">{text(note)}</div></div>'
-            for label, value, note in cards
-        )
-        + "</div>\n"
-    )
+    body = header("Bellbox binarized model", name, [about]) + cards(numbers)
     groups = [group for block in blocks for group in block["groups"]]
     if groups:
         body += section(

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from bellbox.comparison import tables
 from bellbox.comparison.summary import Study
-from bellbox.report.html import document, figure_with_caption, section, table, text
+from bellbox.report.html import (
+    caption,
+    details,
+    document,
+    figure_with_caption,
+    header,
+    joined,
+    section,
+    table,
+)
 from bellbox.report.sheet import Picture
 
 
@@ -17,21 +26,15 @@ def comparison_page(drawn: Sequence[tuple[Study, Sequence[Picture]]]) -> str:
         drawn: studies with their pictures.
     """
     count = sum(len(study.summaries) for study, _ in drawn)
-    header = (
-        '<header>\n<p class="kicker">Bellbox comparison</p>\n'
-        f"<h1>{text(', '.join(study.name for study, _ in drawn))}</h1>\n"
-        f'<p class="about">{len(drawn)} {"study" if len(drawn) == 1 else "studies"}, {count} rows</p>\n</header>\n'
-    )
-    return document("Bellbox comparison", header + "".join(_study(*pair) for pair in drawn))
+    about = f"{len(drawn)} {'study' if len(drawn) == 1 else 'studies'}, {count} rows"
+    top = header("Bellbox comparison", ", ".join(study.name for study, _ in drawn), [about])
+    return document("Bellbox comparison", joined([top, *(_study(*pair) for pair in drawn)]))
 
 
 def _study(study: Study, pictures: Sequence[Picture]) -> str:
     body = table(tables.headings(study), tables.cells(study))
-    body += "".join(f'<p class="caption">{text(note)}</p>\n' for note in tables.notes(study))
-    body += "".join(figure_with_caption(picture.svg, picture.caption) for picture in pictures)
+    body += joined(map(caption, tables.notes(study)))
+    body += joined(figure_with_caption(picture.svg, picture.caption) for picture in pictures)
     if any(len(summary.tried) > 1 for summary in study.summaries):
-        body += (
-            f"<details open><summary>{tables.rates_title(study)}</summary>"
-            f"{table(*tables.rates(study))}</details>\n"
-        )
+        body += details(tables.rates_title(study), table(*tables.rates(study)))
     return section(study.name, body)

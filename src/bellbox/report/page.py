@@ -12,7 +12,21 @@ from typing import Any
 
 from bellbox.report import bell_box, curves, layers, spectrum
 from bellbox.report.content import ReportInput, SizeRow
-from bellbox.report.html import document, figure_with_caption, section, text
+from bellbox.report.html import (
+    agreement,
+    caption,
+    cards,
+    details,
+    document,
+    facts,
+    figure_with_caption,
+    header,
+    joined,
+    preformatted,
+    sample,
+    section,
+    sizes,
+)
 
 _LANGUAGE_CAPTION = (
     "Left: the loss in nats per token (perplexity is its exponential, scale on the right); the thin line is"
@@ -40,16 +54,13 @@ def render(content: ReportInput) -> str:
         _sample(content),
         _configuration(content),
     ]
-    return document(title, "".join(sections))
+    return document(title, joined(sections))
 
 
 def _headline(content: ReportInput) -> str:
     about = [part for part in (content.model, _when(content)) if part]
-    return (
-        f'<header>\n<p class="kicker">Bellbox report</p>\n<h1>{text(content.title or content.record.name)}</h1>\n'
-        f'<p class="about">{"<br>".join(map(text, about))}</p>\n</header>\n'
-        f'<div class="cards">{"".join(_cards(content))}</div>\n'
-    )
+    title = content.title or content.record.name
+    return header("Bellbox report", title, about) + cards(_cards(content))
 
 
 def _when(content: ReportInput) -> str:
@@ -62,54 +73,47 @@ def _when(content: ReportInput) -> str:
     return f"{budget}, {minutes:.1f} minutes of training and validation"
 
 
-def _cards(content: ReportInput) -> Iterable[str]:
+def _cards(content: ReportInput) -> Iterable[tuple[str, str, str]]:
     last = content.record.at(content.step)
     if last is not None:
         loss = f"loss {_number(last['loss'], 4)}"
         if content.record.is_vision:
-            yield _card("validation accuracy", f"{100 * last['accuracy']:.2f} %", loss)
+            yield "validation accuracy", f"{100 * last['accuracy']:.2f} %", loss
         else:
-            yield _card("validation perplexity", _number(last["perplexity"], 2), loss)
+            yield "validation perplexity", _number(last["perplexity"], 2), loss
         if last.get("bits_per_byte") is not None:
             floor = content.unigram_bits_per_byte
             note = "" if floor is None else f"unigram model: {floor:.3f}"
-            yield _card("bits per byte", f"{last['bits_per_byte']:.3f}", note)
+            yield "bits per byte", f"{last['bits_per_byte']:.3f}", note
         if content.levels and (last.get("weight_entropy") or {}).get("layers"):
             values = last["weight_entropy"]["layers"].values()
-            yield _card(
+            yield (
                 "lowest weight entropy",
                 f"{min(values):.3f}",
                 f"bits per code, of at most {math.log2(content.levels):.4g}; mean {sum(values) / len(values):.3f}",
             )
     if content.sizes:
         row = content.sizes[0]
-        yield _card("low-bit layers", f"1/{row.bf16 / row.packed:.2f}", "of their size in bf16")
+        yield "low-bit layers", f"1/{row.bf16 / row.packed:.2f}", "of their size in bf16"
     if content.verification is not None:
         found = content.verification
-        yield _card(
+        yield (
             "codes that differ",
             f"{found.mismatches:,}",
             f"of {found.codes:,}, packed against trained",
         )
 
 
-def _card(label: str, value: str, note: str) -> str:
-    return (
-        f'<div class="card"><div class="label">{text(label)}</div><div class="value">{text(value)}</div>'
-        f'<div class="note">{text(note)}</div></div>'
-    )
-
-
 def _training(content: ReportInput) -> str:
     if content.record.is_vision:
-        caption = (
+        words = (
             "Left: the loss in nats per image; the thin line is single training batches (with whatever augmentation"
             " and mixing there is), the points are the validation split. Right: how many validation images get their"
             " own class."
         )
     else:
-        caption = _LANGUAGE_CAPTION
-    body = figure_with_caption(curves.loss_and_bits(content), caption)
+        words = _LANGUAGE_CAPTION
+    body = figure_with_caption(curves.loss_and_bits(content), words)
     if content.record.train:
         body += figure_with_caption(
             curves.learning_rate_and_gradient(content),
@@ -199,65 +203,47 @@ def _sizes(content: ReportInput) -> str:
     if not content.sizes:
         return ""
     largest = max(max(row.bf16, row.packed) for row in content.sizes)
-    rows = "".join(_size_row(row, largest) for row in content.sizes)
-    body = (
-        '<div class="scroll"><table class="sizes"><thead><tr><th>part</th><th>parameters</th><th>fp32</th><th>bf16</th>'
-        '<th>packed</th><th>packed / bf16</th><th class="wide">bf16 above, packed below</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>\n"
-        '<p class="caption">Low-bit layers hold codes, one scale a row and the constants of their input; the rest'
+    body = sizes(_size_row(row, largest) for row in content.sizes) + caption(
+        "Low-bit layers hold codes, one scale a row and the constants of their input; the rest"
         " (embeddings, head, norms) is stored as trained, in fp32 where the run did not round it. Of a packed folder"
-        " the whole model is the bytes of its files.</p>\n"
+        " the whole model is the bytes of its files."
     )
     found = content.verification
-    checked = "validation images" if content.record.is_vision else "tokens of validation text"
     if found is not None:
-        exact = (
-            "equal to the last bit"
-            if found.logit_difference == 0
-            else "the largest difference relative to them"
-        )
-        body += (
-            f'<p class="caption">Packed against trained, on {found.tokens:,} {checked}:'
-            f" <b>{found.codes:,} codes compared, {found.mismatches:,} differ</b>; logits"
-            f" {found.logit_difference:.3g} ({exact}).</p>\n"
+        exact = found.logit_difference == 0
+        body += agreement(
+            tokens=f"{found.tokens:,}",
+            what="validation images" if content.record.is_vision else "tokens of validation text",
+            codes=f"{found.codes:,}",
+            mismatches=f"{found.mismatches:,}",
+            difference=f"{found.logit_difference:.3g}",
+            meaning="equal to the last bit" if exact else "the largest difference relative to them",
         )
     return section("Size", body)
 
 
-def _size_row(row: SizeRow, largest: int) -> str:
-    cells = "".join(f"<td>{value:,}</td>" for value in (row.parameters, row.fp32, row.bf16, row.packed))
+def _size_row(row: SizeRow, largest: int) -> tuple[str, list[str], str, str]:
     ratio = f"1/{row.bf16 / row.packed:.2f}" if row.packed < row.bf16 else f"{row.packed / row.bf16:.2f}"
-    bars = "".join(
-        f'<span class="bar {kind}" style="width:{max(0.5, 100 * value / largest):.1f}%"></span>'
-        for kind, value in (("before", row.bf16), ("after", row.packed))
-    )
-    return (
-        f'<tr><th scope="row">{text(row.part)}</th>{cells}<td>{ratio}</td><td class="wide">{bars}</td></tr>'
-    )
+    cells = [f"{value:,}" for value in (row.parameters, row.fp32, row.bf16, row.packed)]
+    before, after = (f"{max(0.5, 100 * value / largest):.1f}" for value in (row.bf16, row.packed))
+    return row.part, [*cells, ratio], before, after
 
 
 def _sample(content: ReportInput) -> str:
     if content.sample is None:
         return ""
-    sample = content.sample
-    words = text(sample.continuation).replace("\n", "<br>")
+    found = content.sample
     return section(
         "What it writes",
-        f"<blockquote><b>{text(sample.prompt)}</b>{words}</blockquote>\n"
-        f'<p class="caption">Prompt in bold. {text(sample.settings)}</p>\n',
+        sample(found.prompt, found.continuation) + caption(f"Prompt in bold. {found.settings}"),
     )
 
 
 def _configuration(content: ReportInput) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{text(key)}</th><td>{text(_plain(value))}</td></tr>'
-        for key, value in content.record.environment.items()
-    )
-    environment = f'<div class="scroll"><table class="facts">{rows}</table></div>' if rows else ""
+    environment = facts((key, _plain(value)) for key, value in content.record.environment.items())
     return section(
         "Configuration and environment",
-        f"<details open><summary>Environment</summary>{environment}</details>\n"
-        f"<details open><summary>config.yaml</summary><pre>{text(content.record.config)}</pre></details>\n",
+        details("Environment", environment) + details("config.yaml", preformatted(content.record.config)),
     )
 
 

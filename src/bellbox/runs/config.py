@@ -21,15 +21,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from bellbox.core.grid import levels_from_bits
 from bellbox.errors import BellboxError
+from bellbox.runs.limits import Limits, refuse_beyond
 from bellbox.utils.processor import MAX_THREADS
 
 _FORBID: dict[str, Any] = {"extra": "forbid"}
 DEFAULT_STEPS = 1000
 MOST_STEPS = 10**12
+
+Count = Annotated[int, Limits(ge=1)]
+Interval = Annotated[int, Limits(ge=1, le=MOST_STEPS)]
+Positive = Annotated[float, Limits(gt=0)]
+NotNegative = Annotated[float, Limits(ge=0)]
+Fraction = Annotated[float, Limits(ge=0, lt=1)]
+Share = Annotated[float, Limits(gt=0, le=1)]
 
 
 PAPER = "bbq_paper"
@@ -69,9 +77,9 @@ class DataSection:
     """Tokenizer for a source that is prepared first: a folder or file of one. One is trained where null."""
     vocab_size: int | None = None
     """Entries of the tokenizer that is trained; 8,192 where null."""
-    context: int = 256
+    context: Count = 256
     """Tokens in a sequence."""
-    seed: int = 0
+    seed: Annotated[int, Limits(ge=0, le=2**63 - 1)] = 0
     """Seed of the order in which sequences or images come, and of what augmentation draws."""
 
 
@@ -124,12 +132,16 @@ class PhasesSection:
     """Full precision first, then quantized, perhaps with fewer bits from time to time."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    quantized: float | Literal["optimal"] = 1.0
+    quantized: Annotated[float, Limits(gt=0, le=1, says="in (0, 1], or optimal")] | Literal["optimal"] = 1.0
     """Fraction of the steps trained quantized, after the rest in full precision; 1: from the first step.
     `optimal`: by the law of arXiv 2509.22935, from tokens, parameters and bits (see `bellbox.runs.planner`)."""
-    bits_before: list[int] = field(default_factory=list)
+    bits_before: list[Annotated[int, Limits(ge=1, le=8, says="bits from 1 to 8")]] = field(
+        default_factory=list
+    )
     """Bits of the quantized steps before those of `quantization`: [4, 3] with bits 2 trains 4, then 3, then 2."""
-    shares: list[float] = field(default_factory=list)
+    shares: list[Annotated[float, Limits(gt=0, lt=1, says="numbers between 0 and 1")]] = field(
+        default_factory=list
+    )
     """Share of the quantized steps for each of these widths and the final one; equal where not given."""
 
 
@@ -138,12 +150,12 @@ class CewtSection:
     """Constrained weights: of constant norm, made exactly Gaussian from time to time (`optim.cewt`)."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    every: int | None = None
+    every: Annotated[int, Limits(ge=0)] | None = None
     """Steps between projections; 0: no constraint at all, 1: after each. Where null, 16 with BBQ, 1 with the rule
     `published`, else 0."""
     hyperball: bool = True
     """Whether an update is scaled to the weight's norm, in place of weight decay."""
-    lr: float | None = None
+    lr: Annotated[float, Limits(gt=0, lt=1)] | None = None
     """Peak learning rate of the hyperball, in units of the weight's norm; it follows `schedule`. `optimizer.lr` is
     then for all other parameters. Where null, 0.02, and 0.01 with the rule `published`."""
     rule: Literal["ours", "published"] = "ours"
@@ -163,19 +175,19 @@ class OptimizerSection:
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     kind: Literal["adamw", "muon"] = "adamw"
     """AdamW; or Muon (torch.optim.Muon) for the matrices inside the blocks, and AdamW for all else."""
-    lr: float = 1.2e-3
+    lr: Positive = 1.2e-3
     """Peak learning rate. The paper: 1.2e-3 at 95M and 125M, 6e-4 at 200M, 3e-4 at 300M."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """Decay of the first and the second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Decoupled decay, of the weights of linear layers only."""
     decay_head: bool = True
     """Whether the layer that gives the logits decays too; the BBQ authors leave it out."""
-    clip: float = 1.0
+    clip: NotNegative = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
-    momentum: float = 0.95
+    momentum: Fraction = 0.95
     """Of Muon."""
     muon_dtype: Literal["bf16", "fp32"] = "bf16"
     """What Muon orthogonalises in. bf16 as published; fp32 takes longer, and does not make more of a last bit."""
@@ -190,9 +202,9 @@ class DistillSection:
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
     teacher: str | None = None
     """A run or Hugging Face folder with the same tokenizer, usually in full precision; null for no teacher."""
-    weight: float = 0.5
+    weight: Share = 0.5
     """Share of the teacher in the loss, in (0, 1]; the rest is the text's."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Both distributions are softened by it."""
 
 
@@ -201,19 +213,19 @@ class MecSection:
     """A term that makes a layer's features carry as much as they can: MEC-style, see bellbox.objectives.mec."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    weight: float = 0.0
+    weight: NotNegative = 0.0
     """What the term, from -1 to 0, is multiplied by and added to the loss; 0 for none."""
     layer: str | None = None
     """The layer by name; the output layer where null."""
     side: Literal["input", "output"] = "input"
     """What of it: of the output layer, its input is the pooled representation."""
-    distortion: float = 64.0
+    distortion: Positive = 64.0
     """Squared error a dimension that the code may make."""
-    experts: int = 1
+    experts: Count = 1
     """Groups of channels that are coded by themselves, which takes less time."""
     form: Literal["exact", "taylor"] = "exact"
     """The determinant itself, or the first terms of a series."""
-    order: int = 4
+    order: Count = 4
     """Terms of the series."""
 
 
@@ -222,11 +234,11 @@ class ScheduleSection:
     """One cycle of the learning rate, both legs a half cosine."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    warmup: float = 0.1
+    warmup: Fraction = 0.1
     """Fraction of the steps spent rising."""
-    start_factor: float = 0.01
+    start_factor: Share = 0.01
     """First learning rate, as a fraction of the peak."""
-    end_factor: float = 0.1
+    end_factor: Annotated[float, Limits(ge=0, le=1, says="in [0, 1]")] = 0.1
     """Last learning rate, as a fraction of the peak."""
 
 
@@ -235,9 +247,9 @@ class BatchSection:
     """How much text one optimizer step sees."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    tokens: int = 8192
+    tokens: Count = 8192
     """Tokens in one optimizer step. The paper: 262144."""
-    micro_sequences: int = 8
+    micro_sequences: Count = 8
     """Sequences in one forward pass; the number of passes in a step follows from it."""
 
 
@@ -247,27 +259,27 @@ class VisionSection:
     language only."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    image_size: int | None = None
+    image_size: Annotated[int, Limits(ge=1, le=4096)] | None = None
     """Height and width that images are scaled and cropped to, for sources that hold images of any size."""
-    train_images: int | None = None
+    train_images: Count | None = None
     """Train on so many of the images; all where null."""
-    valid_images: int | None = None
+    valid_images: Count | None = None
     """Validate on so many; all where null."""
-    batch: int = 128
+    batch: Annotated[int, Limits(ge=2)] = 128
     """Images in one optimizer step."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Images in one forward pass; as many as in a step where null."""
-    crop: int = 4
+    crop: Annotated[int, Limits(ge=0, le=256)] = 4
     """Pixels by which training images are moved at random, each way; 0 for none."""
     flip: bool = True
     """Mirror training images at random."""
-    mixup: float = 0.0
+    mixup: NotNegative = 0.0
     """Both numbers of mixup's Beta distribution; 0 for none."""
-    cutmix: float = 0.0
+    cutmix: NotNegative = 0.0
     """Likewise of cutmix. Where both are on, each batch gets one of them."""
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction = 0.0
     """Share of the target that is spread over all classes."""
-    ema: float = 0.0
+    ema: Fraction = 0.0
     """Decay of the averaged weights that are validated and loaded in place of the trained ones; 0 for none."""
 
 
@@ -314,26 +326,26 @@ class TrainConfig:
     batch: BatchSection = field(default_factory=BatchSection)
     vision: VisionSection = field(default_factory=VisionSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
-    steps: int | None = None
+    steps: Count | None = None
     """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
-    tokens: int | None = None
+    tokens: Count | None = None
     """Budget in tokens (of a vision task, in images), rounded up to whole steps."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast dtype of the training forward; `auto` takes bf16 where the processor or GPU has units for it, else fp32,
     and a run goes on with what it began with. Master weights and evaluation are fp32 in both."""
     compile: bool = False
     """Pass the training forward through torch.compile."""
-    seed: int = 0
+    seed: Annotated[int, Limits(ge=-(2**63), le=2**63 - 1)] = 0
     """Seed of the initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
-    threads: int | None = None
+    threads: Annotated[int, Limits(ge=1, le=MAX_THREADS)] | None = None
     """CPU threads; PyTorch's choice where not given."""
-    eval_every: int = 100
+    eval_every: Interval = 100
     """Steps between validations. The last step is always validated."""
-    checkpoint_every: int = 100
+    checkpoint_every: Interval = 100
     """Steps between checkpoints. The last step and every new best are always saved."""
-    log_every: int = 10
+    log_every: Interval = 10
     """Steps between training records."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
@@ -384,6 +396,7 @@ class TrainConfig:
         Raises:
             BellboxError: naming the key, its value and the limit.
         """
+        refuse_beyond(self)
         if self.task == "vision":
             _check_vision(self)
         else:
@@ -394,73 +407,8 @@ class TrainConfig:
             raise BellboxError(
                 f"steps is {self.steps} and tokens is {self.tokens}: give one of them, the other as null"
             )
-        for name, value, low in (
-            ("steps", self.total_steps, 1),
-            ("eval_every", self.eval_every, 1),
-            ("checkpoint_every", self.checkpoint_every, 1),
-            ("log_every", self.log_every, 1),
-        ):
-            if not low <= value <= MOST_STEPS:
-                limit = f"at least {low}" if value < low else f"at most {MOST_STEPS}"
-                raise BellboxError(f"{name} is {value}, must be {limit}")
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise BellboxError(f"threads is {self.threads}, must be from 1 to {MAX_THREADS}")
-        for name, value, low in (("seed", self.seed, -(2**63)), ("data.seed", self.data.seed, 0)):
-            if not low <= value < 2**63:
-                raise BellboxError(f"{name} is {value}, must be from {low} to {2**63 - 1}")
-        optimizer, schedule, phases = self.optimizer, self.schedule, self.phases
-        quantized, taught = phases.quantized, self.distill.teacher is not None
-        for name, ok, limit in (
-            (
-                "phases.quantized",
-                quantized == "optimal" or 0 < float(quantized) <= 1,
-                "in (0, 1], or optimal",
-            ),
-            ("threads", (self.threads or 1) <= 1024, "at most 1024"),
-            ("seed", -(2**63) <= self.seed < 2**64, "a number of 64 bits"),
-            ("data.seed", -(2**63) <= self.data.seed < 2**64, "a number of 64 bits"),
-            ("phases.bits_before", all(1 <= bits <= 8 for bits in phases.bits_before), "bits from 1 to 8"),
-            ("phases.shares", all(0 < share < 1 for share in phases.shares), "numbers between 0 and 1"),
-            ("optimizer.lr", 0 < optimizer.lr < float("inf"), "above 0"),
-            ("optimizer.betas", all(0 <= b < 1 for b in optimizer.betas), "in [0, 1)"),
-            ("optimizer.eps", 0 < optimizer.eps < float("inf"), "above 0 and finite"),
-            ("optimizer.weight_decay", 0 <= optimizer.weight_decay < float("inf"), "at least 0 and finite"),
-            ("optimizer.clip", 0 <= optimizer.clip < float("inf"), "at least 0 and finite"),
-            ("optimizer.momentum", 0 <= optimizer.momentum < 1, "in [0, 1)"),
-            ("optimizer.cewt.every", (optimizer.cewt.every or 0) >= 0, "at least 0"),
-            ("optimizer.cewt.lr", 0 < optimizer.cewt.rate < 1, "between 0 and 1"),
-            ("distill.weight", 0 < self.distill.weight <= 1, "in (0, 1]"),
-            *(
-                (
-                    f"distill.{key}",
-                    taught or getattr(self.distill, key) == default,
-                    f"left at {default} without a teacher",
-                )
-                for key, default in vars(DistillSection()).items()
-                if key != "teacher"
-            ),
-            (
-                "distributed.shard",
-                isinstance(self.distributed.shard, str) or self.distributed.shard >= 1,
-                "all, node or at least 1",
-            ),
-            ("distributed.timeout", 1 <= self.distributed.timeout <= 86400, "from 1 to 86400 seconds"),
-            ("mec.weight", 0 <= self.mec.weight < float("inf"), "at least 0"),
-            ("mec.distortion", 0 < self.mec.distortion < float("inf"), "above 0"),
-            ("mec.experts", self.mec.experts >= 1, "at least 1"),
-            ("mec.order", self.mec.order >= 1, "at least 1"),
-            (
-                "compile",
-                not (self.compile and self.mec.weight),
-                "false with mec: a compiled graph hides its layers",
-            ),
-            ("distill.temperature", 0 < self.distill.temperature < float("inf"), "above 0"),
-            ("schedule.warmup", 0 <= schedule.warmup < 1, "in [0, 1)"),
-            ("schedule.start_factor", 0 < schedule.start_factor <= 1, "in (0, 1]"),
-            ("schedule.end_factor", 0 <= schedule.end_factor <= 1, "in [0, 1]"),
-        ):
-            if not ok:
-                raise BellboxError(f"{name} is {_value(self, name)}, must be {limit}")
+    distributed: DistributedSection = field(default_factory=DistributedSection)
+    steps: Count | None = None
         return self
 
 
@@ -478,13 +426,6 @@ class ResolvedConfig(TrainConfig):
 
 def _check_batch(config: TrainConfig) -> None:
     context, tokens, micro = config.data.context, config.batch.tokens, config.batch.micro_sequences
-    for name, value in (
-        ("data.context", context),
-        ("batch.tokens", tokens),
-        ("batch.micro_sequences", micro),
-    ):
-        if value < 1:
-            raise BellboxError(f"{name} is {value}, must be at least 1")
     if tokens % context:
         near = max(round(tokens / context), 1) * context
         raise BellboxError(
@@ -503,24 +444,8 @@ def _check_vision(config: TrainConfig) -> None:
     micro = section.batch if section.micro_batch is None else section.micro_batch
     if config.distill.teacher is not None:
         raise BellboxError("distill.teacher is for language; leave it out of a vision task")
-    for name, ok, limit in (
-        ("vision.batch", section.batch >= 2, "at least 2"),
-        ("vision.micro_batch", micro >= 1 and section.batch % micro == 0, "a divisor of vision.batch"),
-        (
-            "vision.image_size",
-            section.image_size is None or 1 <= section.image_size <= 4096,
-            "from 1 to 4096",
-        ),
-        ("vision.train_images", section.train_images is None or section.train_images >= 1, "at least 1"),
-        ("vision.valid_images", section.valid_images is None or section.valid_images >= 1, "at least 1"),
-        ("vision.crop", 0 <= section.crop <= 256, "from 0 to 256"),
-        ("vision.mixup", 0 <= section.mixup < float("inf"), "at least 0"),
-        ("vision.cutmix", 0 <= section.cutmix < float("inf"), "at least 0"),
-        ("vision.label_smoothing", 0 <= section.label_smoothing < 1, "in [0, 1)"),
-        ("vision.ema", 0 <= section.ema < 1, "in [0, 1)"),
-    ):
-        if not ok:
-            raise BellboxError(f"{name} is {_value(config, name)}, must be {limit}")
+    if section.batch % micro:
+        raise BellboxError(f"vision.micro_batch is {section.micro_batch}, must be a divisor of vision.batch")
 
 
 def methods_named(section: QuantizationSection) -> set[str]:
@@ -570,12 +495,6 @@ def _check_method(section: QuantizationSection) -> None:
         check_method("bbq" if section.method == PAPER else section.method, section.options)
     except BellboxError as error:
         raise BellboxError(f"quantization: {error}") from None
-
-
-def _value(config: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def _plain(value: Any) -> Any:

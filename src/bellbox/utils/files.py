@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 JSON_LIMIT = 64 << 20
 HEADER_LIMIT = 64 << 20
 TOKENIZER_LIMIT = 256 << 20
+_POSIX = os.name == "posix"
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -120,8 +121,13 @@ def one_line(error: BaseException, most: int = 300) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have the operating system put a file or a folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Have the operating system put a file or a folder on the disk.
+
+    Windows opens no folders, and syncs a file only for those who may write to it: there a folder is left alone.
+    """
+    if not _POSIX and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if _POSIX else os.O_RDWR | getattr(os, "O_BINARY", 0))
     try:
         os.fsync(handle)
     finally:
@@ -299,8 +305,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # Windows opens no folders
-        sync(target.parent)
+    sync(target.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -376,7 +381,7 @@ def refuse_foreign(target: Path, replaces: str) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two paths in one step; False where this system or file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if _POSIX else None
     if rename is None:
         return False
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux, the one system with a renameat2
