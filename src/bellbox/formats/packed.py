@@ -20,6 +20,7 @@ from bellbox.errors import BellboxError
 from bellbox.formats import BINARIZED, description, schema
 from bellbox.formats.description import CONFIG, TENSORS, TOKENIZER
 from bellbox.formats.expert_places import packed_projections
+from bellbox.formats.guard import guard, guards_in
 from bellbox.nn import CodedLayer, PackedConv2d, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
@@ -70,6 +71,8 @@ def save(
         if (target / CONFIG).is_file() and not is_packed(target):
             raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
         tensors = {name: value.detach().contiguous().cpu() for name, value in tensors_of(model).items()}
+        if description.has_class_of_transformers(model):
+            tensors |= guard(layers)
         memory: set[int] = set()
         for name, value in tensors.items():
             start = value.untyped_storage().data_ptr()
@@ -268,6 +271,8 @@ def read_stored(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         BellboxError: missing, altered or damaged.
     """
     tensors = read_tensors(listed_file(root, config["files"], TENSORS, CONFIG))
+    for name in guards_in(tensors, config["layers"], config["experts"]):
+        del tensors[name]
     if config["version"] < 4:
         for name in config["layers"]:
             _upgrade(root, f"{name}." if name else "", tensors)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.formats import description
 from bellbox.formats.description import RMS_NORM, TENSORS, TOKENIZER
+from bellbox.formats.guard import guard
 from bellbox.formats.packed import tensors_of
 from bellbox.formats.schema import stored_buffers
 from bellbox.interop.transformers.card import write_card
@@ -89,7 +90,7 @@ def export_packed(
     autos = auto_classes(parts.kind, _CLASSES[parts.kind])
     with new_packed_folder(folder) as writing:
         tensors = _apart(parts.tensors)
-        write_tensors(writing / TENSORS, tensors, {"format": "pt"})
+        write_tensors(writing / TENSORS, tensors | guard(parts.layers), {"format": "pt"})
         files = {TENSORS: describe_file(writing / TENSORS)}
         if tokenizer is not None:
             write_text(writing / TOKENIZER, tokenizer)

@@ -21,7 +21,7 @@ from bellbox.interop.transformers import packed, prepared
 from bellbox.interop.transformers.classes import adopt
 from bellbox.interop.transformers.config import BellboxConfig
 from bellbox.interop.transformers.remote_code import forget_missing_file
-from bellbox.interop.transformers.saving import state_to_save
+from bellbox.interop.transformers.saving import guarded_state
 
 
 class BellboxHfQuantizer(HfQuantizer):
@@ -127,7 +127,7 @@ class BellboxHfQuantizer(HfQuantizer):
         self, model: Any
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors as files have them."""
-        return state_to_save(model), {}
+        return guarded_state(model), {}
 
 
 def register() -> None:
