@@ -26,7 +26,7 @@ from bellbox.formats.schema import stored_buffers
 from bellbox.interop.transformers.card import write_card
 from bellbox.interop.transformers.folder import copy_companions, new_packed_folder
 from bellbox.interop.transformers.remote_code import auto_classes
-from bellbox.interop.transformers.rows import joined, split
+from bellbox.nn.rows import joined, split, why_apart
 from bellbox.interop.transformers.saving import coded_layers, write_config
 from bellbox.models import GPT, Llama
 from bellbox.models.hf_config import write_config as config_for
@@ -235,21 +235,6 @@ def _joined(names: list[str], layers: Mapping[str, CodedLayer]) -> CodedLayer:
         _refuse_join(names[0], "they are not low-bit alike")
     some: list[Any] = list(parts)
     for each in some[1:]:
-        if why := _why_apart(some[0], each):
+        if why := why_apart(some[0], each):
             _refuse_join(names[0], why)
     return joined(some)
-
-
-def _why_apart(one: Any, other: Any) -> str | None:
-    if one.weight_levels != other.weight_levels:
-        return "their weights have other levels"
-    if (one.bias is None) != (other.bias is None):
-        return "not all have a bias"
-    settings = ("coding",) if isinstance(one, PackedLinear) else ("scale_group", "block")
-    if any(getattr(one, name) != getattr(other, name) for name in settings):
-        return "they code their input differently"
-    for name in ("act_scale", "act_thresholds", "act_rstd", "act_signs", "weight_table"):
-        a, b = one._buffers.get(name), other._buffers.get(name)
-        if a is not b and (a is None or b is None or not torch.equal(a, b)):
-            return f"they differ in {name}"
-    return None

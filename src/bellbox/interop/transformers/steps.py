@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
-from bellbox.interop.transformers.rows import split
+from bellbox.nn.rows import split
 from bellbox.nn import PackedTransposed
 from bellbox.nn.compact import CompactEmbedding
 from bellbox.nn.packed_linear import bound_groups
