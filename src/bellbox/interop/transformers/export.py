@@ -26,13 +26,13 @@ from bellbox.formats.schema import stored_buffers
 from bellbox.interop.transformers.card import write_card
 from bellbox.interop.transformers.folder import copy_companions, new_packed_folder
 from bellbox.interop.transformers.remote_code import auto_classes
-from bellbox.nn.rows import joined, split, why_apart
 from bellbox.interop.transformers.saving import coded_layers, write_config
 from bellbox.models import GPT, Llama
 from bellbox.models.hf_config import write_config as config_for
 from bellbox.models.hf_names import opt_name, to_hf
-from bellbox.nn import CodedLayer, PackedLinear
+from bellbox.nn import CodedLayer
 from bellbox.nn.compact import Compact
+from bellbox.nn.rows import joined, split, why_apart
 from bellbox.utils.files import describe_file, write_tensors, write_text
 
 _CLASSES = {

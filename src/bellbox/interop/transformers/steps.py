@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
-from bellbox.nn.rows import split
 from bellbox.nn import PackedTransposed
 from bellbox.nn.compact import CompactEmbedding
 from bellbox.nn.packed_linear import bound_groups
+from bellbox.nn.rows import split
 from bellbox.ops.attend import CacheLayer
 from bellbox.ops.decoder_block import gpt_block, llama_block
 from bellbox.ops.rms_norm import rms_norm
