@@ -49,10 +49,10 @@ def save(
         model: what `convert` gave. Models of `bellbox.models` load by themselves later; any other module
             loads with `load(folder, into=model)`.
         folder: new, empty, or an earlier packed model, which is replaced.
-        tokenizer: a tokenizer.json to put beside it.
+        tokenizer: a tokenizer.json to put beside it, or a sentencepiece `.model`, which is translated into one.
 
     Raises:
-        BellboxError: the model is not packed, or the folder cannot be used.
+        BellboxError: the model is not packed, the tokenizer cannot be read, or the folder cannot be used.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -85,10 +85,19 @@ def save(
             raise BellboxError(f"{target}: cannot be written ({error})") from None
         files = {TENSORS: describe_file(writing / TENSORS)}
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, writing / TOKENIZER)
+            _write_tokenizer(Path(tokenizer), writing / TOKENIZER)
             files[TOKENIZER] = describe_file(writing / TOKENIZER)
         config = description.describe(model, layers, files)
         (writing / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(source: Path, target: Path) -> None:
+    if source.suffix != ".model":
+        shutil.copyfile(source, target)
+        return
+    from bellbox.data.tokenizer import Tokenizer
+
+    Tokenizer.load(source).save(target)
 
 
 @overload

@@ -29,29 +29,22 @@ from bellbox.nn import CodedLayer
 from bellbox.nn.rows import joined, why_apart
 from bellbox.ops.rms_norm import rms_norm
 
-require("vllm", "vllm")
-
-from vllm.config import get_current_vllm_config_or_none  # noqa: E402  (named before: its absence is one line)
-from vllm.model_executor.custom_op import op_registry_oot  # noqa: E402
-from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
-from vllm.model_executor.layers.linear import (  # noqa: E402
-    LinearBase,
-    LinearMethodBase,
-    UnquantizedLinearMethod,
-)
-from vllm.model_executor.layers.quantization import register_quantization_config  # noqa: E402
-from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
-    QuantizationConfig,
-    QuantizeMethodBase,
-)
-from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
+_config: Any = require("vllm.config", "vllm")
+_custom_op: Any = require("vllm.model_executor.custom_op", "vllm")
+_layernorm: Any = require("vllm.model_executor.layers.layernorm", "vllm")
+_linear: Any = require("vllm.model_executor.layers.linear", "vllm")
+_methods: Any = require("vllm.model_executor.layers.quantization", "vllm")
+_base: Any = require("vllm.model_executor.layers.quantization.base_config", "vllm")
+_weights: Any = require("vllm.model_executor.models.utils", "vllm")
 
 
 def register() -> None:
     """Tell vLLM of the method and the norm; what the entry point calls. Calling it again changes nothing."""
-    register_quantization_config(QUANT_METHOD)(BellboxVllmConfig)
-    if RMSNorm.__name__ not in op_registry_oot:  # where another plug-in has taken it, norms are that one's
-        RMSNorm.register_oot(BellboxRMSNorm, name=RMSNorm.__name__)
+    _methods.register_quantization_config(QUANT_METHOD)(BellboxVllmConfig)
+    if (
+        _layernorm.RMSNorm.__name__ not in _custom_op.op_registry_oot
+    ):  # where another plug-in has taken it, norms are that one's
+        _layernorm.RMSNorm.register_oot(BellboxRMSNorm, name=_layernorm.RMSNorm.__name__)
 
 
 class Folder:
@@ -96,7 +89,7 @@ class Folder:
         return made
 
 
-class BellboxVllmConfig(QuantizationConfig):
+class BellboxVllmConfig(_base.QuantizationConfig):
     """How vLLM runs a packed folder.
 
     Args:
@@ -177,13 +170,13 @@ class BellboxVllmConfig(QuantizationConfig):
                 "(hf download NAME --local-dir FOLDER)"
             )
         self.root = Path(model_name).resolve()
-        _ = self.folder
+        self._folder = Folder(self.root)
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def get_checkpoint_weight_mapper(self) -> Any:
         """Names that vLLM passes over while it loads the rest."""
-        return WeightsMapper(orig_to_new_substr=dict.fromkeys(self.folder.names_read_here()))
+        return _weights.WeightsMapper(orig_to_new_substr=dict.fromkeys(self.folder.names_read_here()))
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """How one layer of vLLM's model is run; None for what is no linear layer.
 
         Raises:
@@ -194,8 +187,8 @@ class BellboxVllmConfig(QuantizationConfig):
         names = [f"{before}.{part}" if before else part for part in parts]
         packed = [name for name in names if name in self.folder.entries]
         if not packed:
-            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        if not isinstance(layer, LinearBase):
+            return _linear.UnquantizedLinearMethod() if isinstance(layer, _linear.LinearBase) else None
+        if not isinstance(layer, _linear.LinearBase):
             raise BellboxError(
                 f"{prefix}: is packed, and vLLM's {type(layer).__name__} cannot be: use keep for it"
             )
@@ -207,12 +200,12 @@ class BellboxVllmConfig(QuantizationConfig):
         return BellboxLinearMethod(self.folder, names)
 
 
-class BellboxRMSNorm(RMSNorm):
+class BellboxRMSNorm(_layernorm.RMSNorm):
     """vLLM's norm; in a model that Bellbox's norm was trained with, that one."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        config = get_current_vllm_config_or_none()
+        config = _config.get_current_vllm_config_or_none()
         ours = config is not None and isinstance(config.quant_config, BellboxVllmConfig)
         self.as_trained = ours and getattr(config.model_config.hf_config, RMS_NORM, None) == "bellbox"
 
@@ -226,7 +219,7 @@ class BellboxRMSNorm(RMSNorm):
         return rms_norm(total, self.weight, self.variance_epsilon), total
 
 
-class BellboxLinearMethod(LinearMethodBase):
+class BellboxLinearMethod(_linear.LinearMethodBase):
     """A linear layer of vLLM whose product is that of packed layers, one after another in its rows.
 
     Args:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.formats import description
+from bellbox.formats.companions import copy_companions
 from bellbox.formats.description import RMS_NORM, TENSORS, TOKENIZER
 from bellbox.formats.guard import guard
 from bellbox.formats.packed import tensors_of
 from bellbox.formats.schema import stored_buffers
 from bellbox.interop.transformers.card import write_card
-from bellbox.interop.transformers.folder import copy_companions, new_packed_folder
+from bellbox.interop.transformers.folder import new_packed_folder
 from bellbox.interop.transformers.remote_code import auto_classes
 from bellbox.interop.transformers.saving import coded_layers, write_config
 from bellbox.models import GPT, Llama

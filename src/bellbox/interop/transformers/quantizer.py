@@ -22,9 +22,10 @@ from bellbox.interop.transformers.classes import adopt
 from bellbox.interop.transformers.config import BellboxConfig
 from bellbox.interop.transformers.remote_code import forget_missing_file
 from bellbox.interop.transformers.saving import guarded_state
+from bellbox.nn.pretrained import Allowing
 
 
-class BellboxHfQuantizer(HfQuantizer):
+class BellboxHfQuantizer(Allowing, HfQuantizer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Loads packed layers, prepares a plain model, or loads a prepared one; see the package."""
 
     requires_calibration = False
@@ -102,15 +103,6 @@ class BellboxHfQuantizer(HfQuantizer):
         return model
 
     # --- saving and training ---
-
-    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Yes."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:  # pyright: ignore
-        """Yes: a prepared model as it is, a packed one by adapters around it."""
-        return True
 
     @property
     def is_qat_trainable(self) -> bool:
