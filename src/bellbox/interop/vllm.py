@@ -41,10 +41,9 @@ _weights: Any = require("vllm.model_executor.models.utils", "vllm")
 def register() -> None:
     """Tell vLLM of the method and the norm; what the entry point calls. Calling it again changes nothing."""
     _methods.register_quantization_config(QUANT_METHOD)(BellboxVllmConfig)
-    if (
-        _layernorm.RMSNorm.__name__ not in _custom_op.op_registry_oot
-    ):  # where another plug-in has taken it, norms are that one's
-        _layernorm.RMSNorm.register_oot(BellboxRMSNorm, name=_layernorm.RMSNorm.__name__)
+    name = _layernorm.RMSNorm.__name__
+    if name not in _custom_op.op_registry_oot:  # where another plug-in has taken it, norms are that one's
+        _layernorm.RMSNorm.register_oot(BellboxRMSNorm, name=name)
 
 
 class Folder:
