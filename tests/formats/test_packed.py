@@ -808,6 +808,7 @@ def test_a_sentencepiece_tokenizer_is_written_as_a_tokenizer_json(tmp_path: Path
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"), model_prefix=str(tmp_path / "t"), vocab_size=290,
         model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, max_sentence_length=100,
     )  # fmt: skip
     model = packed_llama()
     bb.save(model, tmp_path / "m", tokenizer=tmp_path / "t.model")

@@ -28,6 +28,7 @@ from bellbox.inference.generation import generate
 from bellbox.interop import vllm as plugin
 from bellbox.interop.transformers.export import export_packed
 from bellbox.models import LlamaConfig, build
+from bellbox.ops.rms_norm import rms_norm
 
 CONFIG = LlamaConfig(320, 128, 192, 2, 4, 2, max_position_embeddings=128)
 
@@ -57,6 +58,20 @@ def config(folder: Path) -> plugin.BellboxVllmConfig:
     return found
 
 
+def norms_are_bellboxs(model: nn.Module) -> tuple[int, bool]:
+    """How many norms a model of vLLM's has, and whether all are computed as they were trained, residuals included."""
+    norms: list[Any] = [each for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
+    x, residual = torch.randn(2, 3, 128)
+    ours = True
+    for norm in norms:
+        alone, (both, total) = norm(x), norm(x, residual)
+        ours &= torch.equal(alone, rms_norm(x, norm.weight, norm.variance_epsilon))
+        ours &= torch.equal(total, x + residual)
+        ours &= torch.equal(both, rms_norm(total, norm.weight, norm.variance_epsilon))
+        ours &= norm.as_trained
+    return len(norms), ours
+
+
 class FakeLinear(plugin._linear.LinearBase):
     """A linear layer of vLLM's without its engine."""
 
@@ -76,6 +91,7 @@ def test_the_engine_writes_bellboxs_tokens(folder: Path) -> None:
         max_num_seqs=4,
         skip_tokenizer_init=True,
     )
+    assert engine.apply_model(norms_are_bellboxs) == [(2 * CONFIG.num_hidden_layers + 1, True)]
     prompts = [list(range(2, 9)), [300], list(range(40, 71))]
     how = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     asked: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
