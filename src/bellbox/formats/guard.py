@@ -2,7 +2,8 @@
 
 `from_pretrained(folder, config=LlamaConfig(...))` reads no `config.json`, so nobody there knows of codes: every packed
 layer would be missing, and get random weights. But a tensor of another shape than the model's is an error. So the file
-has one under the plain name of one layer's weight: `[0]` of uint8. Whoever reads the folder as ours leaves it out.
+has one under the plain name of one layer's weight: `[0]` of uint8. Whoever reads the folder as ours leaves it out, and
+so do our layers in `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bellbox.nn.tools import is_guard
 
 _OURS_ALONE = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
 """Layers that a GPT of `bellbox.models`, or a LLaMA with fused q, k and v, has under other names than transformers."""
@@ -42,8 +45,3 @@ def guards_in(tensors: Mapping[str, Tensor], layers: Iterable[str], experts: Map
     places = {f"{name}.weight" for name in layers}
     places |= {f"{name}.{stack}" for name, entry in experts.items() for stack in entry["projections"]}
     return {name for name in places & tensors.keys() if is_guard(tensors[name])}
-
-
-def is_guard(tensor: Tensor) -> bool:
-    """Whether a tensor is one: no model has such a weight."""
-    return tensor.shape == (0,) and tensor.dtype == torch.uint8
