@@ -204,8 +204,8 @@ class BellboxRMSNorm(_layernorm.RMSNorm):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        config = _config.get_current_vllm_config_or_none()
-        ours = config is not None and isinstance(config.quant_config, BellboxVllmConfig)
+        config: Any = _config.get_current_vllm_config_or_none()
+        ours = isinstance(getattr(config, "quant_config", None), BellboxVllmConfig)
         self.as_trained = ours and getattr(config.model_config.hf_config, RMS_NORM, None) == "bellbox"
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
