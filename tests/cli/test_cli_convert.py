@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -110,3 +111,21 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(
     assert "holds something else" in refused("convert", run, "--out", tmp_path / "full")
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
     assert "cannot be written" in refused("convert", run, "--out", "/proc/none/packed")
+
+
+def test_the_chat_template_of_what_a_run_began_with_comes_along(run: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    texts = {"chat_template.jinja": "{{ messages }}", "generation_config.json": "{}", "vocab.json": "{}"}
+    for name, text in texts.items():
+        (begun / name).write_text(text)
+    opened = open_model(run)
+    assert opened.run is not None
+    section = dataclasses.replace(opened.run.config.model, pretrained=str(begun))
+    config = dataclasses.replace(opened.run.config, model=section)
+    opened = dataclasses.replace(opened, run=dataclasses.replace(opened.run, config=config))
+    command.pack(opened, tmp_path / "packed")
+    assert (tmp_path / "packed" / "chat_template.jinja").read_text() == "{{ messages }}"
+    names = {path.name for path in (tmp_path / "packed").iterdir()}
+    assert names & texts.keys() == texts.keys() - {"vocab.json"}  # the vocabulary is the run's own
+    io.load(tmp_path / "packed")

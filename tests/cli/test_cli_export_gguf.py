@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,20 @@ import torch
 
 import bellbox as bb
 from bellbox.cli.main import main
+from bellbox.core.entropy import code_counts, entropy_bits
 from bellbox.formats import packed as io
 from bellbox.models import LlamaConfig, ResNetConfig, build
+from bellbox.nn import CodedLayer
 
 gguf = pytest.importorskip("gguf")
 
+from bellbox.interop.gguf import WEIGHTS_ONLY  # noqa: E402
+
+CONFIG = LlamaConfig(320, 64, 128, 1, 2, max_position_embeddings=32)
+
 
 def packed_folder(folder: Path, tokenizer: Path | None, **more: object) -> Path:
-    config = LlamaConfig(320, 64, 128, 1, 2, max_position_embeddings=32)
-    model = bb.prepare(build(config, seed=0), bb.Recipe.of("bbq", 2, **{"block": 1, **more})).eval()  # type: ignore[arg-type]
+    model = bb.prepare(build(CONFIG, seed=0), bb.Recipe.of("bbq", 2, **{"block": 1, **more})).eval()  # type: ignore[arg-type]
     with torch.no_grad():
         model(torch.arange(8)[None])
     io.save(bb.convert(model), folder, tokenizer=tokenizer)
@@ -44,6 +50,35 @@ def test_it_says_what_was_written_and_that_it_is_weights_only(
     fields = gguf.GGUFReader(out).fields
     assert fields["general.name"].contents() == "packed"
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
+def test_a_card_beside_it_counts_every_byte(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = packed_folder(tmp_path / "packed", tokens / "tokenizer.json")
+    out = tmp_path / "model.gguf"
+    main(["export", "gguf", str(folder), str(out)])
+    assert "model.gguf.md says what it is" in capsys.readouterr().out
+    card = (tmp_path / "model.gguf.md").read_text()
+    assert WEIGHTS_ONLY in card
+    rows = [line.strip("| ").split(" | ") for line in card.splitlines() if line.count("|") == 4]
+    sizes = [
+        (int(row[1].strip("* ").replace(",", "")), int(row[2].strip("* ").replace(",", "")))
+        for row in rows[2:]
+    ]
+    *parts, whole = sizes
+    assert whole == (sum(weights for weights, _ in parts), out.stat().st_size)
+    assert sum(size for _, size in parts) == whole[1]
+    assert whole[0] == sum(parameter.numel() for parameter in build(CONFIG).parameters())
+    layers = [m for m in bb.load(folder).modules() if isinstance(m, CodedLayer)]
+    counts = sum(code_counts(layer.weight_codes(), 4) * 1.0 for layer in layers)
+    said = float(re.search(r"codes of 4 levels \| (\S+) of 2.000 bits", card)[1])  # type: ignore[index]
+    assert said <= round(entropy_bits(counts), 3)  # a mean of entropies is at most that of all
+    assert said > 1.5
+    bits = float(re.search(r"whole file \| (\S+) \|", card)[1])  # type: ignore[index]
+    assert bits == pytest.approx(8 * whole[1] / whole[0], abs=1e-3)
+    main(["export", "gguf", str(folder), str(out), "--floats", "f16"])
+    assert "F16, rounded floats" in (tmp_path / "model.gguf.md").read_text()
 
 
 def test_a_run_with_a_rotation_is_refused_with_the_way_out(

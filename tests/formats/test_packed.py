@@ -798,3 +798,25 @@ def test_the_checksum_covers_what_transformers_reads(spoilt):
     (spoilt / CONFIG).write_text(json.dumps(config))
     with pytest.raises(BellboxError, match="checksum"):
         bb.load(spoilt)
+
+
+def test_a_sentencepiece_tokenizer_is_written_as_a_tokenizer_json(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from bellbox.data.tokenizer import Tokenizer
+
+    (tmp_path / "text").write_text("the bells ring and the boxes sing\n" * 50, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "t"), vocab_size=290,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, max_sentence_length=100,
+    )  # fmt: skip
+    model = packed_llama()
+    bb.save(model, tmp_path / "m", tokenizer=tmp_path / "t.model")
+    written = tokenizer_path(tmp_path / "m")
+    assert written is not None
+    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    assert Tokenizer.load(written).encode("the boxes ring") == original.encode("the boxes ring")
+    (tmp_path / "bad.model").write_bytes(b"nothing")
+    with pytest.raises(BellboxError, match="not a sentencepiece model"):
+        bb.save(model, tmp_path / "n", tokenizer=tmp_path / "bad.model")
+    assert not (tmp_path / "n").exists()

@@ -25,6 +25,7 @@ from bellbox.errors import BellboxError, require
 from bellbox.evaluation.codes import Agreement, agreement
 from bellbox.formats import packed as io
 from bellbox.formats.auto import OpenedModel, open_data_for, open_images_for, open_model
+from bellbox.formats.companions import TOKENIZER_FILES, copy_companions
 from bellbox.formats.packed import Sizes
 from bellbox.nn.compact import Precision, compact
 
@@ -93,13 +94,15 @@ def main(argv: list[str]) -> None:
 
 
 def pack(opened: OpenedModel, out: Path, embeddings: Precision = "fp32") -> Sizes:
-    """Convert an opened run and save it with its tokenizer.
+    """Convert an opened run and save it with its tokenizer, and the chat template of what it began with.
 
     Raises:
         BellboxError: nothing low-bit in it, a layer that cannot be packed, or `out` cannot be written.
     """
     packed = convert(opened.model, embeddings)
     io.save(packed, out, tokenizer=opened.tokenizer)
+    for source in opened.companions:
+        copy_companions(source, out, but=TOKENIZER_FILES)
     return io.sizes(packed)
 
 

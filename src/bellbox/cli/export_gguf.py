@@ -45,9 +45,10 @@ def main(argv: list[str]) -> None:
     """
     command = parse_flags(ExportGGUF, argv, "bellbox export gguf", __doc__)
     require("gguf", "gguf")
-    from bellbox.interop.gguf import WEIGHTS_ONLY, GGUFFile, export_gguf
+    from bellbox.interop.gguf import WEIGHTS_ONLY, GGUFFile, card_path, export_gguf, write_card
 
     require_writable(command.out)
+    require_writable(card_path(command.out))
     opened = open_model(command.model, command.checkpoint)
     made: GGUFFile = export_gguf(
         opened.model,
@@ -57,8 +58,10 @@ def main(argv: list[str]) -> None:
         floats=command.floats,
         avoid=command.avoid,
     )
+    told = write_card(made)
     print(
-        f"{opened.description}\nwritten to {made.path}: {made.bytes:,} bytes, architecture {made.architecture}\n"
+        f"{opened.description}\nwritten to {made.path}: {made.bytes:,} bytes, architecture {made.architecture}; "
+        f"{told.name} says what it is\n"
     )
     for (kind, integers), count in sorted(Counter((t.type, t.of_integers) for t in made.tensors).items()):
         chosen = [t for t in made.tensors if (t.type, t.of_integers) == (kind, integers)]

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from bellbox.cli.output import parse_flags, refuse_file_name
 from bellbox.convert import convert
 from bellbox.errors import BellboxError, require
-from bellbox.formats.auto import OpenedModel, open_model
+from bellbox.formats.auto import open_model
 
 require("tyro", "cli")
 
@@ -67,16 +67,9 @@ def main(argv: list[str]) -> None:
         tokenizer=None if tokenizer is None else tokenizer.text,
         end_of_text=end,
         end_token=None if tokenizer is None or end is None else tokenizer.backend.id_to_token(end),
-        companions=_companions(opened),
+        companions=opened.companions,
     )
     size = sum(file.stat().st_size for file in command.out.iterdir() if file.is_file())
     print(
         f"{opened.description}\nwritten to {command.out}, {size:,} bytes; its README.md says how to load it"
     )
-
-
-def _companions(opened: OpenedModel) -> tuple[Path, ...]:
-    """Folders where a chat template or a generation configuration may lie: the model's, and what a run began with."""
-    begun = opened.run.config.model.pretrained if opened.run is not None else None
-    places = [opened.path, *([] if begun is None else [Path(begun)])]
-    return tuple(place for place in places if place.is_dir())

@@ -11,6 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+ENTROPY_LIMIT = 1 << 28
+"""Weights whose codes a model card counts; of more a sample of layers would say too little."""
+
 
 def code_counts(codes: Tensor, n: int) -> Tensor:
     """How often each code occurs.

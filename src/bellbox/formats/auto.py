@@ -53,6 +53,16 @@ class OpenedModel:
         """Whether it takes images."""
         return isinstance(self.model, ResNet | ViT)
 
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """Folders where a chat template or a generation configuration may lie: the model's, and what a run began with.
+
+        The first that has a file wins.
+        """
+        begun = self.run.config.model.pretrained if self.run is not None else None
+        places = [self.path, *([] if begun is None else [Path(begun)])]
+        return tuple(place for place in places if place.is_dir())
+
     def load_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
 

@@ -102,14 +102,22 @@ def _describe_model(model: nn.Module) -> dict[str, Any] | None:
     return model.config.to_dict() if isinstance(model, (Llama, GPT, ResNet, ViT)) else None
 
 
-def _fields_of_transformers(model: nn.Module) -> dict[str, Any]:
+def has_class_of_transformers(model: nn.Module) -> bool:
+    """Whether `config.json` of a model of `bellbox.models` is also one of transformers."""
     from bellbox.models import GPT, Llama
+
+    return isinstance(model, (Llama, GPT))
+
+
+def _fields_of_transformers(model: nn.Module) -> dict[str, Any]:
+    from bellbox.models import Llama
     from bellbox.models.hf_config import write_config
 
-    if not isinstance(model, (Llama, GPT)):
+    if not has_class_of_transformers(model):
         return {}
     norm = {RMS_NORM: "bellbox"} if isinstance(model, Llama) else {}
-    return {**write_config(model.config, "float32"), WEIGHTS_FILE: NO_SUCH_FILE, **norm}
+    config: Any = model.config
+    return {**write_config(config, "float32"), WEIGHTS_FILE: NO_SUCH_FILE, **norm}
 
 
 def _describe_table(table: Compact) -> str | dict[str, Any]:

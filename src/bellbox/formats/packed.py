@@ -20,6 +20,7 @@ from bellbox.errors import BellboxError
 from bellbox.formats import BINARIZED, description, schema
 from bellbox.formats.description import CONFIG, TENSORS, TOKENIZER
 from bellbox.formats.expert_places import packed_projections
+from bellbox.formats.guard import guard, guards_in
 from bellbox.nn import CodedLayer, PackedConv2d, QuantizedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages
@@ -48,10 +49,10 @@ def save(
         model: what `convert` gave. Models of `bellbox.models` load by themselves later; any other module
             loads with `load(folder, into=model)`.
         folder: new, empty, or an earlier packed model, which is replaced.
-        tokenizer: a tokenizer.json to put beside it.
+        tokenizer: a tokenizer.json to put beside it, or a sentencepiece `.model`, which is translated into one.
 
     Raises:
-        BellboxError: the model is not packed, or the folder cannot be used.
+        BellboxError: the model is not packed, the tokenizer cannot be read, or the folder cannot be used.
 
     Examples:
         >>> model = bb.prepare(nn.Sequential(nn.Linear(64, 8)), bb.Recipe.of("bbq", 2, keep_ends=False))
@@ -78,6 +79,8 @@ def save(
         if (target / CONFIG).is_file() and not is_packed(target):
             raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
         tensors = {name: value.detach().contiguous().cpu() for name, value in tensors_of(model).items()}
+        if description.has_class_of_transformers(model):
+            tensors |= guard(layers)
         memory: set[int] = set()
         for name, value in tensors.items():
             start = value.untyped_storage().data_ptr()
@@ -90,10 +93,19 @@ def save(
             raise BellboxError(f"{target}: cannot be written ({error})") from None
         files = {TENSORS: describe_file(writing / TENSORS)}
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, writing / TOKENIZER)
+            _write_tokenizer(Path(tokenizer), writing / TOKENIZER)
             files[TOKENIZER] = describe_file(writing / TOKENIZER)
         config = description.describe(model, layers, files)
         (writing / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(source: Path, target: Path) -> None:
+    if source.suffix != ".model":
+        shutil.copyfile(source, target)
+        return
+    from bellbox.data.tokenizer import Tokenizer
+
+    Tokenizer.load(source).save(target)
 
 
 @overload
@@ -286,6 +298,8 @@ def read_stored(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         BellboxError: missing, altered or damaged.
     """
     tensors = read_tensors(listed_file(root, config["files"], TENSORS, CONFIG))
+    for name in guards_in(tensors, config["layers"], config["experts"]):
+        del tensors[name]
     if config["version"] < 4:
         for name in config["layers"]:
             _upgrade(root, f"{name}." if name else "", tensors)

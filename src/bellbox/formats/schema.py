@@ -237,6 +237,25 @@ def check_fit(
     _check_places(root, model, coded)
     _check_tensors(root, model, replaced, experts, tensors)
     _check_inputs(root, coded, tensors)
+    _check_values(root, replaced, tensors)
+
+
+def check_layers(root: Path, layers: Mapping[str, CodedLayer], tensors: Mapping[str, Tensor]) -> None:
+    """Layers by themselves, where somebody else builds the model: shapes, dtypes and values of their tensors.
+
+    Raises:
+        BellboxError: the first thing that does not fit.
+    """
+    for name, layer in layers.items():
+        own = {f"{name}.{key}": (value.shape, value.dtype) for key, value in stored_buffers(layer).items()}
+        _check_expected(root, own, tensors)
+    _check_inputs(root, layers, tensors)
+    _check_values(root, layers, tensors)
+
+
+def _check_values(
+    root: Path, replaced: Mapping[str, CodedLayer | Compact], tensors: Mapping[str, Tensor]
+) -> None:
     for name, layer in replaced.items():
         prefix = f"{name}." if name else ""
         signs = tensors.get(prefix + "act_signs")
@@ -324,6 +343,16 @@ def _check_tensors(
             if id(value) not in seen:  # of tied tensors the file has the first
                 expected[f"{name}.{buffer}" if name else buffer] = (value.shape, value.dtype)
             seen.add(id(value))
+    _check_expected(root, expected, tensors)
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise BellboxError(f"{root / TENSORS}: tensor {unknown[0]!r} is not in the model")
+
+
+def _check_expected(
+    root: Path,
+    expected: Mapping[str, tuple[torch.Size, torch.dtype | None]],
+    tensors: Mapping[str, Tensor],
+) -> None:
     for name, (shape, dtype) in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -332,8 +361,6 @@ def _check_tensors(
         if tensor.shape != shape or not fits:
             found, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{dtype or 'float'} {tuple(shape)}"
             raise BellboxError(f"{root / TENSORS}: tensor {name!r} is {found}, the model needs {wanted}")
-    if unknown := sorted(set(tensors) - set(expected)):
-        raise BellboxError(f"{root / TENSORS}: tensor {unknown[0]!r} is not in the model")
 
 
 def stored_buffers(layer: nn.Module) -> dict[str, Tensor]:

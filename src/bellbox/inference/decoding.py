@@ -42,7 +42,7 @@ class Steps(ABC):
     """
 
     def __init__(self, cache: KVCache, blocks: Sequence[Any], head: nn.Module) -> None:
-        self._cache, self._blocks, self._head, self._bound_head = cache, blocks, head, _bound(head)
+        self._cache, self._blocks, self._head, self._bound_head = cache, blocks, head, bound_head(head)
 
     @torch.no_grad()
     def step(self, input_ids: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def alike_by_rows(x: Tensor) -> list[Tensor]:
     return list(x.split(max(1, _ONE_THREAD // width) if width % _VECTOR == 0 else 1))
 
 
-def _bound(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def bound_head(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The kernel of a rounded head itself, whose sums are exact, where nothing is added to its product."""
     if not isinstance(layer, CompactLinear) or layer.coding is None or layer.bias is not None:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from bellbox.nn.packed import PackedLayer
@@ -9,6 +11,8 @@ from bellbox.nn.packed import PackedLayer
 
 def backend_report(model: nn.Module) -> str:
     """A line for each packed layer: its name, its operation, the backend that takes it, and why others do not.
+
+    A model that transformers loaded has one more line, `generate`: whether its decode step is fused, or why not.
 
     Args:
         model: what `convert` or `load` gave.
@@ -31,4 +35,8 @@ def backend_report(model: nn.Module) -> str:
     if not found:
         return "no packed layer: convert the model first"
     width = max(map(len, found))
-    return "\n".join(f"{name:<{width}}  {layer.explain()}" for name, layer in found.items())
+    lines = [f"{name:<{width}}  {layer.explain()}" for name, layer in found.items()]
+    about: Any = getattr(model, "generation_report", None)
+    if about is not None and (said := about()) is not None:
+        lines.append(f"{'generate':<{width}}  {said}")
+    return "\n".join(lines)

@@ -16,6 +16,7 @@ from bellbox.errors import BellboxError
 from bellbox.nn.coded import CodedLayer
 from bellbox.nn.input_cache import PackedGroup, keeping_dtype
 from bellbox.nn.quantized import QuantizedLayer
+from bellbox.nn.tools import is_guard
 from bellbox.ops.dispatch import Choice
 from bellbox.ops.packed_linear import encode_input
 from bellbox.ops.weight_layout import packed_size, prepack_slabs, unpack
@@ -219,6 +220,8 @@ class PackedLayer(CodedLayer):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        if is_guard(state_dict.get(prefix + "weight")):
+            del state_dict[prefix + "weight"]
         rows = state_dict.pop(prefix + "weight_packed", None)  # before version 0.2: rows as files have them
         if rows is not None:
             slabs = packing.unpack_slabs(rows, self.row_length, self.weight_levels.n)

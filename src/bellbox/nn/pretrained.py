@@ -26,6 +26,24 @@ LEFT_OUT = (
 )
 
 
+class Allowing:
+    """What a quantizer in transformers' sense answers of a model of ours, unless it says otherwise."""
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` writes it."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether a trainer takes it: prepared as it is, packed with adapters around it."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether it trains without adapters."""
+        return True
+
+
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict as the model would have it without quantizers: plain weights under their plain names."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
@@ -95,7 +113,7 @@ def _plain_weights() -> Any:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    class PlainWeights(HfQuantizer):
+    class PlainWeights(Allowing, HfQuantizer):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Hands out the weights of a prepared model as if it were not prepared."""
 
         has_said = False
@@ -103,20 +121,6 @@ def _plain_weights() -> Any:
 
         def __init__(self) -> None:
             super().__init__(QuantizationConfigMixin(quant_method="bellbox"))  # pyright: ignore[reportArgumentType]
-
-        def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-            """Yes: as the plain model."""
-            return True
-
-        @property
-        def is_trainable(self) -> bool:  # pyright: ignore
-            """Yes: a prepared model is there to be trained."""
-            return True
-
-        @property
-        def is_qat_trainable(self) -> bool:
-            """Likewise."""
-            return True
 
         def get_state_dict_and_metadata(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, model: Any
@@ -138,7 +142,7 @@ def _packed_layers() -> Any:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    class PackedLayers(HfQuantizer):
+    class PackedLayers(Allowing, HfQuantizer):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Refuses to have packed layers written as if they were plain ones."""
 
         def __init__(self) -> None:
@@ -156,9 +160,9 @@ def _packed_layers() -> Any:
             )
 
         @property
-        def is_trainable(self) -> bool:  # pyright: ignore
-            """By adapters around it."""
-            return True
+        def is_qat_trainable(self) -> bool:
+            """No: by adapters around it."""
+            return False
 
         def __reduce__(self) -> Any:
             """A copy is made anew: the class is no attribute of a module."""

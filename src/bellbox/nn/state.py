@@ -22,6 +22,7 @@ from bellbox.errors import BellboxError
 from bellbox.nn.quantized import EXTRA_STATE, ROTATED, QuantizedLayer, record_of
 from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.record import Record, Side
+from bellbox.nn.tools import is_guard
 from bellbox.quantizers.base import Quantizer
 from bellbox.quantizers.learned import LearnedQuantizer
 
@@ -55,6 +56,8 @@ def adopt(layer: QuantizedLayer, state: MutableMapping[str, Any], prefix: str, n
     """
     mine, key, turned = record_of(layer), prefix + EXTRA_STATE, prefix + ROTATED
     plain = layer.weight_key(prefix)
+    if is_guard(state.get(plain)):
+        del state[plain]
     has_quantizer = any(
         each.startswith((prefix + "weight_quantizer.", prefix + "activation_quantizer.")) for each in state
     )

@@ -117,3 +117,8 @@ def unique_tensors(model: nn.Module, leave_out: tuple[str, ...] = ()) -> dict[st
         if not name.startswith(leave_out) and first.setdefault(id(value), name) == name:
             found[name] = value
     return found
+
+
+def is_guard(tensor: Tensor | None) -> bool:
+    """Whether a tensor under the name of a layer's weight only keeps plain models from loading (`formats.guard`)."""
+    return tensor is not None and tensor.shape == (0,) and tensor.dtype == torch.uint8

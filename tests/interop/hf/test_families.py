@@ -98,5 +98,7 @@ def test_a_family_by_from_pretrained_and_save_pretrained(about: zoo_models.Model
     same(loaded, again, about, about.exact)
     loaded.save_pretrained(tmp_path / "second")
     same_files(tmp_path / "packed", tmp_path / "second")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # nobody reads config.json there
+        kind.from_pretrained(tmp_path / "packed", config=about.build().config)
     other = bb.load(tmp_path / "packed", into=about.build())
     same(other, loaded, about)

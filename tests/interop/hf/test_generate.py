@@ -67,8 +67,12 @@ def test_the_short_loop_is_taken_and_gives_what_the_ordinary_one_gives(cache, th
 
 
 @pytest.mark.parametrize(
-    "name", ["GPT2LMHeadModel", "OPTForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"]
-)
+    "name",
+    [
+        "GPT2LMHeadModel", "OPTForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+        "Phi3ForCausalLM",
+    ],
+)  # fmt: skip
 def test_other_families_with_a_short_loop(name, ordinary, transformers, tmp_path) -> None:
     """Trained and packed in transformers, whose norms the fused step rounds otherwise."""
     import zoo_models
@@ -85,6 +89,7 @@ def test_other_families_with_a_short_loop(name, ordinary, transformers, tmp_path
         model(IDS)
     save_transformers(model, tmp_path / "m")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert bb.backend_report(loaded).splitlines()[-1].split() == ["generate", "fused", "steps"]
     for cache in (None, "static"):
         asked = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
         fast = loaded.generate(IDS[:, :6], pad_token_id=0, **asked)
@@ -100,6 +105,33 @@ def test_other_families_with_a_short_loop(name, ordinary, transformers, tmp_path
         changed = loaded.generate(IDS[:, :6], pad_token_id=0, **asked)
         assert ordinary == []
         assert not torch.equal(fast, changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Gemma2ForCausalLM", "Gemma2ForCausalLM has no fused step"),
+        ("MistralForCausalLM", "such as a sliding window"),
+        ("MixtralForCausalLM", "MixtralForCausalLM has no fused step"),
+    ],
+)
+def test_the_report_says_why_a_family_has_none(name, says, ordinary, transformers, tmp_path) -> None:
+    import zoo_models
+
+    from bellbox.interop.transformers import save_transformers
+
+    about = next(m for m in zoo_models.TRANSFORMERS if m.name == name)
+    model = bb.prepare(about.build(), bb.Recipe.bbq(2))
+    with torch.no_grad():
+        model(IDS)
+    save_transformers(model, tmp_path / "m")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    last = bb.backend_report(loaded).splitlines()[-1]
+    assert last.startswith("generate ")
+    assert "transformers' own loop" in last
+    assert says in last
+    loaded.generate(IDS[:, :6], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert ordinary == [1]
 
 
 @pytest.mark.parametrize(

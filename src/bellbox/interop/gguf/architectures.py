@@ -1,4 +1,4 @@
-"""Which tensors and numbers make up a LLaMA or a GPT-2 in a GGUF file, and where our models keep them.
+"""GGUF architectures: the tensors and numbers of a LLaMA or a GPT-2 in a file, and their places in our models.
 
 Two things change on the way. LLaMA's rotary positions pair channel i of a head with i + head_dim / 2 here (as Hugging
 Face stores weights) and with its neighbour in llama.cpp: so the rows of q and k are put in another order, which moves

@@ -1,4 +1,4 @@
-"""GGUF's block types that hold one of our grids exactly: which they are, and the bytes of their blocks.
+"""GGUF's block types that hold one of our grids exactly, and the bytes of their blocks.
 
 A block is a few dozen weights with a scale `d` in fp16. Two kinds are used here, both with every sub-scale the same:
 

@@ -1,4 +1,4 @@
-"""Writing a model as a GGUF file: its weights, and nothing of how it rounds activations.
+"""The GGUF export: a file of a model's weights, with nothing of how it rounds activations.
 
 What llama.cpp computes from the file is another function than the trained one: activations are not coded there (it
 rounds them to 8 bits in its own way, inside of products). The file says so in its metadata.
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.entropy import ENTROPY_LIMIT, code_counts, entropy_bits
 from bellbox.errors import BellboxError, require
 from bellbox.interop.gguf.architectures import Tensors, architecture_of
 from bellbox.interop.gguf.block_types import NAMES
@@ -23,6 +24,7 @@ from bellbox.interop.gguf.vocabulary import NotTheSame, Vocabulary, read_vocabul
 from bellbox.interop.gguf.weights import Coded, Written, decoded, encode, encode_floats
 from bellbox.nn.packed import PackedLayer
 from bellbox.nn.quantized import QuantizedLayer
+from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import new_file
 
 FLOAT_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -49,6 +51,10 @@ class WrittenTensor:
     """Whether it holds codes of ours, exactly but for the scales."""
     natural: str | None
     """The narrower type that its grid would have had, where that was not taken."""
+    levels: int | None = None
+    """Of our codes; None of floats."""
+    entropy: float | None = None
+    """Bits that a code carries; None of floats, and in a large model, where it is not counted."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,12 @@ def export_gguf(
         raise BellboxError(f"{target}: is a folder, and a GGUF model is one file; name a file in it")
     architecture = architecture_of(model)
     written: dict[str, Written] = {}
-    coded: set[str] = set()
+    coded: dict[str, tuple[int, float | None]] = {}
+    cheap = sum(parameter.numel() for parameter in unique_tensors(model).values()) <= ENTROPY_LIMIT
     for tensors in architecture.tensors:
         written[tensors.name] = _written(tensors, floats, avoid, check)
         if isinstance(tensors.parts[0], Coded):
-            coded.add(tensors.name)
+            coded[tensors.name] = _levels_and_entropy(tensors.parts, cheap)
     vocabulary, remark = _vocabulary(tokenizer, architecture.vocabulary)
     with new_file(target) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture.name)
@@ -139,7 +146,15 @@ def export_gguf(
         architecture=architecture.name,
         description=description,
         tensors=[
-            WrittenTensor(each, t.type, shapes[each], t.data.nbytes, each in coded, t.natural)
+            WrittenTensor(
+                each,
+                t.type,
+                shapes[each],
+                t.data.nbytes,
+                each in coded,
+                t.natural,
+                *coded.get(each, (None, None)),
+            )
             for each, t in written.items()
         ],
         bytes=target.stat().st_size,
@@ -165,6 +180,16 @@ def _written(tensors: Tensors, floats: str, avoid: Collection[str], check: bool)
         raise BellboxError(f"{tensors.name}: holds NaN or infinity")
     # llama.cpp adds rows of positions as floats, and reads them as they are.
     return encode_floats(values, "f32" if tensors.name == "position_embd.weight" else floats)
+
+
+def _levels_and_entropy(parts: list[Coded | Tensor], counted: bool) -> tuple[int, float | None]:
+    """Levels of a tensor's codes, and the bits that a code of it carries."""
+    coded = [part for part in parts if isinstance(part, Coded)]
+    levels = max(part.grid.n for part in coded)
+    if not counted:
+        return levels, None
+    counts = torch.stack([code_counts(torch.from_numpy(part.codes), levels) for part in coded])
+    return levels, entropy_bits(counts.sum(0))
 
 
 def _vocabulary(tokenizer: Path | None, size: int) -> tuple[Vocabulary | None, str | None]:

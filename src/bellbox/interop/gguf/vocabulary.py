@@ -1,4 +1,4 @@
-"""A `tokenizer.json` as the `tokenizer.ggml.*` of a GGUF file, where llama.cpp tokenizes alike; else why not.
+"""The vocabulary of a GGUF file: a `tokenizer.json` as `tokenizer.ggml.*`, where llama.cpp tokenizes alike.
 
 Two kinds are written. *Sentencepiece's BPE with byte fallback* ("llama"): llama.cpp merges the neighbouring pair whose
 union has the best score, so that the list of merges must be one by score, and every way to make a piece stand in it.

@@ -1,4 +1,4 @@
-"""What a layer's weight is made of (codes, grid, scales), and as which of GGUF's types it is written.
+"""Weights for GGUF: the codes, grid and scales of a layer, written as the type of block that holds them.
 
 A GGUF file knows no rotation of inputs and no table of one's own values: a weight that needs either is refused, and the
 message says what to train instead.

@@ -9,6 +9,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,30 @@ _ONE_FILE = 2_000_000_000
 """Bytes of constants that a file may hold; protocol buffers end at 2 GiB."""
 _IR_VERSIONS = {25: 13, 23: 11, 21: 10, 18: 8}
 """The first version of the file format that an opset belongs to."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the graph is called; the fields are arguments of `export`."""
+
+    example_inputs: tuple[Any, ...]
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    dynamic_shapes: Any = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What kind of file is written; the fields are arguments of `export`."""
+
+    weights: Weights
+    opset: int | None
+    custom_op: bool
+
+    @property
+    def opset_or_oldest(self) -> int:
+        """The opset that was asked for, or the oldest one that has these weights."""
+        return WEIGHT_TYPES.get(self.weights, 0) if self.opset is None else self.opset
 
 
 def export(
@@ -76,16 +101,18 @@ def export(
         BellboxError: a missing extra, an opset too old for `weights`, a layer that cannot be exported, or a path that
             cannot be written. Nothing is written then.
     """
+    call = Call(example_inputs, input_names, output_names, dynamic_shapes)
+    _export(model, call, Kind(weights, opset, custom_op), Path(path), metadata)
+
+
+def _export(model: nn.Module, call: Call, kind: Kind, path: Path, metadata: Mapping[str, str] | None) -> None:
     require("onnx", "onnx")
     require("onnxscript", "onnx")
-    opset = WEIGHT_TYPES.get(weights, 0) if opset is None else opset
-    _check(weights, opset)
-    refuse_target(Path(path))
-    made = _in_standard_operators(
-        _packed(model), example_inputs, weights, opset, input_names, output_names, dynamic_shapes, custom_op
-    )
+    _check(kind.weights, kind.opset_or_oldest)
+    refuse_target(path)
+    made = _in_standard_operators(_packed(model), call, kind)
     made.metadata_props.update(metadata or {})
-    _write(made, Path(path))
+    _write(made, path)
 
 
 def _check(weights: str, opset: int) -> None:
@@ -113,32 +140,25 @@ def _packed(model: nn.Module) -> nn.Module:
     return model
 
 
-def _in_standard_operators(
-    model: nn.Module,
-    example: tuple[Any, ...],
-    weights: str,
-    opset: int,
-    input_names: Sequence[str] | None,
-    output_names: Sequence[str] | None,
-    dynamic_shapes: Any,
-    custom_op: bool,
-) -> Any:
+def _in_standard_operators(model: nn.Module, call: Call, kind: Kind) -> Any:
+    opset = kind.opset_or_oldest
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise BellboxError(f"{name}: is on {tensor.device}; export model.cpu()")
+    shapes = _first_axes(call.example_inputs) if call.dynamic_shapes is None else call.dynamic_shapes
     training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad(), exportable(model.eval()), _quiet():
             program = torch.onnx.export(
                 model,
-                example,
+                call.example_inputs,
                 dynamo=True,
                 verbose=False,
                 optimize=True,
                 opset_version=opset,
-                input_names=input_names,
-                output_names=output_names,
-                dynamic_shapes=_first_axes(example) if dynamic_shapes is None else dynamic_shapes,
+                input_names=call.input_names,
+                output_names=call.output_names,
+                dynamic_shapes=shapes,
                 custom_translation_table=translations(),
             )
     except BellboxError:
@@ -157,9 +177,9 @@ def _in_standard_operators(
     made = program.model
     if (given := made.opset_imports.get("", 0)) != opset:
         raise BellboxError(f"torch wrote opset {given} where {opset} was asked for; take opset {given}")
-    builder = Builder(made.graph, opset, weights, custom_op)
+    builder = Builder(made.graph, opset, kind.weights, kind.custom_op)
     lower(made.graph, builder)
-    _clean(made, opset, {DOMAIN} if custom_op else set())
+    _clean(made, opset, {DOMAIN} if kind.custom_op else set())
     where = {
         name: [x.name, seen.name, "output" if getattr(seen.producer(), "domain", "") else "codes"]
         for name, (x, seen) in builder.coded.items()
@@ -241,37 +261,16 @@ def export_model(
     Raises:
         BellboxError: another model, or as `export`.
     """
+    kind = Kind(weights, opset, custom_op)
     if isinstance(model, Llama | GPT):
         packed: Any = _packed(model)
-        inputs, outputs, shapes = decoder.names(model.config.num_hidden_layers)
-        export(
-            decoder.Decoder(packed),
-            decoder.example(model),
-            path,
-            weights=weights,
-            opset=opset,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=shapes,
-            metadata=metadata,
-            custom_op=custom_op,
-        )
+        call = Call(decoder.example(model), *decoder.names(model.config.num_hidden_layers))
+        _export(decoder.Decoder(packed), call, kind, Path(path), metadata)
     elif isinstance(model, ResNet | ViT):
         size = model.config.image_size or 32
         image = torch.zeros(2, model.config.num_channels, size, size)
         axes = {0: "batch"} if isinstance(model, ViT) else {0: "batch", 2: "height", 3: "width"}
-        export(
-            model,
-            (image,),
-            path,
-            weights=weights,
-            opset=opset,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=(axes,),
-            metadata=metadata,
-            custom_op=custom_op,
-        )
+        _export(model, Call((image,), ["images"], ["logits"], (axes,)), kind, Path(path), metadata)
     else:
         raise BellboxError(
             f"{type(model).__name__} is none of LLaMA, GPT, ResNet and ViT of bellbox.models: give an example input to "

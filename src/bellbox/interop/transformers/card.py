@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bellbox.core.entropy import code_counts, entropy_bits
+from bellbox.core.entropy import ENTROPY_LIMIT, code_counts, entropy_bits
 from bellbox.formats.description import CONFIG, TENSORS
 from bellbox.formats.schema import stored_buffers
 from bellbox.nn import CodedLayer
@@ -20,8 +20,6 @@ from bellbox.utils.files import write_text
 from bellbox.version import __version__
 
 CARD = "README.md"
-_CHEAP = 1 << 28
-"""Weights whose codes are counted for the entropy; of more a sample of layers would say too little."""
 
 
 def write_card(
@@ -58,7 +56,7 @@ def card(
     rows += [("header of the file and config.json", 0, header + on_disk[CONFIG])]
     whole = sum(on_disk.values())
     table = "\n".join(f"| {what} | {count:,} | {size:,} |" for what, count, size in rows)
-    entropy = _entropy(layers) if weights <= _CHEAP else None
+    entropy = _entropy(layers) if weights <= ENTROPY_LIMIT else None
     said = (
         "not counted (a large model)"
         if entropy is None

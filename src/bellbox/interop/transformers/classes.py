@@ -10,12 +10,24 @@ from typing import Any
 from bellbox.formats.description import RMS_NORM
 from bellbox.interop.transformers.decoding import ShortDecoding, with_bellbox_norms
 from bellbox.interop.transformers.saving import SavedByBellbox
-from bellbox.interop.transformers.steps import FAMILIES
+from bellbox.interop.transformers.steps import FAMILIES, why_no_steps
 from bellbox.nn import CodedLayer
 from bellbox.nn.adopted import class_for
 
 
-class PackedDecoder(SavedByBellbox, ShortDecoding):
+class PackedModel(SavedByBellbox):
+    """Of a model with packed layers."""
+
+    def generation_report(self) -> str | None:
+        """How `generate` decodes, in words; None of a model that generates nothing."""
+        model: Any = self
+        if not model.can_generate():
+            return None
+        why = why_no_steps(model)
+        return "fused steps" if why is None else f"transformers' own loop, layer by layer: {why}"
+
+
+class PackedDecoder(PackedModel, ShortDecoding):
     """Of a language model whose decode step is fused."""
 
 
@@ -25,7 +37,7 @@ def adopt(model: Any) -> None:
     packed = any(isinstance(module, CodedLayer) for module in model.modules())
     if issubclass(own, SavedByBellbox):
         own = own.__dict__["_made_of"][1]  # a prepared model that was packed since
-    kind = PackedDecoder if packed and own.__name__ in FAMILIES else SavedByBellbox
+    kind = SavedByBellbox if not packed else PackedDecoder if own.__name__ in FAMILIES else PackedModel
     made = class_for(kind, own)
     made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
     model.__class__ = made

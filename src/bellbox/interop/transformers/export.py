@@ -19,19 +19,21 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.formats import description
+from bellbox.formats.companions import copy_companions
 from bellbox.formats.description import RMS_NORM, TENSORS, TOKENIZER
+from bellbox.formats.guard import guard
 from bellbox.formats.packed import tensors_of
 from bellbox.formats.schema import stored_buffers
 from bellbox.interop.transformers.card import write_card
-from bellbox.interop.transformers.folder import copy_companions, new_packed_folder
+from bellbox.interop.transformers.folder import new_packed_folder
 from bellbox.interop.transformers.remote_code import auto_classes
-from bellbox.interop.transformers.rows import joined, split
 from bellbox.interop.transformers.saving import coded_layers, write_config
 from bellbox.models import GPT, Llama
 from bellbox.models.hf_config import write_config as config_for
 from bellbox.models.hf_names import opt_name, to_hf
-from bellbox.nn import CodedLayer, PackedLinear
+from bellbox.nn import CodedLayer
 from bellbox.nn.compact import Compact
+from bellbox.nn.rows import joined, split, why_apart
 from bellbox.utils.files import describe_file, write_tensors, write_text
 
 _CLASSES = {
@@ -89,7 +91,7 @@ def export_packed(
     autos = auto_classes(parts.kind, _CLASSES[parts.kind])
     with new_packed_folder(folder) as writing:
         tensors = _apart(parts.tensors)
-        write_tensors(writing / TENSORS, tensors, {"format": "pt"})
+        write_tensors(writing / TENSORS, tensors | guard(parts.layers), {"format": "pt"})
         files = {TENSORS: describe_file(writing / TENSORS)}
         if tokenizer is not None:
             write_text(writing / TOKENIZER, tokenizer)
@@ -234,21 +236,6 @@ def _joined(names: list[str], layers: Mapping[str, CodedLayer]) -> CodedLayer:
         _refuse_join(names[0], "they are not low-bit alike")
     some: list[Any] = list(parts)
     for each in some[1:]:
-        if why := _why_apart(some[0], each):
+        if why := why_apart(some[0], each):
             _refuse_join(names[0], why)
     return joined(some)
-
-
-def _why_apart(one: Any, other: Any) -> str | None:
-    if one.weight_levels != other.weight_levels:
-        return "their weights have other levels"
-    if (one.bias is None) != (other.bias is None):
-        return "not all have a bias"
-    settings = ("coding",) if isinstance(one, PackedLinear) else ("scale_group", "block")
-    if any(getattr(one, name) != getattr(other, name) for name in settings):
-        return "they code their input differently"
-    for name in ("act_scale", "act_thresholds", "act_rstd", "act_signs", "weight_table"):
-        a, b = one._buffers.get(name), other._buffers.get(name)
-        if a is not b and (a is None or b is None or not torch.equal(a, b)):
-            return f"they differ in {name}"
-    return None

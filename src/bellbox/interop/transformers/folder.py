@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from transformers import PreTrainedModel
 from bellbox.convert import convert, unwrapped
 from bellbox.errors import BellboxError
 from bellbox.formats import description
+from bellbox.formats.companions import copy_companions
 from bellbox.formats.description import CONFIG
 from bellbox.formats.packed import is_packed
 from bellbox.interop.transformers.card import write_card
@@ -25,13 +24,6 @@ from bellbox.interop.transformers.saving import coded_layers, state_to_save
 from bellbox.nn.compact import Compact
 from bellbox.nn.quantized import QuantizedLayer
 from bellbox.utils.files import new_folder
-
-COMPANIONS = (
-    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
-    "merges.txt", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
-"""Files beside a model that come along, as they are."""
 
 
 def save_transformers(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
@@ -97,24 +89,3 @@ def new_packed_folder(target: Path) -> Any:
     if (target / CONFIG).is_file() and not is_packed(target):
         raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
     return new_folder(target, replaces=CONFIG)
-
-
-def copy_companions(
-    source: Path, target: Path, *, but: Mapping[str, Any] | tuple[str, ...] = ()
-) -> list[str]:
-    """Copy tokenizer, chat template and generation configuration from beside one model to another.
-
-    Args:
-        source: a folder.
-        target: a folder; what is there already stays.
-        but: names that are left.
-
-    Returns:
-        The names that were copied.
-    """
-    copied: list[str] = []
-    for name in COMPANIONS:
-        if name not in but and (source / name).is_file() and not (target / name).exists():
-            shutil.copyfile(source / name, target / name)
-            copied.append(name)
-    return copied

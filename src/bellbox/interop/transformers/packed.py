@@ -18,7 +18,8 @@ from bellbox.formats import packed as io
 from bellbox.formats import schema
 from bellbox.formats.description import TENSORS
 from bellbox.formats.expert_places import PackedProjections, packed_projections
-from bellbox.interop.transformers.stored import Stored, below, plain_dtype, tie_on_meta, untie
+from bellbox.formats.guard import guard
+from bellbox.interop.transformers.stored import Stored, below, pass_over, plain_dtype, tie_on_meta, untie
 from bellbox.nn import CodedLayer, replace_layer, without_fused_paths
 from bellbox.nn.compact import Compact
 from bellbox.nn.experts import bias_name
@@ -167,6 +168,9 @@ def _make_room(
         place = model.get_submodule(name)
         replace_layer(model, place, Stored(below(tensors, name), place))
     untie(model, [*ours, *experts])
+    pass_over(
+        model, guard(layers, (f"{name}.{stack}" for name, stacks in experts.items() for stack in stacks))
+    )
 
 
 def _is_stored(model: nn.Module, name: str) -> bool:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from bellbox.convert import prepare
 from bellbox.errors import BellboxError
 from bellbox.formats.description import CONFIG, SECTION, TENSORS, seal
-from bellbox.interop.transformers.stored import Stored, below, plain_dtype, tie_on_meta, untie
+from bellbox.formats.guard import guards_in
+from bellbox.interop.transformers.stored import Stored, below, pass_over, plain_dtype, tie_on_meta, untie
 from bellbox.nn import quantized_layers, replace_layer
+from bellbox.nn.quantized import ROTATED
 from bellbox.nn.tools import unique_tensors
 from bellbox.recipe import Recipe
 from bellbox.utils.files import listed_file, read_json, read_tensors
@@ -130,6 +132,9 @@ def plan(model: Any, root: Path, recipe: Recipe) -> Prepared:
         BellboxError: a damaged file, or one that does not fit the model.
     """
     tensors = read_tensors(listed_file(root, read_section(root)["files"], TENSORS, CONFIG))
+    guards = guards_in(tensors, [name.removesuffix(f".{ROTATED}") for name in tensors], {})
+    tensors = {name: value for name, value in tensors.items() if name not in guards}
+    pass_over(model, guards)
     body = model.base_model_prefix
     if body and not hasattr(model, body) and any(name.startswith(f"{body}.") for name in tensors):
         raise BellboxError(

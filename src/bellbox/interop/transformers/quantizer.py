@@ -21,10 +21,11 @@ from bellbox.interop.transformers import packed, prepared
 from bellbox.interop.transformers.classes import adopt
 from bellbox.interop.transformers.config import BellboxConfig
 from bellbox.interop.transformers.remote_code import forget_missing_file
-from bellbox.interop.transformers.saving import state_to_save
+from bellbox.interop.transformers.saving import guarded_state
+from bellbox.nn.pretrained import Allowing
 
 
-class BellboxHfQuantizer(HfQuantizer):
+class BellboxHfQuantizer(Allowing, HfQuantizer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Loads packed layers, prepares a plain model, or loads a prepared one; see the package."""
 
     requires_calibration = False
@@ -103,15 +104,6 @@ class BellboxHfQuantizer(HfQuantizer):
 
     # --- saving and training ---
 
-    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Yes."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:  # pyright: ignore
-        """Yes: a prepared model as it is, a packed one by adapters around it."""
-        return True
-
     @property
     def is_qat_trainable(self) -> bool:
         """Whether it trains without adapters."""
@@ -127,7 +119,7 @@ class BellboxHfQuantizer(HfQuantizer):
         self, model: Any
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors as files have them."""
-        return state_to_save(model), {}
+        return guarded_state(model), {}
 
 
 def register() -> None:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.formats import description
 from bellbox.formats.description import CONFIG, NO_SUCH_FILE, QUANT_METHOD, SECTION, TENSORS, WEIGHTS_FILE
+from bellbox.formats.guard import guard
 from bellbox.formats.packed import tensors_of
 from bellbox.interop.transformers.config import PREPARED, PREPARED_VERSION
 from bellbox.interop.transformers.remote_code import MODULE, auto_classes_of, modeling_text
-from bellbox.nn import CodedLayer, QuantizedLayer
+from bellbox.nn import CodedLayer, PackedExperts, QuantizedLayer
 from bellbox.nn.compact import Compact
+from bellbox.nn.quantized import ROTATED
 from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.tools import unique_tensors
 from bellbox.utils.files import describe_file, read_json, write_text
@@ -86,6 +88,22 @@ def state_to_save(model: nn.Module) -> dict[str, Tensor]:
     if any(isinstance(module, QuantizedLayer | QuantizedTable) for module in model.modules()):
         raise BellboxError("some layers are packed and some in training form: convert the whole model")
     return {name: value.detach() for name, value in tensors_of(model).items()}
+
+
+def guarded_state(model: nn.Module) -> dict[str, Tensor]:
+    """`state_to_save` and the guard, unless some layer has a plain weight for transformers to load."""
+    tensors = state_to_save(model)
+    layers = coded_layers(model)
+    if layers:
+        stacks = (
+            f"{name}.{stack}"
+            for name, module in model.named_modules()
+            if isinstance(module, PackedExperts)
+            for stack in module.packed_stacks
+        )
+        return tensors | guard(layers, stacks)
+    rotated = [name.removesuffix(f".{ROTATED}") for name in tensors if name.endswith(f".{ROTATED}")]
+    return tensors | guard(rotated)
 
 
 def coded_layers(model: nn.Module) -> dict[str, CodedLayer]:

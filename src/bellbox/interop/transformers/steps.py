@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
-from bellbox.interop.transformers.rows import split
-from bellbox.nn import PackedTransposed
+from bellbox.inference.decoding import bound_head
+from bellbox.nn import PackedLinear, PackedTransposed
 from bellbox.nn.compact import CompactEmbedding
 from bellbox.nn.packed_linear import bound_groups
-from bellbox.ops.attend import CacheLayer
-from bellbox.ops.decoder_block import gpt_block, llama_block
+from bellbox.nn.rows import split
+from bellbox.ops import native
+from bellbox.ops.attend import CacheLayer, attend
+from bellbox.ops.decoder_block import gpt_block, last_norm, llama_block
 from bellbox.ops.rms_norm import rms_norm
 
 _TABLES = ("default", "linear", "llama3", "yarn")
@@ -41,6 +44,7 @@ class Steps(ABC):
         self._model, self._cache, self._calls, self._batch = model, cache, calls, batch
         self._room, self._length = room, 0
         self._layers: list[CacheLayer] = []
+        self._head: Callable[[Tensor], Tensor] = bound_head(model.lm_head) or model.lm_head
 
     @staticmethod
     @abstractmethod
@@ -52,9 +56,9 @@ class Steps(ABC):
     def blocks(model: Any) -> Any:
         """The blocks."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def call_of(block: Any) -> Any:
+    def call_of(cls, block: Any) -> Any:
         """A block as `ops.decoder_block` binds it; None where it is not packed throughout, or computes otherwise."""
 
     @staticmethod
@@ -117,6 +121,11 @@ class LlamaSteps(Steps):
         cos, sin = model.model.rotary_emb(torch.empty(1, room, 1), torch.arange(room)[None])
         half = cos.shape[-1] // 2
         self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        norm = model.model.norm
+        gains, eps = norm.weight, norm.variance_epsilon
+        self._norm: Callable[[Tensor], Tensor] = last_norm(gains, eps) or partial(
+            rms_norm, weight=gains, eps=eps
+        )
 
     @staticmethod
     def body(model: Any) -> Any:
@@ -134,14 +143,21 @@ class LlamaSteps(Steps):
         config = model.config
         window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         known = getattr(model.model.rotary_emb, "rope_type", None) in _TABLES
-        return not window and known and config.hidden_act in ("silu", "swish")
+        whole = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) == 1.0
+        return not window and known and whole and config.hidden_act in ("silu", "swish")
 
     @staticmethod
-    def call_of(block: Any) -> Any:
-        """See `Steps`."""
+    def groups_of(block: Any) -> tuple[tuple[Any, ...], ...] | None:
+        """The layers of a block that read one input, in four groups; None where it has others."""
         attention, mlp = block.self_attn, block.mlp
         qkv = attention.q_proj, attention.k_proj, attention.v_proj
-        calls = bound_groups((qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)))
+        return qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+
+    @classmethod
+    def call_of(cls, block: Any) -> Any:
+        """See `Steps`."""
+        attention, groups = block.self_attn, cls.groups_of(block)
+        calls = None if groups is None else bound_groups(groups)
         norms = block.input_layernorm, block.post_attention_layernorm
         eps = {norm.variance_epsilon for norm in norms}
         if calls is None or len(eps) > 1 or attention.scaling != attention.head_dim**-0.5:
@@ -155,7 +171,65 @@ class LlamaSteps(Steps):
             call.attend_and_widen(x, batch, self._cos, self._sin, *self._places(layer), gate, up, threads)
             F.silu(gate, inplace=True).mul_(up)
             call.narrow(x, gate, batch, threads)
-        return self._model.lm_head(rms_norm(x, body.norm.weight, body.norm.variance_epsilon))
+        return self._head(self._norm(x))
+
+
+class Phi3Steps(LlamaSteps):
+    """Of a Phi 3: a LLaMA whose q, k and v are one layer, and gate and up as well."""
+
+    @staticmethod
+    def groups_of(block: Any) -> tuple[tuple[Any, ...], ...] | None:
+        """See `LlamaSteps`."""
+        attention, mlp = block.self_attn, block.mlp
+        heads = attention.config.num_attention_heads, *[attention.num_key_value_heads] * 2
+        qkv = _parts(attention.qkv_proj, [count * attention.head_dim for count in heads])
+        wide = _parts(mlp.gate_up_proj, [attention.config.intermediate_size] * 2)
+        return None if qkv is None or wide is None else (qkv, (attention.o_proj,), wide, (mlp.down_proj,))
+
+
+class Qwen3Steps(LlamaSteps):
+    """Of a Qwen 3: a LLaMA whose heads have norms before their rotary positions."""
+
+    @classmethod
+    def call_of(cls, block: Any) -> Any:
+        """See `Steps`."""
+        usual = super().call_of(block)
+        return None if usual is None or not native.available() else _HeadNorms(block)
+
+
+class _HeadNorms:
+    """A block with norms of its heads: what `llama_block` gives, layer by layer around the kernel of attention."""
+
+    def __init__(self, block: Any) -> None:
+        self._attention, self._mlp = block.self_attn, block.mlp
+        self._norms = block.input_layernorm, block.post_attention_layernorm
+
+    def attend_and_widen(
+        self, x: Tensor, batch: int, cosines: Tensor, sines: Tensor, keys: Tensor, values: Tensor, key_scales: Any,
+        value_scales: Any, rotation: int, room: int, start: int, gate: Tensor, up: Tensor, threads: int,
+    ) -> None:  # fmt: skip
+        """See `ops.decoder_block.llama_block`."""
+        del batch, room, threads  # the tensors know
+        attention, (first, second) = self._attention, self._norms
+        read = rms_norm(x, first.weight, first.variance_epsilon)
+        query, key, value = attention.q_proj(read), attention.k_proj(read), attention.v_proj(read)
+        query = self._normed(query, attention.q_norm)
+        key = self._normed(key, attention.k_norm)
+        places = CacheLayer(keys, values, key_scales, value_scales, rotation)
+        x.add_(attention.o_proj(attend(query, key, value, (cosines, sines), places, start)))
+        read = rms_norm(x, second.weight, second.variance_epsilon)
+        gate.copy_(self._mlp.gate_proj(read))
+        up.copy_(self._mlp.up_proj(read))
+
+    def _normed(self, x: Tensor, norm: Any) -> Tensor:
+        """Heads `[B, 1, heads * head_dim]`, each normed."""
+        heads = x.view(len(x), 1, -1, self._attention.head_dim)
+        return rms_norm(heads, norm.weight, norm.variance_epsilon).view(x.shape)
+
+    def narrow(self, x: Tensor, active: Tensor, batch: int, threads: int) -> None:
+        """See `ops.decoder_block.llama_block`."""
+        del batch, threads
+        x.add_(self._mlp.down_proj(active))
 
 
 class _PlainBlocks(Steps):
@@ -189,7 +263,7 @@ class _PlainBlocks(Steps):
             call.attention(x, first(x), batch, *self._places(layer), threads)
             call.widen(second(x), batch, wide, threads)
             call.narrow(x, act(wide).contiguous(), batch, threads)
-        return self._model.lm_head(self._normed(x))
+        return self._head(self._normed(x))
 
 
 class GPT2Steps(_PlainBlocks):
@@ -218,11 +292,11 @@ class GPT2Steps(_PlainBlocks):
         )
         return config.scale_attn_weights and not any(other)
 
-    @staticmethod
-    def call_of(block: Any) -> Any:
+    @classmethod
+    def call_of(cls, block: Any) -> Any:
         """See `Steps`."""
         attention, mlp = block.attn, block.mlp
-        qkv = _three(attention.c_attn)
+        qkv = _parts(attention.c_attn, [attention.embed_dim] * 3)
         calls = None if qkv is None else bound_groups((qkv, (attention.c_proj,), (mlp.c_fc,), (mlp.c_proj,)))
         return None if calls is None else gpt_block(calls, attention.head_dim)
 
@@ -264,8 +338,8 @@ class OPTSteps(_PlainBlocks):
             and body.final_layer_norm is not None
         )
 
-    @staticmethod
-    def call_of(block: Any) -> Any:
+    @classmethod
+    def call_of(cls, block: Any) -> Any:
         """See `Steps`."""
         attention = block.self_attn
         qkv = attention.q_proj, attention.k_proj, attention.v_proj
@@ -292,6 +366,8 @@ FAMILIES: dict[str, type[Steps]] = {
     "LlamaForCausalLM": LlamaSteps,
     "MistralForCausalLM": LlamaSteps,
     "Qwen2ForCausalLM": LlamaSteps,
+    "Qwen3ForCausalLM": Qwen3Steps,
+    "Phi3ForCausalLM": Phi3Steps,
     "GPT2LMHeadModel": GPT2Steps,
     "OPTForCausalLM": OPTSteps,
 }
@@ -307,14 +383,33 @@ def steps_for(model: Any, cache: Any, batch: int, room: int) -> Steps | None:
         batch: sequences.
         room: most tokens of a text.
     """
-    kind = FAMILIES[type(model).__name__]
     layers: list[Any] = cache.layers
     if type(cache) is StaticCache and any(each.max_cache_len < room - 1 for each in layers):
         return None
-    if not (kind.is_usual(model) and _is_plain(model, kind.body(model))):
-        return None
+    kind, calls = _calls_of(model)
+    return None if kind is None or isinstance(calls, str) else kind(model, cache, calls, batch, room)
+
+
+def why_no_steps(model: Any) -> str | None:
+    """Why a packed model never takes short steps, as it is now; None where it does if nothing else is asked for."""
+    calls = _calls_of(model)[1]
+    return calls if isinstance(calls, str) else None
+
+
+def _calls_of(model: Any) -> tuple[type[Steps] | None, list[Any] | str]:
+    """The steps' class, and the calls of all blocks or why there are none."""
+    name = type(model).__name__
+    kind = FAMILIES.get(name)
+    if kind is None:
+        return None, f"{name} has no fused step"
+    if not kind.is_usual(model):
+        return kind, "its configuration asks for another function, such as a sliding window"
+    if not _is_plain(model, kind.body(model)):
+        return kind, "it has hooks, or is not in fp32 on the CPU"
     calls = [kind.call_of(block) for block in kind.blocks(model)]
-    return None if any(call is None for call in calls) else kind(model, cache, calls, batch, room)
+    if any(call is None for call in calls):
+        return kind, "a block is not packed throughout, or there are no compiled kernels"
+    return kind, calls
 
 
 def _is_plain(model: Any, body: Any) -> bool:
@@ -341,13 +436,13 @@ class _Kept:
         return _Kept, ()
 
 
-def _three(layer: Any) -> tuple[Any, ...] | None:
-    """q, k and v of a packed layer of all three, else None; made once, and again where its tensors have changed."""
-    if not isinstance(layer, PackedTransposed):
+def _parts(layer: Any, sizes: list[int]) -> tuple[Any, ...] | None:
+    """Layers of so many rows each out of a packed one, else None; made once, and again where its tensors change."""
+    if not isinstance(layer, PackedTransposed | PackedLinear):
         return None
     state = [(id(each), each._version) for each in layer._buffers.values() if each is not None]
-    held = layer.__dict__.get("_in_three")
+    held = layer.__dict__.get("_in_parts")
     if held is None or held.state != state:
-        held = _Kept(state, tuple(split(layer, [layer.row_count // 3] * 3)))
-        object.__setattr__(layer, "_in_three", held)
+        held = _Kept(state, tuple(split(layer, sizes)))
+        object.__setattr__(layer, "_in_parts", held)
     return held.parts

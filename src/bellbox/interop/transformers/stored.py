@@ -9,6 +9,7 @@ layer's attributes to see, whose weights are marked as done.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -102,6 +103,14 @@ def untie(model: Any, places: Iterable[str]) -> None:
         target: source
         for target, source in model.all_tied_weights_keys.items()
         if not target.startswith(inside) and not source.startswith(inside)
+    }
+
+
+def pass_over(model: Any, names: Iterable[str]) -> None:
+    """Have transformers not report tensors of the file that are left out on purpose (`formats.guard`)."""
+    model._keys_to_ignore_on_load_unexpected = {
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        *(rf"{re.escape(name)}$" for name in names),
     }
 
 

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bellbox.nn import CodedLayer, PackedLinear, PackedTransposed, WeightOnlyLinear
+from bellbox.nn.coded import CodedLayer
+from bellbox.nn.packed_linear import PackedLinear
+from bellbox.nn.transposed import PackedTransposed
+from bellbox.nn.weight_only import WeightOnlyLinear
 
 
 def joined(layers: Sequence[Any]) -> CodedLayer:
@@ -21,6 +24,24 @@ def joined(layers: Sequence[Any]) -> CodedLayer:
         torch.cat([getattr(each, name) for each in layers]) for name in ("weight_packed", "weight_scale")
     )
     return _with_rows(layers[0], rows, scales, bias)
+
+
+def why_apart(one: Any, other: Any) -> str | None:
+    """What keeps two layers from being one (`joined`); None where nothing does."""
+    if type(one) is not type(other):
+        return "they are of two kinds"
+    if one.weight_levels != other.weight_levels:
+        return "their weights have other levels"
+    if (one.bias is None) != (other.bias is None):
+        return "not all have a bias"
+    settings = ("coding",) if isinstance(one, PackedLinear) else ("scale_group", "block")
+    if any(getattr(one, name) != getattr(other, name) for name in settings):
+        return "they code their input differently"
+    for name in ("act_scale", "act_thresholds", "act_rstd", "act_signs", "weight_table"):
+        a, b = one._buffers.get(name), other._buffers.get(name)
+        if a is not b and (a is None or b is None or not torch.equal(a, b)):
+            return f"they differ in {name}"
+    return None
 
 
 def split(layer: Any, sizes: list[int]) -> list[CodedLayer]:
