@@ -51,8 +51,8 @@ def documents_of(made: TokenDataset) -> list[str]:
     texts: list[str] = []
     for split in made.splits.values():
         ids = split.read(0, len(split))
-        for part in np.split(ids, np.flatnonzero(ids == made.end_of_text) + 1)[:-1]:
-            texts.append(made.tokenizer.decode(part[:-1]))
+        parts = np.split(ids, np.flatnonzero(ids == made.end_of_text) + 1)[:-1]
+        texts += [made.tokenizer.decode(part[:-1]) for part in parts]
     return texts
 
 

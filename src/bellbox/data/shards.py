@@ -267,7 +267,7 @@ class TokenSplit:
         self.bytes = entry.bytes
         """UTF-8 bytes of the split's documents."""
         self.dataset = dataset
-        self._shards = shards
+        self.shards = shards
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
 
     def __len__(self) -> int:
@@ -287,7 +287,7 @@ class TokenSplit:
         filled = 0
         while filled < len(out):
             begin = start + filled - int(self._starts[shard])
-            part = self._shards[shard][begin : begin + len(out) - filled]
+            part = self.shards[shard][begin : begin + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
@@ -348,9 +348,21 @@ class TokenDataset:
             raise BellboxError(f"{self.path}: no split '{name}'; there are: {', '.join(self.splits)}")
         return self.splits[name]
 
+    def file_of(self, shard: str) -> Path:
+        """Where a shard lies, by its name in the manifest."""
+        return self.path / shard
+
+    def checksum(self) -> str:
+        """Says of two datasets whether they are equal, names of sources included."""
+        return self.manifest.checksum()
+
+    def content_checksum(self) -> str:
+        """Likewise of tokenizer and tokens alone, wherever the sources lay."""
+        return self.manifest.content_checksum()
+
     def largest_id(self) -> int:
         """The largest token id that occurs, -1 where nothing does; reads all shards once."""
-        shards = (shard for split in self.splits.values() for shard in split._shards if len(shard))
+        shards = (shard for split in self.splits.values() for shard in split.shards if len(shard))
         return max((int(shard.max()) for shard in shards), default=-1)
 
     @property

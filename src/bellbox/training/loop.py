@@ -222,7 +222,8 @@ class Trainer:
         if self.task.tokenizer is not None:
             write_text(self.folder / TOKENIZER_FILE, self.task.tokenizer)
         state = self.state
-        self.metrics = MetricsWriter(self.folder, state.step, state.evaluated_step, self.config.tensorboard)
+        shown = self.config.tensorboard, self.config.trackers, self.config.to_dict()
+        self.metrics = MetricsWriter(self.folder, state.step, state.evaluated_step, *shown)
         self.validation = self.metrics.last_evaluation
         self.progress = Progress(self.config.total_steps, state.step, self.show, self.task.unit)
 
@@ -233,6 +234,9 @@ class Trainer:
             f"{config.per_step:,} {self.task.unit} a step in {config.accumulation} passes, "
             f"precision {config.precision} on {self.device}{self._why_precision}"
         )
+        first = None if self._done() else self.task.batch_checksum(step)
+        if first is not None:
+            self.progress.note(f"data: the batch of step {step + 1} has the sha256 {first[:16]}")
         if self.teacher and self.teacher.unchecked:
             self.progress.note(f"distill.teacher: {self.teacher.unchecked}")
         if step and self._begun_for < config.total_steps:
@@ -268,9 +272,7 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         refuse_other_files(self.dataset, self.folder / DATA_FILE)
         if checkpoint.state.data != self.state.data:
-            raise BellboxError(
-                f"data.source '{self.config.data.source}' is not what '{self.folder}' was begun with"
-            )
+            raise BellboxError(f"{self.config.data.described} is not what '{self.folder}' was begun with")
         if checkpoint.state.teacher != self.state.teacher:
             raise BellboxError(
                 f"distill.teacher '{self.config.distill.teacher}' is not what '{self.folder}' was begun with"

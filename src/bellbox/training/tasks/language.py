@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox import data
+from bellbox.data.prefetch import Prefetched
 from bellbox.data.shards import TokenDataset
 from bellbox.evaluation import perplexity
 from bellbox.evaluation.parts import TokenParts
@@ -37,20 +38,25 @@ class LanguageTask(Task):
 
     def __init__(self, config: ResolvedConfig, dataset: TokenDataset) -> None:
         self.config, self.dataset = config, dataset
-        self.checksum = self.dataset.manifest.checksum()
+        self.checksum = self.dataset.checksum()
         self.tokenizer = read_text(self.dataset.path / "tokenizer.json", TOKENIZER_LIMIT)
-        self.batches = data.Batches(
-            self.dataset.train,
+        self.batches = data.batches(
+            self.dataset,
             context=config.data.context,
             sequences_per_step=config.sequences_per_step,
             seed=config.data.seed,
         )
+        self._prefetched = Prefetched(self.batches.at)
 
     def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """See `Task`; int64 `[sequences, context]` each."""
         size = self.config.batch.micro_sequences
-        inputs, targets = self.batches.at(step)
+        inputs, targets = self._prefetched.at(step)
         return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+    def batch_checksum(self, step: int) -> str:
+        """See `Task`."""
+        return self.batches.checksum(step)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `Task`."""
