@@ -111,13 +111,9 @@ class MLflow(Tracker):
     """Metrics that a server takes at once; it refuses 1,001."""
 
     def __init__(self, folder: Path, names: dict[str, str], config: Mapping[str, Any]) -> None:
-        require("mlflow", "mlflow")
-        from mlflow.entities import Metric
-        from mlflow.tracking import MlflowClient
-
-        self._metric: Any = Metric
+        self._metric: Any = require("mlflow.entities", "mlflow").Metric
         place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
-        self._client = MlflowClient(place)
+        self._client: Any = require("mlflow.tracking", "mlflow").MlflowClient(place)
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = self._client.get_experiment_by_name(experiment)
         number = self._client.create_experiment(experiment) if found is None else found.experiment_id

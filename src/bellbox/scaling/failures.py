@@ -67,12 +67,15 @@ def simulated(
     for _ in range(runs):
         done = elapsed = 0.0
         next_failure = draw.exponential(between)
-        while done < work:
-            part = min(interval, work - done)
-            end = elapsed + part + cost
+        while True:
+            left = work - done
+            end = elapsed + left + math.ceil(left / interval) * cost
             if end <= next_failure:
-                done, elapsed = done + part, end
-                continue
+                elapsed = end
+                break
+            # Whole intervals that were saved before it failed; what follows the last of them is lost.
+            saved = min(int((next_failure - elapsed) // (interval + cost)), int(left // interval))
+            done += saved * interval
             elapsed = next_failure
             next_failure = elapsed + draw.exponential(between)
             while elapsed + restart > next_failure:  # it failed while it was coming up
