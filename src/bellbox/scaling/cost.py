@@ -37,8 +37,8 @@ from bellbox.utils.skeleton import on_meta
 Scheme = Literal["ddp", "fsdp", "hybrid"]
 
 EFFICIENCY = 0.4
-"""Of the data sheet's rate of products: what public trainings of dense models of 7B and more report (38 to 43 %,
-arXiv 2407.21783, table 4). Smaller widths reach less."""
+"""Of the data sheet's rate of products: Llama 3 405B reached 38 to 43 % (arXiv 2407.21783, table 4). Smaller widths
+reach less."""
 WEIGHT_PASSES = 46.0
 """Readings of a weight in fp32 that its quantizer takes in forward and backward, on torch operations alone as on a GPU:
 45 to 48 (`benchmarks/scaling.py --passes`, AMD EPYC, Zen 3, 2026-11-30). Where arithmetic takes longer than memory, as
