@@ -26,12 +26,12 @@ from bellbox.data.shards import TokenDataset
 from bellbox.data.tokenizer import Tokenizer
 
 FILE_BYTES = 16 << 20
-SAMPLE_BYTES = 16 << 20
+SAMPLE_BYTES = 4 << 20
 
 
 def write_corpus(text: str, folder: Path, megabytes: int) -> int:
     """Files of documents; returns their bytes of text."""
-    documents = [part for part in text.split("\n\n\n") if part.strip()] or [text]
+    documents = [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
     total, number, place = 0, 0, 0
     while total < megabytes << 20:
         rows, size = [], 0

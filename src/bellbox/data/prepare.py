@@ -205,6 +205,7 @@ def prepare(
         )
         dataset = preparation.run(tokenizer, size, processes, [source.name for source in everything])
         _refuse_target(out, overwrite)  # it may have appeared while we worked
+        (work / _STATE).unlink()  # nothing to go on from: the shards are about to leave this folder
         put_in_place(dataset, out.absolute(), shards.MANIFEST)
     return shards.TokenDataset.open(out)
 

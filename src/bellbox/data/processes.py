@@ -6,9 +6,11 @@ its input, hence with the process that started it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +23,8 @@ from bellbox.data.tokenizer import Tokenizer
 from bellbox.data.units import Job, encode_unit, load_tokenizer
 from bellbox.errors import BellboxError
 from bellbox.utils.processor import usable_cores
+
+_PR_SET_PDEATHSIG = 1
 
 
 class UnfinishedError(BellboxError):
@@ -125,7 +129,14 @@ class _Worker:
                     stream.close()
 
 
+def _end_with_the_leader() -> None:
+    """Have the system end this process with the one that started it: what it writes would be nobody's any more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _main(work: Path, end_of_text: int) -> None:
+    _end_with_the_leader()
     # Libraries may print; the lines of JSON go out by a way of their own.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -143,7 +154,8 @@ def _main(work: Path, end_of_text: int) -> None:
     except BrokenPipeError:
         return  # nobody listens any more
     except OSError as error:
-        tell(refused=[error.errno, error.strerror, str(error.filename or work)])
+        with suppress(BrokenPipeError):
+            tell(refused=[error.errno, error.strerror, str(error.filename or work)])
 
 
 if __name__ == "__main__":
