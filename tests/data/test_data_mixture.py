@@ -33,7 +33,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[TokenDataset]:
 
 
 def batches_of(mixed: MixedDataset, **options: int) -> MixedBatches:
-    made = data.batches(mixed, **{"context": 16, "sequences_per_step": 8, "seed": 5, **options})
+    made = data.batches_of(mixed, **{"context": 16, "sequences_per_step": 8, "seed": 5, **options})
     assert isinstance(made, MixedBatches)
     return made
 

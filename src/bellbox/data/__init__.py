@@ -23,7 +23,7 @@ __all__ = [
     "Steps",
     "TokenDataset",
     "TokenSplit",
-    "batches",
+    "batches_of",
     "open",
     "open_mixture",
 ]
@@ -60,7 +60,7 @@ def open_mixture(weights: Mapping[str, float], *, verify: bool = False) -> Mixed
     return MixedDataset([(open(path, verify=verify), weight) for path, weight in weights.items()])
 
 
-def batches(
+def batches_of(
     dataset: TokenDataset,
     *,
     context: int,

@@ -244,12 +244,6 @@ def parts_of(folder: Path, unit: int) -> list[Part]:
     return found
 
 
-def remove_parts(folder: Path, unit: int) -> None:
-    """Have a unit made from its beginning."""
-    for file in sorted(folder.glob(f"{unit:06d}-*"), key=lambda one: one.suffix != ".json"):
-        file.unlink()
-
-
 def encode_unit(job: Job, number: int, folder: Path, tokenizer: Tokenizer) -> Iterator[dict[str, int]]:
     """Make the parts of a unit that are not there yet.
 

@@ -40,7 +40,7 @@ class LanguageTask(Task):
         self.config, self.dataset = config, dataset
         self.checksum = self.dataset.checksum()
         self.tokenizer = read_text(self.dataset.path / "tokenizer.json", TOKENIZER_LIMIT)
-        self.batches = data.batches(
+        self.batches = data.batches_of(
             self.dataset,
             context=config.data.context,
             sequences_per_step=config.sequences_per_step,
