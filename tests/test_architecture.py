@@ -43,6 +43,7 @@ MAY_KNOW = {
     "training": (
         "errors utils core quantizers recipe nn optim convert calibrate models data objectives evaluation formats runs"
     ),
+    "scaling": "errors utils recipe convert models",
     "benchmark": "utils core ops recipe nn convert models inference",
     "report": "errors utils runs comparison",
     "comparison": (

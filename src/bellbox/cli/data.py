@@ -2,7 +2,7 @@
 
 bellbox data prepare books/ --out data/books --vocab-size 4096
 bellbox data prepare corpus.jsonl.zst --out data/corpus --tokenizer data/books/tokenizer.json
-bellbox data prepare hf:roneneldan/TinyStories --out data/stories
+bellbox data prepare hf:allenai/c4:en --out data/c4 --tokenizer data/books/tokenizer.json --max-tokens 3000000000
 bellbox data info data/books --verify
 """
 
@@ -11,10 +11,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from bellbox.cli.output import parse_flags, refuse_file_name
-from bellbox.data.sources import Skipped
 from bellbox.errors import require
 
 require("tyro", "cli")
@@ -51,6 +50,12 @@ class Prepare:
     """Tokens a shard file."""
     max_tokens: int | None = None
     """Stop reading once the training split has so many tokens, at most a megabyte of text later."""
+    deduplicate: Literal["exact", "near"] | None = None
+    """Drop documents that are equal to an earlier one (exact), or also those that resemble one (near, by MinHash)."""
+    similarity: float | None = None
+    """For near: the Jaccard similarity of runs of five words from which on documents resemble; 0.8 where not given."""
+    processes: int | None = None
+    """Processes that encode; the result is the same. Where not given one a core, fewer for little text."""
     overwrite: bool = False
     """Replace a dataset that stands at --out."""
 
@@ -94,12 +99,21 @@ def _prepare(command: Prepare) -> None:
             skip_null=command.skip_null,
             shard_tokens=command.shard_tokens,
             max_tokens=command.max_tokens,
+            deduplicate=command.deduplicate,
+            similarity=command.similarity,
+            processes=command.processes,
             overwrite=command.overwrite,
             progress=bars.update,
         )
     _print(dataset)
-    if bars.skipped.blank or bars.skipped.null:
-        print(f"rows without a document: {bars.skipped.blank:,} blank, {bars.skipped.null:,} null")
+    skipped = bars.state.skipped
+    if skipped.blank or skipped.null:
+        print(f"rows without a document: {skipped.blank:,} blank, {skipped.null:,} null")
+    if command.deduplicate is not None:
+        dropped = bars.state.dropped
+        print(f"duplicates dropped: {dropped.equal:,} equal, {dropped.similar:,} similar documents")
+    if bars.state.kept_bytes:
+        print(f"went on from an earlier call: {bars.state.kept_bytes:,} bytes of text were encoded already")
     asked = command.vocab_size
     if asked is not None and dataset.vocab_size < asked:
         print(
@@ -169,9 +183,10 @@ class _Bars:
             print(f"{_LABELS[state.phase]}: {state.bytes_read:,} bytes, {_counts(state)}", file=sys.stderr)
 
     @property
-    def skipped(self) -> Skipped:
-        """Rows that gave no document."""
-        return Skipped() if self._state is None else self._state.skipped
+    def state(self) -> Progress:
+        """The last one told."""
+        assert self._state is not None
+        return self._state
 
     def update(self, state: Progress) -> None:
         """Show a state; the bar of its phase appears with the first."""

@@ -19,7 +19,7 @@ from bellbox.errors import BellboxError
 
 COMMANDS = {
     "data": "turn text into token shards",
-    "plan": "how much of a token budget to train quantized",
+    "plan": "how much of a token budget to train quantized; plan cluster: what a run takes on many GPUs",
     "train": "train a model, low-bit or not",
     "schema": "the JSON schema of a run's configuration, for editors",
     "eval": "perplexity, bits per byte and entropy of a model",

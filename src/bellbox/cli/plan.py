@@ -2,6 +2,7 @@
 
 bellbox plan --parameters 95e6 --tokens 3e9
 bellbox plan --preset 300M --tokens 20e9 --bits 4
+bellbox plan cluster --help                          # another question: what a run takes on many GPUs
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def main(argv: list[str]) -> None:
     Raises:
         BellboxError: a number out of range, or a budget that the law does not cover.
     """
+    if argv[:1] == ["cluster"]:
+        from bellbox.cli.plan_cluster import main as plan_cluster
+
+        plan_cluster(argv[1:])
+        return
     plan = parse_flags(Plan, argv, "bellbox plan", __doc__)
     if (plan.preset is None) == (plan.parameters is None):
         raise BellboxError("give one of --preset and --parameters")

@@ -39,6 +39,7 @@ from bellbox.report import (
     read_record,
     render,
 )
+from bellbox.runs.config import DataSection
 
 require("tyro", "cli")
 
@@ -142,7 +143,7 @@ def collect(
     assert run is not None
     quantized = dict(quantized_layers(opened.model))
     weights = [layer.weight_quantizer for layer in quantized.values() if layer.weight_quantizer is not None]
-    floor = None if opened.is_vision else _unigram(run.config.data.source)
+    floor = None if opened.is_vision else _unigram(run.config.data)
     return ReportInput(
         record=read_record(opened.path),
         step=run.step,
@@ -183,10 +184,11 @@ def _is_causal(model: nn.Module) -> bool:
     return all(layer is None or layer.quantizer.granularity != "tensor" for layer in layers)
 
 
-def _unigram(source: str) -> Any:
+def _unigram(section: DataSection) -> Any:
     """The floor on the run's data; None where the data is no longer there: the rest of the page stands alone."""
     try:
-        return unigram(data.open(source))
+        mixture = section.mixture
+        return unigram(data.open_mixture(mixture) if mixture else data.open(section.source))
     except BellboxError:
         return None
 

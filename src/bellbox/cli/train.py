@@ -223,6 +223,7 @@ def _mapping_flags(tyro: Any, base: TrainConfig) -> Any:
     mappings = {
         dict[str, bool | int | float | str]: base.model.overrides,
         dict[str, bool | float | str]: base.quantization.options,
+        dict[str, float]: base.data.mixture,
     }
 
     def read(words: list[str], before: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def best_lr(scores: dict[float, float]) -> float | None:
 
 
 def _place(config: TrainConfig) -> str:
-    return f"{config.task} {config.data.source} {config.vision.image_size}"
+    return f"{config.task} {config.data.name} {config.vision.image_size}"
 
 
 def _says_integers(cell: Cell) -> bool:

@@ -52,7 +52,9 @@ def open_classics(cache_dir: str | Path | None = None) -> TokenDataset:
             # A cache may be rebuilt: the text is in the package.
             damaged = True
     try:
-        return prepare([TRAIN], target, tokenizer=TOKENIZER, valid=[VALID], overwrite=damaged)
+        return prepare(
+            [TRAIN], target, tokenizer=TOKENIZER, valid=[VALID], overwrite=damaged, resumable=False
+        )
     except BellboxError as error:
         try:
             return TokenDataset.open(target, verify=True)  # another process was faster

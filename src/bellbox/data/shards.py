@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +35,7 @@ MANIFEST = "manifest.json"
 FORMAT = "bellbox-tokens"
 VERSION = 1
 SPLITS = ("train", "valid")
-_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class _Strict(BaseModel):
@@ -86,21 +87,78 @@ def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-class ShardWriter:
-    """Appends tokens of one split to a folder, a new file every `shard_tokens`; memory stays constant."""
+def refuse_wrapping(ids: np.ndarray, dtype: np.dtype) -> None:
+    """Refuse ids that would come back as other ones.
 
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
+    Raises:
+        BellboxError: one is beyond what the stored type holds.
+    """
+    if ids.dtype != dtype and len(ids):
+        low, high, most = int(ids.min()), int(ids.max()), int(np.iinfo(dtype).max)
+        if low < 0 or high > most:
+            raise BellboxError(
+                f"token id {high if high > most else low} does not fit into {dtype.name}, which holds 0 to {most}; "
+                "the tokenizer has more entries than it says"
+            )
+
+
+class ShardWriter:
+    """Appends tokens of one split to a folder, a new file every `shard_tokens`; memory stays constant.
+
+    Args:
+        folder: for the files.
+        split: its name.
+        dtype: stored type.
+        shard_tokens: tokens a file.
+        saved: where another writer stood (`save`): this one goes on from there, whatever was written after.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, dtype: str, shard_tokens: int, saved: dict[str, Any] | None = None
+    ) -> None:
         if shard_tokens < 1:
             raise BellboxError(f"shards of {shard_tokens} tokens: a shard holds at least 1")
-        self._folder, self._split, self._dtype, self._limit = folder, split, _DTYPES[dtype], shard_tokens
+        self._folder, self._split, self._dtype, self._limit = folder, split, DTYPES[dtype], shard_tokens
         self._file: Any = None
         self._hash: Any = None
         self._room = 0
         self._shards: list[ShardEntry] = []
         self.tokens = self.documents = self.bytes = 0
+        if saved is not None:
+            self._restore(saved)
+
+    def save(self) -> dict[str, Any]:
+        """Have everything so far on the disk; what is returned finds the way back to here."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        entry = SplitEntry(
+            tokens=self.tokens, documents=self.documents, bytes=self.bytes, shards=list(self._shards)
+        )
+        return entry.model_dump()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        entry = SplitEntry.model_validate(saved)
+        self._shards = list(entry.shards)
+        self.tokens, self.documents, self.bytes = entry.tokens, entry.documents, entry.bytes
+        whole = {shard.file for shard in entry.shards}
+        begun = self.tokens - sum(shard.tokens for shard in entry.shards)
+        for file in self._folder.glob(f"{self._split}-*.bin"):
+            if file.name not in whole and (not begun or file.name != self._name()):
+                file.unlink()
+        if begun:
+            self._file = (self._folder / self._name()).open("r+b")
+            self._file.truncate(begun * self._dtype.itemsize)
+            self._hash = hashlib.file_digest(self._file, "sha256")
+            self._room = self._limit - begun
 
     def append(self, ids: np.ndarray, source_bytes: int) -> None:
-        """Append token ids (any integer dtype, 1-D) that stand for so many bytes of text."""
+        """Append token ids (any integer dtype, 1-D) that stand for so many bytes of text.
+
+        Raises:
+            BellboxError: an id that the stored type does not hold.
+        """
+        refuse_wrapping(ids, self._dtype)
         self.bytes += source_bytes
         while len(ids):
             if not self._room:
@@ -127,10 +185,12 @@ class ShardWriter:
 
     def _next(self) -> None:
         self._finish()
-        name = f"{self._split}-{len(self._shards):05d}.bin"
-        self._file = (self._folder / name).open("xb")
+        self._file = (self._folder / self._name()).open("xb")
         self._hash = hashlib.sha256()
         self._room = self._limit
+
+    def _name(self) -> str:
+        return f"{self._split}-{len(self._shards):05d}.bin"
 
     def _finish(self) -> None:
         if self._file is None:
@@ -183,6 +243,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise BellboxError(
             f"{file}: damaged or edited, its checksum does not match; prepare the dataset again"
         )
+    if manifest.dtype != dtype_for(manifest.vocab_size):
+        raise BellboxError(
+            f"{file}: says {manifest.dtype} for {manifest.vocab_size} tokens, which are stored as "
+            f"{dtype_for(manifest.vocab_size)}; prepare the dataset again"
+        )
     for name, split in manifest.splits.items():
         if split.tokens != sum(shard.tokens for shard in split.shards):
             raise BellboxError(f"{file}: split '{name}' does not add up; prepare the dataset again")
@@ -202,7 +267,7 @@ class TokenSplit:
         self.bytes = entry.bytes
         """UTF-8 bytes of the split's documents."""
         self.dataset = dataset
-        self._shards = shards
+        self.shards = shards
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
 
     def __len__(self) -> int:
@@ -222,7 +287,7 @@ class TokenSplit:
         filled = 0
         while filled < len(out):
             begin = start + filled - int(self._starts[shard])
-            part = self._shards[shard][begin : begin + len(out) - filled]
+            part = self.shards[shard][begin : begin + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
@@ -262,7 +327,7 @@ class TokenDataset:
             raise BellboxError(f"{tokenizer}: missing; prepare the dataset again")
         if sha256_file(tokenizer) != manifest.tokenizer_sha256:
             raise BellboxError(f"{tokenizer}: not the tokenizer that the shards were made with")
-        dtype = _DTYPES[manifest.dtype]
+        dtype = DTYPES[manifest.dtype]
         splits = {
             name: [_map(path, shard, dtype) for shard in entry.shards]
             for name, entry in manifest.splits.items()
@@ -283,9 +348,21 @@ class TokenDataset:
             raise BellboxError(f"{self.path}: no split '{name}'; there are: {', '.join(self.splits)}")
         return self.splits[name]
 
+    def file_of(self, shard: str) -> Path:
+        """Where a shard lies, by its name in the manifest."""
+        return self.path / shard
+
+    def checksum(self) -> str:
+        """Says of two datasets whether they are equal, names of sources included."""
+        return self.manifest.checksum()
+
+    def content_checksum(self) -> str:
+        """Likewise of tokenizer and tokens alone, wherever the sources lay."""
+        return self.manifest.content_checksum()
+
     def largest_id(self) -> int:
         """The largest token id that occurs, -1 where nothing does; reads all shards once."""
-        shards = (shard for split in self.splits.values() for shard in split._shards if len(shard))
+        shards = (shard for split in self.splits.values() for shard in split.shards if len(shard))
         return max((int(shard.max()) for shard in shards), default=-1)
 
     @property

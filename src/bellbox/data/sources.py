@@ -21,7 +21,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -118,6 +118,8 @@ class Source:
     path: Path | None
     size: int | None
     """Bytes on disk, compressed as they are; None where that is not known."""
+    shard: tuple[int, int] | None = None
+    """Of a streamed dataset that lies in several files: which of how many this is."""
 
     def pieces(
         self, rows: Rows | None = None, on_read: Callable[[int], None] | None = None
@@ -134,7 +136,7 @@ class Source:
         """
         rows = rows or Rows()
         if self.path is None:
-            found = _hub_rows(self.name)
+            found = _hub_rows(self.name, self.shard)
         elif self.kind == "parquet":
             found = _parquet_rows(self.path, rows.column, on_read)
         else:
@@ -192,6 +194,22 @@ def resolve(inputs: Sequence[str | Path]) -> list[Source]:
             raise BellboxError(f"{source.name}: given twice; name it once")
         seen.add(key)
     return sources
+
+
+def expand(found: Sequence[Source]) -> list[Source]:
+    """The same sources, a streamed dataset of several files as one source for each of them.
+
+    Raises:
+        BellboxError: a dataset that cannot be opened.
+    """
+    return [each for source in found for each in _files_of(source)]
+
+
+def _files_of(source: Source) -> list[Source]:
+    if source.path is not None:
+        return [source]
+    count = _open_hub(source.name).num_shards
+    return [replace(source, shard=(number, count)) for number in range(count)] if count > 1 else [source]
 
 
 def identity(source: Source) -> str:
@@ -586,13 +604,23 @@ def _hub_parts(name: str) -> tuple[str, str | None, str]:
     return dataset, config or None, split or "train"
 
 
-def _hub_rows(name: str) -> Iterator[tuple[object, str]]:
+def _open_hub(name: str) -> Any:
+    """A stream of `datasets`: nothing but names of files is fetched here."""
     datasets = require("datasets", "text")
     dataset, config, split = _hub_parts(name)
     try:
-        rows = iter(datasets.load_dataset(dataset, config, split=split, streaming=True))
+        return datasets.load_dataset(dataset, config, split=split, streaming=True)
     except Exception as error:
         raise BellboxError(f"{name}: cannot be opened: {_one_line(error)}") from error
+
+
+def _hub_rows(name: str, shard: tuple[int, int] | None) -> Iterator[tuple[object, str]]:
+    stream = _open_hub(name)
+    if shard is not None:
+        number, count = shard
+        stream = stream.shard(num_shards=count, index=number)
+        name = f"{name} file {number} of {count}"
+    rows = iter(stream)
     number = 0
     while True:
         try:

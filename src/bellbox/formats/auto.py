@@ -191,9 +191,9 @@ def open_data_for(opened: OpenedModel, source: str | None) -> tuple[TokenDataset
 
     if opened.is_vision:
         raise BellboxError(f"{opened.path}: is a vision model; this needs one of language")
-    if source is None:
-        source = "classics" if opened.run is None else opened.run.config.data.source
-    dataset = data.open(source)
+    section = opened.run.config.data if source is None and opened.run is not None else None
+    source = source or (section.name if section is not None else "classics")
+    dataset = data.open_mixture(section.mixture) if section and section.mixture else data.open(source)
     remark = None
     if opened.tokenizer is None:
         remark = f"{opened.path} holds no tokenizer: it could not be compared with the data's"

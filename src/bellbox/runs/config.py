@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from bellbox.core.grid import levels_from_bits
+from bellbox.data.mixture import check_weights
 from bellbox.errors import BellboxError
 from bellbox.runs.limits import Limits, refuse_beyond
 from bellbox.utils.processor import MAX_THREADS
@@ -71,6 +72,9 @@ class DataSection:
     """A folder made by `bellbox data prepare`, or `classics`, the bundled public-domain books; or text that is prepared
     into the run's folder first: a file, a folder of them, hf:NAME[:CONFIG][:SPLIT]. Of a vision task: an
     .npz file, a folder of IDX files, a folder with train/CLASS/*, `fashion-mnist`, or hf:NAME."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Several prepared corpora in place of one source, each with its weight: `{data/books: 0.3, data/web: 0.7}`. Of
+    the training sequences each gives its share, whatever its size; validation is on all of them."""
     valid: list[str] = field(default_factory=list)
     """Validation text beside a source that is prepared first; a hundredth of the source where none is given."""
     tokenizer: str | None = None
@@ -81,6 +85,21 @@ class DataSection:
     """Tokens in a sequence."""
     seed: Annotated[int, Limits(ge=0, le=2**63 - 1)] = 0
     """Seed of the order in which sequences or images come, and of what augmentation draws."""
+
+    @property
+    def sources(self) -> list[str]:
+        """All that is read."""
+        return list(self.mixture) or [self.source]
+
+    @property
+    def name(self) -> str:
+        """What is read, in words."""
+        return " + ".join(f"{weight:g} {path}" for path, weight in self.mixture.items()) or self.source
+
+    @property
+    def described(self) -> str:
+        """The key and its value, for messages."""
+        return f"data.mixture '{self.name}'" if self.mixture else f"data.source '{self.source}'"
 
 
 @dataclass(frozen=True)
@@ -349,6 +368,8 @@ class TrainConfig:
     """Steps between training records."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+    trackers: list[Literal["wandb", "mlflow", "aim"]] = field(default_factory=list)
+    """Show the same numbers there too, each an extra of its own (docs/training.md). One that fails stops nothing."""
     debug: bool = False
     """Check every layer's output in every forward; slow, but names the layer at once."""
     methods_from: list[str] = field(default_factory=list)
@@ -401,6 +422,7 @@ class TrainConfig:
             _check_vision(self)
         else:
             _check_batch(self)
+        _check_mixture(self)
         _check_known(self.quantization, self.methods_from)
         _check_method(self.quantization)
         if self.steps is not None and self.tokens is not None:
@@ -437,6 +459,19 @@ def _check_batch(config: TrainConfig) -> None:
             f"batch.tokens {tokens} makes {tokens // context} sequences of {context}, which "
             f"batch.micro_sequences {micro} does not divide; choose one that does"
         )
+
+
+def _check_mixture(config: TrainConfig) -> None:
+    section = config.data
+    if not section.mixture:
+        return
+    if config.task == "vision":
+        raise BellboxError("data.mixture is for language; leave it out of a vision task")
+    if section.source != DataSection().source:
+        raise BellboxError(
+            f"data.source is '{section.source}' and data.mixture is given: leave one of them out"
+        )
+    check_weights(section.mixture)
 
 
 def _check_vision(config: TrainConfig) -> None:

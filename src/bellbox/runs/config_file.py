@@ -157,6 +157,7 @@ WITHOUT_EFFECT = (
     "checkpoint_every",
     "log_every",
     "tensorboard",
+    "trackers",
     "debug",
     "methods_from",
 )
@@ -170,7 +171,7 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
     (that the data are the same is seen from their checksum). More steps are no difference either: a run may go on to
     them, unless its phases begin and end with them.
     """
-    free = {*WITHOUT_EFFECT, "data.source", "data.valid", "data.tokenizer", "data.vocab_size"}
+    free = {*WITHOUT_EFFECT, "data.source", "data.mixture", "data.valid", "data.tokenizer", "data.vocab_size"}
     longer = asked.total_steps > saved.total_steps and asked.phases == PhasesSection()
     found: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Metrics of a run, one JSON object a line, and the same numbers for TensorBoard.
+"""Metrics of a run, one JSON object a line, and the same numbers for trackers (`trackers.py`).
 
 `metrics.jsonl` is the record: append-only, flushed line by line, readable while the run goes on. When a run
 is resumed from step s, the records after s are cut away first, so that the file ends as if nothing had
@@ -29,11 +29,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from bellbox.errors import BellboxError
+from bellbox.runs.trackers import Trackers
 from bellbox.utils.files import named, read_bytes, write_text
 
 _MOST_BYTES = 1 << 30
@@ -72,25 +74,35 @@ def _is_record(value: Any) -> TypeGuard[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes records to `metrics.jsonl` and, if wanted, to TensorBoard.
+    """Writes records to `metrics.jsonl` and, if wanted, to TensorBoard and other trackers.
 
     Args:
         folder: the run's folder.
         step: the step that the run goes on from; later records are cut away.
         evaluated_step: the last validated step; a later evaluation is cut away too.
         tensorboard: also write event files under `tensorboard/`.
+        trackers: further ones, by name.
+        config: of the run, for those that show it.
 
     Raises:
-        BellboxError: TensorBoard is wanted and not installed.
+        BellboxError: a tracker is wanted and not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], step: int, evaluated_step: int, tensorboard: bool):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        step: int,
+        evaluated_step: int,
+        tensorboard: bool,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.path = Path(folder) / "metrics.jsonl"
         kept = _cut_after(self.path, step, evaluated_step)
         evaluations = [record for record in kept if record["kind"] == "eval"]
         self.last_evaluation: dict[str, Any] | None = evaluations[-1] if evaluations else None
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(Path(folder) / "tensorboard", step) if tensorboard else None
+        self._trackers = Trackers(Path(folder), step, tensorboard, trackers, config)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record and flush it to the operating system.
@@ -105,21 +117,17 @@ class MetricsWriter:
             with suppress(OSError):  # it tries once more to write what it holds
                 self._file.close()
             raise named(error, self.path) from None
-        if self._board is not None:
-            for name, value in _scalars(record):
-                self._board.add_scalar(name, value, record["step"])
+        self._trackers.log(dict(_scalars(record)), record["step"])
 
     def sync(self) -> None:
         """Have everything so far on the disk; called before a checkpoint that relies on it."""
         os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
+        self._trackers.flush()
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
 
 def _cut_after(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
@@ -130,17 +138,6 @@ def _cut_after(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any
     kept = [record for record in read_records(path) if record["step"] <= limits[record["kind"]]]
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BellboxError(
-            "tensorboard is not installed; pip install 'bellbox[cli]', or turn it off with --no-tensorboard"
-        ) from None
-    # Event files of a killed run stay; purge_step tells TensorBoard to forget what they hold from there on.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None, flush_secs=30)
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:

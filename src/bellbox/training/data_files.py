@@ -30,7 +30,7 @@ _PIECE = 1 << 20
 def remember_files(dataset: TokenDataset | ImageDataset, file: Path) -> None:
     """Write down how the files look now: shards `[bytes, nanoseconds]`, those of images with their CRC-32 behind."""
     if isinstance(dataset, TokenDataset):
-        looks: dict[str, Any] = {name: _look(dataset.path / name) for name in _shards(dataset)}
+        looks: dict[str, Any] = {name: _look(dataset.file_of(name)) for name in _shards(dataset)}
         write_text(file, json.dumps({"shards": looks}, indent=1) + "\n")
     elif dataset.files:
         before = _remembered(file, "images") if file.exists() else {}
@@ -50,7 +50,7 @@ def refuse_other_files(dataset: TokenDataset | ImageDataset, file: Path) -> None
     if isinstance(dataset, TokenDataset):
         looks = _remembered(file, "shards")
         for name, sha256 in _shards(dataset).items():
-            path = dataset.path / name
+            path = dataset.file_of(name)
             if looks.get(name) != _look(path) and sha256_file(path) != sha256:
                 raise BellboxError(
                     f"{path}: was changed since the run was begun, its checksum is not the manifest's; put the old one "

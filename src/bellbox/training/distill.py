@@ -49,7 +49,7 @@ class Teacher:
         self.weight, self.temperature = section.weight, section.temperature
         try:
             opened = open_model(section.teacher)
-            _, self.unchecked = open_data_for(opened, config.data.source)
+            _, self.unchecked = open_data_for(opened, config.data.sources[0])
         except BellboxError as error:
             raise BellboxError(f"distill.teacher: {error}") from None
         shape = opened.model.config

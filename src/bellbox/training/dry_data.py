@@ -56,7 +56,7 @@ def look_at_data(config: TrainConfig) -> DataOutlook:
     opened = open_data(ready)
     if isinstance(opened, TokenDataset):
         says = (
-            f"{ready.data.source}: {len(opened.train):,} training and {len(opened.valid):,} validation tokens, "
+            f"{ready.data.name}: {len(opened.train):,} training and {len(opened.valid):,} validation tokens, "
             f"vocabulary {opened.vocab_size:,}"
         )
     else:

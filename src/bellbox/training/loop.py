@@ -277,7 +277,8 @@ class Trainer:
         if self.task.tokenizer is not None:
             write_text(self.folder / TOKENIZER_FILE, self.task.tokenizer)
         state = self.state
-        self.metrics = MetricsWriter(self.folder, state.step, state.evaluated_step, self.config.tensorboard)
+        shown = self.config.tensorboard, self.config.trackers, self.config.to_dict()
+        self.metrics = MetricsWriter(self.folder, state.step, state.evaluated_step, *shown)
         return self.metrics.last_evaluation
 
     def _announce(self) -> None:
@@ -288,6 +289,9 @@ class Trainer:
             f"precision {config.precision} on {self.device}{self._why_precision}"
             + (f", {self.world.size} processes ({self.world.mode})" if self.world.mode != "none" else "")
         )
+        first = None if self._done() else self.task.batch_checksum(step)
+        if first is not None:
+            self.progress.note(f"data: the batch of step {step + 1} has the sha256 {first[:16]}")
         if self.teacher and self.teacher.unchecked:
             self.progress.note(f"distill.teacher: {self.teacher.unchecked}")
         if step and self._begun_for < config.total_steps:
@@ -338,9 +342,7 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.world.from_first(lambda: refuse_other_files(self.dataset, self.folder / DATA_FILE))
         if checkpoint.state.data != self.state.data:
-            raise BellboxError(
-                f"data.source '{self.config.data.source}' is not what '{self.folder}' was begun with"
-            )
+            raise BellboxError(f"{self.config.data.described} is not what '{self.folder}' was begun with")
         if checkpoint.state.teacher != self.state.teacher:
             raise BellboxError(
                 f"distill.teacher '{self.config.distill.teacher}' is not what '{self.folder}' was begun with"

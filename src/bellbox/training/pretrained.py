@@ -37,7 +37,7 @@ def pretrained_weights(config: ResolvedConfig) -> Callable[[nn.Module], None]:
                 f"{source}: is a {opened.kind} model, whose weights are codes; name the run it was made of"
             )
         if config.task == "language":
-            open_data_for(opened, config.data.source)
+            open_data_for(opened, config.data.sources[0])
         elif not opened.is_vision:
             raise BellboxError(f"{source}: is a language model, the task is vision")
     except BellboxError as error:

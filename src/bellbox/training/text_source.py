@@ -52,7 +52,7 @@ def with_prepared_text(config: TrainConfig, show: bool) -> TrainConfig:
         for name in ("valid", "tokenizer", "vocab_size"):
             if getattr(section, name) != getattr(usual, name):
                 raise BellboxError(
-                    f"data.{name} is for text that is prepared first, but data.source '{section.source}' is tokens "
+                    f"data.{name} is for text that is prepared first, but {section.described} is tokens "
                     "already; leave it out"
                 )
         return config

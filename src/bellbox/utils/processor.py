@@ -31,6 +31,11 @@ _BF16 = frozenset({"avx512_bf16", "amx_bf16"})
 _INT8 = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def fast_bf16() -> bool:
     """Whether bf16 products are at least as fast as fp32 ones here."""
     return bool(_BF16 & _usable())

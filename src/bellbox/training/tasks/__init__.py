@@ -48,11 +48,11 @@ def open_data(config: TrainConfig) -> TokenDataset | ImageDataset:
         from bellbox.data.images import open_images
 
         return open_images(config.data.source, config.vision.image_size)
-    return data.open(config.data.source)
+    return data.open_mixture(config.data.mixture) if config.data.mixture else data.open(config.data.source)
 
 
 def data_checksum(dataset: TokenDataset | ImageDataset) -> str:
     """Says of two sets of data whether they are equal, wherever they lie."""
     if isinstance(dataset, TokenDataset):
-        return dataset.manifest.content_checksum()
+        return dataset.content_checksum()
     return dataset.checksum

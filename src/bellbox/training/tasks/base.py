@@ -92,6 +92,10 @@ class Task(ABC):
     def start(self, model: nn.Module) -> None:  # noqa: B027 (most have nothing to say)
         """Give a new model what it needs to know of the data."""
 
+    def batch_checksum(self, step: int) -> str | None:  # noqa: ARG002
+        """SHA-256 of what all ranks together read at a step; None where a task has none."""
+        return None
+
     def fields(self, loss: float) -> dict[str, Any]:  # noqa: ARG002
         """Further fields of a training record."""
         return {}

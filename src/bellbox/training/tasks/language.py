@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox import data
+from bellbox.data.prefetch import Prefetched
 from bellbox.data.shards import TokenDataset
 from bellbox.evaluation import perplexity
 from bellbox.evaluation.parts import TokenParts
@@ -40,27 +41,33 @@ class LanguageTask(Task):
     def __init__(self, config: ResolvedConfig, dataset: TokenDataset, world: World) -> None:
         self.config, self.dataset, self.world = config, dataset, world
         self._micro = self.micro_size(config.sequences_per_step, config.batch.micro_sequences)
-        self.checksum = self.dataset.manifest.checksum()
+        self.checksum = self.dataset.checksum()
         self.tokenizer = read_text(self.dataset.path / "tokenizer.json", TOKENIZER_LIMIT)
-        self.batches = data.Batches(
-            self.dataset.train,
+        self.batches = data.batches_of(
+            self.dataset,
             context=config.data.context,
             sequences_per_step=config.sequences_per_step,
             seed=config.data.seed,
             rank=world.rank,
             world_size=world.size,
         )
+        self._prefetched = Prefetched(self.batches.at)
 
     def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """See `Task`; int64 `[sequences, context]` each."""
-        inputs, targets = self.batches.at(step)
+        inputs, targets = self._prefetched.at(step)
         return list(zip(inputs.split(self._micro), targets.split(self._micro), strict=True))
 
     def first_inputs(self, step: int) -> Tensor:
         """See `Task`."""
-        mine = self.batches
-        whole = data.Batches(mine.split, mine.context, mine.sequences_per_step, mine.seed)
-        return whole.at(step)[0][: self.config.batch.micro_sequences]
+        config = self.config
+        whole = data.batches_of(
+            self.dataset,
+            context=config.data.context,
+            sequences_per_step=config.sequences_per_step,
+            seed=config.data.seed,
+        )
+        return whole.at(step)[0][: config.batch.micro_sequences]
 
     @property
     def share(self) -> float:
@@ -71,6 +78,10 @@ class LanguageTask(Task):
     def passes(self) -> int:
         """See `Task`."""
         return self.config.sequences_per_step // self.world.size // self._micro
+
+    def batch_checksum(self, step: int) -> str:
+        """See `Task`."""
+        return self.batches.checksum(step)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `Task`."""
