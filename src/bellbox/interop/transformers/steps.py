@@ -153,8 +153,8 @@ class LlamaSteps(Steps):
         x = body.embed_tokens(tokens).contiguous()
         for call, layer in zip(self._calls, self._layers, strict=True):
             call.attend_and_widen(x, batch, self._cos, self._sin, *self._places(layer), gate, up, threads)
-            F.silu(gate, inplace=True).mul_(up)
-            call.narrow(x, gate, batch, threads)
+            F.silu(gate, inplace=True)
+            call.narrow(x, gate, up, batch, threads)
         return self._model.lm_head(rms_norm(x, body.norm.weight, body.norm.variance_epsilon))
 
 
