@@ -26,7 +26,8 @@ def isa(request):
 
 def settings_of(rows: list[tuple[float, int, float]]) -> tuple[Tensor, Tensor, Tensor]:
     temperature, top_k, top_p = zip(*rows, strict=True)
-    return torch.tensor(temperature).double(), torch.tensor(top_k), torch.tensor(top_p).double()
+    numbers = [torch.tensor(each, dtype=torch.float64) for each in (temperature, top_p)]
+    return numbers[0], torch.tensor(top_k), numbers[1]
 
 
 def logits_of(rows: int, vocabulary: int, scale: float) -> Tensor:

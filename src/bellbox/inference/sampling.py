@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from bellbox.errors import BellboxError
 from bellbox.ops.draw import draw, weights_of
+
+Odds = tuple[float, int | None, float | None]
+"""Temperature, top_k and top_p."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Sampling:
             raise BellboxError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise BellboxError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+    @property
+    def odds(self) -> Odds:
+        """What the odds of tokens depend on."""
+        return self.temperature, self.top_k, self.top_p
 
 
 def generator_for(seed: int | None, device: torch.device | str = "cpu") -> torch.Generator:
@@ -90,8 +99,10 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     Returns:
         `[B]` int64.
     """
-    settings = _settings([sampling] * len(logits), logits.device)
-    return draw(logits.float(), *settings, _drawn(sampling, generator, len(logits)))
+    if not sampling.temperature:
+        return logits.argmax(dim=-1)
+    drawn = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
+    return draw(logits.float(), *_settings((sampling.odds,) * len(logits), logits.device), drawn)
 
 
 def sample_each(
@@ -104,31 +115,29 @@ def sample_each(
         samplings: one for each row.
         generators: likewise.
     """
-    drawn = torch.cat([_drawn(*each, 1) for each in zip(samplings, generators, strict=True)])
-    return draw(logits.float(), *_settings(samplings, logits.device), drawn).tolist()
+    if not any(each.temperature for each in samplings):
+        return logits.argmax(dim=-1).tolist()
+    drawn = [
+        float(torch.rand((), dtype=torch.float64, generator=generator)) if each.temperature else 0.0
+        for each, generator in zip(samplings, generators, strict=True)
+    ]
+    settings = _settings(tuple(each.odds for each in samplings), logits.device)
+    return draw(logits.float(), *settings, torch.tensor(drawn, dtype=torch.float64)).tolist()
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """What `sample` draws from: `[B, V]` float64, zero outside the chosen tokens; the temperature is above 0."""
-    weights = weights_of(logits.float(), *_settings([sampling] * len(logits), logits.device)).double()
+    weights = weights_of(logits.float(), *_settings((sampling.odds,) * len(logits), logits.device)).double()
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def _settings(samplings: Sequence[Sampling], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Temperature, top_k and top_p of each row, as `ops.draw` takes them."""
-    temperature = torch.tensor([each.temperature for each in samplings], dtype=torch.float64, device=device)
-    top_k = torch.tensor([_limit(each.top_k) for each in samplings], dtype=torch.int64, device=device)
-    top_p = torch.tensor([each.top_p or 1.0 for each in samplings], dtype=torch.float64, device=device)
-    return temperature, top_k, top_p
-
-
-def _limit(top_k: int | None) -> int:
-    """0 for all; more than any vocabulary has is as good as all."""
-    return 0 if top_k is None else min(top_k, 2**62)
-
-
-def _drawn(sampling: Sampling, generator: torch.Generator, count: int) -> Tensor:
-    """So many numbers from 0 to below 1; zeros, without any draw, where the likeliest is taken."""
-    if not sampling.temperature:
-        return torch.zeros(count, dtype=torch.float64, device=generator.device)
-    return torch.rand(count, dtype=torch.float64, device=generator.device, generator=generator)
+@functools.lru_cache(maxsize=256)
+def _settings(odds: tuple[Odds, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperature, top_k and top_p of each row, as `ops.draw` takes them; from step to step they are the same."""
+    temperature, top_k, top_p = zip(*odds, strict=True)
+    limits = [0 if k is None else min(k, 2**62) for k in top_k]
+    return (
+        torch.tensor(temperature, dtype=torch.float64, device=device),
+        torch.tensor(limits, dtype=torch.int64, device=device),
+        torch.tensor([p or 1.0 for p in top_p], dtype=torch.float64, device=device),
+    )
