@@ -2,6 +2,7 @@
 
 python benchmarks/serve.py speed          # 95M, 2 bits, one thread: tokens/s of 1, 2, 4, 8 and 16 sequences
 python benchmarks/serve.py speed --embeddings int8 --temperature 0 --json serve.json
+python benchmarks/serve.py parts          # of a step of 1 and of 16 sequences: blocks, head, sampling, in ms
 python benchmarks/serve.py requests       # 10,000 requests to `bellbox serve`: memory, lost or mixed answers
 python benchmarks/serve.py requests --preset 95M --count 200 --tokens 32 --clients 16
 
@@ -24,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ from bellbox.benchmark.model import random_model
 from bellbox.data.bundled import VALID
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.inference.batching import Batcher, Continuation, generate_batch
+from bellbox.inference.decoding import steps_for
+from bellbox.inference.sampling import Sampling, sample_each
 from bellbox.inference.slots import SlotDecoder
 from bellbox.models import preset
 from bellbox.utils.files import write_text
@@ -51,8 +56,8 @@ class Sequences:
         self._batcher = Batcher(SlotDecoder(model, count, options.prompt + options.room, options.kv_cache))
         for each in range(count):
             prompt = torch.randint(0, model.config.vocab_size, (options.prompt,)).tolist()
-            settings = options.temperature, options.top_k, options.top_p
-            self._batcher.add(Continuation(prompt, options.room, *settings, seed=each))
+            settings = options.room, options.temperature, options.top_k, options.top_p
+            self._batcher.add(Continuation(prompt, Sampling(*settings, seed=each)))
         while len(self._batcher.advance()) < count:
             pass
 
@@ -95,6 +100,44 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
             )
             names = "embeddings", "sequences", "processor_seconds", "clock_seconds"
             found.append(dict(zip(names, (embeddings, each.count, *medians), strict=True)))
+    return found
+
+
+def parts(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds of a step's parts by processor time, each part of each number of sequences in turns."""
+    torch.set_num_threads(options.threads)
+    found: list[dict[str, Any]] = []
+    for embeddings in options.embeddings:
+        model = random_model(preset(options.preset, vocab_size=_VOCABULARY), options.bits, embeddings)
+        calls: dict[tuple[int, str], Callable[[], object]] = {}
+        for rows in options.rows:
+            ids, slots = torch.zeros(rows, 1, dtype=torch.int64), list(range(rows))
+            steps = steps_for(model, model.new_cache(rows, options.prompt + 1, options.kv_cache))
+            assert steps is not None
+            places = torch.tensor([[slot, options.prompt] for slot in slots])
+            hidden = torch.randn(rows, 1, model.config.hidden_size)
+            logits = 2 * torch.randn(rows, _VOCABULARY)
+            asked = [Sampling(1, options.temperature, options.top_k, options.top_p)] * rows
+            draws = [torch.Generator() for _ in slots]
+            calls[rows, "step"] = partial(steps._logits, ids, places, options.threads)
+            calls[rows, "head"] = partial(steps._logits_of, hidden)
+            calls[rows, "sampling"] = partial(sample_each, logits, asked, draws)
+        taken: dict[tuple[int, str], list[float]] = {each: [] for each in calls}
+        with torch.no_grad():
+            for turn in range(options.turns + 1):
+                for each, call in calls.items():
+                    begun = time.process_time()
+                    for _ in range(options.rounds):
+                        call()
+                    if turn:
+                        taken[each].append(1e3 * (time.process_time() - begun) / options.rounds)
+        print(
+            f"\n{options.preset}, {options.bits} bits, {embeddings} embeddings, {options.prompt} tokens of context, ms"
+        )
+        for (rows, name), times in taken.items():
+            low, median, high = statistics.quantiles(times, n=4)
+            print(f"  {rows:3} sequences: {name:8} {median:7.3f} ({low:.3f} to {high:.3f})")
+            found.append({"embeddings": embeddings, "sequences": rows, "part": name, "ms": median})
     return found
 
 
@@ -214,18 +257,20 @@ def main() -> None:
     of_speed.add_argument("--top-p", type=float)
     of_speed.add_argument("--turns", type=int, default=9)
     of_speed.add_argument("--rounds", type=int, default=10)
+    of_parts = kinds.add_parser("parts", parents=[of_speed], add_help=False, conflict_handler="resolve")
+    of_parts.set_defaults(rows=[1, 16])
     of_requests.add_argument("--preset", default="tiny")
     of_requests.add_argument("--count", type=int, default=10_000)
     of_requests.add_argument("--clients", type=int, default=32)
     of_requests.add_argument("--slots", type=int, default=16)
     of_requests.add_argument("--tokens", type=int, default=16)
     of_requests.add_argument("--seeds", type=int, default=40)
-    for each in (of_speed, of_requests):
+    for each in (of_speed, of_parts, of_requests):
         each.add_argument("--threads", type=int, default=1)
         each.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(measure_machine())
-    results = speed(options) if options.kind == "speed" else requests(options)
+    results = {"speed": speed, "parts": parts, "requests": requests}[options.kind](options)
     if options.json is not None:
         write_text(options.json, json.dumps(results, indent=1) + "\n")
 

@@ -207,13 +207,25 @@ struct Int8LinearArgs {
 // (scale[n] * x_scale[m]), in the layout of core/table.py.
 struct Int4LinearArgs {
     const int8_t* x;           // [m, chunks, 2, 64], -127..127: of 128 columns the even ones, then the odd; zeros fill up
-    const int16_t* less;       // [m, chunks, 32]: 8 times the sum of columns 4 i to 4 i + 3 of a chunk
+    const int16_t* less;       // [m, chunks, 32]: 8 times the sum of columns 4 i to 4 i + 3 of a chunk; read by AVX-512
+    const int16_t* sums;       // [m, groups up to a multiple of 16]: sum of each group, zeros fill up; read by AVX2
     const float* x_scale;      // [m]
     const uint8_t* weight;     // [n, k / 2]: integer + 8, the even column in the low half
     const uint8_t* multipliers;  // [n, k / group]
     const float* scale;        // [n]
     int64_t m, n, k, group;    // k at most 8192, so that a sum fits 32 bits; group 32 or 64, of which k is a multiple
     float* out;                // [m, n]
+};
+
+// The next token of each row of logits (native/kernels/draw.h).
+struct DrawArgs {
+    const float* logits;       // [rows, n]
+    int64_t n;                 // 1 to 2^31
+    const double* temperature; // [rows], 0: the likeliest
+    const int64_t* top_k;      // [rows], among so many of the likeliest; 0: all
+    const double* top_p;       // [rows], above 0, among the fewest that reach this share of those; 1: all
+    const double* drawn;       // [rows], which of the shares: at least 0, below 1
+    int64_t* out;              // [rows]
 };
 
 // A binarized matrix (src/bellbox/ptq) in the layout of the kernels. In each block of columns the salient ones come first,
@@ -284,6 +296,7 @@ struct Kernels {
     void (*float_linear)(const FloatLinearArgs&, int64_t n_begin, int64_t n_end);
     void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
     void (*int4_linear)(const Int4LinearArgs&, int64_t n_begin, int64_t n_end);
+    void (*draw)(const DrawArgs&, int64_t row_begin, int64_t row_end, uint64_t* scratch);
     int64_t (*integer_peak)(int64_t rounds);   // native/kernels/peak.h
     // A row of x [k] to integers, -most..most, in the order of the steps, and their sums; returns what one is worth.
     float (*binarized_input)(const Binarized&, const float* x, float most, int8_t* rounded, int8_t* ordered, int32_t* sums);

@@ -26,6 +26,19 @@ int useful_threads(int64_t work, int64_t grain, int threads) {
     return static_cast<int>(std::clamp<int64_t>(work / grain, 1, std::clamp(threads, 1, 1024)));
 }
 
+// Rows of k numbers whose runs of `block` are rotated.
+void require_rows(int64_t rows, int64_t k, int64_t block) {
+    require_sizes({rows, k});
+    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
+}
+
+// As many levels as these thresholds tell apart.
+int32_t levels_of(nb::handle thresholds) {
+    const int64_t n = numel_of(thresholds) + 1;
+    require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
+    return static_cast<int32_t>(n);
+}
+
 // A number for each row, of a tensor that has one for each or one for all.
 class EachRow {
   public:
@@ -43,14 +56,13 @@ class EachRow {
 // x [rows, k], r [rows] or [1], thresholds [n - 1], codes uint8 [rows, k]. Kept bytes are int8, their block 1.
 void encode(nb::handle x, nb::handle r, nb::handle thresholds, int64_t rows, int64_t k, int32_t block, nb::handle codes,
             int threads) {
-    require_sizes({rows, k});
-    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
-    const int64_t n = numel_of(thresholds) + 1, padded = (k + 63) / 64 * 64;
-    require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
+    require_rows(rows, k, block);
+    const int32_t n = levels_of(thresholds);
+    const int64_t padded = (k + 63) / 64 * 64;
     const EachRow each(r, "r", rows);
     EncodeArgs a{};
     a.x = read<void>(x, "x", kInputs, rows * k), a.x_type = type_of_input(x, block);
-    a.rows = rows, a.k = a.ldx = k, a.block = block, a.n = static_cast<int32_t>(n), a.r = each.data(), a.ldl = padded;
+    a.rows = rows, a.k = a.ldx = k, a.block = block, a.n = n, a.r = each.data(), a.ldl = padded;
     a.thresholds = read<float>(thresholds, "thresholds", {Kind::f32}, n - 1);
     a.normalise = Normalise::rms, a.multiplier = 1, a.shift = 0;
     uint8_t* const out = read<uint8_t>(codes, "codes", {Kind::u8}, rows * k);
@@ -171,7 +183,8 @@ float round_row(const float* x, int64_t k, float most, Integer* out) {
     }
     const bool usable = finite && largest >= 1e-30f;
     const float factor = usable ? most / largest : 0.0f;
-    for (int64_t i = 0; i < k; ++i) out[i] = usable ? static_cast<Integer>(std::nearbyint(x[i] * factor)) : Integer{0};
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, as above
+    for (int64_t i = 0; i < k; ++i) out[i] = usable ? static_cast<Integer>((x[i] * factor + magic) - magic) : Integer{0};
     return finite ? (usable ? largest / most : 0.0f) : std::numeric_limits<float>::quiet_NaN();
 }
 
@@ -217,17 +230,17 @@ void int4_linear(nb::handle x, nb::handle weight, nb::handle multipliers, nb::ha
     require(groups >= 1 && columns % groups == 0 && (columns / groups == 32 || columns / groups == 64),
             "the kernel takes groups of 32 or 64 columns");
     require(numel % columns == 0, "x does not consist of such rows");
-    const int64_t m = numel / columns, chunks = (columns + 127) / 128;
-    require_sizes({m, n}), require_sizes({n, columns}), require_sizes({m, chunks, 128});
+    const int64_t m = numel / columns, chunks = (columns + 127) / 128, group = columns / groups, sums_row = (groups + 15) / 16 * 16;
+    require_sizes({m, n}), require_sizes({n, columns}), require_sizes({m, chunks, 128}), require_sizes({m, sums_row});
     const float* const from = read<float>(x, "x", {Kind::f32}, numel);
     Int4LinearArgs a{};
     a.weight = read<uint8_t>(weight, "weight", {Kind::u8}, n * columns / 2);
     a.multipliers = read<uint8_t>(multipliers, "multipliers", {Kind::u8}, n * groups);
     a.scale = read<float>(scale, "scale", {Kind::f32}, n), a.out = read<float>(out, "out", {Kind::f32}, m * n);
-    a.m = m, a.n = n, a.k = columns, a.group = columns / groups;
+    a.m = m, a.n = n, a.k = columns, a.group = group;
     nb::gil_scoped_release release;
     std::vector<int8_t> integers(static_cast<size_t>(m * chunks * 128)), row(static_cast<size_t>(columns));
-    std::vector<int16_t> less(static_cast<size_t>(m * chunks * 32));
+    std::vector<int16_t> less(static_cast<size_t>(m * chunks * 32)), sums(static_cast<size_t>(m * sums_row));
     std::vector<float> x_scale(static_cast<size_t>(m));
     for (int64_t i = 0; i < m; ++i) {
         x_scale[static_cast<size_t>(i)] = round_row(from + i * columns, columns, 127.0f, row.data());
@@ -235,11 +248,35 @@ void int4_linear(nb::handle x, nb::handle weight, nb::handle multipliers, nb::ha
             const int64_t place = i * chunks * 128 + c / 128 * 128;
             integers[static_cast<size_t>(place + c % 2 * 64 + c % 128 / 2)] = row[static_cast<size_t>(c)];
             less[static_cast<size_t>((place + c % 128) / 4)] += static_cast<int16_t>(8 * row[static_cast<size_t>(c)]);
+            sums[static_cast<size_t>(i * sums_row + c / group)] += row[static_cast<size_t>(c)];
         }
     }
-    a.x = integers.data(), a.less = less.data(), a.x_scale = x_scale.data();
+    a.x = integers.data(), a.less = less.data(), a.sums = sums.data(), a.x_scale = x_scale.data();
     share(n, useful_threads(m * n * columns, kLinearGrain, threads),
           [&](int64_t begin, int64_t end) { kernels().int4_linear(a, begin, end); });
+}
+
+// The next token of each row of logits [rows, n]; -1 where they are no numbers. A setting has one number for each row.
+void draw(nb::handle logits, int64_t n, nb::handle temperature, nb::handle top_k, nb::handle top_p, nb::handle drawn, nb::handle out,
+          int threads) {
+    const int64_t rows = numel_of(out);
+    require_sizes({rows, n, 3});
+    require(n >= 1 && n < (int64_t{1} << 31), "the kernel takes rows of 1 to 2^31 logits");
+    const auto settings = [&](nb::handle tensor, const char* what) { return read<double>(tensor, what, {Kind::f64}, rows); };
+    const DrawArgs a{read<float>(logits, "logits", {Kind::f32}, rows * n), n, settings(temperature, "temperature"),
+                     read<int64_t>(top_k, "top_k", {Kind::i64}, rows), settings(top_p, "top_p"), settings(drawn, "drawn"),
+                     read<int64_t>(out, "out", {Kind::i64}, rows)};
+    for (int64_t i = 0; i < rows; ++i)
+        require(a.temperature[i] >= 0 && a.temperature[i] <= std::numeric_limits<double>::max() && a.top_k[i] >= 0 && a.top_p[i] > 0 &&
+                    a.top_p[i] <= 1 && a.drawn[i] >= 0 && a.drawn[i] < 1,
+                "a setting is out of range");
+    nb::gil_scoped_release release;
+    share(rows, useful_threads(rows * n, kEncodeGrain, threads), [&](int64_t begin, int64_t end) {
+        thread_local std::vector<uint64_t> scratch;
+        const size_t size = static_cast<size_t>(n + (n + 1) / 2);
+        if (scratch.size() < size) scratch.resize(size);
+        kernels().draw(a, begin, end, scratch.data());
+    });
 }
 
 // Rows `ids` of a table, int8, or of 4 bits by groups: out [ids, columns]. False where an id is no row.
@@ -267,6 +304,21 @@ bool table_rows(nb::handle ids, nb::handle weight, nb::handle multipliers, nb::h
         for (int64_t i = begin; i < end; ++i) table_row(a, id[i], to + i * columns);
     });
     return true;
+}
+
+// packed [rows, bytes], values [256, codes of a byte], scale [rows, groups] and out [rows, columns].
+void decode_bytes(nb::handle packed, nb::handle values, nb::handle scale, int64_t rows, int64_t columns, nb::handle out, int threads) {
+    const int64_t codes = numel_of(values) / 256, groups = rows < 1 ? 1 : numel_of(scale) / rows;
+    require_sizes({rows, columns}), require_sizes({256, codes});
+    require(columns >= 1 && codes >= 1 && groups >= 1 && columns % groups == 0, "the groups do not divide the columns");
+    const DecodeBytesArgs a{read<uint8_t>(packed, "packed", {Kind::u8}, rows * ((columns + codes - 1) / codes)),
+                            read<float>(values, "values", {Kind::f32}, 256 * codes), read<float>(scale, "scale", {Kind::f32}, rows * groups),
+                            columns, codes, groups};
+    float* const to = read<float>(out, "out", {Kind::f32}, rows * columns);
+    nb::gil_scoped_release release;
+    share(rows, useful_threads(rows * columns, kEncodeGrain, threads), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) decoded_row(a, i, to + i * columns);
+    });
 }
 
 // The layout of a binarized matrix is that of ops/binarized_linear.py; rows of x are rounded to -most..most first.
@@ -316,7 +368,8 @@ int64_t integer_peak(int64_t rounds, int threads) {
 
 void rotate(nb::handle x, int64_t k, int block, float factor, nb::handle out, int threads) {
     const int64_t numel = numel_of(x);
-    require(k >= 1 && numel % k == 0 && power_of_two(block) && k % block == 0, "the block does not divide the features");
+    require(k >= 1 && numel % k == 0, "x does not consist of such rows");
+    require_rows(numel / k, k, block);
     const RotateArgs a{read<void>(x, "x", kFloats, numel), type_of_tensor(x, "x"), numel / k, k, block, factor,
                        read<void>(out, "out", kFloats, numel), type_of_tensor(out, "out")};
     nb::gil_scoped_release release;
@@ -343,13 +396,11 @@ std::vector<int8_t> lowest_steps(const float* thresholds, int64_t n) {
 
 // x and kept [rows, k].
 void keep(nb::handle x, int64_t rows, int64_t k, int block, nb::handle thresholds, nb::handle r, nb::handle kept, int threads) {
-    require_sizes({rows, k});
-    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
-    const int64_t n = numel_of(thresholds) + 1;
-    require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
+    require_rows(rows, k, block);
+    const int32_t n = levels_of(thresholds);
     const float* const cuts = read<float>(thresholds, "thresholds", {Kind::f32}, n - 1);
     const std::vector<int8_t> lowest = lowest_steps(cuts, n);
-    const KeepArgs a{read<void>(x, "x", kFloats, rows * k), type_of_tensor(x, "x"), rows, k, block, cuts, static_cast<int32_t>(n),
+    const KeepArgs a{read<void>(x, "x", kFloats, rows * k), type_of_tensor(x, "x"), rows, k, block, cuts, n,
                      read<float>(r, "r", {Kind::f32}, 1), stride_of(r, rows, "r"), lowest.data(),
                      read<int8_t>(kept, "kept", {Kind::i8}, rows * k)};
     nb::gil_scoped_release release;
@@ -379,15 +430,13 @@ void kept_linear(nb::handle kept, nb::handle row_scale, nb::dict buffers, int64_
 // x_hat and v [rows, k] of one dtype; v may be None.
 void forward(nb::handle x, int64_t rows, int64_t k, int block, nb::handle thresholds, float offset, nb::handle r, nb::handle scale,
              nb::handle x_hat, nb::handle v, int threads) {
-    require_sizes({rows, k});
-    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
-    const int64_t n = numel_of(thresholds) + 1;
-    require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
+    require_rows(rows, k, block);
+    const int32_t n = levels_of(thresholds);
     const Type type = type_of_input(x, block), out_type = type_of_tensor(x_hat, "x_hat");
     require(v.is_none() || out_type == type_of_tensor(v, "v"), "x_hat and v have different dtypes");
     require(v.is_none() == (type == Type::kept), "v is kept where, and only where, the input is not kept bytes");
     const ForwardArgs a{read<void>(x, "x", kInputs, rows * k), type, rows, k, block,
-                        read<float>(thresholds, "thresholds", {Kind::f32}, n - 1), static_cast<int32_t>(n), offset,
+                        read<float>(thresholds, "thresholds", {Kind::f32}, n - 1), n, offset,
                         read<float>(r, "r", {Kind::f32}, 1), stride_of(r, rows, "r"),
                         read<float>(scale, "scale", {Kind::f32}, 1), stride_of(scale, rows, "scale"),
                         read<void>(x_hat, "x_hat", kFloats, rows * k), read_or_null<void>(v, "v", kFloats, rows * k), out_type};
@@ -409,8 +458,7 @@ void run_backward(BackwardArgs a, nb::handle grad, nb::handle r, nb::handle gamm
 
 void backward(nb::handle grad, nb::handle v, nb::handle x_hat, int64_t rows, int64_t k, int block, nb::handle r, nb::handle gamma,
               nb::handle follows, nb::handle grad_x, nb::handle row_dot, int threads) {
-    require_sizes({rows, k});
-    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
+    require_rows(rows, k, block);
     BackwardArgs a{};
     a.type = a.out_type = type_of_tensor(grad, "grad"), a.rows = rows, a.k = k, a.block = block;
     for (const nb::handle each : {v, x_hat, grad_x}) require(type_of_tensor(each, "v") == a.type, "dtypes differ");
@@ -421,15 +469,13 @@ void backward(nb::handle grad, nb::handle v, nb::handle x_hat, int64_t rows, int
 // The same from kept bytes; row_dot is the sum of grad * (code - offset).
 void backward_kept(nb::handle grad, nb::handle kept, nb::handle thresholds, float offset, int64_t rows, int64_t k, int block,
                    nb::handle r, nb::handle gamma, nb::handle follows, nb::handle grad_x, nb::handle row_dot, int threads) {
-    require_sizes({rows, k});
-    require(power_of_two(block) && k % block == 0, "the block does not divide the features");
-    const int64_t n = numel_of(thresholds) + 1;
-    require(n >= 2 && n <= kMaxLevels, "the kernels code 2 to 16 levels");
+    require_rows(rows, k, block);
+    const int32_t n = levels_of(thresholds);
     BackwardArgs a{};
     a.type = type_of_tensor(grad, "grad"), a.rows = rows, a.k = k, a.block = block;
     a.out_type = type_of_tensor(grad_x, "grad_x");
     a.v_type = Type::kept, a.v = read<void>(kept, "kept", {Kind::i8}, rows * k);
-    a.thresholds = read<float>(thresholds, "thresholds", {Kind::f32}, n - 1), a.n = static_cast<int32_t>(n), a.offset = offset;
+    a.thresholds = read<float>(thresholds, "thresholds", {Kind::f32}, n - 1), a.n = n, a.offset = offset;
     run_backward(a, grad, r, gamma, follows, grad_x, row_dot, threads);
 }
 
@@ -586,11 +632,12 @@ NB_MODULE(_native, m) {
         }, nb::arg("x"), nb::arg("batch"), nb::arg("cosines"), nb::arg("sines"), nb::arg("keys"), nb::arg("values"),
              nb::arg("key_scales").none(), nb::arg("value_scales").none(), nb::arg("block"), nb::arg("room"), nb::arg("start"),
              nb::arg("gate"), nb::arg("up"), nb::arg("threads"))
-        .def("narrow", [](LlamaDecoderBlock& self, nb::handle x, nb::handle active, int64_t batch, int threads) {
+        .def("narrow", [](LlamaDecoderBlock& self, nb::handle x, nb::handle gate, nb::handle up, int64_t batch, int threads) {
             require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
-            float *const to = rows_of(x, "x", batch * self.hidden), *const from = rows_of(active, "active", batch * self.inner);
+            float *const to = rows_of(x, "x", batch * self.hidden), *const a = rows_of(gate, "gate", batch * self.inner),
+                  *const b = rows_of(up, "up", batch * self.inner);
             nb::gil_scoped_release release;
-            self.block.narrow(to, from, batch, threads);
+            self.block.narrow_product(to, a, b, batch * self.inner, batch, threads);
         });
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("use", [](const std::string& name) { use(name.c_str()); });
@@ -607,7 +654,9 @@ NB_MODULE(_native, m) {
     m.def("float_linear", &float_linear);
     m.def("int8_linear", &int8_linear);
     m.def("int4_linear", &int4_linear);
+    m.def("draw", &draw);
     m.def("table_rows", &table_rows, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+    m.def("decode_bytes", &decode_bytes);
     m.def("binarized", &binarized, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg());
     m.def("integer_peak", &integer_peak);

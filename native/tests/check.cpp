@@ -442,12 +442,14 @@ void check_head(const Kernels& kernels) {
     const int64_t group = one_of<int64_t>({32, 64}), k = group * pick(1, 12), m = pick(1, 19), n = pick(1, 9), chunks = (k + 127) / 128;
     const bool largest = pick(0, 3) == 0;
     std::vector<int8_t> x(static_cast<size_t>(m * chunks * 128));
-    std::vector<int16_t> less(static_cast<size_t>(m * chunks * 32));
+    const int64_t sums_row = (k / group + 15) / 16 * 16;
+    std::vector<int16_t> less(static_cast<size_t>(m * chunks * 32)), sums(static_cast<size_t>(m * sums_row));
     for (int64_t row = 0; row < m; ++row)
         for (int64_t c = 0; c < k; ++c) {
             const int64_t place = row * chunks * 128 + c / 128 * 128, value = largest ? -127 : pick(-127, 127);
             x[static_cast<size_t>(place + c % 2 * 64 + c % 128 / 2)] = static_cast<int8_t>(value);
             less[static_cast<size_t>((place + c % 128) / 4)] += static_cast<int16_t>(8 * value);
+            sums[static_cast<size_t>(row * sums_row + c / group)] += static_cast<int16_t>(value);
         }
     std::vector<uint8_t> weight(static_cast<size_t>(n * k / 2)), multipliers(static_cast<size_t>(n * k / group));
     for (uint8_t& byte : weight) byte = static_cast<uint8_t>(largest ? 0 : pick(0, 255));
@@ -458,13 +460,38 @@ void check_head(const Kernels& kernels) {
     std::vector<char> out[2];
     for (int i = 0; i < 2; ++i) {
         out[i].resize(static_cast<size_t>(m * n) * 4);
-        const Int4LinearArgs a{x.data(), less.data(), x_scale.data(), weight.data(), multipliers.data(), scale.data(), m, n, k,
+        const Int4LinearArgs a{x.data(), less.data(), sums.data(), x_scale.data(), weight.data(), multipliers.data(), scale.data(), m, n, k,
                                group, reinterpret_cast<float*>(out[i].data())};
         const int64_t middle = pick(0, n);
         (i == 0 ? portable_kernels : kernels).int4_linear(a, 0, middle);
         (i == 0 ? portable_kernels : kernels).int4_linear(a, middle, n);
     }
     expect(same(out[0], out[1], Type::f32), "int4_linear");
+}
+
+// Tokens drawn with every kind of setting, with ties, from one logit on.
+void check_draw(const Kernels& kernels) {
+    const int64_t rows = pick(1, 4), n = one_of<int64_t>({1, 2, pick(3, 40), pick(200, 900)});
+    const std::vector<char> bytes = numbers(rows * n, Type::f32, {0.0f, 0.5f}, pick(0, 9) == 0);
+    std::vector<float> logits(static_cast<size_t>(rows * n));
+    memcpy(logits.data(), bytes.data(), bytes.size());
+    std::vector<double> temperature, top_p, drawn;
+    std::vector<int64_t> top_k, out[2];
+    for (int64_t i = 0; i < rows; ++i) {
+        temperature.push_back(one_of({0.0, 1.0, 0.3, 1e-320, 1e300}));
+        top_k.push_back(one_of<int64_t>({0, 1, pick(1, n), 1000000}));
+        top_p.push_back(one_of({1.0, 0.9, 0.3, 1e-300}));
+        drawn.push_back(one_of({0.0, static_cast<double>(pick(0, 999)) / 1000.0, 1 - 1.0 / 9007199254740992.0}));
+    }
+    for (int i = 0; i < 2; ++i) {
+        out[i].resize(static_cast<size_t>(rows));
+        std::vector<uint64_t> scratch(static_cast<size_t>(n + (n + 1) / 2));
+        (i == 0 ? portable_kernels : kernels)
+            .draw(DrawArgs{logits.data(), n, temperature.data(), top_k.data(), top_p.data(), drawn.data(), out[i].data()}, 0, rows,
+                  scratch.data());
+    }
+    expect(out[0] == out[1], "draw");
+    for (const int64_t token : out[1]) expect(token >= -1 && token < n, "a token of draw");
 }
 
 // Random order of the columns of a matrix: salient ones first in each block, whole steps.
@@ -531,6 +558,7 @@ int main(int count, char** arguments) {
                 check_kept(kernels());
                 check_decoder(kernels());
                 check_head(kernels());
+                check_draw(kernels());
                 check_binarized(kernels());
             } catch (const std::exception& error) {
                 std::printf("%s, case %ld: %s\n", name.c_str(), i, error.what());

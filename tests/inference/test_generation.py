@@ -10,7 +10,7 @@ import torch
 
 from bellbox.errors import BellboxError
 from bellbox.inference.generation import TextStream, generate, generate_text
-from bellbox.inference.sampling import probabilities
+from bellbox.inference.sampling import Sampling, probabilities
 from bellbox.models import GPTConfig, LlamaConfig, build, load_hf
 
 SHARED = Path(
@@ -69,18 +69,20 @@ def test_one_candidate_is_greedy(model):
 
 def test_supports_of_top_k_and_top_p():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]))
-    plain = probabilities(logits, 1.0, None, None)
+    plain = probabilities(logits, Sampling(1, 1.0, None, None))
     torch.testing.assert_close(plain, logits.double().exp(), atol=1e-7, rtol=1e-6)
-    two = probabilities(logits, 1.0, 2, None)
+    two = probabilities(logits, Sampling(1, 1.0, 2, None))
     torch.testing.assert_close(two[0], torch.tensor([0, 4 / 7, 0, 3 / 7]).double(), atol=1e-7, rtol=1e-6)
     assert (two[1] > 0).sum() == 2  # exactly k among ties
     for top_p, kept in ((0.05, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.95, 4), (1.0, 4)):
-        assert (probabilities(logits, 1.0, None, top_p)[0] > 0).sum() == kept
+        assert (probabilities(logits, Sampling(1, 1.0, None, top_p))[0] > 0).sum() == kept
     # after top-k, the probabilities that top-p sums are those of the k
-    assert (probabilities(logits, 1.0, 2, 0.5)[0] > 0).tolist() == [False, True, False, False]
-    assert torch.equal(probabilities(logits, 1.0, 99, None), probabilities(logits, 1.0, None, 1.0))
+    assert (probabilities(logits, Sampling(1, 1.0, 2, 0.5))[0] > 0).tolist() == [False, True, False, False]
+    assert torch.equal(
+        probabilities(logits, Sampling(1, 1.0, 99, None)), probabilities(logits, Sampling(1, 1.0, None, 1.0))
+    )
     torch.testing.assert_close(
-        probabilities(logits, 0.5, None, None)[0],
+        probabilities(logits, Sampling(1, 0.5, None, None))[0],
         torch.tensor([1, 16, 4, 9]).double() / 30,
         atol=1e-7,
         rtol=1e-6,
@@ -91,7 +93,7 @@ def test_samples_follow_the_probabilities(llama):
     prompt = PROMPT[:1].expand(4000, 3)
     drawn = next(generate(llama, prompt, 1, temperature=0.7, top_k=5, seed=1))
     with torch.no_grad():
-        expected = probabilities(llama(PROMPT[:1])[:, -1], 0.7, 5, None)[0]
+        expected = probabilities(llama(PROMPT[:1])[:, -1], Sampling(1, 0.7, 5, None))[0]
     counts = torch.bincount(drawn, minlength=VOCABULARY) / 4000
     assert set(drawn.tolist()) <= set(expected.nonzero().flatten().tolist())
     torch.testing.assert_close(counts.double(), expected, atol=0.03, rtol=0)

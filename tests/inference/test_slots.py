@@ -14,6 +14,7 @@ from bellbox.errors import BellboxError
 from bellbox.inference.batching import Batcher, Continuation, generate_batch
 from bellbox.inference.decoding import alike_by_rows, steps_for
 from bellbox.inference.generation import PROMPT_PIECE, evaluate, generate, prompt_pieces
+from bellbox.inference.sampling import Sampling
 from bellbox.inference.slots import SlotDecoder
 from bellbox.models import build, preset
 from bellbox.ops import native
@@ -171,7 +172,10 @@ def test_a_long_prompt_lets_others_go_on() -> None:
     """A round takes one piece of it, and those who are being decoded get their token."""
     model = model_of("llama")
     batcher = Batcher(SlotDecoder(model, 2, 600))
-    short, long = Continuation([1, 2], 20, 0.0), Continuation([3] * (2 * PROMPT_PIECE + 10), 5, 0.0)
+    short, long = (
+        Continuation([1, 2], Sampling(20, 0.0)),
+        Continuation([3] * (2 * PROMPT_PIECE + 10), Sampling(5, 0.0)),
+    )
     batcher.add(short)
     batcher.advance()
     batcher.add(long)
@@ -185,7 +189,7 @@ def test_a_long_prompt_lets_others_go_on() -> None:
 
 def test_a_removed_one_frees_its_slot_at_once() -> None:
     batcher = Batcher(SlotDecoder(model_of("llama"), 1, 600))
-    first, second = Continuation([1] * 500, 5), Continuation([2], 3, 0.0)
+    first, second = Continuation([1] * 500, Sampling(5)), Continuation([2], Sampling(3, 0.0))
     batcher.add(first)
     with pytest.raises(BellboxError, match="all 1 slots are taken"):
         batcher.add(second)
@@ -202,7 +206,7 @@ def test_numbers_that_are_not_finite_end_one_text_alone() -> None:
     model = model_of("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[5] = float("nan")
-    bad, good = Continuation([5], 4, 0.0), Continuation([6], 4, 0.0)
+    bad, good = Continuation([5], Sampling(4, 0.0)), Continuation([6], Sampling(4, 0.0))
     batcher = Batcher(SlotDecoder(model, 2, 8))
     for each in (bad, good):
         batcher.add(each)
@@ -217,13 +221,13 @@ def test_what_cannot_be_decoded_is_refused() -> None:
     model = model_of("llama")
     decoder = SlotDecoder(model, 2, 10)
     with pytest.raises(BellboxError, match="a prompt of 6 and 5 new tokens are more than the 10"):
-        Batcher(decoder).add(Continuation([1] * 6, 5))
+        Batcher(decoder).add(Continuation([1] * 6, Sampling(5)))
     with pytest.raises(BellboxError, match=r"token 96, but the model's vocabulary is 0\.\.95"):
-        Batcher(decoder).add(Continuation([96], 5))
+        Batcher(decoder).add(Continuation([96], Sampling(5)))
     with pytest.raises(BellboxError, match="holds token -1"):
-        Batcher(decoder).add(Continuation([-1], 5))
+        Batcher(decoder).add(Continuation([-1], Sampling(5)))
     with pytest.raises(BellboxError, match="the prompt is empty"):
-        Continuation([], 5)
+        Continuation([], Sampling(5))
     with pytest.raises(BellboxError, match="each may come once"):
         decoder.step([0, 0], [1, 1])
     with pytest.raises(BellboxError, match="2 seeds for 1 prompts"):

@@ -116,6 +116,19 @@ def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
             0: (None, places + 5), 1: (None, i8, i4[0], i4[:4], i4[:, :0]),
             2: (None, i8[:, :2], i4[:, :3], i4[:, :0], i4[:4, :2], i4[:, 0]), 3: (None, torch.ones(4), torch.ones(6)),
         }),
+        ("draw", (f, *[torch.ones(4, dtype=torch.float64), places.new_zeros(4), torch.ones(4, dtype=torch.float64),
+                       torch.zeros(4, dtype=torch.float64)]), {
+            0: (*bad_x, half, whole, flat, f[:3], f[:, :0]), 1: (None, r[:, 0], -torch.ones(4).double(), flat),
+            2: (None, places, -places.new_ones(4), flat),
+            3: (None, torch.zeros(4).double(), r[:, 0], 2 * torch.ones(4).double()),
+            4: (None, torch.ones(4).double(), torch.full((4,), torch.nan).double(), r[:, 0], torch.zeros(5).double()),
+        }),
+        ("decode_bytes", (u8, torch.ones(256, 2), torch.ones(4, 2), 128), {
+            0: (None, f, u8[0], u8[:, :63], u8[:3]),
+            1: (None, f, torch.ones(256), torch.ones(256, 0), torch.ones(256, 2).half()),
+            2: (None, torch.ones(4), torch.ones(3, 2), torch.ones(4, 3), torch.ones(4, 0), torch.ones(4, 2).double()),
+            3: (0, -1, 126, 129, HUGE, OVERFLOW, None),
+        }),
         ("prepack", (u8, 4, 1), {
             0: (None, f, u8 + 4, u8[0], u8[None]), 1: (0, 1, -4, 257, HUGE, None), 2: (0, -1, 7, HUGE, OVERFLOW),
         }),
@@ -315,6 +328,34 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
             lambda t=tables: module.int4_linear(f, *t, 64, torch.ones(4, len(t[2])), 1),
         )
     yield "int4_linear out", lambda: module.int4_linear(f, i4, two, torch.ones(5), 64, torch.ones(5), 1)
+    even, none, tokens = (
+        torch.ones(4, dtype=torch.float64),
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(4, dtype=torch.int64),
+    )
+    for name, spoilt in (
+        ("vocabulary", (f, 65, even, none, even, 0 * even, tokens)),
+        ("no vocabulary", (f, 0, even, none, even, 0 * even, tokens)),
+        ("overflow", (f, OVERFLOW, even, none, even, 0 * even, tokens)),
+        ("temperature", (f, 64, -even, none, even, 0 * even, tokens)),
+        ("temperatures", (f, 64, even[:3], none, even, 0 * even, tokens)),
+        ("top_k", (f, 64, even, none - 1, even, 0 * even, tokens)),
+        ("top_p", (f, 64, even, none, 0 * even, 0 * even, tokens)),
+        ("drawn", (f, 64, even, none, even, even, tokens)),
+        ("out", (f, 64, even, none, even, 0 * even, tokens.int())),
+    ):
+        yield f"draw {name}", lambda s=spoilt: module.draw(*s, 1)
+    bytes_of, values = torch.zeros(4, 32, dtype=torch.uint8), torch.ones(256, 2)
+    for name, spoilt in (
+        ("columns", (bytes_of, values, torch.ones(4, 1), 4, 65)),
+        ("no columns", (bytes_of, values, torch.ones(4, 1), 4, 0)),
+        ("overflow", (bytes_of, values, torch.ones(4, 1), 4, OVERFLOW)),
+        ("rows", (bytes_of, values, torch.ones(4, 1), 5, 64)),
+        ("negative rows", (bytes_of, values, torch.ones(4, 1), -1, 64)),
+        ("values", (bytes_of, values[:100], torch.ones(4, 1), 4, 64)),
+        ("groups", (bytes_of, values, torch.ones(4, 3), 4, 64)),
+    ):
+        yield f"decode_bytes {name}", lambda s=spoilt: module.decode_bytes(*s, torch.ones(4, 64), 1)
     ids, out = torch.zeros(3, dtype=torch.int64), torch.ones(3, 64)
     for name, table in (
         ("columns", (i8, None, torch.ones(5), 65)),

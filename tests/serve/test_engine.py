@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import waiting
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.inference.batching import Continuation
+from bellbox.inference.sampling import Sampling
 from bellbox.serve.engine import BusyError, ClosedError, Engine, Piece, Ticket
 from bellbox.serve.streaming import sse
 
@@ -72,7 +73,7 @@ class Client:
     ) -> None:
         self.pieces: list[list[Piece]] = [[] for _ in prompts]
         self._queue: queue.Queue[tuple[int, Piece]] = queue.Queue()
-        made = [Continuation([each], most, 0.0, **more) for each in prompts]
+        made = [Continuation([each], Sampling(most, 0.0, **more)) for each in prompts]
         self.tickets: list[Ticket] = engine.submit(made, stops, lambda i, piece: self._queue.put((i, piece)))
 
     def wait(self) -> list[str]:
@@ -221,6 +222,6 @@ def test_a_callback_that_fails_cancels_its_request(started: Any) -> None:
     def gone(index: int, piece: Piece) -> None:
         raise RuntimeError("the loop is closed")
 
-    engine.submit([Continuation([0], 40, 0.0)], [], gone)
+    engine.submit([Continuation([0], Sampling(40, 0.0))], [], gone)
     waiting.wait_for(lambda: engine.counts.cancelled == 1, "it to be cancelled")
     assert Client(engine, [0], 3).wait() == ["aaa"]

@@ -23,7 +23,7 @@ namespace {
 namespace avx2 {
 namespace product {
 
-constexpr int64_t kAhead = 2048;        // bytes of packed weights fetched ahead of use
+constexpr int64_t kAhead = 8192;        // bytes of packed weights fetched ahead of use (measured on Zen 3)
 constexpr int kRows = 4;                // registers: 8 sums, 2 weights, 1 activation, 1 product
 constexpr int64_t kDepth = 16;          // blocks of 64 inputs in the unpacked tile: 16 KB
 constexpr int64_t kRowBlock = 512;      // rows that share an unpacked tile; their sums take 32 KB

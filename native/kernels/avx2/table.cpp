@@ -10,6 +10,7 @@
 #include "kernels/avx2/pixels.h"
 #include "kernels/avx2/training.h"
 #include "kernels/decoder.h"
+#include "kernels/draw.h"
 #include "kernels/peak.h"
 
 namespace bellbox {
@@ -27,6 +28,7 @@ constexpr Kernels avx2_kernels = {
     .float_linear = avx2::float_linear,
     .int8_linear = avx2::int8_linear,
     .int4_linear = avx2::int4_linear,
+    .draw = avx2::draw,
     .integer_peak = avx2::integer_peak,
     .binarized_input = avx2::binarized_input,
     .binarized = avx2::binarized,

@@ -10,6 +10,8 @@
 #include "kernels/avx512/pixels.h"
 #include "kernels/avx512/training.h"
 #include "kernels/decoder.h"
+#include "kernels/draw.h"
+#include "kernels/int8_linear.h"
 #include "kernels/peak.h"
 
 namespace bellbox {
@@ -27,6 +29,7 @@ constexpr Kernels avx512_kernels = {
     .float_linear = avx512::float_linear,
     .int8_linear = avx512::int8_linear,
     .int4_linear = avx512::int4_linear,
+    .draw = avx512::draw,
     .integer_peak = avx512::integer_peak,
     .binarized_input = avx512::binarized_input,
     .binarized = avx512::binarized,

@@ -3,6 +3,8 @@
 
 #define BELLBOX_NAMESPACE portable
 #include "kernels/decoder.h"
+#include "kernels/draw.h"
+#include "kernels/int8_linear.h"
 #include "kernels/peak.h"
 #include "kernels/portable/binarized.h"
 #include "kernels/portable/encode.h"
@@ -24,6 +26,7 @@ constexpr Kernels portable_kernels = {
     .float_linear = portable::float_linear,
     .int8_linear = portable::int8_linear,
     .int4_linear = portable::int4_linear,
+    .draw = portable::draw,
     .integer_peak = portable::integer_peak,
     .binarized_input = portable::binarized_input,
     .binarized = portable::binarized,

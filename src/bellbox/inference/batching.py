@@ -13,19 +13,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.inference.generation import PROMPT_PIECE, check_known, prompt_pieces
-from bellbox.inference.sampling import check_sampling, generator_for, require_finite, sample
+from bellbox.inference.sampling import Sampling, finite_rows, generator_for, not_finite, sample_each
 from bellbox.inference.slots import SlotDecoder
 from bellbox.ops.cache_codes import CachePrecision
 
 
 class Continuation:
-    """A prompt, how it is continued, and what has come of it. The arguments are those of `generate`.
+    """A prompt, how it is continued, and what has come of it.
 
     Attributes:
         new_ids: tokens so far, the stop token included.
@@ -33,27 +34,15 @@ class Continuation:
         error: why it cannot go on, where it failed.
 
     Raises:
-        BellboxError: an empty prompt, or a value out of range.
+        BellboxError: an empty prompt, or a seed beyond 64 bits.
     """
 
-    def __init__(
-        self,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop_token: int | None = None,
-    ) -> None:
-        check_sampling(max_new_tokens, temperature, top_k, top_p)
+    def __init__(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         if not prompt_ids:
             raise BellboxError("the prompt is empty; give at least one token")
         self.prompt_ids = list(prompt_ids)
-        self.max_new_tokens = max_new_tokens
-        self._sampling = temperature, top_k, top_p
-        self._generator = generator_for(seed)
-        self._stop_token = stop_token
+        self.sampling = sampling
+        self.generator = generator_for(sampling.seed)
         self.new_ids: list[int] = []
         self.finished = False
         self.error: BellboxError | None = None
@@ -61,17 +50,25 @@ class Continuation:
     @property
     def stopped(self) -> bool:
         """Whether the stop token came."""
-        return bool(self.new_ids) and self.new_ids[-1] == self._stop_token
+        return bool(self.new_ids) and self.new_ids[-1] == self.sampling.stop_token
 
-    def take(self, logits: Tensor) -> None:
-        """Sample the next token from logits `[1, vocab_size]`; numbers that are not finite end it with an error."""
-        try:
-            require_finite(logits, len(self.new_ids) + 1)
-        except BellboxError as error:
-            self.error, self.finished = error, True
-            return
-        self.new_ids.append(int(sample(logits, *self._sampling, self._generator)))
-        self.finished = self.stopped or len(self.new_ids) == self.max_new_tokens
+    def _take(self, token: int) -> None:
+        self.new_ids.append(token)
+        self.finished = self.stopped or len(self.new_ids) == self.sampling.max_new_tokens
+
+
+def take_next(continuations: Sequence[Continuation], logits: Tensor) -> None:
+    """Sample the next token of each from its row of logits `[n, vocab_size]`.
+
+    A row that is not finite ends its continuation with an error, and concerns no other.
+    """
+    settings = [each.sampling for each in continuations], [each.generator for each in continuations]
+    tokens = sample_each(logits, *settings)
+    for each, token, finite in zip(continuations, tokens, finite_rows(logits), strict=True):
+        if finite:
+            each._take(token)
+        else:
+            each.error, each.finished = not_finite(len(each.new_ids) + 1), True
 
 
 class Batcher:
@@ -137,8 +134,7 @@ class Batcher:
         changed = self._prefill()
         if going:
             logits = self._decoder.step([self._slots[c] for c in going], [c.new_ids[-1] for c in going])
-            for row, each in enumerate(going):
-                each.take(logits[row : row + 1])
+            take_next(going, logits)
         changed += going
         for each in changed:
             if each.finished:
@@ -156,7 +152,7 @@ class Batcher:
                 if not pieces:
                     del self._prompts[each]
                     self._decoding.append(each)
-                    each.take(logits)
+                    take_next([each], logits)
                     begun.append(each)
             if spent >= PROMPT_PIECE or each in self._prompts:
                 break
@@ -169,10 +165,10 @@ def check_continuation(decoder: SlotDecoder, each: Continuation) -> None:
     Raises:
         BellboxError: it is longer than a slot, or has tokens that the model does not know.
     """
-    prompt, most = len(each.prompt_ids), decoder.max_length
-    if prompt + each.max_new_tokens > most:
+    prompt, wanted, most = len(each.prompt_ids), each.sampling.max_new_tokens, decoder.max_length
+    if prompt + wanted > most:
         raise BellboxError(
-            f"a prompt of {prompt:,} and {each.max_new_tokens:,} new tokens are more than the {most:,} that fit; "
+            f"a prompt of {prompt:,} and {wanted:,} new tokens are more than the {most:,} that fit; "
             "shorten the prompt or ask for fewer"
         )
     check_known(decoder.model, min(each.prompt_ids), max(each.prompt_ids))
@@ -214,16 +210,9 @@ def generate_batch(
         raise BellboxError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
     if slots < 1:
         raise BellboxError(f"slots is {slots}; it must be at least 1")
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, stop_token=stop_token)
     made = [
-        Continuation(
-            each,
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            seeds[i] if seeds is not None else None,
-            stop_token,
-        )
+        Continuation(each, sampling if seeds is None else replace(sampling, seed=seeds[i]))
         for i, each in enumerate(prompts)
     ]
     if not made:

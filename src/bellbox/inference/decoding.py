@@ -111,8 +111,7 @@ class LlamaSteps(Steps):
             block.attend_and_widen(x, batch, rotary.cos, rotary.sin, *places, gate, up, threads)
             for part in parts:
                 F.silu(part, inplace=True)
-            gate.mul_(up)
-            block.narrow(x, gate, batch, threads)
+            block.narrow(x, gate, up, batch, threads)
         return self._logits_of(self._norm(x))
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bellbox.data.tokenizer import plain_ids
 from bellbox.errors import BellboxError
-from bellbox.inference.sampling import check_sampling, generator_for, require_finite, sample
+from bellbox.inference.sampling import Sampling, generator_for, require_finite, sample
 from bellbox.models import GPT, Llama
 from bellbox.ops.cache_codes import CachePrecision, check_cache_precision
 
@@ -81,7 +81,7 @@ def generate(
     from bellbox.convert import require_causal
 
     require_causal(model, "generating")
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token)
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         shape = list(input_ids.shape)
         raise BellboxError(
@@ -101,9 +101,7 @@ def generate(
         raise BellboxError(f"a prompt of {prompt} and {max_new_tokens} new tokens: {error}") from error
     device = next((parameter.device for parameter in model.parameters()), input_ids.device)
     generator = generator_for(seed, device)
-    return _tokens(
-        model, input_ids.to(device), cache, max_new_tokens, (temperature, top_k, top_p), generator, stop_token
-    )
+    return _tokens(model, input_ids.to(device), cache, sampling, generator)
 
 
 def check_known(model: nn.Module, least: int, most: int) -> None:
@@ -127,16 +125,15 @@ def _tokens(
     model: nn.Module,
     input_ids: Tensor,
     cache: object,
-    max_new_tokens: int,
-    sampling: tuple[float, int | None, float | None],
+    sampling: Sampling,
     generator: torch.Generator,
-    stop_token: int | None,
 ) -> Iterator[Tensor]:
     from bellbox.inference.decoding import steps_for
 
+    stop_token = sampling.stop_token
     stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     steps = steps_for(model, cache)
-    for count in range(max_new_tokens):
+    for count in range(sampling.max_new_tokens):
         if count and steps is not None:
             logits = steps.step(input_ids)[:, -1]
         else:
@@ -145,7 +142,7 @@ def _tokens(
                 evaluate(model, piece, cache)
             logits = evaluate(model, last, cache)[:, -1]
         require_finite(logits, count + 1)
-        token = sample(logits, *sampling, generator)
+        token = sample(logits, sampling, generator)
         if stop_token is not None:
             token = torch.where(stopped, stop_token, token)
             stopped |= token == stop_token

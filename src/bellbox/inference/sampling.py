@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bellbox.errors import BellboxError
+from bellbox.ops.draw import draw, weights_of
 
-_MOSTLY = 512
-"""Tokens, among which those of a top_p mostly are."""
+Odds = tuple[float, int | None, float | None]
+"""Temperature, top_k and top_p."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a text is continued; the arguments are those of `generate`.
+
+    Raises:
+        BellboxError: a value out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop_token: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise BellboxError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise BellboxError(
+                f"temperature is {self.temperature}; it must be finite and at least 0 (0 is greedy)"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise BellboxError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise BellboxError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+    @property
+    def odds(self) -> Odds:
+        """What the odds of tokens depend on."""
+        return self.temperature, self.top_k, self.top_p
 
 
 def generator_for(seed: int | None, device: torch.device | str = "cpu") -> torch.Generator:
@@ -29,22 +66,6 @@ def generator_for(seed: int | None, device: torch.device | str = "cpu") -> torch
     return generator
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Refuse what `generate` cannot sample with.
-
-    Raises:
-        BellboxError: a value out of range.
-    """
-    if max_new_tokens < 1:
-        raise BellboxError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise BellboxError(f"temperature is {temperature}; it must be finite and at least 0 (0 is greedy)")
-    if top_k is not None and top_k < 1:
-        raise BellboxError(f"top_k is {top_k}; it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise BellboxError(f"top_p is {top_p}; it must be above 0 and at most 1")
-
-
 def require_finite(logits: Tensor, number: int) -> None:
     """Refuse to sample from NaN or infinity.
 
@@ -53,74 +74,70 @@ def require_finite(logits: Tensor, number: int) -> None:
     """
     # The sum is quicker, and finite only where all of them are.
     if not math.isfinite(logits.sum()) and not torch.isfinite(logits).all():
-        raise BellboxError(f"the model's logits for new token {number} are not finite; is it trained?")
+        raise not_finite(number)
 
 
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token per row; the arguments are those of `generate`.
+def not_finite(number: int) -> BellboxError:
+    """What is said of logits for new token `number` that are not finite."""
+    return BellboxError(f"the model's logits for new token {number} are not finite; is it trained?")
+
+
+def finite_rows(logits: Tensor) -> list[bool]:
+    """Of which rows of logits `[n, V]` all numbers are finite."""
+    found = logits.sum(dim=-1).isfinite()
+    return (found if found.all() else logits.isfinite().all(dim=-1)).tolist()
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token per row.
 
     Args:
         logits: `[B, V]`, finite.
+        sampling: of all rows.
+        generator: where the draws come from, on the device of the logits.
 
     Returns:
         `[B]` int64.
     """
-    if temperature == 0:
+    if not sampling.temperature:
         return logits.argmax(dim=-1)
-    weights, tokens = _weights(logits, temperature, top_k, top_p)
-    sums = weights.cumsum(dim=-1)
-    # One number a row: a number a token, as torch.multinomial draws, costs more than the step of a small model.
-    whole = sums[:, -1:]
-    drawn = torch.rand(whole.shape, dtype=torch.float64, device=whole.device, generator=generator) * whole
-    place = torch.searchsorted(sums, drawn.minimum(whole.nextafter(torch.zeros_like(whole))), right=True)
-    return (place if tokens is None else tokens.gather(-1, place))[:, 0]
+    drawn = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
+    return draw(logits.float(), *_settings((sampling.odds,) * len(logits), logits.device), drawn)
 
 
-def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """What `sample` draws from: `[B, V]` float64, zero outside the chosen tokens; `temperature` above 0."""
-    weights, tokens = _weights(logits, temperature, top_k, top_p)
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    if tokens is None:
-        return weights
-    return torch.zeros(logits.shape, dtype=torch.float64, device=logits.device).scatter(-1, tokens, weights)
+def sample_each(
+    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """Draw one token for each row as `sample` does for that row alone.
+
+    Args:
+        logits: `[n, V]` on the CPU; of a row that is not finite the token means nothing.
+        samplings: one for each row.
+        generators: likewise.
+    """
+    if not any(each.temperature for each in samplings):
+        return logits.argmax(dim=-1).tolist()
+    drawn = [
+        float(torch.rand((), dtype=torch.float64, generator=generator)) if each.temperature else 0.0
+        for each, generator in zip(samplings, generators, strict=True)
+    ]
+    settings = _settings(tuple(each.odds for each in samplings), logits.device)
+    return draw(logits.float(), *settings, torch.tensor(drawn, dtype=torch.float64)).tolist()
 
 
-def _weights(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Weights of tokens that are drawn in proportion to them, float64 `[B, m]`, and which tokens; None for all."""
-    # The largest logit becomes 0 first, so that no temperature, however small, overflows or gives 0/0.
-    scaled = logits.to(torch.float64, copy=True)
-    scaled.sub_(logits.amax(dim=-1, keepdim=True))
-    if temperature != 1:
-        scaled.div_(temperature)
-    if top_k is None and top_p is None:
-        return scaled.exp_(), None
-    count = scaled.shape[-1] if top_k is None else min(top_k, scaled.shape[-1])
-    if top_p is None:
-        values, tokens = _likeliest(scaled, count)
-        return values.exp(), tokens
-    # Mostly few of the likeliest reach the sum, and to sort all takes as long as a step of a small model.
-    whole = scaled.exp().sum(dim=-1, keepdim=True) if top_k is None else None
-    for some in (min(count, _MOSTLY), count):
-        values, tokens = _likeliest(scaled, some)
-        weights = values.exp()
-        least = top_p * (weights.sum(dim=-1, keepdim=True) if whole is None or some == count else whole)
-        if some == count or (whole is not None and bool((weights.sum(dim=-1, keepdim=True) >= least).all())):
-            break
-    before = weights.cumsum(dim=-1) - weights
-    return weights.masked_fill(before >= least, 0.0), tokens
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What `sample` draws from: `[B, V]` float64, zero outside the chosen tokens; the temperature is above 0."""
+    weights = weights_of(logits.float(), *_settings((sampling.odds,) * len(logits), logits.device)).double()
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def _likeliest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row in falling order, and where they stand; the same ones among ties every time."""
-    if 8 * count > scaled.shape[-1]:
-        values, tokens = scaled.sort(dim=-1, descending=True, stable=True)
-        return values[:, :count], tokens[:, :count]
-    return scaled.topk(count, dim=-1)
+@functools.lru_cache(maxsize=256)
+def _settings(odds: tuple[Odds, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperature, top_k and top_p of each row, as `ops.draw` takes them; from step to step they are the same."""
+    temperature, top_k, top_p = zip(*odds, strict=True)
+    limits = [0 if k is None else min(k, 2**62) for k in top_k]
+    return (
+        torch.tensor(temperature, dtype=torch.float64, device=device),
+        torch.tensor(limits, dtype=torch.int64, device=device),
+        torch.tensor([p or 1.0 for p in top_p], dtype=torch.float64, device=device),
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,34 @@ from bellbox.errors import BellboxError
 from bellbox.nn.coded import CodedLayer
 from bellbox.nn.input_cache import keeping_dtype
 from bellbox.nn.quantized import QuantizedLayer
+from bellbox.ops.decode_bytes import decode_bytes
+from bellbox.ops.dispatch import is_direct
 from bellbox.ops.encode import result_dtype
 from bellbox.quantizers.base import rotate_vectors
+
+
+class _Bytes(NamedTuple):
+    """The codes of each byte."""
+
+    codes: Tensor
+    """int64 `[256, codes of a byte]`; what stands in no file is the last code."""
+    numbers: Tensor
+    """fp32, what they stand for on the grid."""
+
+
+@functools.cache
+def _values_of_bytes(grid: Grid) -> _Bytes | None:
+    """None where codes straddle bytes."""
+    n = grid.n
+    per_byte = packing.digits_per_byte(n) or (
+        8 // packing.code_width(n) if 8 % packing.code_width(n) == 0 else 0
+    )
+    if not per_byte:
+        return None
+    codes = packing.unpack(torch.arange(256, dtype=torch.uint8, device="cpu")[:, None], per_byte, n).clamp(
+        max=n - 1
+    )
+    return _Bytes(codes.long(), grid.decode(codes))
 
 
 class WeightOnlyMatrix(CodedLayer):
@@ -132,7 +159,13 @@ class WeightOnlyMatrix(CodedLayer):
     @torch.no_grad()
     def decoded_rows(self) -> Tensor:
         """fp32 `[out, in]`, in the domain that the input is rotated into."""
-        codes, table = self.weight_codes(), self.weight_table
+        table = self.weight_table
+        values = _values_of_bytes(self.weight_levels) if is_direct(self.packed) else None
+        if values is not None and self.packed.is_cpu:
+            numbers = values.numbers if table is None else table[values.codes]
+            scale = self.weight_scale if self.scale_group is not None else self.weight_scale[:, None]
+            return decode_bytes(self.packed, numbers, scale, self.row_length)
+        codes = self.weight_codes()
         values = self.weight_levels.decode(codes) if table is None else table[codes.int()]
         if self.scale_group is None:
             return values * self.weight_scale[:, None]

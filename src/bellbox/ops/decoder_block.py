@@ -26,7 +26,8 @@ def llama_block(layers: Layers, head_dim: int, norms: Sequence[Tensor], eps: flo
     `attend_and_widen(x, batch, cosines, sines, *cache, room, start, gate, up, threads)` adds attention of the norm of
     `x` `[batch, 1, hidden]` to it, puts keys and values of position `start` (or `[batch, 2]` of slots
     and positions, see `attend.attend`) into the cache, and fills `gate` and `up`
-    `[batch, 1, inner]`; `narrow(x, active, batch, threads)` adds the MLP's last layer.
+    `[batch, 1, inner]`; `narrow(x, gate, up, batch, threads)` multiplies `gate` by `up` and adds the MLP's last
+    layer on the product.
 
     Args:
         layers: packed.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.errors import BellboxError, require
 from bellbox.inference.batching import Continuation
+from bellbox.inference.sampling import Sampling
 from bellbox.serve.answers import Answer
 from bellbox.serve.chat import ChatTemplate
 from bellbox.serve.engine import BusyError, ClosedError, Engine
@@ -240,12 +241,14 @@ def _continuations(service: Service, asked: Completion | Chat) -> list[Continuat
     return [
         Continuation(
             prompt,
-            wanted or min(most - len(prompt), limit or most, usual),
-            1.0 if asked.temperature is None else asked.temperature,
-            asked.top_k,
-            asked.top_p,
-            None if asked.seed is None else asked.seed + choice,
-            service.tokenizer.end_of_text,
+            Sampling(
+                wanted or min(most - len(prompt), limit or most, usual),
+                1.0 if asked.temperature is None else asked.temperature,
+                asked.top_k,
+                asked.top_p,
+                None if asked.seed is None else asked.seed + choice,
+                service.tokenizer.end_of_text,
+            ),
         )
         for prompt in prompts
         for choice in range(count)

@@ -169,8 +169,8 @@ class LlamaSteps(Steps):
         x = body.embed_tokens(tokens).contiguous()
         for call, layer in zip(self._calls, self._layers, strict=True):
             call.attend_and_widen(x, batch, self._cos, self._sin, *self._places(layer), gate, up, threads)
-            F.silu(gate, inplace=True).mul_(up)
-            call.narrow(x, gate, batch, threads)
+            F.silu(gate, inplace=True)
+            call.narrow(x, gate, up, batch, threads)
         return self._head(self._norm(x))
 
 
@@ -226,10 +226,10 @@ class _HeadNorms:
         heads = x.view(len(x), 1, -1, self._attention.head_dim)
         return rms_norm(heads, norm.weight, norm.variance_epsilon).view(x.shape)
 
-    def narrow(self, x: Tensor, active: Tensor, batch: int, threads: int) -> None:
+    def narrow(self, x: Tensor, gate: Tensor, up: Tensor, batch: int, threads: int) -> None:
         """See `ops.decoder_block.llama_block`."""
         del batch, threads
-        x.add_(self._mlp.down_proj(active))
+        x.add_(self._mlp.down_proj(gate.mul_(up)))
 
 
 class _PlainBlocks(Steps):

@@ -14,6 +14,9 @@ from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops import native
 from bellbox.ops.binarized_linear import MAX_BITS
+from bellbox.ops.decode_bytes import check as check_decode
+from bellbox.ops.draw import OUT_OF_RANGE
+from bellbox.ops.draw import check as check_draw
 from bellbox.ops.float_linear import check as check_float
 from bellbox.ops.int4_linear import check as check_int4
 from bellbox.ops.int8_linear import INT8_COLUMNS
@@ -424,6 +427,38 @@ def _table_rows(ids: Tensor, weight: Tensor, multipliers: Tensor | None, scale: 
     return out
 
 
+def _why_not_decode(arguments: Mapping[str, Any]) -> str | None:
+    return None if arguments["packed"].numel() else "there are no bytes"
+
+
+def _decode_bytes(packed: Tensor, values: Tensor, scale: Tensor, columns: int) -> Tensor:
+    check_decode(packed, values, scale, columns)
+    module = native.compiled()
+    assert module is not None
+    rows, out = len(packed), scale.new_empty(len(packed), columns)
+    given = packed.contiguous(), values.detach().contiguous(), scale.detach().contiguous()
+    module.decode_bytes(*given, rows, columns, out, _threads())
+    return out
+
+
+def _why_not_draw(arguments: Mapping[str, Any]) -> str | None:
+    logits = arguments["logits"]
+    return None if logits.dtype == torch.float32 and logits.numel() else f"logits are {logits.dtype}"
+
+
+def _draw(logits: Tensor, *settings: Tensor) -> Tensor:
+    check_draw(logits, *settings)
+    module = native.compiled()
+    assert module is not None
+    temperature, top_k, top_p, drawn = (each.detach().contiguous() for each in settings)
+    out, given = top_k.new_empty(len(logits)), logits.detach().contiguous()
+    try:
+        module.draw(given, given.shape[1], temperature, top_k, top_p, drawn, out, _threads())
+    except ValueError:
+        raise BellboxError(OUT_OF_RANGE) from None
+    return out
+
+
 def _why_not_binarized(arguments: Mapping[str, Any]) -> str | None:
     for name in ("planes", "scales", "order", "steps", "bias"):
         tensor = arguments[name]
@@ -545,6 +580,8 @@ TABLE: dict[str, Implementation] = {
     "float_linear": Implementation(_why_not_float, _float_linear),
     "int8_linear": Implementation(_why_not_int8, _int8_linear),
     "int4_linear": Implementation(_why_not_int4, _int4_linear),
+    "decode_bytes": Implementation(_why_not_decode, _decode_bytes),
+    "draw": Implementation(_why_not_draw, _draw),
     "table_rows": Implementation(_why_not_rows_of_table, _table_rows),
     "binarized_linear": Implementation(_why_not_binarized, _binarized_linear),
     "packed_linear": Implementation(_why_not_packed, _packed_linear),
