@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -133,6 +133,15 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     Raises:
         BellboxError: a tensor is missing, unknown, or has another shape.
     """
+    model.load_state_dict(fitted(model, tensors, where))
+
+
+def fitted(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A whole state dict for a model, of one in which each tensor stands once; nothing is copied.
+
+    Raises:
+        BellboxError: a tensor is missing, unknown, or has another shape.
+    """
     tensors = dict(tensors)
     names: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -156,4 +165,4 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     unknown = sorted(set(tensors) - set(state))
     if unknown:
         raise BellboxError(f"{where}: tensor '{unknown[0]}' is not in the model of config.yaml")
-    model.load_state_dict(full)
+    return {name: value for name, value in full.items() if value is not None}

@@ -282,9 +282,7 @@ def save_pieces(
     """
     writer = _Writer(folder, about, begin, commit, group)
     try:
-        dcp.save(
-            dict(pieces), storage_writer=writer, planner=_SavePlanner(), process_group=group, **_alone()
-        )
+        dcp.save(dict(pieces), storage_writer=writer, planner=_SavePlanner(), process_group=group, **_alone())
     except CheckpointException as error:
         raise _cause(error) from None
 

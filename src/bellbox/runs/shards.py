@@ -89,9 +89,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def write_shard(
-    path: Path, pieces: Sequence[tuple[str, Tensor]], about: Mapping[str, str]
-) -> dict[str, Any]:
+def write_shard(path: Path, pieces: Sequence[tuple[str, Tensor]], about: Mapping[str, str]) -> dict[str, Any]:
     """Write a safetensors file, and have it on the disk.
 
     Args:
@@ -324,11 +322,8 @@ def read_whole(folder: Path, layout: Layout, names: Iterable[str]) -> dict[str, 
         with ShardFile(folder / file) as shard:
             for name, chunk in pieces:
                 at = tuple(
-                    slice(begin, begin + size)
-                    for begin, size in zip(chunk.offsets, chunk.sizes, strict=True)
+                    slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True)
                 )
                 target, nowhere = found[name][at], (0,) * len(chunk.sizes)
-                shard.read_into(
-                    key_of(name, chunk.offsets), target, layout[name].dtype, chunk.sizes, nowhere
-                )
+                shard.read_into(key_of(name, chunk.offsets), target, layout[name].dtype, chunk.sizes, nowhere)
     return found
