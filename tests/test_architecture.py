@@ -30,7 +30,7 @@ MAY_KNOW = {
     "convert": "errors core nn past_forward quantizers recipe structure coverage",
     "listing": "core nn coverage",
     "calibrate": "errors quantizers",
-    "optim": "errors nn quantizers recipe structure",
+    "optim": "errors core nn quantizers recipe structure",
     "models": "errors utils ops structure",
     "data": "errors utils",
     "inference": "errors ops nn models data convert",
@@ -41,7 +41,7 @@ MAY_KNOW = {
     "interop": "errors utils version core ops quantizers nn convert models data inference recipe formats",
     "serve": "errors utils data inference",
     "training": (
-        "errors utils core quantizers recipe nn optim convert models data objectives evaluation formats runs"
+        "errors utils core quantizers recipe nn optim convert calibrate models data objectives evaluation formats runs"
     ),
     "benchmark": "utils core ops recipe nn convert models inference",
     "report": "errors utils runs comparison",

@@ -204,9 +204,16 @@ def _import_methods(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    """One line on standard error."""
-    print(f"bellbox: {'error: ' if code == 2 else ''}{message}", file=sys.stderr)
+    """One line on standard error; of processes that a launcher started together, from one of them."""
+    if os.environ.get("RANK") is None or _speaks(message):
+        print(f"bellbox: {'error: ' if code == 2 else ''}{message}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None
+
+
+def _speaks(message: str) -> bool:
+    from bellbox.training.distributed import speaks_for_all
+
+    return speaks_for_all(message)
 
 
 def _is_utf8(text: str) -> bool:

@@ -8,6 +8,7 @@ bellbox train --task vision --data.source cifar10.npz --model.preset resnet-smal
 bellbox train --import mine --quantization.method mine       # a method of your own: mine.py (docs/methods.md)
 bellbox train --config configs/paper/llama-95M-2bit.yaml --dry-run     # sizes, steps, memory and time, and no run
 bellbox train --config grid.yaml --row "BBQ, 2 bits"         # one row of a grid for bellbox compare
+torchrun --nproc-per-node 2 -m bellbox train --distributed.mode fsdp   # two processes (docs/distributed.md)
 """
 
 from __future__ import annotations
@@ -98,15 +99,20 @@ def _train(config: TrainConfig, resume: str) -> None:
     keep_freed_memory()
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
     imports = "".join(f" --import {name}" for name in trainer.config.methods_from)
-    print(summary(trainer.model), flush=True)
+    first = trainer.world.first
+    if first:
+        print(summary(trainer.model), flush=True)
     result = trainer.run()
     if result.stopped_by is not None:
         again = f"bellbox train --config {result.folder / 'config.yaml'}{imports}"
-        print(
-            f"stopped at step {result.step} of {result.total_steps}, saved; go on with: {again}", flush=True
-        )
+        if first:
+            print(
+                f"stopped at step {result.step} of {result.total_steps}, saved; go on with: {again}",
+                flush=True,
+            )
         raise SystemExit(128 + result.stopped_by)
-    print(_farewell(result.folder, trainer.model, imports))
+    if first:
+        print(_farewell(result.folder, trainer.model, imports))
 
 
 def _refuse_folder(folder: Path) -> None:

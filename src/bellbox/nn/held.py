@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.sharded import is_sharded
 from bellbox.nn.quantized import QuantizedLayer
 from bellbox.nn.tools import quantized_layers
 from bellbox.ops.encode import autocast_dtype
@@ -22,6 +23,8 @@ def weights_quantized_once(model: nn.Module, dtype: torch.dtype | None = None) -
     micro-batches in fp32; at the end it goes through the quantizer, which is linear in it, once. The gradients are the
     same up to summation.
 
+    Weights that FSDP2 shards are quantized in each forward: the whole of all of them would stay in memory.
+
     For training: every forward within it is one in training mode, and followed by its backward before the end. After
     an exception no gradient is passed on.
 
@@ -32,7 +35,8 @@ def weights_quantized_once(model: nn.Module, dtype: torch.dtype | None = None) -
     held: list[tuple[QuantizedLayer, Tensor, Tensor]] = []
     try:
         for _, layer in quantized_layers(model):
-            if layer.weight_quantizer is None:
+            # Of a sharded weight FSDP2 has the whole within a block's forward and backward only.
+            if layer.weight_quantizer is None or is_sharded(layer.stored_weight):
                 continue
             device = layer.stored_weight.device.type
             coded = layer.trains_on_integers(

@@ -59,6 +59,10 @@ class FeatureHook:
             raise BellboxError(f"layer {self.layer!r} has not been called since its features were taken")
         return pooled(kept)
 
+    def forget(self) -> None:
+        """Let go of the features of the last forward."""
+        self._kept = None
+
     def remove(self) -> None:
         """Let go of the layer."""
         self._handle.remove()

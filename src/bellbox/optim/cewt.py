@@ -34,18 +34,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.sharded import local, whole, write_whole
 from bellbox.errors import BellboxError
 from bellbox.nn import QuantizedExpert, QuantizedLayer, quantized_layers
 from bellbox.structure import embedding_weights, outputs
 
-Turn = Callable[[bool], Tensor]
-"""A weight rotated into the domain that it is coded in; called with True, rotated back from there."""
+Turn = Callable[[Tensor, bool], Tensor]
+"""Rotates a weight into the domain that it is coded in; called with True, back from there."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -106,6 +106,7 @@ class CEWT:
         norms_only: further matrices, which keep their norm and are never projected; without `hyperball` they are left
             alone.
         at_once: whether `weights` are projected now; else the first step does.
+        norms: what weights keep, where that is known; else the norms that they have.
 
     A weight of zeros has neither a norm to keep nor a rank order: the optimizers step it as usual.
 
@@ -120,6 +121,7 @@ class CEWT:
         hyperball: bool = True,
         norms_only: Iterable[Tensor] = (),
         at_once: bool = True,
+        norms: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         self.optimizers, self.hyperball = optimizers, hyperball
         self._turns: dict[Tensor, Turn | None] = (
@@ -128,7 +130,7 @@ class CEWT:
         self.norms: dict[Tensor, Tensor] = {}
         """The norm that each weight keeps, 0-dimensional fp64."""
         for weight in (*self._turns, *(norms_only if hyperball else ())):
-            norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
+            norm = norms[weight] if norms is not None and weight in norms else _norm(weight)
             if norm > 0:
                 self.norms[weight] = norm
                 if at_once and weight in self._turns:
@@ -136,12 +138,14 @@ class CEWT:
 
     @torch.no_grad()
     def _project(self, weight: Tensor) -> None:
-        turn = self._turns[weight]
-        if turn is not None:
-            weight.copy_(turn(False))
-        project_(weight, self.norms[weight])
-        if turn is not None:
-            weight.copy_(turn(True))
+        turn, own = self._turns[weight], weight.detach()
+        full = whole(own)  # ranks are those of all entries, wherever they lie
+        if turn is None:
+            project_(full, self.norms[weight])
+        else:
+            full = turn(project_(turn(full, False).contiguous(), self.norms[weight]), True)
+        if full is not own:
+            write_whole(own, full)
 
     def project(self) -> None:
         """Make all weights Gaussian now, at the norms that they keep."""
@@ -154,14 +158,16 @@ class CEWT:
         """What comes before the optimizers' step: weights become zero, so that the step leaves its update there.
 
         Returns:
-            the weights that are to move, and what they were; None without hyperball, where they stay.
+            the weights that are to move, and what this process' part of them was; None without hyperball, where they
+            stay.
         """
         kept: dict[Tensor, Tensor | None] = {}
         for weight in self.norms:
             if weight.grad is not None:
-                kept[weight] = weight.detach().clone() if self.hyperball else None
+                own = local(weight.detach())
+                kept[weight] = own.clone() if self.hyperball else None
                 if self.hyperball:
-                    weight.zero_()
+                    own.zero_()
         return kept
 
     @torch.no_grad()
@@ -169,7 +175,7 @@ class CEWT:
         """Where a step failed: the weights as they were before it."""
         for weight, was in kept.items():
             if was is not None:
-                weight.copy_(was)
+                local(weight.detach()).copy_(was)
 
     @torch.no_grad()
     def after(
@@ -183,15 +189,15 @@ class CEWT:
             project: whether to sort.
         """
         for weight, was in kept.items():
-            norm = self.norms[weight]
+            norm, own = self.norms[weight], local(weight.detach())
             if was is not None:
-                length = torch.linalg.vector_norm(weight, dtype=torch.float64)
+                length = _norm(weight)
                 # An update of zero moves nothing.
-                weight.mul_(torch.where(length > 0, rate(weight) * norm / length, 0.0).float()).add_(was)
+                own.mul_(torch.where(length > 0, rate(weight) * norm / length, 0.0).float()).add_(was)
             if project and weight in self._turns:
                 self._project(weight)
             elif was is not None:
-                weight.mul_((norm / torch.linalg.vector_norm(weight, dtype=torch.float64)).float())
+                own.mul_((norm / _norm(weight)).float())
 
     def step(self, lr: float, project: bool = True) -> None:
         """One step of all the parameters.
@@ -210,8 +216,9 @@ class CEWT:
         self.after(kept, lambda _: lr, project)
 
 
-def _turned(layer: QuantizedLayer, back: bool = False) -> Tensor:
-    return layer.turned(layer.stored_weight.detach(), back)
+def _norm(weight: Tensor) -> Tensor:
+    """Frobenius norm of the whole matrix, fp64 `[]`, the same in all processes that hold parts of it."""
+    return whole(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
 
 
 def constrained_weights(model: nn.Module) -> dict[Tensor, Turn | None]:
@@ -220,7 +227,7 @@ def constrained_weights(model: nn.Module) -> dict[Tensor, Turn | None]:
     Experts in one 3-D parameter are not among them: a matrix of theirs is no parameter of an optimizer.
     """
     return {
-        layer.stored_weight: None if layer.weights_rotated else partial(_turned, layer)
+        layer.stored_weight: None if layer.weights_rotated else layer.turned
         for _, layer in quantized_layers(model)
         if layer.weight_quantizer is not None
         and layer.stored_weight.requires_grad

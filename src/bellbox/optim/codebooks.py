@@ -7,6 +7,7 @@ from collections.abc import Mapping, MutableMapping
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.sharded import whole
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import QuantizedLayer
 from bellbox.nn.tools import quantized_layers
@@ -38,7 +39,8 @@ def refit_codebooks(
         if quantizer is None or not quantizer.refits or not _is_due(quantizer.refit_every, step):
             continue
         counts = _squares_of(name, layer, squared_gradients or {}) if quantizer.by_squared_gradients else None
-        quantizer.refit(layer.weight_rows().detach(), counts)
+        # The fit is one of all entries: every process that holds a part makes the same.
+        quantizer.refit(layer.rows_of(whole(layer.stored_weight.detach())), counts)
         fitted.append(name)
     return fitted
 
@@ -54,7 +56,7 @@ def _squares_of(name: str, layer: QuantizedLayer, known: Mapping[Tensor, Tensor]
             f"{name or 'the layer'}: fisher=true weighs errors by squared gradients, and there are none of its weight: "
             "pass second_moments(optimizer) of an Adam that has stepped, or sums of add_squared_gradients"
         )
-    return layer.rows_of(layer.part_of(found))
+    return layer.rows_of(layer.part_of(whole(found)))
 
 
 def second_moments(*optimizers: torch.optim.Optimizer) -> dict[Tensor, Tensor]:

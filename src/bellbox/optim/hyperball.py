@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bellbox.core.sharded import local
 from bellbox.errors import BellboxError
 from bellbox.optim.cewt import CEWT, Turn, constrained_weights
 
@@ -52,7 +53,7 @@ def hyperball(
         The same optimizer. (A copy by `copy.deepcopy` or pickle has no hooks, as torch drops them: call this again.)
 
     Raises:
-        BellboxError: nothing to constrain, weights that are not whole fp32 matrices in one place, a scheduler that was
+        BellboxError: nothing to constrain, weights that are not fp32, a scheduler that was
             made before, or an optimizer that is wrapped already or is evaluated several times a step (L-BFGS).
     """
     optimizer = _inner(optimizer)
@@ -75,7 +76,7 @@ def hyperball(
     turns = {weight: turn for weight, turn in turns.items() if id(weight) in own}
     others = [weight for weight in norms_only if id(weight) in own and weight not in turns]
     for weight in (*turns, *others):
-        _require_whole(weight)
+        _require_fp32(weight)
     ball = _Hyperball(turns, others, every)
     if not ball.cewt.norms:
         raise BellboxError(
@@ -116,7 +117,7 @@ class _Hyperball:
     def before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a step: a closure is evaluated while the weights are there."""
         # A step that raised left its weights at zero; they may have been loaded since.
-        self.cewt.restore({weight: was for weight, was in self._kept.items() if not weight.any()})
+        self.cewt.restore({weight: was for weight, was in self._kept.items() if not local(weight).any()})
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
             with torch.enable_grad():
@@ -193,12 +194,7 @@ def _separate(optimizer: Optimizer, norms: Mapping[Tensor, Tensor], lr: float) -
         group[STEPS] = 0
 
 
-def _require_whole(weight: Tensor) -> None:
-    if hasattr(weight, "device_mesh"):
-        raise BellboxError(
-            f"hyperball: a weight of shape {tuple(weight.shape)} is sharded, and norms and ranks are of whole "
-            "matrices; train it under DDP, or without the hyperball"
-        )
+def _require_fp32(weight: Tensor) -> None:
     if weight.dtype != torch.float32:
         raise BellboxError(
             f"hyperball: a weight of shape {tuple(weight.shape)} is {weight.dtype}: steps of 2 % of a norm need fp32; "

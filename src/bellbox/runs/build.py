@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bellbox.convert import new_layers, new_tables, prepare
 from bellbox.core.grid import levels_from_bits
+from bellbox.core.sharded import part_like, whole
 from bellbox.errors import BellboxError
 from bellbox.models import build, lecun_, preset, vision_preset
 from bellbox.nn import quantized_inside
@@ -123,8 +124,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each tensor once: what layers share goes under the first of its names."""
-    return {name: value.detach() for name, value in unique_tensors(model).items()}
+    """The state dict with each tensor once, whole: what layers share goes under the first of its names.
+
+    Of a sharded model every process calls it.
+    """
+    return {name: whole(value.detach()) for name, value in unique_tensors(model).items()}
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -133,7 +137,8 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     Raises:
         BellboxError: a tensor is missing, unknown, or has another shape.
     """
-    model.load_state_dict(fitted(model, tensors, where))
+    full, state = fitted(model, tensors, where), model.state_dict(keep_vars=True)
+    model.load_state_dict({name: part_like(value, full[name]) for name, value in state.items()})
 
 
 def fitted(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -152,7 +157,9 @@ def fitted(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[
     except BellboxError as error:
         raise BellboxError(f"{where}: {error}") from None
     state = model.state_dict(keep_vars=True)
-    full = {name: tensors.get(names.setdefault(id(value), name)) for name, value in state.items()}
+    full: dict[str, Any] = {
+        name: tensors.get(names.setdefault(id(value), name)) for name, value in state.items()
+    }
     for name, value in state.items():
         given = full[name]
         if given is None:

@@ -268,6 +268,29 @@ class VisionSection:
 
 
 @dataclass(frozen=True)
+class DistributedSection:
+    """Several processes that train one model, started by torchrun (docs/distributed.md). Decides no number of a run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    mode: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """ddp: each process holds the whole model. fsdp: weights, gradients and moments are sharded, block by block. auto:
+    ddp where torchrun started the process, else none."""
+    shard: Literal["all", "node"] | int = "all"
+    """With fsdp: processes that share one copy of the weights. Fewer than all of them is hybrid sharding, and node is
+    those of one machine."""
+    reshard: bool = True
+    """With fsdp: let go of a block's whole weights after its forward; false takes more memory, less communication."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """With fsdp: dtype in which gradients are added up between processes. Weights travel in fp32, which codes follow
+    from; `precision` is what is computed in."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of blocks for the backward and run each block again there: less memory, a third more time.
+    In any mode."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others, at the start and in each exchange."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run, as its owner asks for it."""
 
@@ -286,6 +309,7 @@ class TrainConfig:
     mec: MecSection = field(default_factory=MecSection)
     batch: BatchSection = field(default_factory=BatchSection)
     vision: VisionSection = field(default_factory=VisionSection)
+    distributed: DistributedSection = field(default_factory=DistributedSection)
     steps: int | None = None
     """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
     tokens: int | None = None
@@ -411,6 +435,12 @@ class TrainConfig:
                 for key, default in vars(DistillSection()).items()
                 if key != "teacher"
             ),
+            (
+                "distributed.shard",
+                isinstance(self.distributed.shard, str) or self.distributed.shard >= 1,
+                "all, node or at least 1",
+            ),
+            ("distributed.timeout", 1 <= self.distributed.timeout <= 86400, "from 1 to 86400 seconds"),
             ("mec.weight", 0 <= self.mec.weight < float("inf"), "at least 0"),
             ("mec.distortion", 0 < self.mec.distortion < float("inf"), "above 0"),
             ("mec.experts", self.mec.experts >= 1, "at least 1"),

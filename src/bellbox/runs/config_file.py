@@ -152,6 +152,7 @@ def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
 WITHOUT_EFFECT = (
     "folder",
     "threads",
+    "distributed",
     "eval_every",
     "checkpoint_every",
     "log_every",
@@ -159,7 +160,7 @@ WITHOUT_EFFECT = (
     "debug",
     "methods_from",
 )
-"""Keys that do not decide a run's numbers: where it lives, how it is watched and saved."""
+"""Keys that do not decide a run's numbers: where it lives, by how many processes, how it is watched and saved."""
 
 
 def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -26,9 +27,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bellbox.calibrate import calibrate
 from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers, weights_quantized_once
+from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.runs.average import Average
 from bellbox.runs.binding import binding, refuse_changed
 from bellbox.runs.build import (
@@ -36,11 +39,10 @@ from bellbox.runs.build import (
     make_model,
     make_recipe,
     model_tensors,
-    pick_device,
 )
 from bellbox.runs.checkpoint import Checkpoint, Checkpoints, State
 from bellbox.runs.config import TrainConfig
-from bellbox.runs.config_file import differences, load_config, save_config
+from bellbox.runs.config_file import config_from_dict, differences, load_config, save_config
 from bellbox.runs.environment import describe
 from bellbox.runs.metrics import MetricsWriter
 from bellbox.runs.open import CONFIG_FILE, TOKENIZER_FILE
@@ -51,6 +53,7 @@ from bellbox.training.arithmetic import with_arithmetic
 from bellbox.training.check import check_trainable
 from bellbox.training.data_files import DATA_FILE, refuse_other_files, remember_files
 from bellbox.training.distill import Teacher, divergence
+from bellbox.training.distributed import Parallel, start
 from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
 from bellbox.training.mec import EntropyTerm, SpectrumMeter
@@ -107,13 +110,14 @@ class Trainer:
         config = config.check()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        config, self._why_precision = with_arithmetic(config)
-        config = with_prepared_text(config, show)
+        self.world = start(config.distributed, config.device)
+        show = show and self.world.first
+        config, self._why_precision = self._decided(config, show)
         self.dataset = open_data(config)
         self.config = resolve(config, self.dataset)
-        self.task = make_task(self.config, self.dataset)
+        self.task = make_task(self.config, self.dataset, self.world)
         self.folder = Path(self.config.folder)
-        self.device = pick_device(self.config.device)
+        self.device = self.world.device
         self.resume, self.show = resume, show
         self.teacher = Teacher(self.config, self.device) if self.config.distill.teacher else None
         random_state.seed_all(self.config.seed)
@@ -132,29 +136,58 @@ class Trainer:
         self.saved_step = 0
         self._begun_for = self.config.total_steps
         self.signals = StopSignals()
+        self._heard: int | None = None
         self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    def _decided(self, config: TrainConfig, show: bool) -> tuple[TrainConfig, str]:
+        """The configuration with what is chosen by machine and folder, and why its precision.
+
+        One process chooses for all, and prepares text.
+        """
+
+        def decide() -> tuple[TrainConfig, str]:
+            chosen, why = with_arithmetic(config)
+            return with_prepared_text(chosen, show), why
+
+        if self.world.size == 1:
+            return decide()
+
+        def as_json() -> list[Any]:
+            chosen, why = decide()
+            return [chosen.to_dict(), why]
+
+        chosen, why = self.world.from_first(as_json)
+        return config_from_dict(chosen), why
 
     def _first_weights(self) -> Callable[[nn.Module], None] | None:
         """Those of `model.from`; None where they are random, or a checkpoint has all of them already."""
-        if self.config.model.pretrained is None or self.checkpoints.last() is not None:
+        if self.config.model.pretrained is None:
+            return None
+        if self.world.from_first(lambda: self.checkpoints.last() is not None):
             return None
         return pretrained_weights(self.config)
 
     def _build_around_model(self) -> None:
         """The optimizer and the training forward, for the layers that the model has in this phase."""
-        # Debug hooks would break a compiled graph anyway.
-        compiled = self.config.compile and not self.config.debug
-        self.forward = torch.compile(self.model) if compiled else self.model
         if self.entropy is not None:
             self.entropy.remove()
         self.entropy = EntropyTerm(self.model, self.config.mec) if self.config.mec.weight else None
-        self.optimizer = ModelOptimizer(self.model, self.config.optimizer)
-        if self.optimizer.cewt is not None:
+        optimizer = ModelOptimizer(self.model, self.config.optimizer)
+        if optimizer.cewt is not None:
             # Scales and codebooks were set from the weights before their projection.
             for _, layer in quantized_layers(self.model):
                 if layer.weight_quantizer is not None:
                     layer.weight_quantizer.initialize(layer.weight_rows())
+        # What is computed from whole weights was; now they may become parts.
+        norms = optimizer.norms_by_name(self.model)
+        self.parallel = Parallel(self.model, self.world, self.config.distributed)
+        if self.parallel.sharded:
+            optimizer = ModelOptimizer(self.model, self.config.optimizer, norms)
+        self.optimizer = optimizer
         self.average = Average(self.model, self.config.averaging)
+        # Debug hooks would break a compiled graph anyway.
+        compiled = self.config.compile and not self.config.debug
+        self.forward = torch.compile(self.parallel.forward) if compiled else self.parallel.forward
 
     def _enter(self, phase: Phase) -> None:
         """Go over to another phase: the weights and their moments stay, the quantizers are made anew."""
@@ -178,10 +211,11 @@ class Trainer:
                 the latter names the step and the layer, and the last checkpoint stays as it is.
         """
         with ExitStack() as stack:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(self.folder))
+            stack.callback(self.world.close)
+            self.world.from_first(lambda: self._take_folder(stack))
             self._open_folder()
-            stack.callback(self.metrics.close)
+            if self.metrics is not None:
+                stack.callback(self.metrics.close)
             stack.enter_context(determinism(self.device))
             stack.enter_context(debug_mode(self.config.debug))
             stack.enter_context(self.signals)
@@ -198,7 +232,7 @@ class Trainer:
                         break
                 if self.saved_step < self.state.step and (improved or self._checkpoint_is_due()):
                     self._save()
-                if self._done() or self.signals.received is not None:
+                if self._done() or self._stopping:
                     break
                 self._train_step()
         return RunResult(
@@ -208,14 +242,29 @@ class Trainer:
             tokens=self.state.tokens,
             validation=self.validation,
             best_loss=self.state.best_loss,
-            stopped_by=self.signals.received if self._unfinished() else None,
+            stopped_by=self._stopping if self._unfinished() else None,
         )
+
+    def _take_folder(self, stack: ExitStack) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(lock(self.folder))
+
+    @property
+    def _stopping(self) -> int | None:
+        """The signal that ends the run: of several processes, one that all have heard of, at the same step."""
+        return self.signals.received if self.world.size == 1 else self._heard
 
     def _open_folder(self) -> None:
         """Find where the run stands, and make the folder say what is about to happen in it."""
         checkpoint = self._find_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint)
+        self.metrics: MetricsWriter | None = None
+        self.validation = self.world.from_first(self._write_what_it_is)
+        self.progress = Progress(self.config.total_steps, self.state.step, self.show, self.task.unit)
+
+    def _write_what_it_is(self) -> dict[str, Any] | None:
+        """The files that say what the run is; gives its last validation."""
         save_config(self.config, self.folder / CONFIG_FILE)
         write_text(self.folder / "environment.json", json.dumps(describe(self.device), indent=1) + "\n")
         remember_files(self.dataset, self.folder / DATA_FILE)
@@ -223,15 +272,15 @@ class Trainer:
             write_text(self.folder / TOKENIZER_FILE, self.task.tokenizer)
         state = self.state
         self.metrics = MetricsWriter(self.folder, state.step, state.evaluated_step, self.config.tensorboard)
-        self.validation = self.metrics.last_evaluation
-        self.progress = Progress(self.config.total_steps, state.step, self.show, self.task.unit)
+        return self.metrics.last_evaluation
 
     def _announce(self) -> None:
         config, step = self.config, self.state.step
         self.progress.note(
             f"{'going on' if step else 'training'} in {self.folder}: step {step} of {config.total_steps}, "
-            f"{config.per_step:,} {self.task.unit} a step in {config.accumulation} passes, "
+            f"{config.per_step:,} {self.task.unit} a step in {self.task.passes} passes, "
             f"precision {config.precision} on {self.device}{self._why_precision}"
+            + (f", {self.world.size} processes ({self.world.mode})" if self.world.mode != "none" else "")
         )
         if self.teacher and self.teacher.unchecked:
             self.progress.note(f"distill.teacher: {self.teacher.unchecked}")
@@ -247,6 +296,21 @@ class Trainer:
             )
 
     def _find_checkpoint(self) -> Checkpoint | None:
+        """The one to go on from. The first process chooses; all read it."""
+        if self.world.size == 1:
+            return self._choose_checkpoint()
+        chosen: list[Checkpoint] = []
+
+        def choose() -> tuple[int | None, int]:
+            chosen.extend(filter(None, [self._choose_checkpoint()]))
+            return (chosen[0].step if chosen else None), self._begun_for
+
+        step, self._begun_for = self.world.from_first(choose)
+        if step is None:
+            return None
+        return chosen[0] if chosen else self.checkpoints.at(step)
+
+    def _choose_checkpoint(self) -> Checkpoint | None:
         self.checkpoints.clean()
         if not self.checkpoints.steps():
             return None
@@ -266,7 +330,7 @@ class Trainer:
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        refuse_other_files(self.dataset, self.folder / DATA_FILE)
+        self.world.from_first(lambda: refuse_other_files(self.dataset, self.folder / DATA_FILE))
         if checkpoint.state.data != self.state.data:
             raise BellboxError(
                 f"data.source '{self.config.data.source}' is not what '{self.folder}' was begun with"
@@ -304,7 +368,7 @@ class Trainer:
         return step > self.state.evaluated_step and (self._done() or step % self.config.eval_every == 0)
 
     def _checkpoint_is_due(self) -> bool:
-        stopping = self._done() or self.signals.received is not None
+        stopping = self._done() or self._stopping is not None
         return stopping or self.state.step % self.config.checkpoint_every == 0
 
     def _train_step(self) -> None:
@@ -320,26 +384,30 @@ class Trainer:
             warmup=schedule.warmup, start_factor=schedule.start_factor, end_factor=schedule.end_factor,
         )  # fmt: skip
         self.model.train()
+        if self.world.size > 1 and state.step == self.phase.start:
+            self._set_first_scales()
         self.optimizer.zero_grad()
         parts = [(x.to(self.device), y.to(self.device)) for x, y in self.task.micro_batches(state.step)]
-        total = torch.zeros(4, device=self.device)
+        total = torch.zeros(5, device=self.device)
         try:
             dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
             with weights_quantized_once(self.model, dtype) if len(parts) > 1 else nullcontext():
-                for inputs, targets in parts:
-                    losses = self._losses(inputs, targets) / len(parts)
-                    losses[0].backward()
-                    total += losses.detach()
+                for number, (inputs, targets) in enumerate(parts, 1):
+                    with self.parallel.accumulating(number < len(parts)):
+                        losses = self._losses(inputs, targets) / len(parts)
+                        losses[0].backward()
+                    total[:4] += losses.detach()
         except BellboxError as error:
             raise BellboxError(f"step {state.step + 1}: {error}; {self._last_saved()}") from None
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or math.inf)
-        (objective, loss_value, apart, entropy), norm_value = total.tolist(), norm.item()
+        norm_value = self.parallel.clip_gradients(config.optimizer.clip or math.inf)
+        objective, loss_value, apart, entropy = self._of_all(total)
         if not (math.isfinite(objective) and math.isfinite(norm_value)):
             raise self._broken_step(parts, objective, norm_value)
         every = config.optimizer.cewt.every or 0
         last = state.step + 1 == phase.end
         self.optimizer.step(lr, project=last or (every > 0 and (state.step + 1) % every == 0))
         self.optimizer.refit_codebooks(self.model, state.step + 1)
+        self.parallel.agree_on_statistics()
         self.average.update()
 
         state.step += 1
@@ -368,6 +436,29 @@ class Trainer:
             )
             self._timed_tokens, self._timed_seconds = 0, 0.0
 
+    def _set_first_scales(self) -> None:
+        """Scales of inputs from the batch that one process would have taken them from, equally in all of them."""
+        autocast = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
+        inputs = self.task.first_inputs(self.state.step).to(self.device)
+        if any(isinstance(module, LearnedQuantizer) for module in self.model.modules()):
+            with autocast:
+                calibrate(self.model, [inputs])
+        if self.entropy is not None:
+            self.entropy.forget()
+
+    def _of_all(self, total: Tensor) -> list[float]:
+        """The means over all processes of `[objective, loss, divergence, entropy]`; and hear of signals."""
+        if self.world.size > 1:
+            total[4] = self.signals.received or 0
+            total = self.world.add_up(total)
+            total[:4] /= self.world.size
+            heard = int(total[4])
+            if heard and self._heard is None:
+                self._heard = self.signals.received or signal.SIGTERM
+        return total[:4].tolist()
+
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """What is minimised, the data's loss, the teacher's divergence and the entropy term (0 without): `[4]`."""
         watched = checked_forward(self.model) if self.config.debug else nullcontext()
@@ -375,7 +466,7 @@ class Trainer:
             self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
         )
         # A phase's first batch sets the scales of the activations, a branch that no compiled graph should hold.
-        forward = self.model if self.state.step == self.phase.start else self.forward
+        forward = self.parallel.forward if self.state.step == self.phase.start else self.forward
         with watched, autocast:
             logits = forward(inputs)
             wanted = self.teacher.logits(inputs) if self.teacher else None
@@ -392,12 +483,20 @@ class Trainer:
 
     def _broken_step(self, parts: list[tuple[Tensor, Tensor]], loss: float, norm: float) -> BellboxError:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        self.forward = self.model
+        if self.parallel.sharded:
+            return BellboxError(
+                f"step {self.state.step + 1}: {what}; {self._last_saved()}; try a lower optimizer.lr, or go on from "
+                "there in one process or with distributed.mode ddp, which names the layer"
+            )
+        self.parallel.forward = self.forward = self.model
         found = ""
         for inputs, targets in parts:
             found = find_broken_layer(self.model, lambda x=inputs, y=targets: self._losses(x, y)[0])
             if not found.startswith("run again"):
                 break
+        # The batch of another process may be the one that broke.
+        everywhere = self.world.from_each(found)
+        found = next((each for each in everywhere if not each.startswith("run again")), found)
         return BellboxError(
             f"step {self.state.step + 1}: {what}: {found}; {self._last_saved()}; try a lower optimizer.lr"
         )
@@ -410,7 +509,9 @@ class Trainer:
         """Validate over the whole split, in fp32; True where it is the best so far."""
         state, begun = self.state, time.monotonic()
         model, inputs = self.average.model.eval(), self.task.counted_inputs()
-        with self.signals.interruptible():
+        # Of several processes, none may leave alone.
+        interruptible = self.signals.interruptible() if self.world.size == 1 else nullcontext()
+        with interruptible, self.parallel.whole_weights():
             with SpectrumMeter(model, self.config.mec) as spectrum:
                 result = self.task.evaluate(model)
             measures = quantization_measures(
@@ -436,7 +537,8 @@ class Trainer:
         return improved
 
     def _record(self, record: dict[str, Any]) -> None:
-        self.metrics.write(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
         self.progress.record(record)
 
     def _save(self) -> None:
@@ -444,16 +546,21 @@ class Trainer:
         if state.evaluated_step != state.step:
             state.loss = None
         state.random = random_state.capture()
-        self.metrics.sync()
         moments = self.optimizer.tensors(self.model.named_parameters())
+        tensors = model_tensors(self.model)
+        self.world.from_first(lambda: self._write_checkpoint(tensors, moments))
+        self.saved_step = state.step
+        state.seconds += time.monotonic() - begun
+
+    def _write_checkpoint(self, tensors: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        assert self.metrics is not None
+        self.metrics.sync()
         self.checkpoints.save(
-            state,
-            model_tensors(self.model),
+            self.state,
+            tensors,
             {**moments, **self.average.tensors()},
             binding(self.config, self.task.tokenizer),
         )
-        self.saved_step = state.step
-        state.seconds += time.monotonic() - begun
 
 
 def train(config: TrainConfig, *, resume: Literal["auto"] | None = "auto", show: bool = True) -> RunResult:

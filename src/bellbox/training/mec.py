@@ -47,6 +47,10 @@ class EntropyTerm:
             experts=section.experts,
         )
 
+    def forget(self) -> None:
+        """Let go of the features of the last forward pass."""
+        self._features.forget()
+
     def remove(self) -> None:
         """Let go of the model."""
         self._features.remove()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bellbox.core.sharded import part_like, whole
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import ROTATED
 from bellbox.nn.tools import stored_weight
@@ -22,6 +23,7 @@ from bellbox.optim import (
 )
 from bellbox.recipe import is_head
 from bellbox.runs.config import CewtSection, OptimizerSection
+from bellbox.training.optim.muon import WholeMuon
 
 _NORM = "cewt_norm"
 
@@ -32,12 +34,15 @@ class ModelOptimizer:
     Args:
         model: prepared or not.
         section: which optimizer, with which numbers. With CEWT, the weights of the quantized layers are projected now.
+        norms: by the parameter's name, what CEWT keeps of each weight: it is then projected already.
 
     Raises:
         BellboxError: Muon, for a model without matrices that it could train.
     """
 
-    def __init__(self, model: nn.Module, section: OptimizerSection) -> None:
+    def __init__(
+        self, model: nn.Module, section: OptimizerSection, norms: dict[str, Tensor] | None = None
+    ) -> None:
         self.section = section
         groups = parameter_groups(
             model, lr=section.lr, weight_decay=section.weight_decay, decay_head=section.decay_head
@@ -48,15 +53,13 @@ class ModelOptimizer:
             require_matrices(matrices)
             # Scaled so that Muon takes AdamW's learning rate and decay (arXiv 2502.16982).
             self.parts.append(
-                torch.optim.Muon(
-                    matrices, lr=section.lr, momentum=section.momentum, adjust_lr_fn="match_rms_adamw"
-                )
+                WholeMuon(matrices, lr=section.lr, momentum=section.momentum, adjust_lr_fn="match_rms_adamw")
             )
         # Fused: the update in one pass over the memory.
         self.parts.append(
             torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
         )
-        self.cewt = _constraint(self.parts, model, section.cewt) if section.cewt.every else None
+        self.cewt = _constraint(self.parts, model, section.cewt, norms) if section.cewt.every else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -95,6 +98,12 @@ class ModelOptimizer:
             state[_NORM] = self.cewt.norms[parameter]
         return state
 
+    def norms_by_name(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """What CEWT keeps of each weight, by the parameter's name; None without CEWT."""
+        if self.cewt is None:
+            return None
+        return {name: self.cewt.norms[p] for name, p in model.named_parameters() if p in self.cewt.norms}
+
     def carry_over(self, before: ModelOptimizer, rotated: frozenset[Tensor]) -> None:
         """Take the moments of an optimizer of the same model; parameters that it did not train start without.
 
@@ -116,7 +125,7 @@ class ModelOptimizer:
             names: `model.named_parameters()`.
         """
         return {
-            f"{name}/{key}": value
+            f"{name}/{key}": whole(value)
             for name, parameter in names
             for key, value in self.state_of(parameter).items()
         }
@@ -148,17 +157,26 @@ class ModelOptimizer:
             # AdamW's `step` is a scalar on the parameter's device where the update is fused.
             copy = torch.empty_like(value, device=parameter.device).copy_(value)
             if key != _NORM:
-                owners[parameter].state[parameter][key] = copy
+                sharded = copy.shape == parameter.shape
+                owners[parameter].state[parameter][key] = part_like(parameter, copy) if sharded else copy
             elif self.cewt is not None:
                 self.cewt.norms[parameter] = copy
 
 
-def _constraint(parts: list[torch.optim.Optimizer], model: nn.Module, section: CewtSection) -> CEWT:
+def _constraint(
+    parts: list[torch.optim.Optimizer],
+    model: nn.Module,
+    section: CewtSection,
+    norms: dict[str, Tensor] | None,
+) -> CEWT:
     """CEWT around optimizers, by the rule of the section."""
     weights = constrained_weights(model)
-    if section.rule == "ours":
-        return CEWT(parts, weights, section.hyperball)
-    return CEWT(parts, weights, section.hyperball, norms_only=head_weights(model), at_once=False)
+    heads = [] if section.rule == "ours" else head_weights(model)
+    at_once = section.rule == "ours" and norms is None
+    known: dict[Tensor, Tensor] = {
+        p: (norms or {})[n] for n, p in model.named_parameters() if n in (norms or {})
+    }
+    return CEWT(parts, weights, section.hyperball, norms_only=heads, at_once=at_once, norms=known)
 
 
 def require_matrices(found: Sequence[object]) -> None:

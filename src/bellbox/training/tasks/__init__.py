@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 from bellbox import data
 from bellbox.data.shards import TokenDataset
 from bellbox.runs.config import ResolvedConfig, TrainConfig
+from bellbox.training.distributed.world import World
 from bellbox.training.tasks.base import Task
 from bellbox.training.tasks.language import LanguageTask
 
@@ -16,17 +17,25 @@ if TYPE_CHECKING:
 __all__ = ["LanguageTask", "Task", "data_checksum", "make_task", "open_data"]
 
 
-def make_task(config: ResolvedConfig, dataset: TokenDataset | ImageDataset) -> Task:
+def make_task(
+    config: ResolvedConfig, dataset: TokenDataset | ImageDataset, world: World | None = None
+) -> Task:
     """The task of a configuration on its data.
 
+    Args:
+        config: of the run.
+        dataset: its data.
+        world: the processes that share it; this one alone where None.
+
     Raises:
-        BellboxError: data that are too few for it.
+        BellboxError: data that are too few for it, or batches that do not divide among processes.
     """
+    world = world or World()
     if config.task == "vision":
         from bellbox.training.tasks.vision import VisionTask
 
-        return VisionTask(config, cast("ImageDataset", dataset))
-    return LanguageTask(config, cast("TokenDataset", dataset))
+        return VisionTask(config, cast("ImageDataset", dataset), world)
+    return LanguageTask(config, cast("TokenDataset", dataset), world)
 
 
 def open_data(config: TrainConfig) -> TokenDataset | ImageDataset:

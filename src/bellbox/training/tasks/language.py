@@ -15,6 +15,7 @@ from bellbox.evaluation import perplexity
 from bellbox.evaluation.parts import TokenParts
 from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.metrics import perplexity_of
+from bellbox.training.distributed.world import World
 from bellbox.training.tasks.base import Task
 from bellbox.utils.files import TOKENIZER_LIMIT, read_text
 
@@ -28,15 +29,17 @@ class LanguageTask(Task):
     Args:
         config: of the run.
         dataset: its data.
+        world: the processes that share it.
 
     Raises:
-        BellboxError: fewer tokens than one sequence.
+        BellboxError: fewer tokens than one sequence, or batches that do not divide among processes.
     """
 
-    unit = "tokens"
+    unit, samples = "tokens", "sequences"
 
-    def __init__(self, config: ResolvedConfig, dataset: TokenDataset) -> None:
-        self.config, self.dataset = config, dataset
+    def __init__(self, config: ResolvedConfig, dataset: TokenDataset, world: World) -> None:
+        self.config, self.dataset, self.world = config, dataset, world
+        self._micro = self.micro_size(config.sequences_per_step, config.batch.micro_sequences)
         self.checksum = self.dataset.manifest.checksum()
         self.tokenizer = read_text(self.dataset.path / "tokenizer.json", TOKENIZER_LIMIT)
         self.batches = data.Batches(
@@ -44,13 +47,25 @@ class LanguageTask(Task):
             context=config.data.context,
             sequences_per_step=config.sequences_per_step,
             seed=config.data.seed,
+            rank=world.rank,
+            world_size=world.size,
         )
 
     def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """See `Task`; int64 `[sequences, context]` each."""
-        size = self.config.batch.micro_sequences
         inputs, targets = self.batches.at(step)
-        return list(zip(inputs.split(size), targets.split(size), strict=True))
+        return list(zip(inputs.split(self._micro), targets.split(self._micro), strict=True))
+
+    def first_inputs(self, step: int) -> Tensor:
+        """See `Task`."""
+        mine = self.batches
+        whole = data.Batches(mine.split, mine.context, mine.sequences_per_step, mine.seed)
+        return whole.at(step)[0][: self.config.batch.micro_sequences]
+
+    @property
+    def passes(self) -> int:
+        """See `Task`."""
+        return self.config.sequences_per_step // self.world.size // self._micro
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `Task`."""

@@ -15,6 +15,7 @@ from bellbox.evaluation.accuracy import accuracy
 from bellbox.evaluation.parts import image_losses
 from bellbox.models.image import Normalise
 from bellbox.runs.config import ResolvedConfig
+from bellbox.training.distributed.world import World
 from bellbox.training.tasks.base import Task
 
 # Images of the validation split whose activation codes are counted.
@@ -27,17 +28,19 @@ class VisionTask(Task):
     Args:
         config: of the run.
         dataset: its data.
+        world: the processes that share it.
 
     Raises:
-        BellboxError: fewer images than are asked for.
+        BellboxError: fewer images than are asked for, or batches that do not divide among processes.
     """
 
-    unit = "images"
+    unit = samples = "images"
 
-    def __init__(self, config: ResolvedConfig, dataset: ImageDataset) -> None:
-        self.config, self.dataset = config, dataset
+    def __init__(self, config: ResolvedConfig, dataset: ImageDataset, world: World) -> None:
+        self.config, self.dataset, self.world = config, dataset, world
         self.checksum = self.dataset.checksum
         section, there = config.vision, len(self.dataset.valid)
+        self._micro = self.micro_size(section.batch, section.micro_batch or section.batch)
         if section.valid_images is not None and section.valid_images > there:
             raise BellboxError(
                 f"vision.valid_images is {section.valid_images}, data.source '{config.data.source}' has {there} "
@@ -60,9 +63,18 @@ class VisionTask(Task):
 
     def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """See `Task`; images `[batch, channels, height, width]` in [0, 1], classes or their shares."""
-        images, targets = self.batches.at(step)
-        size = self.config.vision.micro_batch or len(images)
-        return list(zip(images.split(size), targets.split(size), strict=True))
+        # What augmentation draws is drawn for the whole batch, so that it does not depend on the processes.
+        images, targets = (each.chunk(self.world.size)[self.world.rank] for each in self.batches.at(step))
+        return list(zip(images.split(self._micro), targets.split(self._micro), strict=True))
+
+    def first_inputs(self, step: int) -> Tensor:
+        """See `Task`."""
+        return self.batches.at(step)[0][: self.config.vision.micro_batch]
+
+    @property
+    def passes(self) -> int:
+        """See `Task`."""
+        return self.config.vision.batch // self.world.size // self._micro
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `Task`."""
