@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / ".store"), PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
-    groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 3, 4)}
+    groups: dict[int, Any] = {size: dist.new_group(list(range(size))) for size in (1, 2, 3, 4)}
     checkpoints, told = Checkpoints(folder / "checkpoints"), {}
 
     def save(step: int, size: int) -> None:

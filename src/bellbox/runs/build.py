@@ -123,12 +123,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def held_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each tensor once, as far as this process holds it."""
+    return {name: value.detach() for name, value in unique_tensors(model).items()}
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with each tensor once, whole: what layers share goes under the first of its names.
 
     Of a sharded model every process calls it.
     """
-    return {name: whole(value.detach()) for name, value in unique_tensors(model).items()}
+    return {name: whole(value) for name, value in held_tensors(model).items()}
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -291,6 +291,20 @@ class DistributedSection:
 
 
 @dataclass(frozen=True)
+class CheckpointSection:
+    """How checkpoints are written (docs/reliability.md). It decides no number of a run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    kind: Literal["auto", "whole", "sharded"] = "auto"
+    """whole: two files, by one process. sharded: each process writes a file of what it holds. auto: sharded where there
+    are several processes."""
+    background: bool = True
+    """Of sharded ones: train on while they are written."""
+    keep: int = 2
+    """How many of the newest stay, besides the best."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run, as its owner asks for it."""
 
@@ -310,6 +324,7 @@ class TrainConfig:
     batch: BatchSection = field(default_factory=BatchSection)
     vision: VisionSection = field(default_factory=VisionSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     steps: int | None = None
     """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
     tokens: int | None = None
@@ -329,6 +344,9 @@ class TrainConfig:
     """Steps between validations. The last step is always validated."""
     checkpoint_every: int = 100
     """Steps between checkpoints. The last step and every new best are always saved."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does: end the run with the layer that it comes from, or leave the
+    step out and count it. Ten such steps in a row end the run all the same."""
     log_every: int = 10
     """Steps between training records."""
     tensorboard: bool = True
@@ -395,6 +413,7 @@ class TrainConfig:
             ("eval_every", self.eval_every, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("log_every", self.log_every, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
         ):
             if not low <= value <= MOST_STEPS:
                 limit = f"at least {low}" if value < low else f"at most {MOST_STEPS}"

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -36,6 +36,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -100,7 +102,7 @@ class Staging:
         return Piece(kept, tuple(tensor.shape), tuple(offsets))
 
 
-class _SavePlanner(dcp.DefaultSavePlanner):
+class _SavePlanner(DefaultSavePlanner):
     """Plans pieces, so that no thread has to touch a DTensor while training does."""
 
     def __init__(self) -> None:
@@ -142,7 +144,7 @@ class _Writer(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
         if is_coordinator:  # the others write when they have its plan, and so after this
             self.begin()
 
@@ -188,7 +190,7 @@ class _Writer(StorageWriter):
         self.commit(files, layout)
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
         return True
 
 
@@ -201,7 +203,7 @@ class _Reader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         tensors: dict[str, Any] = {
             name: TensorStorageMetadata(
                 TensorProperties(dtype=tensor.dtype),
@@ -212,9 +214,7 @@ class _Reader(StorageReader):
         }
         return Metadata(tensors, storage_data={})
 
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:  # noqa: ARG002
         self.chunks = {
             (name, chunk.offsets): chunk for name, tensor in self.layout.items() for chunk in tensor.chunks
         }
@@ -249,7 +249,7 @@ class _Reader(StorageReader):
         return done
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
         return True
 
 
@@ -282,7 +282,7 @@ def save_pieces(
     """
     writer = _Writer(folder, about, begin, commit, group)
     try:
-        dcp.save(dict(pieces), storage_writer=writer, planner=_SavePlanner(), process_group=group, **_alone())
+        save(dict(pieces), storage_writer=writer, planner=_SavePlanner(), process_group=group, **_alone())
     except CheckpointException as error:
         raise _cause(error) from None
 
@@ -308,9 +308,9 @@ def load_pieces(
             raise BellboxError(
                 f"{folder}: tensor '{name}' is {there}, and {target.dtype} {tuple(target.shape)} is wanted"
             )
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp.load(
+        load(
             dict(targets),
             storage_reader=_Reader(folder, layout),
             planner=planner,

@@ -37,7 +37,7 @@ class Saver:
     def __init__(self, checkpoints: Checkpoints, background: bool = True) -> None:
         self.checkpoints, self.background = checkpoints, background
         together = dist.is_available() and dist.is_initialized()
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if together else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if together else None
         self._first = not together or dist.get_rank() == 0
         self._staging = Staging()
         self._thread: threading.Thread | None = None

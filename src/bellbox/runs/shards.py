@@ -129,7 +129,8 @@ def write_shard(path: Path, pieces: Sequence[tuple[str, Tensor]], about: Mapping
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    content: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(content)
 
 
 class ShardFile:
@@ -290,7 +291,7 @@ def _parse_tensor(name: str, entry: Any, files: Sequence[str], where: Path) -> S
             raise wrong
         if any(o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
             raise wrong
-        found.append(Chunk(files[number], tuple(offsets), tuple(sizes)))
+        found.append(Chunk(str(files[number]), tuple(offsets), tuple(sizes)))
     # As many numbers as the tensor has, at different places: what overlaps leaves a hole elsewhere.
     if len({chunk.offsets for chunk in found}) != len(found) or math.prod(shape) != sum(
         math.prod(chunk.sizes) for chunk in found
@@ -318,9 +319,9 @@ def read_whole(folder: Path, layout: Layout, names: Iterable[str]) -> dict[str, 
     for name in found:
         for chunk in layout[name].chunks:
             wanted.setdefault(chunk.file, []).append((name, chunk))
-    for file, pieces in wanted.items():
+    for file, chunks in wanted.items():
         with ShardFile(folder / file) as shard:
-            for name, chunk in pieces:
+            for name, chunk in chunks:
                 at = tuple(
                     slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True)
                 )

@@ -22,9 +22,13 @@ from torch import Tensor
 from bellbox.errors import BellboxError
 from bellbox.runs.build import pick_device
 from bellbox.runs.config import DistributedSection
+from bellbox.utils.files import one_line
 
 Mode = Literal["none", "ddp", "fsdp"]
 T = TypeVar("T")
+_LOST = (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError) if dist.is_available() else ()
+_SIGNS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+"""In the text of errors that torch gives no class of their own."""
 _GRACE = 5.0
 """Seconds in which an error of all processes reaches all of them."""
 _LAUNCH = "torchrun --nproc-per-node 2 -m bellbox train ..."
@@ -95,6 +99,18 @@ class World:
         total = numbers.to(self.device, copy=True)
         dist.all_reduce(total)
         return total.to(numbers.device)
+
+    def lost(self, error: RuntimeError) -> str | None:
+        """What an error of an exchange says of the other processes; None where it is an error of another kind."""
+        text = one_line(error)
+        if self.size == 1 or not (isinstance(error, _LOST) or any(each in text for each in _SIGNS)):
+            return None
+        hangs = any(each in text.lower() for each in ("timed out", "timeout"))
+        what = "does not answer within distributed.timeout" if hangs else "is gone"
+        told = (
+            text.rpartition("] ")[2] if text.startswith("[") else text
+        )  # without the place in gloo's source
+        return f"another of the {self.size} processes {what}, as rank {self.rank} sees it ({told[:60]})"
 
     def close(self) -> None:
         """Take down the process group, where it was made here."""
@@ -178,7 +194,11 @@ def speaks_for_all(message: str) -> bool:
             return True
         store.wait([key], timedelta(seconds=_GRACE))
     except RuntimeError:
-        return True
+        # The first is gone, or has no error: one of the others speaks.
+        try:
+            return store.add(f"{key}/spoken", 1) == 1
+        except RuntimeError:
+            return True
     return False
 
 
