@@ -20,6 +20,9 @@ class BellboxError(ValueError):
     megabyte.
     """
 
+    alone = False
+    """Whether, of several processes that train together, this one has to report it: the first is not there."""
+
     def __init__(self, message: str) -> None:
         if len(message) > _MOST_CHARACTERS:
             half = _MOST_CHARACTERS // 2

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             sys.stdout.flush()
     except BellboxError as error:
-        _fail(str(error))
+        _fail(str(error), alone=error.alone)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
@@ -203,9 +203,9 @@ def _import_methods(arguments: list[str]) -> list[str]:
     return others + arguments[end:]
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
+def _fail(message: str, code: int = 2, alone: bool = False) -> NoReturn:
     """One line on standard error; of processes that a launcher started together, from one of them."""
-    if os.environ.get("RANK") is None or _speaks(message):
+    if alone or os.environ.get("RANK") is None or _speaks(message):
         print(f"bellbox: {'error: ' if code == 2 else ''}{message}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 

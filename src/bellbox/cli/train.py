@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +35,7 @@ from bellbox.nn import quantized_layers
 from bellbox.runs.config import ModelSection
 from bellbox.training import TrainConfig, Trainer, load_config
 from bellbox.training.arithmetic import with_embeddings
+from bellbox.training.distributed import launched_rank
 from bellbox.utils.malloc import keep_freed_memory
 from bellbox.utils.memory import peak_in_words
 from bellbox.utils.yaml import parse_yaml
@@ -97,6 +99,8 @@ def _dry_run_of_rows(grid: Grid, path: str | None, argv: list[str], dry: bool) -
 def _train(config: TrainConfig, resume: str) -> None:
     _refuse_folder(Path(config.folder))
     keep_freed_memory()
+    if launched_rank():  # one of several processes says it
+        warnings.simplefilter("ignore")
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
     imports = "".join(f" --import {name}" for name in trainer.config.methods_from)
     first = trainer.world.first

@@ -36,6 +36,8 @@ def accuracy(
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     each: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
+    share: tuple[int, int] = (0, 1),
+    add_up: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> AccuracyResult:
     """Loss and top-1 accuracy; the model's train/eval modes are restored.
 
@@ -48,6 +50,8 @@ def accuracy(
         progress: called with (images done, images in all) after every batch.
         each: called with the number of an image among those used, the losses from there on, nats, float64 `[n]`, and
             whether each is named rightly, bool `[n]`.
+        share: rank and number of processes that evaluate together, each a share of the images.
+        add_up: the sum of a tensor over them, in all of them; needed where there are several.
 
     Raises:
         BellboxError: more images than there are, or logits that are NaN.
@@ -59,12 +63,12 @@ def accuracy(
         device = next((one.device for one in model.parameters()), torch.device("cpu"))
     places, loss, right = chosen(len(split), total), 0.0, 0
     with evaluating(model), torch.no_grad():
-        for start in range(0, total, batch_size):
+        for start in range(share[0] * batch_size, total, share[1] * batch_size):
             some = places[start : start + batch_size]
             labels = torch.from_numpy(split.labels[some]).to(device)
             logits = logits_of(model(split.read(some).to(device).float().div_(255))).float()
             part = float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-            if part != part:
+            if part != part and share[1] == 1:
                 raise BellboxError(f"{split.where}: the model's logits are NaN among images {start} and on")
             hits = logits.argmax(-1) == labels
             loss, right = loss + part, right + int(hits.sum())
@@ -73,4 +77,8 @@ def accuracy(
                 each(start, nats.cpu().numpy(), hits.cpu().numpy())
             if progress is not None:
                 progress(start + len(some), total)
+    if add_up is not None:
+        loss, right = add_up(torch.tensor([loss, right], dtype=torch.float64)).tolist()
+        if loss != loss:
+            raise BellboxError(f"{split.where}: the model's logits are NaN in one of the processes")
     return AccuracyResult(loss / total, right / total, total)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from bellbox.data.shards import TokenSplit
 
@@ -50,8 +51,21 @@ class PartLosses:
         self._sizes += np.bincount(parts, minlength=self._count)
         self._nats += np.bincount(parts, nats, self._count)
         if right is not None:
-            self._judged = True
+            self.judge()
             self._right += np.bincount(parts, right, self._count)
+
+    def judge(self) -> None:
+        """Say that these are parts of which something is named rightly, whoever counts it."""
+        self._judged = True
+
+    def add_up(self, over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Count in what other processes have counted of the same split.
+
+        Args:
+            over_processes: the sum of a tensor over them, in all of them.
+        """
+        own = torch.from_numpy(np.stack((self._sizes, self._nats, self._right)))
+        self._sizes, self._nats, self._right = over_processes(own).numpy()
 
     def record(self) -> dict[str, Any] | None:
         """`unit`; `sizes`, the tokens or images scored in each part; `losses`, mean nats of each; of images `right`,

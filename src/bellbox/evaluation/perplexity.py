@@ -61,6 +61,8 @@ def perplexity(
     progress: Callable[[int, int], None] | None = None,
     each: Callable[[int, np.ndarray], None] | None = None,
     kv_cache: str = "fp32",
+    share: tuple[int, int] = (0, 1),
+    add_up: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> PerplexityResult:
     """Perplexity and bits per byte of a causal language model; its train/eval modes are restored.
 
@@ -76,6 +78,8 @@ def perplexity(
         progress: called with (tokens scored, tokens to score) after every batch.
         each: called with the place of a token in the split and the losses from there on, nats, float64 `[n]`.
         kv_cache: with int8 or int4, each window goes through a cache in that precision (`Llama.new_cache`).
+        share: rank and number of processes that evaluate together, each a share of the windows.
+        add_up: the sum of a tensor over them, in all of them; needed where there are several.
 
     Raises:
         BellboxError: for sizes that do not fit, under two tokens, or logits that are NaN.
@@ -99,7 +103,10 @@ def perplexity(
 
     nats, scored = 0.0, 0
     with evaluating(model), torch.no_grad():
-        for windows in _batches(total, context, stride, batch_size):
+        for number, windows in enumerate(_batches(total, context, stride, batch_size)):
+            if number % share[1] != share[0]:
+                scored += windows[0][2] * len(windows)
+                continue
             rows = np.stack([_read(split, start, stop + 1) for start, stop, _ in windows])
             tokens = torch.from_numpy(rows).to(device)
             new = windows[0][2]
@@ -109,11 +116,20 @@ def perplexity(
             else:
                 output = model(inputs, cache=model.new_cache(*inputs.shape, kv_cache))  # pyright: ignore[reportCallIssue]
             logits = logits_of(output)[:, -new:]
-            nats += _sum_of_losses(logits, tokens[:, -new:], scored + 1, each)
+            try:
+                nats += _sum_of_losses(logits, tokens[:, -new:], scored + 1, each)
+            except BellboxError:
+                if share[1] == 1:
+                    raise
+                nats = math.nan  # none of several processes may leave alone
             scored += new * len(windows)
             if progress is not None:
                 progress(scored, total - 1)
 
+    if add_up is not None:
+        nats = add_up(torch.tensor([nats], dtype=torch.float64)).item()
+    if math.isnan(nats):
+        raise BellboxError("the model's logits are NaN in one of the processes; its weights are not finite")
     size = _scored_bytes(split, total, byte_lengths)
     loss = nats / scored
     rule = (

@@ -337,6 +337,8 @@ class BBQ(LearnedQuantizer):
 
     options: BBQOptions
     r_ema: Tensor
+    waiting: list[Tensor] | None = None
+    """The 1/sigma of batches that the running scale is still to move by (`quantizers.running`)."""
 
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__(features, spec, rows)
@@ -437,10 +439,17 @@ class BBQ(LearnedQuantizer):
                 f"{self.name or 'an activation quantizer'}: granularity='ema' keeps a running scale in training, which "
                 "torch.func cannot change: use model.eval(), or granularity='token'"
             )
+        if self.waiting is not None and not torch.compiler.is_compiling():
+            self.waiting.append(inverse)
+            return
         if processes() > 1:  # the batch is that of all processes, so that they keep one running scale
             squares = inverse.to(torch.float64).square().reciprocal()
             torch.distributed.all_reduce(squares)
             inverse = (squares / processes()).rsqrt()
+        self.move(inverse)
+
+    def move(self, inverse: Tensor) -> None:
+        """Move the running scale towards the 1/sigma of one batch, fp64 of one entry."""
         new = inverse.reshape(1).to(self.r_ema.dtype)
         # A non-finite batch must not spoil the running value for ever.
         self.r_ema.copy_(torch.where(new.isfinite(), torch.lerp(new, self.r_ema, EMA_DECAY), self.r_ema))

@@ -39,6 +39,8 @@ class LearnedQuantizer(Quantizer):
     gradient_by_row = False
     """Whether gradients of scales of inputs do not depend on how many rows come at once
     (`bellbox.optim.scale_gradients_by_row`)."""
+    share: float = 1.0
+    """Of an input: what comes at once, over what one process would see at once."""
 
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__(features, spec, rows)
@@ -204,11 +206,12 @@ class LearnedQuantizer(Quantizer):
     def divided_by_row(self, scale: Tensor, rows: Tensor) -> Tensor:
         """A learned scale, the same value, whose gradient a division by the root of the entries of `rows` follows.
 
-        Where `gradient_by_row`, and for inputs alone, what is left of that division is the root of a row's length.
+        Where `gradient_by_row`, and for inputs alone, what is left of that division is the root of a row's length;
+        else, where a batch is a `share` of one, it is divided as that one's would be.
         """
-        if not self.gradient_by_row or self.rows is not None or not rows.numel():
+        if self.rows is not None or not rows.numel() or (self.share == 1 and not self.gradient_by_row):
             return scale
-        factor = math.sqrt(rows.numel() / rows.shape[-1])
+        factor = math.sqrt(rows.numel() / rows.shape[-1] if self.gradient_by_row else self.share)
         return scale.detach() + (scale - scale.detach()) * factor
 
     def _load_from_state_dict(

@@ -175,6 +175,8 @@ class OptimizerSection:
     """Largest global norm of the gradient; 0 turns clipping off."""
     momentum: float = 0.95
     """Of Muon."""
+    muon_dtype: Literal["bf16", "fp32"] = "bf16"
+    """What Muon orthogonalises in. bf16 as published; fp32 takes longer, and does not make more of a last bit."""
     cewt: CewtSection = field(default_factory=CewtSection)
     """Constrained weights."""
 

@@ -32,6 +32,7 @@ from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers, weights_quantized_once
 from bellbox.quantizers.learned import LearnedQuantizer
+from bellbox.quantizers.running import running_scales_once
 from bellbox.runs.average import Average
 from bellbox.runs.binding import binding, refuse_changed
 from bellbox.runs.build import (
@@ -53,7 +54,7 @@ from bellbox.runs.saver import Saver
 from bellbox.runs.sharded_state import load_model_shards, optimizer_shards
 from bellbox.training import random_state
 from bellbox.training.arithmetic import with_arithmetic
-from bellbox.training.check import check_trainable
+from bellbox.training.check import check_trainable, refuse_unsharded
 from bellbox.training.data_files import DATA_FILE, refuse_other_files, remember_files
 from bellbox.training.distill import Teacher, divergence
 from bellbox.training.distributed import Parallel, start
@@ -129,6 +130,8 @@ class Trainer:
         random_state.seed_all(self.config.seed)
         self.phases = phases_of(self.config)
         check_trainable(self.config)
+        if self.world.mode == "fsdp":
+            refuse_unsharded(self.config, len(self.phases))
         self.phase = self.phases[0]
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoint.keep)
         self.saver = self._make_saver()
@@ -199,6 +202,9 @@ class Trainer:
             optimizer = ModelOptimizer(self.model, self.config.optimizer, norms)
         self.optimizer = optimizer
         self.average = Average(self.model, self.config.averaging)
+        for module in self.model.modules():
+            if isinstance(module, LearnedQuantizer):
+                module.share = self.task.share
         # Debug hooks would break a compiled graph anyway.
         compiled = self.config.compile and not self.config.debug
         self.forward = torch.compile(self.parallel.forward) if compiled else self.parallel.forward
@@ -437,7 +443,8 @@ class Trainer:
         total = torch.zeros(6, device=self.device)
         try:
             dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-            with weights_quantized_once(self.model, dtype) if len(parts) > 1 else nullcontext():
+            held = weights_quantized_once(self.model, dtype) if len(parts) > 1 else nullcontext()
+            with running_scales_once(self.model), held:
                 for number, (inputs, targets) in enumerate(parts, 1):
                     with self.parallel.accumulating(number < len(parts)):
                         losses = self._losses(inputs, targets) / len(parts)
@@ -586,23 +593,18 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Validate over the whole split, in fp32; True where it is the best so far."""
+        if self._heard is not None:
+            raise Stopped
         state, begun = self.state, time.monotonic()
         model, inputs = self.average.model.eval(), self.task.counted_inputs()
-        stopped, result, measures = False, {}, {}
-        spectrum = SpectrumMeter(model, self.config.mec)
-        try:
-            # Nothing in here waits for another process, so that each may leave it alone.
-            with self.signals.interruptible(), self.parallel.whole_weights():
-                with spectrum:
-                    result = self.task.evaluate(model)
-                measures = quantization_measures(
-                    model, lambda: None if inputs is None else model(inputs.to(self.device))
-                )
-        except Stopped:
-            stopped = True
-        if any(self.world.from_each(stopped)):
-            self._hear(True)
-            raise Stopped
+        # Of several processes, none may leave alone.
+        interruptible = self.signals.interruptible() if self.world.size == 1 else nullcontext()
+        with interruptible, self.parallel.whole_weights():
+            with SpectrumMeter(model, self.config.mec, self.world) as spectrum:
+                result = self.task.evaluate(model)
+            measures = quantization_measures(
+                model, lambda: None if inputs is None else model(inputs.to(self.device))
+            )
         state.seconds += time.monotonic() - begun
         loss = result["loss"]
         improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)

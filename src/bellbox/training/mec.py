@@ -13,6 +13,7 @@ from bellbox.errors import BellboxError
 from bellbox.objectives import FeatureCollector, FeatureHook, gather_rows, mec_loss, spectrum
 from bellbox.recipe import is_head
 from bellbox.runs.config import MecSection
+from bellbox.training.distributed.world import World
 
 SPECTRUM_ROWS = 2048
 """Samples of the validation split whose features' spectrum is measured."""
@@ -62,12 +63,15 @@ class SpectrumMeter:
     Args:
         model: the network.
         section: says which features. Without a weight, and without a head of a usual name, nothing is measured.
+        world: the processes that share the forward passes.
     """
 
-    def __init__(self, model: nn.Module, section: MecSection) -> None:
+    def __init__(self, model: nn.Module, section: MecSection, world: World) -> None:
+        self._world = world
         try:
             layer = section.layer or _head(model)
-            self._features = FeatureCollector(model, layer, section.side, SPECTRUM_ROWS)
+            rows = -(-SPECTRUM_ROWS // world.size)
+            self._features = FeatureCollector(model, layer, section.side, rows)
         except BellboxError:
             if section.weight:
                 raise
@@ -82,8 +86,15 @@ class SpectrumMeter:
 
     def fields(self) -> dict[str, Any]:
         """`feature_spectrum` of an evaluation record; empty where there is none, as of features that are not finite."""
+        if self._features is None:
+            return {}
         try:
-            shares = [] if self._features is None else spectrum(self._features.take()).tolist()
+            own = self._features.take()
+        except BellboxError:  # none came here
+            own = None
+        rows = self._world.gather_rows(own)
+        try:
+            shares = [] if rows is None else spectrum(rows).tolist()
         except BellboxError:
             return {}
         # Four digits are more than a picture shows.

@@ -171,12 +171,14 @@ def _ddp(model: nn.Module, world: World) -> nn.Module:
     on_gpu = world.device.type == "cuda"
     # Buffers are equal by construction, or agreed upon after the step (`agree_on_statistics`).
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    off = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    off: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if on_gpu else None,
         gradient_as_bucket_view=True,
-        **{off: False},
+        **off,
     )
 
 

@@ -92,6 +92,24 @@ class World:
         dist.all_gather(found, padded)
         return [_value_of(each[: int(size)]) for each, size in zip(found, sizes, strict=True)]
 
+    def gather_rows(self, rows: Tensor | None) -> Tensor | None:
+        """`[n, d]` of each process, below one another in the order of ranks, in all of them; n may differ.
+
+        Args:
+            rows: those of this process; None where it has none.
+        """
+        if self.size == 1:
+            return rows
+        shapes = self.from_each([0, 0] if rows is None else [*rows.shape])
+        most, width = (max(shape[i] for shape in shapes) for i in (0, 1))
+        padded = torch.zeros(most, width, device=self.device)
+        if rows is not None:
+            padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(found, padded)
+        whole = torch.cat([each[: shape[0]] for each, shape in zip(found, shapes, strict=True)])
+        return whole if len(whole) else None
+
     def add_up(self, numbers: Tensor) -> Tensor:
         """The sum over all processes, in all of them."""
         if self.size == 1:
@@ -255,10 +273,12 @@ def _meet(rank: int, size: int, wait: timedelta) -> Any:
             address, port, size, rank == 0 and not agent, wait, wait_for_workers=False, multi_tenant=True
         )
     except (RuntimeError, ValueError, OSError):
-        raise BellboxError(
+        lost = BellboxError(
             f"rank {rank} of {size} found nobody at {address}:{port} within {seconds}: rank 0 is missing; start all "
             f"ranks, or fewer of them ({_LAUNCH})"
-        ) from None
+        )
+        lost.alone = True
+        raise lost from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"bellbox/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
     store.set(f"here/{rank}", "")

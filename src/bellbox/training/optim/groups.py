@@ -52,9 +52,8 @@ class ModelOptimizer:
             matrices, groups = _split(groups, block_matrices(model))
             require_matrices(matrices)
             # Scaled so that Muon takes AdamW's learning rate and decay (arXiv 2502.16982).
-            self.parts.append(
-                WholeMuon(matrices, lr=section.lr, momentum=section.momentum, adjust_lr_fn="match_rms_adamw")
-            )
+            dtype = torch.float32 if section.muon_dtype == "fp32" else torch.bfloat16
+            self.parts.append(WholeMuon(matrices, section.lr, section.momentum, dtype))
         # Fused: the update in one pass over the memory.
         self.parts.append(
             torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)

@@ -81,6 +81,11 @@ class Task(ABC):
 
     @property
     @abstractmethod
+    def share(self) -> float:
+        """Samples of a forward pass in this process, over those of one where it is alone."""
+
+    @property
+    @abstractmethod
     def passes(self) -> int:
         """Forward passes of one step in this process."""
 

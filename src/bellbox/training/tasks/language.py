@@ -63,6 +63,11 @@ class LanguageTask(Task):
         return whole.at(step)[0][: self.config.batch.micro_sequences]
 
     @property
+    def share(self) -> float:
+        """See `Task`."""
+        return self._micro / self.config.batch.micro_sequences
+
+    @property
     def passes(self) -> int:
         """See `Task`."""
         return self.config.sequences_per_step // self.world.size // self._micro
@@ -74,7 +79,16 @@ class LanguageTask(Task):
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """See `Task`."""
         parts = self.parts.losses()
-        result = perplexity(model, self.dataset.valid, context=self.config.data.context, each=parts.add)
+        world = self.world
+        result = perplexity(
+            model,
+            self.dataset.valid,
+            context=self.config.data.context,
+            each=parts.add,
+            share=(world.rank, world.size),
+            add_up=world.add_up,
+        )
+        parts.add_up(world.add_up)
         return {
             "loss": result.loss,
             "perplexity": result.perplexity,

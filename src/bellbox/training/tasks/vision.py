@@ -72,6 +72,11 @@ class VisionTask(Task):
         return self.batches.at(step)[0][: self.config.vision.micro_batch]
 
     @property
+    def share(self) -> float:
+        """See `Task`."""
+        return self._micro / (self.config.vision.micro_batch or self.config.vision.batch)
+
+    @property
     def passes(self) -> int:
         """See `Task`."""
         return self.config.vision.batch // self.world.size // self._micro
@@ -87,7 +92,13 @@ class VisionTask(Task):
         """See `Task`."""
         images = self.config.vision.valid_images
         parts = image_losses(len(self.dataset.valid) if images is None else images)
-        result = accuracy(model, self.dataset.valid, images=images, each=parts.add)
+        world = self.world
+        share = world.rank, world.size
+        result = accuracy(
+            model, self.dataset.valid, images=images, each=parts.add, share=share, add_up=world.add_up
+        )
+        parts.judge()
+        parts.add_up(world.add_up)
         return {"loss": result.loss, "accuracy": result.accuracy, "parts": parts.record()}
 
     def counted_inputs(self) -> Tensor | None:
