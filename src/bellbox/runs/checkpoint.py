@@ -101,7 +101,7 @@ class Checkpoint:
     run: dict[str, Any] = field(default_factory=dict)
     """What it belongs to: `config` and `tokenizer` of `save`; empty in those of earlier versions."""
     layout: Layout | None = None
-    """Of a sharded one: where each tensor lies, names of the model behind `MODEL`, of the optimizer behind `OPTIMIZER`."""
+    """Of a sharded one: where each tensor lies. The model's names begin with `MODEL`, others with `OPTIMIZER`."""
     ranks: int = 1
     """Processes that wrote it."""
 
