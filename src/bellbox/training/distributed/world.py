@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -205,6 +206,15 @@ def speaks_for_all(message: str) -> bool:
         # What is refused before the processes meet is refused in all of them.
         return rank == 0
     store = dist.distributed_c10d._get_default_store()
+    # The store may live in a process that is stopped, and then no call of it returns.
+    answer: list[bool] = []
+    asking = threading.Thread(target=lambda: answer.append(_may_speak(store, message)), daemon=True)
+    asking.start()
+    asking.join(2 * _GRACE)
+    return answer[0] if answer else True
+
+
+def _may_speak(store: Any, message: str) -> bool:
     key = "bellbox/error"
     try:
         if dist.get_rank() == 0:
