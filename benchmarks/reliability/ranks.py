@@ -1,6 +1,6 @@
 """Faults of jobs of several processes: what is killed, stopped or cut off goes on, and ends with the same bits.
 
-    python benchmarks/reliability/ranks.py                       every fault, as often as the table in docs/reliability.md
+    python benchmarks/reliability/ranks.py                  every fault, twenty times (docs/reliability.md)
     python benchmarks/reliability/ranks.py --count 3 --only killed stopped
 
 Each fault is put upon a run that saves after every step and keeps one checkpoint. It must end with a line and an exit
@@ -38,8 +38,8 @@ import tiny_run
 
 TIMEOUT = 12.0
 """Seconds that a process waits for the others."""
-GRACE = 20.0
-"""In which a job is over after that, whoever hangs: its line, its last files, and a loaded machine."""
+GRACE = 40.0
+"""In which a job is over after that, whoever hangs: ten to find out who speaks, and a loaded machine."""
 
 
 @dataclasses.dataclass
