@@ -20,8 +20,8 @@ class BellboxError(ValueError):
     megabyte.
     """
 
-    alone = False
-    """Whether, of several processes that train together, this one has to report it: the first is not there."""
+    speaks: bool | None = None
+    """Whether, of several processes that train together, this one reports it; None: the first does, if it can."""
 
     def __init__(self, message: str) -> None:
         if len(message) > _MOST_CHARACTERS:

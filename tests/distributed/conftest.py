@@ -41,6 +41,8 @@ class Ranks:
         self.jobs += 1
         order = {"job": job, "size": size, "store": str(self.folder / f"store-{self.jobs}"), **arguments}
         chosen = self.processes[:size]
+        gone = {rank: process.poll() for rank, process in enumerate(chosen) if process.poll() is not None}
+        assert not gone, f"workers have died: {gone}"
         for process in chosen:
             assert process.stdin is not None
             process.stdin.write(json.dumps(order) + "\n")

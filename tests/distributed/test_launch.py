@@ -99,7 +99,10 @@ def test_a_missing_process_is_named_in_bounded_time(written: Any, there: int, na
     ((code, _, said),) = launch(written(distributed=section), 2, [there])
     assert code == 2
     assert named in said
-    assert len(said.strip().splitlines()) == 1, said
+    # torch itself warns of a socket where nobody listens
+    assert [line for line in said.splitlines() if named in line] == [said.splitlines()[-1]]
+    assert said.count("bellbox: error: ") == 1
+    assert "Traceback" not in said
     assert time.monotonic() - begun < 200  # imports and three seconds, on a machine with other work
 
 

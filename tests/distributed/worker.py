@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -109,6 +109,61 @@ def same_batch(config: dict[str, Any]) -> list[list[int]]:
     ]
 
 
+@job
+def titan(method: str, options: dict[str, Any], tensor_parallel: int = 1) -> dict[str, Any]:
+    """torchtitan's debug model, built and filled as its trainer does it, and sharded as its `apply_fsdp` does."""
+    from torch.distributed.fsdp import fully_shard
+    from torchtitan.models.llama3 import model_registry  # pyright: ignore[reportMissingImports]
+
+    from bellbox.interop.torchtitan import LowBitConverter
+
+    wanted = LowBitConverter.Config(method=method, bits=2, options=options)
+    config = model_registry("debugmodel", converters=[wanted]).model
+    if tensor_parallel > 1:
+        config.update_from_config(config=SimpleNamespace(parallelism=SimpleNamespace(
+            tensor_parallel_degree=tensor_parallel)))  # fmt: skip
+    with torch.device("meta"):
+        model = config.build()
+    model.verify_module_protocol()
+    for block in model.layers.values():
+        block.attention.inner_attention = _Attention()
+        fully_shard(block)
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.init_states(buffer_device=torch.device("cpu"))
+    tokens = torch.randint(0, 1000, (2, 33), generator=torch.Generator().manual_seed(dist.get_rank()))
+    positions = torch.arange(32)[None].expand(2, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(4):
+        logits = model(tokens[:, :-1], positions=positions)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    _, layer = next(iter(quantized_layers(model)))
+    quantizer = layer.weight_quantizer
+    assert quantizer is not None
+    codes = quantizer.codes(whole(layer.stored_weight.detach()))
+    used = codes.flatten().bincount(minlength=4).double() / codes.numel()
+    return {
+        "quantized": len(list(quantized_layers(model))),
+        "losses": losses,
+        "synchronised": _largest_difference(model),
+        "alike": bool((used - 0.25).abs().max() < 0.05),
+    }
+
+
+class _Attention(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+        heads = (each.transpose(1, 2) for each in (q, k, v))
+        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        return mixed.transpose(1, 2)
+
+
 def small(method: str, options: dict[str, Any]) -> tuple[nn.Sequential, torch.Tensor]:
     """A prepared network whose layers have 10 and 20 rows, and data for it."""
     torch.manual_seed(0)
@@ -176,7 +231,6 @@ def main() -> None:
             print("error", type(error).__name__, error, flush=True)
         finally:
             dist.destroy_process_group()
-            Path(store).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

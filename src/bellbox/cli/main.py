@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             sys.stdout.flush()
     except BellboxError as error:
-        _fail(str(error), alone=error.alone)
+        _fail(str(error), speaks=error.speaks)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
@@ -203,9 +203,11 @@ def _import_methods(arguments: list[str]) -> list[str]:
     return others + arguments[end:]
 
 
-def _fail(message: str, code: int = 2, alone: bool = False) -> NoReturn:
+def _fail(message: str, code: int = 2, speaks: bool | None = None) -> NoReturn:
     """One line on standard error; of processes that a launcher started together, from one of them."""
-    if alone or os.environ.get("RANK") is None or _speaks(message):
+    if speaks is None:
+        speaks = os.environ.get("RANK") is None or _speaks(message)
+    if speaks:
         print(f"bellbox: {'error: ' if code == 2 else ''}{message}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 

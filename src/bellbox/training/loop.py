@@ -434,7 +434,7 @@ class Trainer:
             warmup=schedule.warmup, start_factor=schedule.start_factor, end_factor=schedule.end_factor,
         )  # fmt: skip
         self.model.train()
-        if self.world.size > 1 and state.step == self.phase.start:
+        if state.step == self.phase.start and (self.world.size > 1 or self.parallel.sharded):
             self._set_first_scales()
         self.optimizer.zero_grad()
         parts = [(x.to(self.device), y.to(self.device)) for x, y in self.task.micro_batches(state.step)]

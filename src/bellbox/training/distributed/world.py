@@ -76,7 +76,9 @@ class World:
         if error is not None:
             raise error
         if told["error"] is not None:
-            raise BellboxError(told["error"])
+            same = BellboxError(told["error"])
+            same.speaks = False  # the first one does
+            raise same
         return told["value"]
 
     def from_each(self, value: T) -> list[T]:
@@ -221,6 +223,8 @@ def _may_speak(store: Any, message: str) -> bool:
             store.set(key, message)
             return True
         store.wait([key], timedelta(seconds=_GRACE))
+    except dist.DistNetworkError:
+        return False  # the store was that of the first process, which has ended by an error of its own
     except RuntimeError:
         # The first is gone, or has no error: one of the others speaks.
         try:
@@ -287,7 +291,7 @@ def _meet(rank: int, size: int, wait: timedelta) -> Any:
             f"rank {rank} of {size} found nobody at {address}:{port} within {seconds}: rank 0 is missing; start all "
             f"ranks, or fewer of them ({_LAUNCH})"
         )
-        lost.alone = True
+        lost.speaks = True
         raise lost from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"bellbox/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
