@@ -76,8 +76,8 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, file
 def test_another_format_version_is_refused_by_number(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     manifest = save(checkpoints, 1) / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 2}))
-    with pytest.raises(BellboxError, match=r"format 2.*reads up to 1"):
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 3}))
+    with pytest.raises(BellboxError, match=r"format 3.*reads up to 2"):
         checkpoints.at(1)
 
 

@@ -6,6 +6,7 @@ the same arguments that `convert` would store: that is what makes the prepared a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -312,7 +313,7 @@ class QuantizedLayer(nn.Module, ABC):
     @property
     def row_length(self) -> int:
         """Weights of one output: columns of `weight_rows`."""
-        return self.stored_weight[0].numel()
+        return math.prod(self.stored_weight.shape[1:])  # of a sharded one, nothing is fetched
 
     @property
     def places(self) -> int:

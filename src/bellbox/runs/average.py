@@ -16,7 +16,7 @@ from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.runs.build import load_model_tensors
 
 PREFIX = "average:"
-_COUNT = PREFIX + "updates"
+COUNT = PREFIX + "updates"
 
 
 class Average:
@@ -52,14 +52,14 @@ class Average:
         found = {
             PREFIX + name: value.detach() for name, value in unique_tensors(self._averaged.module).items()
         }
-        return {**found, _COUNT: self._averaged.n_averaged.detach().clone()}
+        return {**found, COUNT: self._averaged.n_averaged.detach().clone()}
 
     def restore(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take out what `tensors` has put in; returns the rest."""
-        if self._decay and _COUNT in tensors:
+        if self._decay and COUNT in tensors:
             self._averaged = self._make()
             load_model_tensors(self._averaged.module, averaged_tensors(tensors), "the averaged model")
-            self._averaged.n_averaged.copy_(tensors[_COUNT])
+            self._averaged.n_averaged.copy_(tensors[COUNT])
         return {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
 
     def _make(self) -> AveragedModel:
@@ -79,5 +79,5 @@ def _set_what_was_unset(averaged: nn.Module, trained: nn.Module) -> None:
 
 def averaged_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The averaged model's own among those of a checkpoint; empty where there was no average."""
-    names = (name for name in tensors if name.startswith(PREFIX) and name != _COUNT)
+    names = (name for name in tensors if name.startswith(PREFIX) and name != COUNT)
     return {name.removeprefix(PREFIX): tensors[name] for name in names}

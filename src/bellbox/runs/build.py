@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -124,16 +124,31 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def held_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each tensor once, as far as this process holds it."""
+    return {name: value.detach() for name, value in unique_tensors(model).items()}
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with each tensor once, whole: what layers share goes under the first of its names.
 
     Of a sharded model every process calls it.
     """
-    return {name: whole(value.detach()) for name, value in unique_tensors(model).items()}
+    return {name: whole(value) for name, value in held_tensors(model).items()}
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """The inverse of `model_tensors`.
+
+    Raises:
+        BellboxError: a tensor is missing, unknown, or has another shape.
+    """
+    full, state = fitted(model, tensors, where), model.state_dict(keep_vars=True)
+    model.load_state_dict({name: part_like(value, full[name]) for name, value in state.items()})
+
+
+def fitted(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A whole state dict for a model, of one in which each tensor stands once; nothing is copied.
 
     Raises:
         BellboxError: a tensor is missing, unknown, or has another shape.
@@ -163,4 +178,4 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     unknown = sorted(set(tensors) - set(state))
     if unknown:
         raise BellboxError(f"{where}: tensor '{unknown[0]}' is not in the model of config.yaml")
-    model.load_state_dict({name: part_like(value, full[name]) for name, value in state.items()})
+    return {name: value for name, value in full.items() if value is not None}

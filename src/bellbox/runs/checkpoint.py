@@ -12,6 +12,16 @@ checkpoints/step-00000100/
   manifest.json           format version, bytes and SHA-256 of the other three; configuration and tokenizer of the run
 ```
 
+Of several processes, each writes a shard of its own, and training goes on meanwhile (`bellbox.runs.saver`):
+
+```
+checkpoints/step-00000100/
+  shard-00000-of-00002.safetensors   pieces of `model/...` and `optimizer/...` (`bellbox.runs.shards`)
+  shard-00001-of-00002.safetensors
+  state.json
+  manifest.json           format version 2; where each piece belongs, as well, and a SHA-256 of its own
+```
+
 Which checkpoint is the last and which the best is not written anywhere: it is found by looking, so it cannot
 be wrong. The last two are kept, and the best. There is no pickle in any of it. What is no damage, such as the format
 of a newer version, is never passed over: going on from an earlier checkpoint would train over it.
@@ -20,6 +30,7 @@ of a newer version, is never passed over: going on from an earlier checkpoint wo
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -31,11 +42,16 @@ from typing import Any
 from torch import Tensor
 
 from bellbox.errors import BellboxError
-from bellbox.utils.files import named, read_json, read_tensors, sha256_file, sync
+from bellbox.runs.shards import Layout, ShardFile, layout_to_json, parse_layout, read_whole, shard_name
+from bellbox.utils.files import checksum, describe_file, named, read_json, read_tensors, sha256_file, sync
 
-FORMAT_VERSION = 1
+WHOLE, SHARDED = 1, 2
+"""Format versions: two files of tensors, or a shard a rank."""
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
+MODEL, OPTIMIZER = "model/", "optimizer/"
+STATE = "state.json"
+_MANIFEST_LIMIT = 1 << 30
 _STEP = re.compile(r"step-(\d{8,})")
 _SAVING, _OLD, _DAMAGED = ".saving-", ".old-", ".damaged-"
 
@@ -70,6 +86,8 @@ class State:
     """Checksum of the dataset's manifest."""
     teacher: str = ""
     """Checksum of the teacher, where there is one."""
+    skipped: int = 0
+    """Steps that were left out because their loss or gradient was not finite."""
     random: dict[str, Any] = field(default_factory=dict)
     """States of the random generators, as `random_state.capture` gives them."""
 
@@ -82,6 +100,10 @@ class Checkpoint:
     state: State
     run: dict[str, Any] = field(default_factory=dict)
     """What it belongs to: `config` and `tokenizer` of `save`; empty in those of earlier versions."""
+    layout: Layout | None = None
+    """Of a sharded one: where each tensor lies. The model's names begin with `MODEL`, others with `OPTIMIZER`."""
+    ranks: int = 1
+    """Processes that wrote it."""
 
     @property
     def step(self) -> int:
@@ -90,11 +112,37 @@ class Checkpoint:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """The model's state dict, on the CPU."""
-        return _load_tensors(self.path / "model.safetensors")
+        if self.layout is not None:
+            return self._whole(MODEL)
+        return read_tensors(self.path / "model.safetensors")
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state under the names of `optimizer.optimizer_tensors`, on the CPU."""
-        return _load_tensors(self.path / "optimizer.safetensors")
+        if self.layout is not None:
+            return self._whole(OPTIMIZER)
+        return read_tensors(self.path / "optimizer.safetensors")
+
+    def random_of(self, rank: int) -> dict[str, Any]:
+        """The random state that a rank goes on with: its own, or the first one's where there was no such rank.
+
+        Raises:
+            BellboxError: it cannot be read.
+        """
+        if rank == 0 or rank >= self.ranks:
+            return self.state.random
+        with ShardFile(self.path / shard_name(rank, self.ranks)) as shard:
+            try:
+                found = json.loads(shard.about["random"])
+            except (KeyError, TypeError, ValueError, RecursionError):
+                found = None
+        if not isinstance(found, dict):
+            raise BellboxError(f"{shard.path}: damaged, holds no random state")
+        return found
+
+    def _whole(self, prefix: str) -> dict[str, Tensor]:
+        layout = self.layout or {}
+        found = read_whole(self.path, layout, [name for name in layout if name.startswith(prefix)])
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
 class Checkpoints:
@@ -130,8 +178,12 @@ class Checkpoints:
         scored = self._scored(self.steps())
         return self._first_sound(step for _, step in scored) if scored else self.last()
 
-    def at(self, step: int) -> Checkpoint:
+    def at(self, step: int, verified: bool = False) -> Checkpoint:
         """The checkpoint of one step.
+
+        Args:
+            step: its number.
+            verified: another process has just read all of its files, and found them as they were written.
 
         Raises:
             BellboxError: there is none, or it is damaged.
@@ -139,7 +191,7 @@ class Checkpoints:
         if step not in self.steps():
             have = ", ".join(map(str, self.steps())) or "none"
             raise BellboxError(f"{self.folder}: no checkpoint of step {step}; there are: {have}")
-        return open_checkpoint(self.path(step))
+        return open_checkpoint(self.path(step), verified)
 
     def save(
         self,
@@ -164,7 +216,7 @@ class Checkpoints:
         try:
             return self._save(state, model, optimizer, run or {})
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(self.folder / (_SAVING + self.path(state.step).name), ignore_errors=True)
+            self.forget(state.step)
             raise named(error, self.path(state.step)) from None
 
     def _save(
@@ -176,25 +228,66 @@ class Checkpoints:
     ) -> Path:
         from safetensors.torch import save_file
 
-        target = self.path(state.step)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        saving = self.folder / (_SAVING + target.name)
-        shutil.rmtree(saving, ignore_errors=True)
-        saving.mkdir()
+        saving = self.begin(state.step)
         save_file(_contiguous(model), saving / FILES[0])
         save_file(_contiguous(optimizer), saving / FILES[1])
-        (saving / FILES[2]).write_text(json.dumps(vars(state), indent=1), encoding="utf-8")
+        for name in FILES[:2]:
+            (saving / name).chmod(0o644)  # safetensors writes for the owner alone
+            sync(saving / name)
+        files = {name: describe_file(saving / name) for name in FILES[:2]}
+        return self.commit(state, {"format_version": WHOLE, "files": files, "run": run})
+
+    def begin(self, step: int) -> Path:
+        """A new folder to write the checkpoint of a step into; what a failed save left there is gone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        saving = self.saving(step)
+        shutil.rmtree(saving, ignore_errors=True)
+        saving.mkdir()
+        return saving
+
+    def saving(self, step: int) -> Path:
+        """Where the checkpoint of a step is while it is being written."""
+        return self.folder / (_SAVING + self.path(step).name)
+
+    def commit_shards(self, state: State, files: dict[str, Any], layout: Layout, run: dict[str, Any]) -> Path:
+        """`commit`, of a checkpoint in shards, which are on the disk.
+
+        Args:
+            state: of the first rank.
+            files: `bytes` and `sha256` of each shard.
+            layout: where each tensor lies in them.
+            run: as of `save`.
+        """
+        shards = sorted(files)
         manifest = {
-            "format_version": FORMAT_VERSION,
-            "files": {
-                name: {"bytes": (saving / name).stat().st_size, "sha256": sha256_file(saving / name)}
-                for name in FILES
-            },
+            "format_version": SHARDED,
+            "files": {name: files[name] for name in shards},
+            "tensors": layout_to_json(layout, shards),
             "run": run,
         }
-        (saving / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for name in (*FILES, MANIFEST):
-            (saving / name).chmod(0o644)  # safetensors writes for the owner alone
+        return self.commit(state, manifest, signed=True)
+
+    def commit(self, state: State, manifest: dict[str, Any], signed: bool = False) -> Path:
+        """Have the checkpoint that lies in `saving`, and whose tensors are on the disk, take its place.
+
+        Only when it is there for good are those dropped that are no longer wanted.
+
+        Args:
+            state: is written beside the tensors.
+            manifest: the file of that name, with all other files in it already.
+            signed: whether it gets a checksum of its own.
+        """
+        target, saving = self.path(state.step), self.saving(state.step)
+        values = {**vars(state)}
+        if not state.skipped:
+            del values["skipped"]  # versions before there was a choice read it too
+        (saving / STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        manifest["files"][STATE] = describe_file(saving / STATE)
+        if signed:
+            manifest["sha256"] = checksum(manifest)
+        indent = None if "tensors" in manifest else 1
+        (saving / MANIFEST).write_text(json.dumps(manifest, indent=indent), encoding="utf-8")
+        for name in (STATE, MANIFEST):
             sync(saving / name)
         sync(saving)
         old = self.folder / (_OLD + target.name)
@@ -205,6 +298,10 @@ class Checkpoints:
         shutil.rmtree(old, ignore_errors=True)
         self._drop_unwanted()
         return target
+
+    def forget(self, step: int) -> None:
+        """Remove what a failed save of a step has left."""
+        shutil.rmtree(self.saving(step), ignore_errors=True)
 
     def clean(self) -> None:
         """Clear what a killed save left behind. To be called once, before the run goes on."""
@@ -267,33 +364,41 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, verified: bool = False) -> Checkpoint:
     """Check a checkpoint folder against its manifest.
+
+    Args:
+        path: of the folder.
+        verified: whether the files' checksums have been compared already.
 
     Raises:
         CheckpointRefusedError: a newer format, or the folder's name is another step's.
         BellboxError: a file is missing, has other bytes than were written, or an unknown format.
     """
-    manifest = read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST, _MANIFEST_LIMIT)
     version = manifest.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > SHARDED:
         raise CheckpointRefusedError(
-            f"{path}: checkpoint format {version} is of a newer bellbox, this one reads up to {FORMAT_VERSION}; "
+            f"{path}: checkpoint format {version} is of a newer bellbox, this one reads up to {SHARDED}; "
             "install that version, or choose another checkpoint or folder"
         )
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in (WHOLE, SHARDED) or isinstance(version, bool):
         raise BellboxError(
-            f"{path}: checkpoint format {version!r}, this version of bellbox reads {FORMAT_VERSION}"
+            f"{path}: checkpoint format {version!r}, this version of bellbox reads {WHOLE} and {SHARDED}"
         )
     files = manifest.get("files")
-    if not isinstance(files, dict) or sorted(files) != sorted(FILES):
-        raise BellboxError(f"{path / MANIFEST}: must list exactly {', '.join(FILES)}")
-    for name in FILES:
-        file, entry = path / name, files[name]
-        if not file.is_file():
-            raise BellboxError(f"{file}: missing from the checkpoint")
-        if not isinstance(entry, dict) or sha256_file(file) != entry.get("sha256"):
-            raise BellboxError(f"{file}: damaged, its SHA-256 is not the one in {MANIFEST}")
+    wanted = list(FILES) if version == WHOLE else _names_of_shards(files)
+    if not isinstance(files, dict) or sorted(files) != sorted(wanted):
+        raise BellboxError(f"{path / MANIFEST}: must list exactly {', '.join(wanted)}")
+    if version == SHARDED and checksum(manifest) != manifest.get("sha256"):
+        raise BellboxError(f"{path / MANIFEST}: damaged, its SHA-256 is not the one in it")
+    for name in files:
+        _check_file(path / name, files[name], verified)
+    layout = None
+    if version == SHARDED:
+        shards = sorted(set(files) - {STATE})
+        layout = parse_layout(manifest.get("tensors"), shards, path / MANIFEST)
+        _refuse_more_than_there_is(layout, shards, path)
     values = read_json(path / "state.json")
     try:
         state = State(**values)
@@ -308,7 +413,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path}: holds the checkpoint of step {state.step}, not of the step that the folder is named for; give it "
             "its name back"
         )
-    return Checkpoint(path, state, run)
+    return Checkpoint(path, state, run, layout, len(files) - 1 if layout is not None else 1)
+
+
+def _names_of_shards(files: object) -> list[str]:
+    """What a checkpoint in as many shards as are listed must list."""
+    ranks = max(1, len(files) - 1) if isinstance(files, dict) else 1
+    return [*(shard_name(rank, ranks) for rank in range(ranks)), STATE]
+
+
+def _check_file(file: Path, stated: object, verified: bool) -> None:
+    if not file.is_file():
+        raise BellboxError(f"{file}: missing from the checkpoint")
+    if not isinstance(stated, dict) or not (verified or sha256_file(file) == stated.get("sha256")):
+        raise BellboxError(f"{file}: damaged, its SHA-256 is not the one in {MANIFEST}")
+
+
+def _refuse_more_than_there_is(layout: Layout, shards: list[str], path: Path) -> None:
+    """No memory is asked for that the files cannot fill."""
+    stated = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in layout.values())
+    if stated > sum((path / name).stat().st_size for name in shards):
+        raise BellboxError(f"{path / MANIFEST}: damaged, describes more than its files hold")
 
 
 def _step_of(folder: Path) -> int | None:
@@ -319,7 +444,3 @@ def _step_of(folder: Path) -> int | None:
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    return read_tensors(path)

@@ -321,8 +321,22 @@ class DistributedSection:
     checkpoint_activations: bool = False
     """Keep only the inputs of blocks for the backward and run each block again there: less memory, a third more time.
     In any mode."""
-    timeout: float = 600.0
+    timeout: Annotated[float, Limits(ge=1, le=86400, says="from 1 to 86400 seconds")] = 600.0
     """Seconds that a process waits for the others, at the start and in each exchange."""
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """How checkpoints are written (docs/reliability.md). It decides no number of a run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    kind: Literal["auto", "whole", "sharded"] = "auto"
+    """whole: two files, by one process. sharded: each process writes a file of what it holds. auto: sharded where there
+    are several processes."""
+    background: bool = True
+    """Of sharded ones: train on while they are written."""
+    keep: Interval = 2
+    """How many of the newest stay, besides the best."""
 
 
 @dataclass(frozen=True)
@@ -345,6 +359,7 @@ class TrainConfig:
     batch: BatchSection = field(default_factory=BatchSection)
     vision: VisionSection = field(default_factory=VisionSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     steps: Count | None = None
     """Optimizer steps. Give this or `tokens`; with neither, 1000 steps."""
     tokens: Count | None = None
@@ -364,6 +379,9 @@ class TrainConfig:
     """Steps between validations. The last step is always validated."""
     checkpoint_every: Interval = 100
     """Steps between checkpoints. The last step and every new best are always saved."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does: end the run with the layer that it comes from, or leave the
+    step out and count it. Ten such steps in a row end the run all the same."""
     log_every: Interval = 10
     """Steps between training records."""
     tensorboard: bool = True
@@ -429,8 +447,20 @@ class TrainConfig:
             raise BellboxError(
                 f"steps is {self.steps} and tokens is {self.tokens}: give one of them, the other as null"
             )
-    distributed: DistributedSection = field(default_factory=DistributedSection)
-    steps: Count | None = None
+        if not 1 <= self.total_steps <= MOST_STEPS:
+            limit = "at least 1" if self.total_steps < 1 else f"at most {MOST_STEPS}"
+            raise BellboxError(f"steps is {self.total_steps}, must be {limit}")
+        taught = self.distill.teacher is not None
+        for key, default in vars(DistillSection()).items():
+            value = getattr(self.distill, key)
+            if key != "teacher" and not taught and value != default:
+                raise BellboxError(f"distill.{key} is {value}, must be left at {default} without a teacher")
+        if not isinstance(self.distributed.shard, str) and self.distributed.shard < 1:
+            raise BellboxError(
+                f"distributed.shard is {self.distributed.shard}, must be all, node or at least 1"
+            )
+        if self.compile and self.mec.weight:
+            raise BellboxError("compile is True, must be false with mec: a compiled graph hides its layers")
         return self
 
 

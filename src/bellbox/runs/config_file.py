@@ -153,6 +153,8 @@ WITHOUT_EFFECT = (
     "folder",
     "threads",
     "distributed",
+    "checkpoint",
+    "nonfinite",
     "eval_every",
     "checkpoint_every",
     "log_every",

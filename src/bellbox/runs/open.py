@@ -9,13 +9,14 @@ from pathlib import Path
 from torch import nn
 
 from bellbox.errors import BellboxError
-from bellbox.runs.average import averaged_tensors
+from bellbox.runs.average import COUNT, PREFIX, averaged_tensors
 from bellbox.runs.binding import refuse_changed, refuse_other_tokenizer
 from bellbox.runs.build import load_model_tensors, make_model
-from bellbox.runs.checkpoint import Checkpoint, Checkpoints
+from bellbox.runs.checkpoint import MODEL, OPTIMIZER, Checkpoint, Checkpoints
 from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.phases import Phase, phase_after, phases_of
 from bellbox.runs.resolve import load_resolved
+from bellbox.runs.sharded_state import load_model_shards
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -68,8 +69,13 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
         refuse_other_tokenizer(found, root / TOKENIZER_FILE)
     phase = phase_after(phases_of(config), found.step)
     model = make_model(config, phase.quantization)
-    tensors = averaged_tensors(found.optimizer_tensors()) if config.averaging else {}
-    load_model_tensors(model, tensors or found.model_tensors(), str(found.path))
+    if found.layout is not None:
+        averaged = OPTIMIZER + PREFIX
+        has_average = OPTIMIZER + COUNT in found.layout
+        load_model_shards(model, found, averaged if has_average else MODEL, leave_out=(OPTIMIZER + COUNT,))
+    else:
+        tensors = averaged_tensors(found.optimizer_tensors()) if config.averaging else {}
+        load_model_tensors(model, tensors or found.model_tensors(), str(found.path))
     return LoadedRun(
         folder=root,
         model=model.eval(),

@@ -19,7 +19,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,12 +36,13 @@ from bellbox.quantizers.running import running_scales_once
 from bellbox.runs.average import Average
 from bellbox.runs.binding import binding, refuse_changed
 from bellbox.runs.build import (
+    held_tensors,
     load_model_tensors,
     make_model,
     make_recipe,
     model_tensors,
 )
-from bellbox.runs.checkpoint import Checkpoint, Checkpoints, State
+from bellbox.runs.checkpoint import MODEL, Checkpoint, Checkpoints, State
 from bellbox.runs.config import TrainConfig
 from bellbox.runs.config_file import config_from_dict, differences, load_config, save_config
 from bellbox.runs.environment import describe
@@ -49,6 +50,8 @@ from bellbox.runs.metrics import MetricsWriter
 from bellbox.runs.open import CONFIG_FILE, TOKENIZER_FILE
 from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
 from bellbox.runs.resolve import resolve
+from bellbox.runs.saver import Saver
+from bellbox.runs.sharded_state import load_model_shards, optimizer_shards
 from bellbox.training import random_state
 from bellbox.training.arithmetic import with_arithmetic
 from bellbox.training.check import check_trainable, refuse_unsharded
@@ -67,6 +70,9 @@ from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
 from bellbox.training.text_source import with_prepared_text
 from bellbox.utils.files import lock, write_text
+
+MOST_SKIPPED = 10
+"""Steps in a row that `nonfinite: skip` leaves out; the next one ends the run."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,8 @@ class Trainer:
         if self.world.mode == "fsdp":
             refuse_unsharded(self.config, len(self.phases))
         self.phase = self.phases[0]
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoint.keep)
+        self.saver = self._make_saver()
         load = self._first_weights()
         self.model = make_model(self.config, self.phase.quantization, load).to(self.device)
         if load is None:  # else given weights bring along what they know of their data
@@ -136,11 +143,18 @@ class Trainer:
         self._build_around_model()
         teacher = self.teacher.checksum if self.teacher else ""
         self.state = State(0, 0, 0.0, data=self.task.checksum, teacher=teacher)
-        self.saved_step = 0
+        self.saved_step = self._resumed_step = 0
         self._begun_for = self.config.total_steps
-        self.signals = StopSignals()
+        self.signals = StopSignals(launched=self.world.mode != "none")
         self._heard: int | None = None
+        self._skipped_in_a_row = 0
         self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    def _make_saver(self) -> Saver | None:
+        """What writes sharded checkpoints; None where one process writes whole ones."""
+        section = self.config.checkpoint
+        sharded = section.kind == "sharded" or (section.kind == "auto" and self.world.size > 1)
+        return Saver(self.checkpoints, section.background) if sharded else None
 
     def _decided(self, config: TrainConfig, show: bool) -> tuple[TrainConfig, str]:
         """The configuration with what is chosen by machine and folder, and why its precision.
@@ -213,11 +227,23 @@ class Trainer:
         """Train to the last step, or until a signal comes.
 
         Raises:
-            BellboxError: the folder holds another run, or a loss or gradient is not finite. The message of
-                the latter names the step and the layer, and the last checkpoint stays as it is.
+            BellboxError: the folder holds another run, or a loss or gradient is not finite, or another process is gone.
+                The message of the latter two names the step, and the last checkpoint stays as it is.
+            OSError: a checkpoint cannot be written.
         """
+        try:
+            return self._run()
+        except RuntimeError as error:
+            lost = self.world.lost(error)
+            if lost is None:
+                raise
+            raise BellboxError(
+                f"step {self.state.step + 1}: {lost}; {self._last_saved()}; start it again to go on"
+            ) from None
+
+    def _run(self) -> RunResult:
         with ExitStack() as stack:
-            stack.callback(self.world.close)
+            stack.push(self._leave)
             self.world.from_first(lambda: self._take_folder(stack))
             self._open_folder()
             if self.metrics is not None:
@@ -241,6 +267,8 @@ class Trainer:
                 if self._done() or self._stopping:
                     break
                 self._train_step()
+            if self.saver is not None:
+                self.saver.wait()
         return RunResult(
             folder=self.folder,
             step=self.state.step,
@@ -250,6 +278,16 @@ class Trainer:
             best_loss=self.state.best_loss,
             stopped_by=self._stopping if self._unfinished() else None,
         )
+
+    def _leave(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Take down what joins the processes, unless one of them is gone: then nothing here may wait for it."""
+        if kind is not None and not issubclass(kind, BellboxError | OSError):
+            return
+        if self.saver is not None and kind is not None:
+            with suppress(OSError, BellboxError, RuntimeError):  # another error ends the run
+                self.saver.wait()
+        if kind is None:
+            self.world.close()
 
     def _take_folder(self, stack: ExitStack) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -318,7 +356,7 @@ class Trainer:
         step, self._begun_for = self.world.from_first(choose)
         if step is None:
             return None
-        return chosen[0] if chosen else self.checkpoints.at(step)
+        return chosen[0] if chosen else self.checkpoints.at(step, verified=True)
 
     def _choose_checkpoint(self) -> Checkpoint | None:
         self.checkpoints.clean()
@@ -351,19 +389,25 @@ class Trainer:
         phase = phase_after(self.phases, checkpoint.step)
         if phase != self.phase:
             self._enter(phase)
-        load_model_tensors(self.model, checkpoint.model_tensors(), str(checkpoint.path))
+        if checkpoint.layout is None:
+            load_model_tensors(self.model, checkpoint.model_tensors(), str(checkpoint.path))
+            tensors = checkpoint.optimizer_tensors()
+        else:
+            load_model_shards(self.model, checkpoint, MODEL)
+            tensors = optimizer_shards(self.model, checkpoint)
         try:
-            tensors = self.average.restore(checkpoint.optimizer_tensors())
+            tensors = self.average.restore(tensors)
             self.optimizer.restore(self.model.named_parameters(), tensors)
         except (KeyError, ValueError) as error:
             raise BellboxError(
                 f"{checkpoint.path}: the optimizer's state does not fit the model: {error}"
             ) from None
         try:
-            random_state.restore(checkpoint.state.random)
+            random_state.restore(checkpoint.random_of(self.world.rank))
         except BellboxError as error:
             raise BellboxError(f"{checkpoint.path}/state.json: {error}") from None
         self.state, self.saved_step = checkpoint.state, checkpoint.step
+        self._resumed_step = checkpoint.step
 
     def _done(self) -> bool:
         return self.state.step >= self.config.total_steps
@@ -396,7 +440,9 @@ class Trainer:
             self._set_first_scales()
         self.optimizer.zero_grad()
         parts = [(x.to(self.device), y.to(self.device)) for x, y in self.task.micro_batches(state.step)]
-        total = torch.zeros(5, device=self.device)
+        # Running statistics take in a batch before its loss is known.
+        kept = [(b, b.clone()) for b in self.model.buffers()] if config.nonfinite == "skip" else []
+        total = torch.zeros(6, device=self.device)
         try:
             dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
             held = weights_quantized_once(self.model, dtype) if len(parts) > 1 else nullcontext()
@@ -410,14 +456,19 @@ class Trainer:
             raise BellboxError(f"step {state.step + 1}: {error}; {self._last_saved()}") from None
         norm_value = self.parallel.clip_gradients(config.optimizer.clip or math.inf)
         objective, loss_value, apart, entropy = self._of_all(total)
-        if not (math.isfinite(objective) and math.isfinite(norm_value)):
+        finite = math.isfinite(objective) and math.isfinite(norm_value)
+        if not finite and (config.nonfinite == "stop" or self._skipped_in_a_row >= MOST_SKIPPED):
             raise self._broken_step(parts, objective, norm_value)
         every = config.optimizer.cewt.every or 0
-        last = state.step + 1 == phase.end
-        self.optimizer.step(lr, project=last or (every > 0 and (state.step + 1) % every == 0))
-        self.optimizer.refit_codebooks(self.model, state.step + 1)
-        self.parallel.agree_on_statistics()
-        self.average.update()
+        project = state.step + 1 == phase.end or (every > 0 and (state.step + 1) % every == 0)
+        if finite:
+            self._skipped_in_a_row = 0
+            self.optimizer.step(lr, project=project)
+            self.optimizer.refit_codebooks(self.model, state.step + 1)
+            self.parallel.agree_on_statistics()
+            self.average.update()
+        else:
+            self._skip(kept, project)
 
         state.step += 1
         state.tokens += config.per_step
@@ -426,7 +477,7 @@ class Trainer:
         self._timed_tokens += config.per_step
         self._timed_seconds += elapsed
         self.progress.step(state.step, loss_value)
-        if state.step % config.log_every == 0 or self._done():
+        if finite and (state.step % config.log_every == 0 or self._done()):
             self._record(
                 {
                     "kind": "train",
@@ -437,6 +488,7 @@ class Trainer:
                     **self.task.fields(loss_value),
                     "lr": lr,
                     "grad_norm": norm_value,
+                    **({"skipped": state.skipped} if state.skipped else {}),
                     **({"divergence": apart} if self.teacher else {}),
                     **({"mec": entropy} if self.entropy else {}),
                     "tokens_per_s": self._timed_tokens / self._timed_seconds,
@@ -444,6 +496,21 @@ class Trainer:
                 }
             )
             self._timed_tokens, self._timed_seconds = 0, 0.0
+
+    @torch.no_grad()
+    def _skip(self, kept: list[tuple[Tensor, Tensor]], project: bool) -> None:
+        """Leave the step out: nothing of its batch stays but its number."""
+        for buffer, was in kept:
+            buffer.copy_(was)
+        self.optimizer.zero_grad()
+        if project and self.optimizer.cewt is not None:
+            self.optimizer.cewt.project()
+        self.state.skipped += 1
+        self._skipped_in_a_row += 1
+        self.progress.note(
+            f"step {self.state.step + 1:>6}  left out, its loss or gradient is not finite; "
+            f"{self.state.skipped} so far"
+        )
 
     def _set_first_scales(self) -> None:
         """Scales of inputs from the batch that one process would have taken them from, equally in all of them."""
@@ -458,15 +525,26 @@ class Trainer:
             self.entropy.forget()
 
     def _of_all(self, total: Tensor) -> list[float]:
-        """The means over all processes of `[objective, loss, divergence, entropy]`; and hear of signals."""
+        """The means over all processes of `[objective, loss, divergence, entropy]`; and hear of signals and failures.
+
+        Raises:
+            OSError: a checkpoint could not be written; in all processes at the same step.
+        """
+        failed = self.saver is not None and self.saver.failed
         if self.world.size > 1:
-            total[4] = self.signals.received or 0
+            total[4], total[5] = self.signals.received or 0, float(failed)
             total = self.world.add_up(total)
             total[:4] /= self.world.size
-            heard = int(total[4])
-            if heard and self._heard is None:
-                self._heard = self.signals.received or signal.SIGTERM
+            self._hear(int(total[4]) > 0)
+            failed = int(total[5]) > 0
+        if failed and self.saver is not None:
+            self.saver.wait()
         return total[:4].tolist()
+
+    def _hear(self, signalled: bool) -> None:
+        """Of several processes: remember that one of them has got a signal."""
+        if signalled and self._heard is None:
+            self._heard = self.signals.received or signal.SIGTERM
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """What is minimised, the data's loss, the teacher's divergence and the entropy term (0 without): `[4]`."""
@@ -511,11 +589,14 @@ class Trainer:
         )
 
     def _last_saved(self) -> str:
-        saved = self.checkpoints.path(self.saved_step)
-        return f"the last checkpoint is {saved}" if self.saved_step else "no checkpoint was saved yet"
+        step = self.saved_step if self.saver is None else self.saver.durable or self._resumed_step
+        saved = self.checkpoints.path(step)
+        return f"the last checkpoint is {saved}" if step else "no checkpoint was saved yet"
 
     def _evaluate(self) -> bool:
         """Validate over the whole split, in fp32; True where it is the best so far."""
+        if self._heard is not None:
+            raise Stopped
         state, begun = self.state, time.monotonic()
         model, inputs = self.average.model.eval(), self.task.counted_inputs()
         # Of several processes, none may leave alone.
@@ -555,9 +636,18 @@ class Trainer:
         if state.evaluated_step != state.step:
             state.loss = None
         state.random = random_state.capture()
-        moments = self.optimizer.tensors(self.model.named_parameters())
-        tensors = model_tensors(self.model)
-        self.world.from_first(lambda: self._write_checkpoint(tensors, moments))
+        parameters = self.model.named_parameters()
+        if self.saver is None:
+            moments, tensors = self.optimizer.tensors(parameters), model_tensors(self.model)
+            self.world.from_first(lambda: self._write_checkpoint(tensors, moments))
+        else:
+            self.saver.save(
+                state,
+                held_tensors(self.model),
+                {**self.optimizer.held(parameters), **self.average.tensors()},
+                binding(self.config, self.task.tokenizer),
+                before=None if self.metrics is None else self.metrics.sync,
+            )
         self.saved_step = state.step
         state.seconds += time.monotonic() - begun
 

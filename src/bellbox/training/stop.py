@@ -1,4 +1,8 @@
-"""Leaving cleanly on Ctrl-C and SIGTERM: finish the step, save, go. A second signal leaves at once."""
+"""Leaving cleanly on Ctrl-C and SIGTERM: finish the step, save, go. A second signal leaves at once.
+
+Under a launcher it does not: a scheduler's signal comes to the process, and once more from the launcher, which had it
+too. The launcher kills what does not end (torchrun after 30 seconds).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,13 @@ class StopSignals:
     """While entered, remembers SIGINT and SIGTERM in `received` instead of dying of them.
 
     Python delivers signals to the main thread only; entered elsewhere, it does nothing.
+
+    Args:
+        launched: whether a launcher started this process, and signals may come twice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launched: bool = False) -> None:
+        self._launched = launched
         self.received: int | None = None
         self._interruptible = False
         self._before: dict[int, Any] = {}
@@ -49,6 +57,8 @@ class StopSignals:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
+            if self._launched:
+                return
             raise KeyboardInterrupt
         self.received = number
         if self._interruptible:

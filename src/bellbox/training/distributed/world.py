@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,9 +25,13 @@ from torch import Tensor
 from bellbox.errors import BellboxError
 from bellbox.runs.build import pick_device
 from bellbox.runs.config import DistributedSection
+from bellbox.utils.files import one_line
 
 Mode = Literal["none", "ddp", "fsdp"]
 T = TypeVar("T")
+_LOST = (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError) if dist.is_available() else ()
+_SIGNS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+"""In the text of errors that torch gives no class of their own."""
 _GRACE = 5.0
 """Seconds in which an error of all processes reaches all of them."""
 _LAUNCH = "torchrun --nproc-per-node 2 -m bellbox train ..."
@@ -118,6 +123,18 @@ class World:
         dist.all_reduce(total)
         return total.to(numbers.device)
 
+    def lost(self, error: RuntimeError) -> str | None:
+        """What an error of an exchange says of the other processes; None where it is an error of another kind."""
+        text = one_line(error)
+        if self.size == 1 or not (isinstance(error, _LOST) or any(each in text for each in _SIGNS)):
+            return None
+        hangs = any(each in text.lower() for each in ("timed out", "timeout"))
+        what = "does not answer within distributed.timeout" if hangs else "is gone"
+        told = (
+            text.rpartition("] ")[2] if text.startswith("[") else text
+        )  # without the place in gloo's source
+        return f"another of the {self.size} processes {what}, as rank {self.rank} sees it ({told[:60]})"
+
     def close(self) -> None:
         """Take down the process group, where it was made here."""
         if self.owns_group and dist.is_initialized():
@@ -203,6 +220,15 @@ def _speaks(message: str) -> bool:
         # What is refused before the processes meet is refused in all of them.
         return rank == 0
     store = dist.distributed_c10d._get_default_store()
+    # The store may live in a process that is stopped, and then no call of it returns.
+    answer: list[bool] = []
+    asking = threading.Thread(target=lambda: answer.append(_may_speak(store, message)), daemon=True)
+    asking.start()
+    asking.join(2 * _GRACE)
+    return answer[0] if answer else True
+
+
+def _may_speak(store: Any, message: str) -> bool:
     key = "bellbox/error"
     try:
         if dist.get_rank() == 0:
@@ -212,7 +238,11 @@ def _speaks(message: str) -> bool:
     except dist.DistNetworkError:
         return False  # the store was that of the first process, which has ended by an error of its own
     except RuntimeError:
-        return True
+        # The first is gone, or has no error: one of the others speaks.
+        try:
+            return store.add(f"{key}/spoken", 1) == 1
+        except RuntimeError:
+            return True
     return False
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bellbox.core.sharded import part_like, whole
+from bellbox.core.sharded import is_sharded, part_like, whole
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import ROTATED
 from bellbox.nn.tools import stored_weight
@@ -118,13 +118,17 @@ class ModelOptimizer:
                     part.state[parameter] = state
 
     def tensors(self, names: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-        """The state as flat names: `blocks.0.attention.q.weight/exp_avg`.
+        """The state as flat names: `blocks.0.attention.q.weight/exp_avg`; whole tensors.
 
         Args:
             names: `model.named_parameters()`.
         """
+        return {name: whole(value) for name, value in self.held(names).items()}
+
+    def held(self, names: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+        """Likewise, what this process holds of them."""
         return {
-            f"{name}/{key}": whole(value)
+            f"{name}/{key}": value
             for name, parameter in names
             for key, value in self.state_of(parameter).items()
         }
@@ -153,6 +157,9 @@ class ModelOptimizer:
                 raise ValueError(
                     f"{flat} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
                 )
+            if is_sharded(value):  # read for this parameter, into memory of its own
+                owners[parameter].state[parameter][key] = value
+                continue
             # AdamW's `step` is a scalar on the parameter's device where the update is fused.
             copy = torch.empty_like(value, device=parameter.device).copy_(value)
             if key != _NORM:
