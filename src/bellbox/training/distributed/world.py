@@ -197,11 +197,12 @@ def launched_rank() -> int | None:
     return _environment("RANK") if named else None
 
 
-def speaks_for_all(message: str) -> bool:
+def speaks_for_all(message: str, lost: bool = False) -> bool:
     """Whether this process is to print its error: the first one; another one where the first has no error itself.
 
     Args:
         message: of the error.
+        lost: whether it says that another process is gone, which may be the first.
     """
     rank = launched_rank() or 0
     if not (dist.is_available() and dist.is_initialized()):
@@ -210,13 +211,13 @@ def speaks_for_all(message: str) -> bool:
     store = dist.distributed_c10d._get_default_store()
     # The store may live in a process that is stopped, and then no call of it returns.
     answer: list[bool] = []
-    asking = threading.Thread(target=lambda: answer.append(_may_speak(store, message)), daemon=True)
+    asking = threading.Thread(target=lambda: answer.append(_may_speak(store, message, lost)), daemon=True)
     asking.start()
     asking.join(2 * _GRACE)
     return answer[0] if answer else True
 
 
-def _may_speak(store: Any, message: str) -> bool:
+def _may_speak(store: Any, message: str, lost: bool) -> bool:
     key = "bellbox/error"
     try:
         if dist.get_rank() == 0:
@@ -224,7 +225,7 @@ def _may_speak(store: Any, message: str) -> bool:
             return True
         store.wait([key], timedelta(seconds=_GRACE))
     except dist.DistNetworkError:
-        return False  # the store was that of the first process, which has ended by an error of its own
+        return lost  # the store was that of the first process, which has ended: else by an error of its own
     except RuntimeError:
         # The first is gone, or has no error: one of the others speaks.
         try:
