@@ -81,8 +81,8 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_is_taken(
     elif how == "cut":
         victim.write_bytes(content[: len(content) // 2])
     else:
-        # In the manifest, a digit of a chunk's place: its own checksum must see it.
-        position = content.index(b"[0, [0, 0], [4,") + 14 if file == MANIFEST else len(content) - 3
+        # In the manifest, the file of a chunk: its own checksum must see it.
+        position = content.index(b"[[0, [0, 0], [4,") + 2 if file == MANIFEST else len(content) - 3
         content[position] ^= 1
         victim.write_bytes(content)
     with pytest.warns(CheckpointWarning, match=r"step-00000002.*step-00000001 is taken") as caught:

@@ -60,6 +60,16 @@ def test_a_step_is_left_out_and_nothing_of_it_stays(tiny: Tiny, granularity: str
     assert steps == {4}
 
 
+def test_running_statistics_forget_the_batch(tiny: Tiny) -> None:
+    trainer = poisoned(tiny(steps=4, nonfinite="skip"), {1})
+    embedding, norm = trainer.model.get_submodule("model.embed_tokens"), torch.nn.BatchNorm1d(32)
+    embedding.add_module("norm", norm)
+    embedding.register_forward_hook(lambda _, __, output: (norm(output.flatten(0, 1)), output)[1])
+    trainer.run()
+    assert norm.running_mean is not None
+    assert torch.isfinite(norm.running_mean).all()
+
+
 def test_weights_stay_as_they_were(tiny: Tiny) -> None:
     config = tiny(steps=6, checkpoint_every=1, checkpoint=CheckpointSection(keep=6), nonfinite="skip")
     poisoned(config, {2}).run()

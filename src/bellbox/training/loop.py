@@ -57,7 +57,7 @@ from bellbox.training.arithmetic import with_arithmetic
 from bellbox.training.check import check_trainable, refuse_unsharded
 from bellbox.training.data_files import DATA_FILE, refuse_other_files, remember_files
 from bellbox.training.distill import Teacher, divergence
-from bellbox.training.distributed import Parallel, start
+from bellbox.training.distributed import Parallel, speaks_for_all, start
 from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
 from bellbox.training.mec import EntropyTerm, SpectrumMeter
@@ -237,9 +237,11 @@ class Trainer:
             lost = self.world.lost(error)
             if lost is None:
                 raise
-            raise BellboxError(
+            told = BellboxError(
                 f"step {self.state.step + 1}: {lost}; {self._last_saved()}; start it again to go on"
-            ) from None
+            )
+            told.speaks = speaks_for_all(str(told), lost=True)
+            raise told from None
 
     def _run(self) -> RunResult:
         with ExitStack() as stack:

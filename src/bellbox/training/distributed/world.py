@@ -204,17 +204,23 @@ def leave(message: str, speaks: bool | None) -> bool:
 
     Args:
         message: of the error.
-        speaks: `BellboxError.speaks`. Where None, the first process prints; another one, where the first has none.
+        speaks: `BellboxError.speaks`; None: as `speaks_for_all` says.
     """
     try:
-        return _speaks(message) if speaks is None else speaks
+        return speaks_for_all(message) if speaks is None else speaks
     finally:
         if dist.is_available() and dist.is_initialized():
             with suppress(Exception):  # others may be gone
                 dist.destroy_process_group()
 
 
-def _speaks(message: str) -> bool:
+def speaks_for_all(message: str, lost: bool = False) -> bool:
+    """Whether this process is to print its error: the first one; another one where the first has no error itself.
+
+    Args:
+        message: of the error.
+        lost: whether it says that another process is gone, which may be the first.
+    """
     rank = launched_rank() or 0
     if not (dist.is_available() and dist.is_initialized()):
         # What is refused before the processes meet is refused in all of them.
@@ -222,13 +228,13 @@ def _speaks(message: str) -> bool:
     store = dist.distributed_c10d._get_default_store()
     # The store may live in a process that is stopped, and then no call of it returns.
     answer: list[bool] = []
-    asking = threading.Thread(target=lambda: answer.append(_may_speak(store, message)), daemon=True)
+    asking = threading.Thread(target=lambda: answer.append(_may_speak(store, message, lost)), daemon=True)
     asking.start()
     asking.join(2 * _GRACE)
     return answer[0] if answer else True
 
 
-def _may_speak(store: Any, message: str) -> bool:
+def _may_speak(store: Any, message: str, lost: bool) -> bool:
     key = "bellbox/error"
     try:
         if dist.get_rank() == 0:
@@ -236,7 +242,7 @@ def _may_speak(store: Any, message: str) -> bool:
             return True
         store.wait([key], timedelta(seconds=_GRACE))
     except dist.DistNetworkError:
-        return False  # the store was that of the first process, which has ended by an error of its own
+        return lost  # the store was that of the first process, which has ended: else by an error of its own
     except RuntimeError:
         # The first is gone, or has no error: one of the others speaks.
         try:
