@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "layers/head.h"
 #include "layers/table.h"
 #include "python/plan.h"
 
@@ -21,10 +22,6 @@ using namespace bellbox;
 namespace {
 
 const std::initializer_list<Kind> kFloats = {Kind::f32, Kind::bf16}, kInputs = {Kind::f32, Kind::bf16, Kind::i8};
-
-int useful_threads(int64_t work, int64_t grain, int threads) {
-    return static_cast<int>(std::clamp<int64_t>(work / grain, 1, std::clamp(threads, 1, 1024)));
-}
 
 // Rows of k numbers whose runs of `block` are rotated.
 void require_rows(int64_t rows, int64_t k, int64_t block) {
@@ -171,23 +168,6 @@ void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle cosin
     run_attend(a, threads);
 }
 
-// The nearest of -most..most (ties to even) with the largest magnitude at `most`; returns what one of them is worth.
-template <class Integer>
-float round_row(const float* x, int64_t k, float most, Integer* out) {
-    float largest = 0.0f;
-    bool finite = true;
-    for (int64_t i = 0; i < k; ++i) {
-        const float size = std::fabs(x[i]);
-        largest = std::max(largest, size);
-        finite &= size <= std::numeric_limits<float>::max();
-    }
-    const bool usable = finite && largest >= 1e-30f;
-    const float factor = usable ? most / largest : 0.0f;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, as above
-    for (int64_t i = 0; i < k; ++i) out[i] = usable ? static_cast<Integer>((x[i] * factor + magic) - magic) : Integer{0};
-    return finite ? (usable ? largest / most : 0.0f) : std::numeric_limits<float>::quiet_NaN();
-}
-
 // x [m, columns] times the rows of weight [n, columns], fp32.
 void float_linear(nb::handle x, nb::handle weight, int64_t columns, nb::handle out, int threads) {
     const int64_t numel = numel_of(x), numbers = numel_of(weight);
@@ -197,8 +177,7 @@ void float_linear(nb::handle x, nb::handle weight, int64_t columns, nb::handle o
     const FloatLinearArgs a{read<float>(x, "x", {Kind::f32}, numel), read<float>(weight, "weight", {Kind::f32}, numbers), m, n,
                             columns, read<float>(out, "out", {Kind::f32}, m * n)};
     nb::gil_scoped_release release;
-    share(n, useful_threads(m * n * columns, kLinearGrain, threads),
-          [&](int64_t begin, int64_t end) { kernels().float_linear(a, begin, end); });
+    run_float_linear(a, threads);
 }
 
 // Each row of x becomes 12-bit integers by its largest magnitude first; a row with NaN or infinity gives NaN.
@@ -213,13 +192,7 @@ void int8_linear(nb::handle x, nb::handle weight, nb::handle scale, int64_t colu
     a.weight = read<int8_t>(weight, "weight", {Kind::i8}, n * columns), a.scale = read<float>(scale, "scale", {Kind::f32}, n);
     a.out = read<float>(out, "out", {Kind::f32}, m * n), a.m = m, a.n = n, a.k = columns;
     nb::gil_scoped_release release;
-    std::vector<int16_t> integers(static_cast<size_t>(numel));
-    std::vector<float> x_scale(static_cast<size_t>(m));
-    for (int64_t row = 0; row < m; ++row)
-        x_scale[static_cast<size_t>(row)] = round_row(from + row * columns, columns, 2047.0f, integers.data() + row * columns);
-    a.x = integers.data(), a.x_scale = x_scale.data();
-    share(n, useful_threads(m * n * columns, kLinearGrain, threads),
-          [&](int64_t begin, int64_t end) { kernels().int8_linear(a, begin, end); });
+    run_int8_linear(from, a, threads);
 }
 
 // Likewise with 8-bit integers and a table of 4 bits by groups of columns.
@@ -230,8 +203,8 @@ void int4_linear(nb::handle x, nb::handle weight, nb::handle multipliers, nb::ha
     require(groups >= 1 && columns % groups == 0 && (columns / groups == 32 || columns / groups == 64),
             "the kernel takes groups of 32 or 64 columns");
     require(numel % columns == 0, "x does not consist of such rows");
-    const int64_t m = numel / columns, chunks = (columns + 127) / 128, group = columns / groups, sums_row = (groups + 15) / 16 * 16;
-    require_sizes({m, n}), require_sizes({n, columns}), require_sizes({m, chunks, 128}), require_sizes({m, sums_row});
+    const int64_t m = numel / columns, chunks = (columns + 127) / 128, group = columns / groups;
+    require_sizes({m, n}), require_sizes({n, columns}), require_sizes({m, chunks, 128}), require_sizes({m, groups + 15});
     const float* const from = read<float>(x, "x", {Kind::f32}, numel);
     Int4LinearArgs a{};
     a.weight = read<uint8_t>(weight, "weight", {Kind::u8}, n * columns / 2);
@@ -239,21 +212,7 @@ void int4_linear(nb::handle x, nb::handle weight, nb::handle multipliers, nb::ha
     a.scale = read<float>(scale, "scale", {Kind::f32}, n), a.out = read<float>(out, "out", {Kind::f32}, m * n);
     a.m = m, a.n = n, a.k = columns, a.group = group;
     nb::gil_scoped_release release;
-    std::vector<int8_t> integers(static_cast<size_t>(m * chunks * 128)), row(static_cast<size_t>(columns));
-    std::vector<int16_t> less(static_cast<size_t>(m * chunks * 32)), sums(static_cast<size_t>(m * sums_row));
-    std::vector<float> x_scale(static_cast<size_t>(m));
-    for (int64_t i = 0; i < m; ++i) {
-        x_scale[static_cast<size_t>(i)] = round_row(from + i * columns, columns, 127.0f, row.data());
-        for (int64_t c = 0; c < columns; ++c) {
-            const int64_t place = i * chunks * 128 + c / 128 * 128;
-            integers[static_cast<size_t>(place + c % 2 * 64 + c % 128 / 2)] = row[static_cast<size_t>(c)];
-            less[static_cast<size_t>((place + c % 128) / 4)] += static_cast<int16_t>(8 * row[static_cast<size_t>(c)]);
-            sums[static_cast<size_t>(i * sums_row + c / group)] += row[static_cast<size_t>(c)];
-        }
-    }
-    a.x = integers.data(), a.less = less.data(), a.sums = sums.data(), a.x_scale = x_scale.data();
-    share(n, useful_threads(m * n * columns, kLinearGrain, threads),
-          [&](int64_t begin, int64_t end) { kernels().int4_linear(a, begin, end); });
+    run_int4_linear(from, a, threads);
 }
 
 // The next token of each row of logits [rows, n]; -1 where they are no numbers. A setting has one number for each row.

@@ -123,7 +123,7 @@ struct Table {
         if (bits == 8)
             run_int8_linear(x, Int8LinearArgs{nullptr, nullptr, reinterpret_cast<const int8_t*>(bytes.data()), scale.data(), 1, rows, columns, out}, threads);
         else if (bits == 4)
-            run_int4_linear(x, Int4LinearArgs{nullptr, nullptr, nullptr, bytes.data(), multipliers.data(), scale.data(), 1, rows, columns, group, out}, threads);
+            run_int4_linear(x, Int4LinearArgs{nullptr, nullptr, nullptr, nullptr, bytes.data(), multipliers.data(), scale.data(), 1, rows, columns, group, out}, threads);
         else if (bits == 32)
             run_float_linear(FloatLinearArgs{x, floats.data(), 1, rows, columns, out}, threads);
         else
