@@ -312,7 +312,7 @@ class QuantizedLayer(nn.Module, ABC):
     @property
     def row_length(self) -> int:
         """Weights of one output: columns of `weight_rows`."""
-        return self.stored_weight[0].numel()
+        return self.stored_weight.shape[1:].numel()  # of a sharded weight an index would be an exchange
 
     @property
     def places(self) -> int:
