@@ -103,9 +103,12 @@ def _train(config: TrainConfig, resume: str) -> None:
         warnings.simplefilter("ignore")
     trainer = Trainer(config, resume="auto" if resume == "auto" else None)
     imports = "".join(f" --import {name}" for name in trainer.config.methods_from)
-    first = trainer.world.first
+    first, layers = (
+        trainer.world.first,
+        summary(trainer.model),
+    )  # in all: whoever looks at a shard may ask the others
     if first:
-        print(summary(trainer.model), flush=True)
+        print(layers, flush=True)
     result = trainer.run()
     if result.stopped_by is not None:
         again = f"bellbox train --config {result.folder / 'config.yaml'}{imports}"
