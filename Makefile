@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test test-fast docs axe check unit held zoo zoo-packages sanitize onnx runtime format bench wheel pictures clean
+.PHONY: setup demo test test-fast docs axe check unit held interpreted zoo zoo-packages sanitize onnx runtime format bench wheel pictures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -52,8 +52,12 @@ check: setup
 	$(BIN)/pyright
 
 # One thread a worker: small tensors gain nothing from more, and the workers do not fight for the cores.
-unit: held
+unit: held interpreted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+# The GPU's kernels in Triton's interpreter, which has to be asked for before anything imports Triton.
+interpreted: setup
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/ops/triton_kernels
 
 # The numerics once more as a processor with AVX2 alone runs them, where this one has more. First, so that the closing
 # line of the whole suite comes last; with a cache of compiled graphs of its own, which does not know of the limits.

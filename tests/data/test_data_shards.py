@@ -39,7 +39,7 @@ def test_a_split_reads_as_one_sequence_over_its_shards(dataset: TokenDataset) ->
 
 
 def test_shards_are_mapped_and_not_read(dataset: TokenDataset) -> None:
-    assert all(isinstance(shard, np.memmap) for shard in dataset.train._shards)
+    assert all(isinstance(shard, np.memmap) for shard in dataset.train.shards)
 
 
 def test_the_manifest_counts_what_is_there(dataset: TokenDataset) -> None:

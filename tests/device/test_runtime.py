@@ -17,7 +17,7 @@ import torch
 
 import bellbox as bb
 from bellbox.data.tokenizer import Tokenizer
-from bellbox.inference import generate_text
+from bellbox.inference.generation import generate_text
 from bellbox.models import build, preset
 from bellbox.utils.files import canonical_sha256
 

@@ -18,6 +18,7 @@ from bellbox.evaluation.codes import agreement
 from bellbox.nn import quantized_layers
 from bellbox.runs.config import (
     BatchSection,
+    CheckpointSection,
     DistributedSection,
     MecSection,
     OptimizerSection,
@@ -57,6 +58,7 @@ def config(tokens: Path, folder: Path, mode: str = "none", **changes: Any) -> Tr
     base = dataclasses.replace(
         tiny_run.config(tokens, folder), batch=BatchSection(8 * tiny_run.CONTEXT, 2), steps=STEPS,
         eval_every=STEPS, checkpoint_every=STEPS, distributed=section,
+        checkpoint=CheckpointSection(kind="whole"),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 

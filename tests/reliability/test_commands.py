@@ -88,7 +88,7 @@ def test_a_signal_that_a_library_takes_for_an_error_of_its_own_is_a_signal(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_preparation_leaves_no_folder(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_preparation_leaves_what_it_goes_on_from(tmp_path: Path, number: signal.Signals) -> None:
     """Stopped once its hidden folder is there: while text is encoded."""
     text = tmp_path / "text"
     text.write_text("It was a dark and cold night; nobody knew the way home. " * 200_000)
@@ -112,4 +112,6 @@ def test_a_stopped_preparation_leaves_no_folder(tmp_path: Path, number: signal.S
     error = process.communicate(timeout=120)[1].decode()
     assert process.returncode == (130 if number == signal.SIGINT else 128 + number), error
     assert "Traceback" not in error
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [each.name for each in (tmp_path / "out").iterdir()] == [".set.preparing"]
+    subprocess.run([sys.executable, "-c", code, *words], stderr=subprocess.DEVNULL, check=True)
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["set"]

@@ -110,7 +110,7 @@ def test_equal_configurations_give_equal_bits(tiny: Tiny) -> None:
 
 
 def test_the_vision_section_means_nothing_to_a_language_run(tiny: Tiny) -> None:
-    trainer = Trainer(tiny(steps=1, vision=VisionSection(ema=7.0)), show=False)
+    trainer = Trainer(tiny(steps=1, vision=VisionSection(ema=0.9)), show=False)
     trainer.run()
     assert trainer.average.model is trainer.model
     assert trainer.average.tensors() == {}
@@ -333,8 +333,9 @@ def test_plain_lines_where_there_is_no_terminal(tiny: Tiny, capsys: pytest.Captu
     train(tiny(steps=2))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("training in ")
-    assert "loss" in lines[1]
-    assert "left" in lines[1]
+    assert lines[1].startswith("data: the batch of step 1 has the sha256 ")
+    assert "loss" in lines[2]
+    assert "left" in lines[2]
     assert "weight entropy" in lines[-1]
 
 

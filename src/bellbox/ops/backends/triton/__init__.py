@@ -84,6 +84,7 @@ class TritonBackend(Backend):
         """See `Backend.multiplies_integers`."""
         return (
             device == "cuda"
+            and torch.cuda.is_available()
             and availability.why_not_on(torch.device("cuda", torch.cuda.current_device())) is None
         )
 
