@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test test-fast docs axe check unit held interpreted zoo zoo-packages sanitize onnx runtime format bench wheel pictures clean
+.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx runtime format bench wheel pictures clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train, pack and run a 2-bit language model on bundled books (about 5 minutes)"
 	@echo "make test    linter, types and tests (under 10 minutes)"
 	@echo "make test-fast  before each commit: linter, and the tests that take no time (under one minute)"
+	@echo "make test-slow  whole jobs under every fault, and every tutorial (about 5 minutes)"
 	@echo "make docs    the documentation site in build/site, without a warning or a dead link"
 	@echo "make zoo     80 architectures of transformers, torchvision and timm (about 6 minutes)"
 	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
@@ -54,6 +55,10 @@ check: setup
 # One thread a worker: small tensors gain nothing from more, and the workers do not fight for the cores.
 unit: held interpreted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+# Whole jobs under every fault, and every tutorial: some five minutes more.
+test-slow: setup
+	BELLBOX_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m slow
 
 # The GPU's kernels in Triton's interpreter, which has to be asked for before anything imports Triton.
 interpreted: setup

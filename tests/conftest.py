@@ -4,8 +4,10 @@ has other work, many times more. Processes that tests start decide for themselve
 
 from __future__ import annotations
 
+import os
 import signal
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -13,3 +15,12 @@ torch.set_num_threads(1)
 # Who starts the tests in the background may have them ignore Ctrl-C, and the processes that they start with them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that are marked slow run where they are asked for (`make test-slow`)."""
+    if os.environ.get("BELLBOX_SLOW") != "1":
+        skip = pytest.mark.skip(reason="slow: make test-slow")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(skip)

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from conftest import Ranks
+from processes import Ranks
 
 ROOT = Path(__file__).parents[2]
 

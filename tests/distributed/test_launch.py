@@ -98,7 +98,10 @@ def test_bad_input_is_one_line_of_the_first_process(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("there", "named"), [(0, "rank 1 of 2 did not come"), (1, "rank 0 is missing")])
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [(0, "rank 1 of 2 did not come"), pytest.param(1, "rank 0 is missing", marks=pytest.mark.slow)],
+)
 def test_a_missing_process_is_named_in_bounded_time(written: Any, there: int, named: str) -> None:
     begun = time.monotonic()
     section = DistributedSection(timeout=3)
@@ -124,6 +127,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(written: Any, tmp_
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_program_itself(written: Any, tmp_path: Path) -> None:
     program = Path(sys.executable).parent / "bellbox"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -11,6 +11,7 @@ import pytest
 import tiny_run
 import torch
 import worker
+from processes import Ranks
 from safetensors.torch import load_file
 
 import bellbox as bb
@@ -29,7 +30,6 @@ from bellbox.runs.config import (
 from bellbox.runs.metrics import read_records
 from bellbox.runs.open import load_run
 from bellbox.training import train
-from conftest import Ranks
 
 STEPS = 3
 METHODS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""A short run of `benchmarks/reliability/ranks.py`, and one job under torchrun itself, which starts it again."""
+"""A short run of `benchmarks/reliability/jobs.py`, and one job under torchrun itself, which starts it again."""
 
 from __future__ import annotations
 
@@ -25,38 +25,44 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and 
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[ModuleType]:
+def jobs() -> Iterator[ModuleType]:
     sys.path.insert(0, str(FOLDER))
     try:
-        yield importlib.import_module("ranks")
+        yield importlib.import_module("jobs")
     finally:
         sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(scope="module")
-def bench(ranks: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def bench(jobs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("bench")
-    fleet = ranks.Fleet(folder / "said")
-    yield ranks.Bench(folder, fleet)
+    fleet = jobs.Fleet(folder / "said")
+    yield jobs.Bench(folder, fleet)
     fleet.close()
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_a_job_of_two_survives_and_loses_nothing(name: str, ranks: ModuleType, bench: Any) -> None:
+OFTEN = ("killed", "one killed", "damaged")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in COUNTS]
+)
+def test_a_job_of_two_survives_and_loses_nothing(name: str, jobs: ModuleType, bench: Any) -> None:
     bench.injected = bench.survived = bench.lost = 0
-    ranks.FAULTS[name](bench, COUNTS[name], ranks.random.Random(3))
+    jobs.FAULTS[name](bench, COUNTS[name], jobs.random.Random(3))
     assert bench.injected > 0
     assert (bench.survived, bench.lost) == (bench.injected, 0)
 
 
-def test_it_goes_on_with_other_numbers_of_ranks(ranks: ModuleType, bench: Any) -> None:
+@pytest.mark.slow
+def test_it_goes_on_with_other_numbers_of_ranks(jobs: ModuleType, bench: Any) -> None:
     """Of two, then one, then four: the records of all steps are there, and losses are those of two but for rounding."""
     for size, steps in ((2, 4), (1, 8), (4, bench.steps)):
         job = bench.start("sizes", size)
         job.until(lambda steps=steps: max(bench.steps_of("sizes"), default=0) >= steps)
         job.send(signal.SIGTERM)
         assert set(job.wait()) <= {0, 143}, job.said()
-    ours, theirs = (ranks.records(bench.run(name)) for name in ("sizes", "whole"))
+    ours, theirs = (jobs.records(bench.run(name)) for name in ("sizes", "whole"))
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     assert all(abs(a["loss"] - b["loss"]) < 1e-3 for a, b in zip(ours, theirs, strict=True))
 
@@ -74,11 +80,11 @@ def _ranks_of(torchrun: int) -> list[int]:
     return found
 
 
-def test_torchrun_starts_a_job_again_that_was_killed_while_it_saved(ranks: ModuleType, bench: Any) -> None:
+def test_torchrun_starts_a_job_again_that_was_killed_while_it_saved(jobs: ModuleType, bench: Any) -> None:
     folder = bench.run("again")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-        "--monitor-interval", "0.1", "--master-port", str(ranks.free_port()), "-m", "bellbox", "train",
+        "--monitor-interval", "0.1", "--standalone", "-m", "bellbox", "train",
         "--config", str(bench.folder / "config.yaml"), "--folder", str(folder),
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -107,5 +113,5 @@ def test_torchrun_starts_a_job_again_that_was_killed_while_it_saved(ranks: Modul
     assert process.returncode == 0, said[-3000:]
     ours, theirs = bench.checkpoints("again").last(), bench.checkpoints("whole").last()
     assert reached < ours.step == theirs.step
-    assert ranks.differing(ours, theirs) == 0
-    assert ranks.records(folder) == ranks.records(bench.run("whole"))
+    assert jobs.differing(ours, theirs) == 0
+    assert jobs.records(folder) == jobs.records(bench.run("whole"))

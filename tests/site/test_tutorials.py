@@ -28,9 +28,15 @@ def alone() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def slow(name: str) -> object:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["tutorials/train", "tutorials/compare", "tutorials/deploy", "howto"])
+@pytest.mark.parametrize(
+    "name", [slow("tutorials/train"), slow("tutorials/compare"), "tutorials/deploy", "howto"]
+)
 def test_the_page_does_what_it_says(name: str, tmp_path: Path) -> None:
     run_page(DOCS / f"{name}.md", tmp_path)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bellbox.ops.backends.triton import availability
 
 ASKED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether this process began so. Triton's own functions become the interpreter's when it is first imported, perhaps by torch."""
+"""Whether this process began so: Triton's own functions become the interpreter's when it is first imported."""
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,9 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if not availability.installed():
         pytest.skip("Triton is not installed (pip install 'bellbox[triton]')")
     if not ASKED:
-        pytest.skip("these run by themselves: TRITON_INTERPRET=1 pytest tests/ops/triton_kernels (`make unit` does)")
+        pytest.skip(
+            "these run by themselves: TRITON_INTERPRET=1 pytest tests/ops/triton_kernels (`make unit` does)"
+        )
     monkeypatch.setenv("BELLBOX_BACKEND", "triton")
 
 

@@ -1,7 +1,7 @@
 """Faults of jobs of several processes: what is killed, stopped or cut off goes on, and ends with the same bits.
 
-    python benchmarks/reliability/ranks.py                  every fault, twenty times (docs/reliability.md)
-    python benchmarks/reliability/ranks.py --count 3 --only killed stopped
+    python benchmarks/reliability/jobs.py                  every fault, twenty times (docs/reliability.md)
+    python benchmarks/reliability/jobs.py --count 3 --only killed stopped
 
 Each fault is put upon a run that saves after every step and keeps one checkpoint. It must end with a line and an exit
 code, leave a checkpoint that can be read, and go on from there. At the end model, optimizer and records are held
