@@ -74,6 +74,11 @@ class Store {
         bytes(name, Number::f32, {count});
         return floats(name, {count}, true);
     }
+    // The tensor that keeps others from loading codes as a plain model (docs/format.md).
+    void pass_guard(const std::string& layer) {
+        const auto found = tensors_.find(layer + ".weight");
+        if (found != tensors_.end() && found->second.number == Number::u8 && found->second.shape == std::vector<int64_t>{0}) taken_.insert(found->first);
+    }
     void done() const {
         for (const auto& [name, tensor] : tensors_)
             if (taken_.count(name) == 0) refuse(name, "is of nothing in the model");
@@ -379,6 +384,7 @@ class Model {
         const int32_t levels = stored.weight.levels, bits = stored.weight.bits();
         const int64_t row = stored_bytes(inputs, levels);
         const auto* const bytes = reinterpret_cast<const uint8_t*>(store.bytes(name + ".weight_packed", Number::u8, {outputs, row}).data());
+        store.pass_guard(name);
         layer.scale = store.scales(name + ".weight_scale", outputs);
         layer.act_scale = store.scales(name + ".act_scale", 1)[0];
         if (stored.bias) layer.bias = store.scales(name + ".bias", outputs);

@@ -51,8 +51,16 @@ double peak_memory() {
     return kilobytes / 1e3;
 }
 
-int write_piece(void*, const char* text, size_t bytes) {
+int write_text(const char* text, size_t bytes) {
     return std::fwrite(text, 1, bytes, stdout) == bytes && std::fflush(stdout) == 0 ? 0 : 1;
+}
+
+// `user`: the prompt, until it is written, before the first piece: what is refused is refused before.
+int write_piece(void* user, const char* text, size_t bytes) {
+    const char*& prompt = *static_cast<const char**>(user);
+    if (prompt != nullptr && write_text(prompt, std::strlen(prompt)) != 0) return 1;
+    prompt = nullptr;
+    return write_text(text, bytes);
 }
 
 int drop_piece(void*, const char*, size_t) { return 0; }
@@ -106,15 +114,16 @@ int main(int argc, char** argv) {
         return status;
     }
     const double loaded = now() - begun;
-    if (!bench) write_piece(nullptr, prompt, std::strlen(prompt));
     bellbox_times times{};
-    const bellbox_status status = bellbox_generate(model, prompt, &options, bench ? drop_piece : write_piece, nullptr, &times, &error);
+    const char* unwritten = prompt;
+    const bellbox_status status = bellbox_generate(model, prompt, &options, bench ? drop_piece : write_piece, &unwritten, &times, &error);
     bellbox_close(model);
     if (status != BELLBOX_OK) {
-        std::fprintf(stderr, "%sbellbox-run: error: %s\n", bench ? "" : "\n", error.text);
+        if (!bench && unwritten == nullptr) std::fputs("\n", stdout);
+        std::fprintf(stderr, "bellbox-run: error: %s\n", error.text);
         return status;
     }
-    if (!bench) std::fputs("\n", stdout);
+    if (!bench) write_piece(&unwritten, "\n", 1);
     const auto rate = [](double count, double time) { return time > 0 ? count / time : 0.0; };
     std::fprintf(stderr, "%s kernels, loaded in %.3f s, prefill %lld tokens at %.0f tokens/s, decode %lld tokens at %.0f tokens/s, peak memory %.1f MB\n", bellbox_kernels(),
                  loaded, static_cast<long long>(times.prompt_tokens), rate(static_cast<double>(times.prompt_tokens), times.prefill_seconds), static_cast<long long>(times.new_tokens),
