@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from serving import Server, get, metric
 
 import waiting
 from bellbox.formats.auto import open_model
 from bellbox.inference.generation import generate_text
-from chromium import BROWSER, Chromium
+from chromium import Chromium
 
 
 def test_it_loads_nothing_from_elsewhere(server: Server) -> None:
@@ -24,15 +22,6 @@ def test_it_loads_nothing_from_elsewhere(server: Server) -> None:
     assert script[1]["content-type"].startswith("text/javascript")
     for text in (page, script[2]):
         assert not re.search(rb"https?://|//[a-z]+\.", text)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    if BROWSER is None:
-        pytest.skip("Chromium is not installed")
-    opened = Chromium(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 def filled(browser: Chromium, server: Server, **fields: object) -> None:

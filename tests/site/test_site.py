@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from chromium import BROWSER, Chromium
+from chromium import Chromium
 
 ROOT = Path(__file__).resolve().parents[2]
 AXE = ROOT / "build" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
@@ -130,15 +129,6 @@ def test_the_pictures_are_those_of_the_command(tmp_path: Path, monkeypatch: pyte
         assert words == re.findall(r"<text[^>]*>(.*?)</text>", kept), made.name
         assert len(words) > 5
     assert len(list(tmp_path.glob("*.svg"))) == len(list((ROOT / "docs" / "figures").glob("*.svg")))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    if BROWSER is None:
-        pytest.skip("Chromium is not installed")
-    opened = Chromium(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 def show(browser: Chromium, page: Path, width: int) -> None:

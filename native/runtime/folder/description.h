@@ -9,6 +9,7 @@
 
 #include "runtime/folder/canonical.h"
 #include "runtime/folder/fields.h"
+#include "runtime/folder/unpack.h"
 #include "runtime/sha256.h"
 
 namespace bellbox {
@@ -16,7 +17,7 @@ namespace bellbox {
 // code - n/2 - zero_point as multiplier * code - shift over multiplier.
 struct StoredGrid {
     int32_t levels = 0, multiplier = 0, shift = 0;
-    int32_t bits() const { return levels <= 2 ? 1 : levels <= 4 ? 2 : levels <= 8 ? 3 : 4; }
+    int32_t bits() const { return width_of(levels); }
     int32_t largest() const { return std::max(std::abs(shift), std::abs(multiplier * (levels - 1) - shift)); }
 };
 
