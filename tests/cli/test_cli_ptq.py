@@ -92,6 +92,7 @@ def test_models_that_it_cannot_take_are_refused_in_one_line(refused, tmp_path, h
     assert not (tmp_path / "out.unfinished").exists()
 
 
+@pytest.mark.slow
 def test_a_page_shows_the_bells_before_and_after(bellbox_process, tmp_path, hf, text):
     made = bellbox_process("ptq", hf, "--calibration", text, "--out", "two", "--samples", 4, "--context", 24)
     assert made.returncode == 0, made.stderr

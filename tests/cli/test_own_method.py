@@ -123,6 +123,7 @@ def test_it_is_trained_and_measured(place: Path, trained: str):
     assert found["perplexity"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained")
 def test_it_is_packed_pictured_and_compared(place: Path, here: Here):
     pytest.importorskip("scipy", reason="scipy, of the extra cli: `bellbox compare` asks for it")
@@ -197,6 +198,7 @@ def test_a_file_of_a_run_has_nothing_imported(place: Path, here: Here):
     assert not (place / "touched").exists()
 
 
+@pytest.mark.slow
 def test_an_installed_package_needs_no_flag(place: Path):
     site = place / "site"
     about = site / "laplace_box-1.0.dist-info"

@@ -83,6 +83,7 @@ def test_a_grid_runs_goes_on_after_a_failing_row_and_then_has_nothing_to_do(
     assert (out / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_with_its_run_it_goes_on_to_the_same_result(grid, start, tmp_path: Path) -> None:
     file, out = grid(rows={"BBQ": {}}, steps=30), tmp_path / "killed"
     config = load_grid(file).cells[0].config(1e-2, 0)
@@ -117,6 +118,7 @@ def _unlocked(folder: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_run_and_says_how_to_go_on(grid, start, tmp_path: Path) -> None:
     file, out = grid(rows={"BBQ": {}}, steps=100000), tmp_path / "out"
     running = start(file, "--out", out)

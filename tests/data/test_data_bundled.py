@@ -57,6 +57,7 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path: Path) -> Non
         bundled.open_classics(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_end_with_one_whole_dataset(tmp_path: Path) -> None:
     script = (
         "import sys; from bellbox.data.bundled import open_classics as o; print(o(sys.argv[1]).train.bytes)"

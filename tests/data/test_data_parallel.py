@@ -56,6 +56,7 @@ def documents_of(made: TokenDataset) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_units")
 def test_the_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path, corpus: Path) -> None:
     options = {"vocab_size": 300, "valid_fraction": 0.2, "shard_tokens": 900}
@@ -90,7 +91,7 @@ prepare([corpus], out, tokenizer=tokenizer, valid_fraction=0.2, shard_tokens=900
 """
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, (3,)), (2, (2, 9))])
+@pytest.mark.parametrize(("processes", "kills"), [(1, (3,)), pytest.param(2, (2, 9), marks=pytest.mark.slow)])
 def test_a_killed_preparation_goes_on_without_doing_finished_parts_again(
     tmp_path: Path,
     corpus: Path,
@@ -293,6 +294,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path, corpus: Path, op
         prepare([corpus], tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_several_files_is_streamed_file_by_file(
     tmp_path: Path, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,7 @@ def test_the_tokenizer_is_trained_on_a_bounded_part_of_a_long_corpus(
     assert "xy" not in made.tokenizer.vocab
 
 
+@pytest.mark.slow
 def test_preparing_takes_the_same_memory_however_long_the_text(
     tmp_path: Path, small_tokenizer: Tokenizer
 ) -> None:

@@ -33,6 +33,7 @@ def losses(output: str) -> list[float]:
     return [float(line.split("loss")[1]) for line in output.splitlines() if line.startswith("step ")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(absent("accelerate", "transformers"), reason="accelerate and transformers are needed")
 def test_accelerate_shards_a_prepared_model() -> None:
     """Its launcher takes FSDP on GPUs alone, so here its state is told; what is then run is its own FSDP2."""

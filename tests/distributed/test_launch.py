@@ -79,9 +79,9 @@ def test_the_first_process_alone_writes_and_prints(written: Any, tmp_path: Path)
             ["--batch.tokens", "48", "--batch.micro-sequences", "1"],
             "3 sequences a step do not divide among 2",
         ),
-        (["--distributed.mode", "none"], "2 processes were started"),
-        (["--steps", "0"], "steps is 0"),
-        (["--data.source", "nowhere"], "nowhere"),
+        pytest.param(["--distributed.mode", "none"], "2 processes were started", marks=pytest.mark.slow),
+        pytest.param(["--steps", "0"], "steps is 0", marks=pytest.mark.slow),
+        pytest.param(["--data.source", "nowhere"], "nowhere", marks=pytest.mark.slow),
     ],
     ids=["batch", "mode", "value", "data"],
 )
@@ -112,6 +112,7 @@ def test_a_missing_process_is_named_in_bounded_time(written: Any, there: int, na
     assert time.monotonic() - begun < 200  # imports and three seconds, on a machine with other work
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_all_after_the_same_step(written: Any, tmp_path: Path) -> None:
     started = begin(written(), 2, [0, 1], "--steps", "100000", "--eval-every", "100000")
     metrics = tmp_path / "run" / "metrics.jsonl"

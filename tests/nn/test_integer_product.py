@@ -141,7 +141,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return saved.nbytes
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_byte_a_number_is_all_that_is_kept(compiled: bool) -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(256, 256, bias=False) for _ in range(12)]
@@ -179,7 +179,7 @@ def test_checkpointed_it_has_the_same_gradients(reentrant: bool, once: bool) -> 
     assert all(apart(a, b) < 1e-6 for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_it_is_the_eager_function(bf16: bool) -> None:
     model = network(KEPT["2 bits"])
     step(model)

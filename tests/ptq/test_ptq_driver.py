@@ -174,6 +174,7 @@ binarize_folder(Job(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), Set
 """
 
 
+@pytest.mark.slow
 def test_killed_after_a_block_it_goes_on_there_and_ends_with_the_same_bytes(places, tmp_path):
     arguments = [str(places["llama"]), str(tmp_path / "out"), str(places["text"])]
     run = [sys.executable, "-c", COMMAND, *arguments]

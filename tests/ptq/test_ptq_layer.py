@@ -38,7 +38,7 @@ def test_few_rows_without_decoding_agree_with_decoded_weights(bias, bits, isa):
     wanted = round_activations(x, bits) @ one.weight().T + (0 if one.bias is None else one.bias)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
     torch.testing.assert_close(
-        one(torch.cat([x] * 16))[:2], wanted, rtol=1e-6, atol=1e-6
+        one(torch.cat([x] * 16))[:2], wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max())
     )  # many rows: decoded
 
 

@@ -87,7 +87,7 @@ def test_a_signal_that_a_library_takes_for_an_error_of_its_own_is_a_signal(
     assert capsys.readouterr().err == "bellbox: interrupted\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_stopped_preparation_leaves_what_it_goes_on_from(tmp_path: Path, number: signal.Signals) -> None:
     """Stopped once its hidden folder is there: while text is encoded."""
     text = tmp_path / "text"

@@ -35,7 +35,7 @@ def slow(name: str) -> object:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name", [slow("tutorials/train"), slow("tutorials/compare"), "tutorials/deploy", "howto"]
+    "name", [slow("tutorials/train"), slow("tutorials/compare"), slow("tutorials/deploy"), "howto"]
 )
 def test_the_page_does_what_it_says(name: str, tmp_path: Path) -> None:
     run_page(DOCS / f"{name}.md", tmp_path)

@@ -258,6 +258,7 @@ print(memory("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux")
 def test_converting_takes_the_model_and_not_its_checkpoint(
     tiny: Callable[..., TrainConfig], tmp_path: Path

@@ -23,6 +23,7 @@ print(cleared(20))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc can")
 def test_large_buffers_that_were_freed_are_used_again() -> None:
     # 16 MiB are 4,096 pages, which the system would have to clear each of the 20 times; the heap may still grow once,

@@ -249,6 +249,7 @@ def test_the_phases_are_said(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> 
     assert "step      3  from here on: bbq, 2 bits" in output
 
 
+@pytest.mark.slow
 def test_a_compiled_run_goes_through_its_phases(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with = torch.compile
     # The compiler of C++ takes a minute and decides nothing here.

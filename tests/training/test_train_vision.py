@@ -136,6 +136,7 @@ def test_stopped_and_resumed_it_ends_bit_identical(tiny_vision: VisionRun, prese
         assert isinstance(load_run(whole.folder).model, ViT)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
 def test_killed_and_resumed_it_ends_bit_identical(tiny_vision: VisionRun) -> None:
     settings = {"steps": 60, "checkpoint_every": 3, "eval_every": 20, "vision": MIXED}

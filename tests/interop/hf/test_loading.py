@@ -146,6 +146,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_in_three_fresh_processes_trust_is_enough_and_every_buffer_is_the_same(folder) -> None:
     """transformers 48892: buffers that are not stored came back as uninitialised memory.
 
