@@ -9,6 +9,7 @@ import yaml
 from bellbox.comparison import load_grid, run_grid
 from bellbox.data.prepare import prepare
 from bellbox.errors import BellboxError
+from bellbox.runs.config import hyperball_rate
 
 
 def test_rows_are_laid_over_the_base_bits_and_seeds_over_the_rows(grid) -> None:
@@ -175,3 +176,16 @@ def test_rows_over_other_data_are_refused_before_the_first_run(grid, tmp_path: P
     found = load_grid(grid(rows={"BBQ": {}, "bad": {"data": {"source": str(tmp_path / "other")}}}))
     with pytest.raises(BellboxError, match="row 'bad' has other data than row 'BBQ'"):
         run_grid(found, tmp_path / "out", show=False)
+
+
+def test_a_row_that_names_no_rate_of_the_hyperball_has_it_written_out(grid) -> None:
+    """So a line of the results keeps what was run, whatever a later version takes where nothing is said."""
+    rows = {
+        "open": {},
+        "said": {"optimizer": {"cewt": {"lr": 0.05}}},
+        "published": {"quantization": {"method": "cewt"}},
+    }
+    found = [cell.config(0.1, 0) for cell in load_grid(grid(rows=rows)).cells]
+    assert [config.optimizer.cewt.lr for config in found] == [
+        hyperball_rate("ours", found[0].total_steps), 0.05, 0.01,
+    ]  # fmt: skip

@@ -192,7 +192,7 @@ def test_a_full_disk_names_the_file_and_half_a_line_is_no_result(tmp_path: Path,
     assert results.all == [result()]
 
 
-def test_a_hyperballs_rate_that_is_left_open_is_the_run_of_its_number() -> None:
+def test_a_hyperballs_rate_that_an_old_line_leaves_open_is_the_run_of_its_number() -> None:
     for method, rate in (("bbq", 0.02), ("cewt", 0.01)):
         open_, said, other = (
             TrainConfig(

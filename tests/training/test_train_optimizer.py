@@ -13,7 +13,7 @@ from bellbox.models import build, preset
 from bellbox.nn import quantized_layers
 from bellbox.optim import parameter_groups
 from bellbox.recipe import Recipe
-from bellbox.runs.config import CewtSection, OptimizerSection
+from bellbox.runs.config import CewtSection, OptimizerSection, hyperball_rate
 from bellbox.training.optim.groups import ModelOptimizer
 
 
@@ -201,3 +201,10 @@ def test_what_was_remembered_before_a_restore_is_forgotten(kind) -> None:
     assert all(torch.equal(found[name], value) for name, value in some.items())
     optimizer.restore(model.named_parameters(), {})
     assert optimizer.tensors(model.named_parameters()) == {}
+
+
+def test_the_hyperballs_rate_follows_from_the_steps() -> None:
+    assert hyperball_rate("ours", 512) == 0.0225
+    assert hyperball_rate("ours", 2048) == 0.01417
+    assert hyperball_rate("ours", 20) == hyperball_rate("ours", 216) == 0.03
+    assert hyperball_rate("published", 512) == hyperball_rate("published", 50_000) == 0.01

@@ -23,6 +23,7 @@ the one that the others are compared with; without any it is the first row. `aga
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import os
@@ -33,7 +34,7 @@ from typing import Any
 from bellbox.comparison.results import FRAME, frame
 from bellbox.errors import BellboxError
 from bellbox.runs.build import check_quantization
-from bellbox.runs.config import QuantizationSection, TrainConfig, methods_named
+from bellbox.runs.config import CEWT, QuantizationSection, TrainConfig, hyperball_rate, methods_named
 from bellbox.runs.config_file import config_from_dict, merged, read_layers
 from bellbox.utils.yaml import read_yaml
 
@@ -58,7 +59,14 @@ class Cell:
     def config(self, lr: float, seed: int) -> TrainConfig:
         """The training configuration of one run; `folder` is still to be set."""
         changes = {"optimizer": {"lr": lr}, "data": {"seed": seed}, "seed": seed}
-        return config_from_dict(merged(self.values, changes), f"row '{self.row}'")
+        found = config_from_dict(merged(self.values, changes), f"row '{self.row}'")
+        cewt = found.optimizer.cewt
+        if cewt.lr is not None:
+            return found
+        # Written out, so that a line keeps what it was run with whatever the rule will be.
+        rule = "published" if found.quantization.method == CEWT else cewt.rule
+        written = dataclasses.replace(cewt, lr=hyperball_rate(rule, found.total_steps))
+        return dataclasses.replace(found, optimizer=dataclasses.replace(found.optimizer, cewt=written))
 
     @property
     def label(self) -> str:

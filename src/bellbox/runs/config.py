@@ -46,7 +46,17 @@ PAPER = "bbq_paper"
 CEWT = "cewt"
 """Method name of `Recipe.cewt`: CEWT as published, its optimizer and initialisation included."""
 CEWT_RATES = {"ours": 0.02, "published": 0.01}
-"""Peak rate of the hyperball where a run names none; the published one is that of 95M and 125M parameters."""
+"""Peak rate of the hyperball where a run of before `hyperball_rate` named none."""
+
+
+def hyperball_rate(rule: str, steps: int) -> float:
+    """Peak rate of the hyperball where a run names none, in units of the weight's norm.
+
+    Ours falls with the cube root of the steps: a longer run has the time to settle, and at a rate that is too high its
+    weights never do. 0.18 goes through what was best at 512, 2,048 and 6,512 steps (docs/studies.md, "The rate of the
+    hyperball"); runs of less than 216 steps take what 216 do. The published one is that of 95M and 125M parameters.
+    """
+    return 0.01 if rule == "published" else round(0.18 / max(steps, 216) ** (1 / 3), 5)
 
 
 @dataclass(frozen=True)
@@ -176,15 +186,11 @@ class CewtSection:
     """Whether an update is scaled to the weight's norm, in place of weight decay."""
     lr: Annotated[float, Limits(gt=0, lt=1)] | None = None
     """Peak learning rate of the hyperball, in units of the weight's norm; it follows `schedule`. `optimizer.lr` is
-    then for all other parameters. Where null, 0.02, and 0.01 with the rule `published`."""
+    then for all other parameters. Where null, 0.18 over the cube root of the steps (at most 0.03), and 0.01 with the
+    rule `published`."""
     rule: Literal["ours", "published"] = "ours"
     """`published`, always with `method: cewt`: linear layers begin as LeCun's, N(0, 1/in_features); the output layer's
     weight is on the hyperball too, never projected; other weights are first projected by the first step."""
-
-    @property
-    def rate(self) -> float:
-        """`lr`, or what it is where nothing is said."""
-        return CEWT_RATES[self.rule] if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from bellbox.runs.config import (
     QuantizationSection,
     ResolvedConfig,
     TrainConfig,
+    hyperball_rate,
     methods_named,
 )
 from bellbox.runs.config_file import load_config
@@ -64,7 +65,7 @@ def resolve(raw: TrainConfig, data: Text | ImageDataset) -> ResolvedConfig:
         else _text_overrides(raw, cast("Text", data).vocab_size)
     )
     model = dataclasses.replace(raw.model, overrides=overrides)
-    cewt, quantization = _resolve_cewt(raw.optimizer.cewt, raw.quantization)
+    cewt, quantization = _resolve_cewt(raw.optimizer.cewt, raw.quantization, raw.total_steps)
     changes: dict[str, Any] = {
         "model": model,
         "optimizer": dataclasses.replace(raw.optimizer, cewt=cewt),
@@ -156,7 +157,9 @@ def _vision_overrides(raw: TrainConfig, images: ImageDataset) -> dict[str, Any]:
     return overrides
 
 
-def _resolve_cewt(cewt: CewtSection, section: QuantizationSection) -> tuple[CewtSection, QuantizationSection]:
+def _resolve_cewt(
+    cewt: CewtSection, section: QuantizationSection, steps: int
+) -> tuple[CewtSection, QuantizationSection]:
     """Write out what is left open: BBQ learns rotated weights on the hyperball, other methods neither."""
     own = section.recipe is None and section.method == "bbq" and section.weight_only is None
     if section.recipe is None and section.method == CEWT:
@@ -166,7 +169,8 @@ def _resolve_cewt(cewt: CewtSection, section: QuantizationSection) -> tuple[Cewt
         every = 1
     elif every is None:
         every = BBQ_EVERY if own and section.weights_rotated is not False else 0
-    cewt = dataclasses.replace(cewt, every=every, lr=cewt.rate)
+    lr = hyperball_rate(cewt.rule, steps) if cewt.lr is None else cewt.lr
+    cewt = dataclasses.replace(cewt, every=every, lr=lr)
     if cewt.every == 0 or section.recipe is not None:
         return cewt, section
     if section.method == "none":

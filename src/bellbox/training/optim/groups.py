@@ -81,7 +81,9 @@ class ModelOptimizer:
         for group in self.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.cewt is not None:
-            self.cewt.step(self.section.cewt.rate * lr / self.section.lr, project)
+            rate = self.section.cewt.lr
+            assert rate is not None  # a run's configuration is resolved before its optimizer is made
+            self.cewt.step(rate * lr / self.section.lr, project)
             return
         for part in self.parts:
             part.step()
