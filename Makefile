@@ -45,7 +45,7 @@ SLOWER := tests/quantizers/test_methods.py tests/quantizers/test_scales.py tests
 test-fast: setup
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check --quiet src tests benchmarks examples
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(FAST) $(SLOWER:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(FAST) $(SLOWER:%=--ignore=%)
 
 check: setup
 	$(BIN)/ruff check src tests benchmarks examples
@@ -54,11 +54,11 @@ check: setup
 
 # One thread a worker: small tensors gain nothing from more, and the workers do not fight for the cores.
 unit: held interpreted
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Whole jobs under every fault, and every tutorial: some five minutes more.
 test-slow: setup
-	BELLBOX_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m slow
+	BELLBOX_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow
 
 # The GPU's kernels in Triton's interpreter, which has to be asked for before anything imports Triton.
 interpreted: setup

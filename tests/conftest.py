@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Folders whose files take long go first (`--no-loadscope-reorder` keeps the order), or one worker ends alone with them.
+LONG = ("distributed", "reliability", "comparison", "interop", "site", "training", "data", "ptq", "cli", "nn")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that are marked slow run where they are asked for (`make test-slow`)."""
+    """Long files first; tests that are marked slow run where they are asked for (`make test-slow`)."""
+    place = {name: number for number, name in enumerate(LONG)}
+    root = Path(__file__).parent
+    items.sort(key=lambda item: place.get(os.path.relpath(item.path, root).split(os.sep)[0], len(LONG)))
     if os.environ.get("BELLBOX_SLOW") != "1":
         skip = pytest.mark.skip(reason="slow: make test-slow")
         for item in items:
