@@ -222,8 +222,13 @@ def terminated(bench: Bench, count: int, draw: random.Random) -> None:
         codes = job.wait()
         saved = bench.checkpoints(name).last()
         step = max((r["step"] for r in records(bench.run(name)) if isinstance(r["step"], int)), default=0)
-        ok = saved is not None and saved.step == step and time.monotonic() - begun < 30
-        bench.count(job, (ok and codes == [143, 143]) or (not alive or codes == [0, 0]))
+        took = time.monotonic() - begun
+        ok = saved is not None and saved.step == step and took < 30
+        survived = (ok and codes == [143, 143]) or (not alive or codes == [0, 0])
+        if not survived:
+            at = None if saved is None else saved.step
+            print(f"codes {codes}, saved at {at} of {step}, {took:.0f} s after the signal", file=sys.stderr)
+        bench.count(job, survived)
         bench.finish(name)
 
 
