@@ -17,6 +17,7 @@ from chromium import Chromium
 
 RUN = Path(__file__).parents[2] / "build" / "runtime" / "bellbox-run"
 needs_build = pytest.mark.skipif(not is_built(), reason="no WebAssembly beside the page: make web")
+AXE = Path(__file__).parents[2] / "build" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
 PROMPT = "Once upon a time"
 
 
@@ -63,8 +64,12 @@ def give(browser: Chromium, field: str, *paths: Path) -> None:
 
 
 @needs_build
-@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 7}])
-def test_the_text_is_that_of_python(browser: Chromium, server: Server, folder: Path, how: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0.0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 7}]
+)
+def test_the_text_is_that_of_python(
+    browser: Chromium, server: Server, folder: Path, how: dict[str, float]
+) -> None:
     opened(browser, f"{server.url}/try/")
     assert "llama, 2 blocks of 64" in shown(browser, "facts")
     filled(browser, prompt=PROMPT, tokens=60, **how)
@@ -85,7 +90,9 @@ def test_damaged_folders_are_refused_and_whole_ones_are_opened(
     (damaged / "model.safetensors").write_bytes(content)
     give(browser, "files", *sorted(damaged.iterdir()))
     ended("checksum does not match", browser)
-    message = "Refused: model.safetensors: damaged, its size or checksum does not match; save the model again."
+    message = (
+        "Refused: model.safetensors: damaged, its size or checksum does not match; save the model again."
+    )
     assert shown(browser, "error") == message
 
     give(browser, "files", damaged / "model.safetensors")
@@ -108,7 +115,9 @@ def test_damaged_folders_are_refused_and_whole_ones_are_opened(
 
 @needs_build
 def test_it_fits_a_phone_and_calls_nobody(browser: Chromium, server: Server) -> None:
-    browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+    browser.call(
+        "Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True
+    )
     try:
         opened(browser, f"{server.url}/try/")
         filled(browser, prompt="x" * 200, tokens=5)
@@ -121,8 +130,41 @@ def test_it_fits_a_phone_and_calls_nobody(browser: Chromium, server: Server) -> 
 
 
 @needs_build
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(browser: Chromium, server: Server, scheme: str) -> None:
+    """Contrast, labels, names of buttons."""
+    if not AXE.is_file():
+        pytest.skip("axe-core is not here: make axe")
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    opened(browser, f"{server.url}/try/")
+    filled(browser, prompt=PROMPT, tokens=0)  # not valid, so nothing begins
+    filled(browser, prompt=PROMPT, tokens=5)
+    ended("tokens are written", browser)
+    give(browser, "files", AXE)
+    ended("no config.json", browser)
+    browser.call("Runtime.evaluate", expression=AXE.read_text(encoding="utf-8"))
+    ask = """axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'best-practice']}).then(found => found.violations.map(
+        each => ({rule: each.id, where: each.nodes.map(node => node.html.slice(0, 200))})))"""
+    answer = browser.call("Runtime.evaluate", expression=ask, awaitPromise=True, returnByValue=True)
+    assert answer["result"]["value"] == []
+
+
+@needs_build
+def test_a_folder_is_dropped(browser: Chromium, server: Server, folder: Path) -> None:
+    opened(browser, f"{server.url}/try/")
+    data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        browser.call("Input.dispatchDragEvent", type=kind, x=100, y=300, data=data)
+    ended(f"{folder.name} is open", browser)
+
+
+@needs_build
 def test_what_is_served_at_try(server: Server, folder: Path) -> None:
-    for name, kind in (("", "text/html"), ("worker.js", "text/javascript"), ("bellbox.wasm", "application/wasm")):
+    for name, kind in (
+        ("", "text/html"),
+        ("worker.js", "text/javascript"),
+        ("bellbox.wasm", "application/wasm"),
+    ):
         status, headers, _ = get(server, f"/try/{name}")
         assert (status, headers["content-type"].partition(";")[0]) == (200, kind)
         assert "default-src 'none'" in headers["content-security-policy"]
@@ -133,7 +175,14 @@ def test_what_is_served_at_try(server: Server, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["model/x", "model/..%2Fconfig.json", "model/../../../etc/passwd", "model/%2Fetc%2Fpasswd", "..%2Fapp.py", "trial.py"],
+    [
+        "model/x",
+        "model/..%2Fconfig.json",
+        "model/../../../etc/passwd",
+        "model/%2Fetc%2Fpasswd",
+        "..%2Fapp.py",
+        "trial.py",
+    ],
 )
 def test_nothing_else_is_reached(server: Server, path: str) -> None:
     status, _, body = get(server, f"/try/{path}")

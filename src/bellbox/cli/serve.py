@@ -167,6 +167,4 @@ def _service(command: Serve, opened: OpenedModel, key: str | None) -> Service:
     hosts = ("localhost", "127.0.0.1", "[::1]", command.host.lower())
     limits = Limits(command.max_body, choices=max(1, min(16, command.queue + command.slots)))
     packed = opened.path if opened.kind == "packed" else None
-    return Service(
-        name, engine, tokenizer, template, metrics, limits, command.max_tokens, key, hosts, packed
-    )
+    return Service(name, engine, tokenizer, template, metrics, limits, command.max_tokens, key, hosts, packed)

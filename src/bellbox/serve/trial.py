@@ -24,7 +24,9 @@ _POLICY = (
     "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-ABSENT = "no page at /try: its WebAssembly is not built (make web, in a checkout with emscripten; docs/device.md)"
+ABSENT = (
+    "no page at /try: its WebAssembly is not built (make web, in a checkout with emscripten; docs/device.md)"
+)
 
 
 def is_built() -> bool:
