@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx runtime web format bench wheel pictures clean
+.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx runtime web web-check format bench wheel pictures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -116,6 +116,12 @@ web:
 	NODE_PATH="$$NODE_PATH:/usr/share/nodejs" cmake --build build/web --parallel $(JOBS)
 	cp build/web/bellbox.js build/web/bellbox.wasm $(WEB)
 	mkdir -p build/web/page && cp $(WEB)/* build/web/page
+
+# Its kernels against the portable ones, bit by bit, in node. An old emscripten takes node's own fetch for a browser's.
+web-check:
+	emcmake cmake -S . -B build/checks/web -DBELLBOX_CHECK=ON -DBELLBOX_SANITIZE=OFF -DBELLBOX_ONE_THREAD=ON
+	NODE_PATH="$$NODE_PATH:/usr/share/nodejs" cmake --build build/checks/web --parallel $(JOBS)
+	node --no-experimental-fetch build/checks/web/check.js
 
 # libgomp is torch's own and stays out of the wheel. The last step runs where there is no compiler on the path.
 wheel:

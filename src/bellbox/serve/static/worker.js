@@ -27,7 +27,7 @@ function textOf(library, address) {
 function withText(library, text, call) {
   const bytes = new TextEncoder().encode(text);
   const address = library._malloc(bytes.length + 1);
-  if (address === 0) throw new Error("there is not enough memory");
+  if (address === 0) throw new Refusal("there is not enough memory");
   library.HEAPU8.set(bytes, address);
   library.HEAPU8[address + bytes.length] = 0;
   try {
@@ -37,7 +37,8 @@ function withText(library, text, call) {
   }
 }
 
-const refusal = (library) => new Error(textOf(library, library._web_error()).replaceAll(FOLDER, ""));
+class Refusal extends Error {}
+const refusal = (library) => new Refusal(textOf(library, library._web_error()).replaceAll(FOLDER, ""));
 
 function open(library, files) {
   const begun = performance.now(), { FS } = library;
@@ -91,7 +92,7 @@ onmessage = async ({ data }) => {
     else await write(library, data);
   } catch (error) {
     // A fault inside of the library leaves nothing to go on with; a refusal does.
-    const broken = error instanceof WebAssembly.RuntimeError;
+    const broken = !(error instanceof Refusal);
     postMessage({ says: "refused", broken, text: broken ? `the library stopped (${error.message})` : error.message });
   } finally {
     writing = false;
