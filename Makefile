@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx runtime web web-check format bench wheel pictures clean
+.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx executorch runtime web web-check format bench wheel pictures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -103,6 +103,12 @@ sanitize:
 onnx:
 	cmake -S . -B build/onnx -DBELLBOX_ONNX=ON
 	cmake --build build/onnx --parallel $(JOBS)
+
+# Kernels for ExecuTorch: build/executorch/libbellbox_executorch.so (`bellbox export executorch --kernels`).
+EXECUTORCH ?= $(shell $(BIN)/python -c 'import executorch; print(executorch.__path__[0])')
+executorch:
+	cmake -S . -B build/executorch -DBELLBOX_EXECUTORCH=ON -DBELLBOX_EXECUTORCH_ROOT=$(EXECUTORCH)
+	cmake --build build/executorch --parallel $(JOBS)
 
 # bellbox-run and libbellbox: packed folders without Python (docs/device.md).
 runtime:
