@@ -23,13 +23,18 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     name, recipe = request.param
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     model = build(preset(name, vocab_size=300, max_position_embeddings=64, **sizes), seed=0)
+    gains = torch.Generator().manual_seed(1)
+    for each in model.parameters():
+        # Without them the sum over a LayerNorm's row is zero but for rounding, and that is a threshold.
+        if each.dim() == 1:
+            each.data.add_(0.1 * torch.randn(each.shape, generator=gains))
     model = bb.prepare(model, bb.Recipe.bbq(**recipe)).eval()
     bb.calibrate(model, [torch.arange(64).view(4, 16)])
     bb.save(bb.convert(model), tmp_path / "packed")
     return tmp_path / "packed"
 
 
-KINDS = [("tiny", {"bits": 2, "embedding_bits": 4}), ("gpt-tiny", {"bits": 4, "embedding_bits": 8})]
+KINDS = [("tiny", {"bits": 2, "embedding_bits": 8}), ("gpt-tiny", {"bits": 2})]
 
 
 @pytest.mark.skipif(not INSTALLED, reason="executorch is not installed")

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
             length = min(_TOKENS, model.config.max_position_embeddings)
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(model.config.vocab_size, (_SEQUENCES, 1, length), generator=generator)
-            found = agreement(model, folder / FILE, command.kernels, ids)
+            found = agreement(model, folder / FILE, lowered.operators, command.kernels, ids)
     ours = ", ".join(name for name in lowered.operators if name.startswith("bellbox::"))
     print(
         f"{opened.description}\nwritten to {command.out / FILE}, {lowered.bytes:,} bytes\n"

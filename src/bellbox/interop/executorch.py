@@ -111,17 +111,20 @@ def _refuse_others(program: Any) -> None:
         raise BellboxError(f"the model needs {names}, which native/executorch has no kernels for")
 
 
-def agreement(model: nn.Module, path: Path, kernels: Path, sequences: Iterable[Tensor]) -> Agreement:
+def agreement(
+    model: nn.Module, path: Path, operators: Iterable[str], kernels: Path, sequences: Iterable[Tensor]
+) -> Agreement:
     """Run a program in ExecuTorch's runtime beside the model.
 
     Args:
         model: packed.
         path: the program.
+        operators: that it needs (`Lowered.operators`).
         kernels: the library of `native/executorch`, which this process loads and keeps.
         sequences: int64 `[1, length]` each.
 
     Raises:
-        BellboxError: ExecuTorch is not installed, or the kernels cannot be loaded.
+        BellboxError: ExecuTorch is not installed, its runtime lacks an operator, or the kernels cannot be loaded.
     """
     runtime: Any = require("executorch.runtime", "executorch").Runtime.get()
     if "bellbox::packed_linear.out" not in runtime.operator_registry.operator_names:
@@ -131,6 +134,9 @@ def agreement(model: nn.Module, path: Path, kernels: Path, sequences: Iterable[T
             raise BellboxError(f"{kernels}: cannot be loaded: {one_line(error)}") from None
     if "bellbox::packed_linear.out" not in runtime.operator_registry.operator_names:
         raise BellboxError(f"{kernels}: registers no kernels of Bellbox; build it with make executorch")
+    lacking = sorted(set(operators) - runtime.operator_registry.operator_names)
+    if lacking:
+        raise BellboxError(f"ExecuTorch's runtime here has no {', '.join(lacking)}, which the program needs")
     method = runtime.load_program(path).load_method("forward")
     count = near = same = positions = 0
     largest = 0.0
