@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx runtime format bench wheel pictures clean
+.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx executorch runtime web web-check format bench wheel pictures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
 	@echo "make onnx    the compiled operator for onnxruntime (needs cmake; about 1 minute)"
 	@echo "make runtime bellbox-run and libbellbox, without Python (needs cmake and nlohmann-json; about 2 minutes)"
+	@echo "make web     the same as WebAssembly, for \`bellbox serve\` and any other server of files (needs emscripten; about 2 minutes)"
 	@echo "make wheel   a source distribution and a wheel, tried in an empty environment without a compiler (in dist/)"
 	@echo "make pictures  the pictures of the studies, drawn from their results"
 	@echo "make bench   the time of a training step and of a packed layer"
@@ -103,10 +104,30 @@ onnx:
 	cmake -S . -B build/onnx -DBELLBOX_ONNX=ON
 	cmake --build build/onnx --parallel $(JOBS)
 
+# Kernels for ExecuTorch: build/executorch/libbellbox_executorch.so (`bellbox export executorch --kernels`).
+EXECUTORCH ?= $(shell $(BIN)/python -c 'import executorch; print(executorch.__path__[0])')
+executorch:
+	cmake -S . -B build/executorch -DBELLBOX_EXECUTORCH=ON -DBELLBOX_EXECUTORCH_ROOT=$(EXECUTORCH)
+	cmake --build build/executorch --parallel $(JOBS)
+
 # bellbox-run and libbellbox: packed folders without Python (docs/device.md).
 runtime:
 	cmake -S . -B build/runtime -DBELLBOX_RUNTIME=ON
 	cmake --build build/runtime --parallel $(JOBS)
+
+# The library as WebAssembly, beside its page in the package; both in build/web/page, for any server (docs/device.md).
+WEB := src/bellbox/serve/static
+web:
+	emcmake cmake -S . -B build/web -DBELLBOX_RUNTIME=ON -DBELLBOX_ONE_THREAD=ON
+	NODE_PATH="$$NODE_PATH:/usr/share/nodejs" cmake --build build/web --parallel $(JOBS)
+	cp build/web/bellbox.js build/web/bellbox.wasm $(WEB)
+	mkdir -p build/web/page && cp $(WEB)/* build/web/page
+
+# Its kernels against the portable ones, bit by bit, in node. An old emscripten takes node's own fetch for a browser's.
+web-check:
+	emcmake cmake -S . -B build/checks/web -DBELLBOX_CHECK=ON -DBELLBOX_SANITIZE=OFF -DBELLBOX_ONE_THREAD=ON
+	NODE_PATH="$$NODE_PATH:/usr/share/nodejs" cmake --build build/checks/web --parallel $(JOBS)
+	node --no-experimental-fetch build/checks/web/check.js
 
 # libgomp is torch's own and stays out of the wheel. The last step runs where there is no compiler on the path.
 wheel:

@@ -62,6 +62,9 @@ const Candidate kCandidates[] = {
     {&avx512_kernels, has_avx512},
     {&avx2_kernels, has_avx2},
 #endif
+#ifdef __wasm_simd128__
+    {&wasm_kernels, always},
+#endif
     {&portable_kernels, always},
 };
 

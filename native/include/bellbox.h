@@ -75,6 +75,15 @@ typedef int (*bellbox_piece)(void* user, const char* text, size_t bytes);
 BELLBOX_API bellbox_status bellbox_generate(const bellbox_model* model, const char* prompt, const bellbox_options* options,
                                 bellbox_piece piece, void* user, bellbox_times* times, bellbox_error* error);
 
+/* The same text one token a call, for programs that have other things to do: `*more` is 0 after the last one. A text is to
+ * be closed with bellbox_finish, before its model. */
+typedef struct bellbox_text bellbox_text;
+BELLBOX_API bellbox_status bellbox_start(const bellbox_model* model, const char* prompt, const bellbox_options* options,
+                                bellbox_text** text, bellbox_error* error);
+BELLBOX_API bellbox_status bellbox_next(bellbox_text* text, bellbox_piece piece, void* user, int* more, bellbox_error* error);
+BELLBOX_API void bellbox_timing(const bellbox_text* text, bellbox_times* times);
+BELLBOX_API void bellbox_finish(bellbox_text* text);
+
 #ifdef __cplusplus
 }
 #endif

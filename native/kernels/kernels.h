@@ -313,6 +313,7 @@ struct Kernels {
 // Tables of addresses, constexpr where they are defined: what initializes a variable of a file compiled for an
 // instruction set would run, in those instructions, on every processor that loads the library.
 extern const Kernels portable_kernels;
+extern const Kernels wasm_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels amx_kernels;  // avx512's but for amx_linear; made in dispatch.cpp

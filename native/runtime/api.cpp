@@ -1,5 +1,4 @@
 // The C interface: nothing is thrown across it.
-#include <chrono>
 #include <cstdio>
 #include <memory>
 #include <new>
@@ -8,9 +7,8 @@
 #include <vector>
 
 #include "bellbox.h"
+#include "runtime/continuation.h"
 #include "runtime/model.h"
-#include "runtime/sampling.h"
-#include "runtime/text/stream.h"
 #include "runtime/text/tokenizer.h"
 
 using namespace bellbox;
@@ -35,6 +33,10 @@ struct bellbox_session {
     int threads;
 };
 
+struct bellbox_text {
+    Continuation text;
+};
+
 namespace {
 
 void say(bellbox_error* error, const char* text) {
@@ -56,59 +58,6 @@ bellbox_status guarded(bellbox_error* error, const F& run) {
         say(error, failed.what());
     }
     return BELLBOX_FAILED;
-}
-
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-uint32_t stop_of(const Tokenizer& words, const char* stop) {
-    if (stop == nullptr) {
-        if (!words.end_of_text()) throw Error("no token of the tokenizer closes a document; name one with stop");
-        return *words.end_of_text();
-    }
-    if (const auto token = words.token_of(stop)) return *token;
-    const std::vector<uint32_t> ids = words.encode(stop);
-    if (ids.size() != 1) throw Error("stop " + shown(stop) + " is " + std::to_string(ids.size()) + " tokens of this tokenizer; it must be exactly one");
-    return ids[0];
-}
-
-void generate(const bellbox_model& opened, const char* prompt, const bellbox_options& options, bellbox_piece piece, void* user, bellbox_times& times) {
-    const Tokenizer& words = opened.words();
-    const std::vector<uint32_t> ids = words.encode(prompt);
-    const int64_t count = static_cast<int64_t>(ids.size()), longest = opened.model.shape().positions;
-    if (count == 0) throw Error("the prompt is empty; give at least one token");
-    if (options.max_new_tokens < 0) throw Error("max_new_tokens is " + std::to_string(options.max_new_tokens) + "; it must be at least 1");
-    if (options.max_new_tokens == 0 && count >= longest)
-        throw Error("the prompt has " + std::to_string(count) + " tokens and the model takes " + std::to_string(longest) + ", new ones included; shorten it");
-    const int64_t most = options.max_new_tokens > 0 ? options.max_new_tokens : std::min<int64_t>(200, longest - count);
-    if (most > longest - count)
-        throw Error("a prompt of " + std::to_string(count) + " and " + std::to_string(most) + " new tokens exceed the model's context of " + std::to_string(longest));
-    Sampling how;
-    how.temperature = options.temperature;
-    if (options.top_k != 0) how.top_k = options.top_k;
-    if (options.top_p != 0) how.top_p = options.top_p;
-    Sampler sampler(how, options.seed);
-    const uint32_t stop = stop_of(words, options.stop);
-    const int threads = std::max(1, options.threads);
-
-    Cache cache = opened.model.new_cache(count + most);
-    const int64_t vocabulary = opened.model.shape().vocabulary;
-    std::vector<float> logits(static_cast<size_t>(vocabulary));
-    TextStream stream(words, ids);
-    times = {count, 0, 0, 0};
-    const auto give = [&](const std::string& text) { return text.empty() || piece == nullptr || piece(user, text.c_str(), text.size()) == 0; };
-    const uint32_t* next = ids.data();
-    uint32_t token = 0;
-    for (int64_t made = 0; made < most; ++made) {
-        const double begun = seconds();
-        opened.model.forward(next, made == 0 ? count : 1, cache, logits.data(), threads);
-        require_finite(logits.data(), vocabulary, made + 1);
-        token = sampler.draw(logits.data(), vocabulary), next = &token;
-        (made == 0 ? times.prefill_seconds : times.decode_seconds) += seconds() - begun;
-        if (token == stop) break;
-        ++times.new_tokens;
-        if (!give(stream.push(token))) return;
-    }
-    give(stream.flush());
 }
 
 }  // namespace
@@ -159,10 +108,26 @@ bellbox_status bellbox_forward(bellbox_session* session, const uint32_t* tokens,
     return guarded(error, [&] { session->model.forward(tokens, static_cast<int64_t>(count), session->cache, logits, session->threads); });
 }
 
+bellbox_status bellbox_start(const bellbox_model* model, const char* prompt, const bellbox_options* options, bellbox_text** text, bellbox_error* error) {
+    *text = nullptr;
+    return guarded(error, [&] { *text = new bellbox_text{Continuation(model->model, model->words(), prompt, *options)}; });
+}
+
+bellbox_status bellbox_next(bellbox_text* text, bellbox_piece piece, void* user, int* more, bellbox_error* error) {
+    *more = 0;
+    return guarded(error, [&] { *more = text->text.next(piece, user) ? 1 : 0; });
+}
+
+void bellbox_timing(const bellbox_text* text, bellbox_times* times) { *times = text->text.times(); }
+void bellbox_finish(bellbox_text* text) { delete text; }
+
 bellbox_status bellbox_generate(const bellbox_model* model, const char* prompt, const bellbox_options* options, bellbox_piece piece, void* user,
                                 bellbox_times* times, bellbox_error* error) {
-    bellbox_times own{};
-    return guarded(error, [&] { generate(*model, prompt, *options, piece, user, times != nullptr ? *times : own); });
+    return guarded(error, [&] {
+        Continuation text(model->model, model->words(), prompt, *options);
+        while (text.next(piece, user)) {}
+        if (times != nullptr) *times = text.times();
+    });
 }
 
 }  // extern "C"

@@ -185,7 +185,8 @@ class Model {
         if (tokens > shape_.positions)
             throw Error(std::to_string(tokens) + " tokens exceed the model's context of " + std::to_string(shape_.positions) + "; shorten the text");
         Cache cache{tokens, 0, {}, {}};
-        const size_t numbers = static_cast<size_t>(tokens * shape_.key_heads * shape_.head);
+        const size_t numbers = room_for(tokens * shape_.key_heads * shape_.head);
+        room_for((tokens + shape_.head + 2) * shape_.heads);  // what attention works in (layers/block.h)
         cache.keys.assign(static_cast<size_t>(shape_.blocks), Floats(numbers));
         cache.values = cache.keys;
         return cache;
@@ -201,7 +202,7 @@ class Model {
         Floats x;
         for (int64_t begin = 0; begin < count; begin += kPiece) {
             const int64_t rows = std::min(kPiece, count - begin);
-            x.resize(static_cast<size_t>(rows * shape_.hidden));
+            x.resize(room_for(rows * shape_.hidden));
             embed(tokens + begin, rows, cache.length, x.data());
             for (size_t i = 0; i < blocks_.size(); ++i) run_block(blocks_[i], x.data(), rows, cache, i, threads);
             cache.length += rows;
@@ -245,8 +246,8 @@ class Model {
 
     void run_block(const DecoderBlock& block, float* x, int64_t rows, Cache& cache, size_t number, int threads) const {
         const int64_t hidden = shape_.hidden, queries = shape_.heads * shape_.head, keys = shape_.key_heads * shape_.head, inner = shape_.inner;
-        Floats normed(static_cast<size_t>(rows * hidden)), query(static_cast<size_t>(rows * queries)), mixed(query.size());
-        Floats key(static_cast<size_t>(rows * keys)), value(key.size()), wide(static_cast<size_t>(rows * inner)), up;
+        Floats normed(room_for(rows * hidden)), query(room_for(rows * queries)), mixed(query.size());
+        Floats key(room_for(rows * keys)), value(key.size()), wide(room_for(rows * inner)), up;
         normalise(block.first, x, rows, normed.data());
         block.qkv.run(normed.data(), Type::f32, rows, {query.data(), key.data(), value.data()}, Type::f32, threads);
         const CacheView view{CacheType::f32, cache.keys[number].data(), cache.values[number].data(), nullptr, nullptr, cache.room, 0, 1};
@@ -326,7 +327,7 @@ class Model {
 
     void fill_rotary() {
         const int64_t half = shape_.head / 2;
-        cosine_.resize(static_cast<size_t>(shape_.positions * half)), sine_.resize(cosine_.size());
+        cosine_.resize(room_for(shape_.positions * half)), sine_.resize(cosine_.size());
         for (int64_t i = 0; i < half; ++i) {
             const float power = std::pow(static_cast<float>(shape_.theta), static_cast<float>(2 * i) / static_cast<float>(shape_.head));
             const float frequency = 1.0f / power;

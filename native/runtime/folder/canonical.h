@@ -2,18 +2,32 @@
 #pragma once
 
 #include <charconv>
+#include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "runtime/text/json.h"
 
 namespace bellbox {
 
-inline void write_number(double value, std::string& out) {
+// [-]d[.ddd]e+XX: the shortest digits that read back.
+inline std::string shortest(double value) {
     char digits[32];
+#if defined(__cpp_lib_to_chars)
     const auto [end, error] = std::to_chars(digits, digits + sizeof(digits), value, std::chars_format::scientific);
     (void)error;
-    // [-]d[.ddd]e+XX: the shortest digits that read back, written as Python writes them.
-    std::string text(digits, end);
+    return {digits, end};
+#else  // libc++ before 14, of which the browser's build is
+    for (int places = 0;; ++places) {
+        std::snprintf(digits, sizeof(digits), "%.*e", places, value);
+        if (places == 16 || std::strtod(digits, nullptr) == value) return digits;
+    }
+#endif
+}
+
+// As Python writes it.
+inline void write_number(double value, std::string& out) {
+    std::string text = shortest(value);
     if (text[0] == '-') out += '-', text.erase(0, 1);
     const size_t mark = text.find('e');
     const int exponent = std::stoi(text.substr(mark + 1));

@@ -13,6 +13,7 @@ from bellbox.errors import BellboxError
 FORMATS: dict[str, str] = {
     "onnx": "one file of standard ONNX operators, for onnxruntime and other runtimes",
     "gguf": "a GGUF file for llama.cpp, weights only: activations are not quantized there",
+    "executorch": "a program of ExecuTorch, which needs the kernels of native/executorch",
     "hf": "a folder that transformers loads, packed layers inside",
 }
 """FORMAT to what it writes; the command of one is `main` of `cli/export_FORMAT.py`."""

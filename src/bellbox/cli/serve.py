@@ -100,12 +100,22 @@ def main(argv: list[str]) -> None:
             how = "together" if service.engine.is_joint else "one after the other"
             print(
                 f"{opened.description}\nup to {command.slots} texts of {service.engine.max_length:,} tokens, "
-                f"decoded {how}\nserving {service.name} at {server.address_of(sock)}",
+                f"decoded {how}\n{_trial(service, server.address_of(sock))}\n"
+                f"serving {service.name} at {server.address_of(sock)}",
                 flush=True,
             )
 
         server.run(service, sock, command.grace, ready)
     print("stopped", file=sys.stderr)
+
+
+def _trial(service: Service, address: str) -> str:
+    from bellbox.serve.trial import ABSENT, TRIAL, is_built
+
+    if not is_built():
+        return ABSENT
+    what = "the model" if service.packed is not None else "a packed folder of your own"
+    return f"{what} in the browser itself: {address}{TRIAL}"
 
 
 def _check(command: Serve) -> None:
@@ -156,4 +166,5 @@ def _service(command: Serve, opened: OpenedModel, key: str | None) -> Service:
     name = command.name or opened.path.resolve().name
     hosts = ("localhost", "127.0.0.1", "[::1]", command.host.lower())
     limits = Limits(command.max_body, choices=max(1, min(16, command.queue + command.slots)))
-    return Service(name, engine, tokenizer, template, metrics, limits, command.max_tokens, key, hosts)
+    packed = opened.path if opened.kind == "packed" else None
+    return Service(name, engine, tokenizer, template, metrics, limits, command.max_tokens, key, hosts, packed)

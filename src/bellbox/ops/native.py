@@ -71,7 +71,7 @@ def _source() -> str | None:
     digests = "".join(
         hashlib.sha256((folder / each).read_bytes()).hexdigest()
         for each in files
-        if not each.startswith(("tests/", "onnx/", "runtime/", "include/"))
+        if not each.startswith(("tests/", "onnx/", "executorch/", "runtime/", "include/", "web/"))
     )
     return hashlib.sha256(digests.encode()).hexdigest() if files else None
 

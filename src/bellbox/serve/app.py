@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bellbox.data.tokenizer import Tokenizer
@@ -20,11 +21,12 @@ from bellbox.serve.engine import BusyError, ClosedError, Engine
 from bellbox.serve.metrics import CONTENT_TYPE, Metrics
 from bellbox.serve.protocol import Chat, Completion, Limits, RefusedError, parse
 from bellbox.serve.streaming import EventStream, GoneError, Message, Pieces, Receive, Send, beside, read_body
+from bellbox.serve.trial import TRIAL_FILES, trial_routes
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_OPEN = ("/", "/page.js", "/health")
+_OPEN = ("/", "/page.js", "/health", *TRIAL_FILES)
 """Paths that need no key: they say nothing of the model."""
 _DEFAULT_TOKENS = 16
 """New tokens of a completion that names no number, as OpenAI's."""
@@ -51,6 +53,8 @@ class Service:
     """What clients must present; None on a loopback address only."""
     hosts: tuple[str, ...] = ()
     """Names of this machine that a request may be for, where there is no key: a page elsewhere cannot use another."""
+    packed: Path | None = None
+    """The model's folder where it is a packed one, for the page that runs it in the browser."""
 
 
 def build_app(service: Service) -> FastAPI:
@@ -114,6 +118,7 @@ def build_app(service: Service) -> FastAPI:
         route("/v1/models/{name:path}", model),
         route("/v1/completions", completions, methods=["POST"]),
         route("/v1/chat/completions", chat, methods=["POST"]),
+        *trial_routes(service.packed),
     ]
     app.add_exception_handler(require("starlette.exceptions", "serve").HTTPException, unknown)
     app.add_exception_handler(Exception, broken)

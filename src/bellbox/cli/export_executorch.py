@@ -1,0 +1,98 @@
+"""Write a packed language model as a program of ExecuTorch, PyTorch's own runtime for devices.
+
+bellbox export executorch small-packed small-executorch
+bellbox export executorch small-packed small-executorch --kernels build/executorch/libbellbox_executorch.so
+
+The folder gets model.pte and tokenizer.json. Whatever runs it needs the kernels of native/executorch (make executorch);
+with --kernels the program is run here, beside the packed model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+
+from bellbox.cli.output import parse_flags, refuse_file_name
+from bellbox.convert import convert
+from bellbox.errors import BellboxError, require
+from bellbox.formats.auto import open_model
+from bellbox.utils.files import new_folder
+
+require("tyro", "cli")
+
+import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
+
+FILE = "model.pte"
+_SEQUENCES, _TOKENS = 8, 64
+
+
+@dataclass(frozen=True)
+class ExportExecutorch:
+    """Write a packed language model as a program of ExecuTorch."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run folder of a low-bit LLaMA or GPT, or a packed folder."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The folder to make; an earlier export there is replaced."""
+    kernels: Path | None = None
+    """The library of native/executorch: run the program with it and compare its logits with the packed model's."""
+    checkpoint: str = "last"
+    """Of a run: last, best, or a step."""
+    embeddings: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """Round embeddings and head of a model that was trained without: no longer exactly the trained function."""
+
+
+def main(argv: list[str]) -> None:
+    """Run `bellbox export executorch` with the arguments after that.
+
+    Raises:
+        BellboxError: what the user can put right.
+        SystemExit: 1 where the program is not the packed model.
+    """
+    command = parse_flags(ExportExecutorch, argv, "bellbox export executorch", __doc__)
+    refuse_file_name(command.out)
+    require("executorch.exir", "executorch")
+    from bellbox.interop.executorch import agreement, export_executorch
+
+    if command.kernels is not None and not command.kernels.is_file():
+        raise BellboxError(f"{command.kernels}: no such file; build it with make executorch (docs/device.md)")
+    rounded = None if command.embeddings == "fp32" else command.embeddings
+    is_run = (Path(command.model) / "config.yaml").is_file()
+    opened = open_model(command.model, command.checkpoint, None if is_run else rounded)
+    if opened.kind not in ("run", "packed") or opened.is_vision:
+        raise BellboxError(
+            f"{opened.path}: export executorch takes a run or a packed folder of a LLaMA or GPT"
+        )
+    model: Any = opened.model if opened.kind == "packed" else convert(opened.model, command.embeddings)
+    found = None
+    with new_folder(command.out, FILE) as folder:
+        lowered = export_executorch(model, folder / FILE)
+        if opened.tokenizer is not None:
+            opened.load_tokenizer().backend.save(os.fspath(folder / "tokenizer.json"))
+        if command.kernels is not None:
+            length = min(_TOKENS, model.config.max_position_embeddings)
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(model.config.vocab_size, (_SEQUENCES, 1, length), generator=generator)
+            found = agreement(model, folder / FILE, lowered.operators, command.kernels, ids)
+    ours = ", ".join(name for name in lowered.operators if name.startswith("bellbox::"))
+    print(
+        f"{opened.description}\nwritten to {command.out / FILE}, {lowered.bytes:,} bytes\n"
+        f"  of ExecuTorch  {sum(not name.startswith('bellbox::') for name in lowered.operators)} operators\n"
+        f"  of Bellbox     {ours}"
+    )
+    if found is None:
+        print("not run: give --kernels (make executorch) to compare it with the packed model")
+        return
+    print(
+        f"ExecuTorch's runtime against the packed model, {found.sequences} sequences of random tokens:\n"
+        f"  {found.near} of them within 1e-5 of the largest logit (at most {found.difference:.2g})\n"
+        f"  the likeliest token is the same at {found.same_token:.2%} of positions"
+    )
+    if not found.holds:
+        print(f"bellbox: {command.out} is not the packed model: do not use it", file=sys.stderr)
+        raise SystemExit(1)
