@@ -315,6 +315,9 @@ struct Kernels {
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels neon_kernels;
+extern const Kernels dotprod_kernels;
+extern const Kernels i8mm_kernels;
 extern const Kernels amx_kernels;  // avx512's but for amx_linear; made in dispatch.cpp
 void amx_linear(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
 int64_t amx_integer_peak(int64_t rounds);

@@ -18,7 +18,9 @@
 #include "kernels/portable/encode.h"
 #include "layers/convolution.h"
 #include "layers/layer.h"
+#ifdef BELLBOX_X86
 #include "tests/check_amx.h"
+#endif
 
 // Memory that begins 16 bytes behind a line, as any may: what is rounded up to a line then leaves little behind itself.
 constexpr size_t kBehindLine = 16;
@@ -541,7 +543,9 @@ void check_binarized(const Kernels& kernels) {
 int main(int count, char** arguments) {
     const long cases = count > 1 ? std::atol(arguments[1]) : 300;
     const unsigned seed = count > 2 ? static_cast<unsigned>(std::atol(arguments[2])) : 1;
+#ifdef BELLBOX_X86
     trap::install();
+#endif
     std::string names = available();
     std::printf("%ld cases each on %s, seed %u\n", cases, names.c_str(), seed);
     for (size_t from = 0; from < names.size();) {
@@ -566,7 +570,9 @@ int main(int count, char** arguments) {
             }
         if (kernels().integer_peak(3) <= 0) return 1;
         std::printf("%s: the same bits\n", name.c_str());
+#ifdef BELLBOX_X86
         if (name == "amx") std::printf("amx: %ld tile instructions were carried out by the signal handler\n", trap::executed.load());
+#endif
     }
     return 0;
 }
