@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx runtime format bench wheel pictures clean
+.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx runtime arm format bench wheel pictures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make sanitize  the compiled kernels under AddressSanitizer and UBSan (needs cmake; about 3 minutes)"
 	@echo "make onnx    the compiled operator for onnxruntime (needs cmake; about 1 minute)"
 	@echo "make runtime bellbox-run and libbellbox, without Python (needs cmake and nlohmann-json; about 2 minutes)"
+	@echo "make arm     the same for ARM, and its kernels held against portable C++ under qemu (about 5 minutes)"
 	@echo "make wheel   a source distribution and a wheel, tried in an empty environment without a compiler (in dist/)"
 	@echo "make pictures  the pictures of the studies, drawn from their results"
 	@echo "make bench   the time of a training step and of a packed layer"
@@ -107,6 +108,15 @@ onnx:
 runtime:
 	cmake -S . -B build/runtime -DBELLBOX_RUNTIME=ON
 	cmake --build build/runtime --parallel $(JOBS)
+
+# For ARM from x86 (Debian: g++-aarch64-linux-gnu and qemu-user): build/arm/release/bellbox-run, and every kernel on processors with
+# int8 matrix products, with dot products, and with neither. On an ARM machine `make runtime` and `make sanitize` do the same.
+ARM_CPUS := max neoverse-n1 cortex-a53
+arm:
+	cmake -S . -B build/arm/release -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake -DBELLBOX_RUNTIME=ON -DBELLBOX_CHECK=ON -DBELLBOX_SANITIZE=OFF
+	cmake --build build/arm/release --parallel $(JOBS)
+	for cpu in $(ARM_CPUS); do qemu-aarch64 -cpu $$cpu build/arm/release/check 100 || exit 1; done
+	qemu-aarch64 build/arm/release/bellbox-run --help
 
 # libgomp is torch's own and stays out of the wheel. The last step runs where there is no compiler on the path.
 wheel:

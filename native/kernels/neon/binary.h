@@ -53,7 +53,7 @@ BELLBOX_INLINE void masks_of_block(const int8_t* levels, int8x16_t upper, uint32
 
 // masks: [words][ROWS] of a row's words, 2 a block.
 template <int ROWS>
-void multiply(const LinearArgs& a, const uint32_t* masks, int64_t words, int64_t row, int64_t tile) {
+__attribute__((noinline)) void multiply(const LinearArgs& a, const uint32_t* masks, int64_t words, int64_t row, int64_t tile) {
     const uint8_t* data = a.weights->data + tile * words * 64;
     int32_t sums[ROWS][16] = {};
     for (int64_t begin = 0; begin < words; begin += kRun) {

@@ -98,7 +98,10 @@ inline void score_codes(const float* query, const void* codes, int64_t count, in
     const char* from = static_cast<const char*>(codes);
     int64_t s = 0;
     for (; s + 4 <= count; s += 4, from += 4 * row) vst1q_f32(out + s, vmulq_n_f32(score<part, 4>(query, from, row, d), scale));
-    for (; s < count; ++s, from += row) out[s] = vgetq_lane_f32(score<part, 1>(query, from, row, d), 0) * scale;
+    for (; s < count; ++s, from += row) {
+        const float32x4_t sum = score<part, 1>(query, from, row, d);
+        out[s] = vgetq_lane_f32(sum, 0) * scale;
+    }
 }
 
 inline void score_rows(const float* query, const float* codes, int64_t count, int64_t d, float scale, float* decoded, float* out) {

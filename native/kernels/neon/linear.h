@@ -122,17 +122,28 @@ BELLBOX_INLINE int8x16_t codes(Packed p, int f, int j) {
     return vreinterpretq_s8_u8(vbslq_u8(vdupq_n_u8(4), shifted(p.high, 2 * f + j / 2 - 2), low));
 }
 
-// One row with SDOT: which field is left at which place, so that a field costs one operation (and half a shift).
+// One row with SDOT: which field is left at which place, worth 2^shift, so that a field costs one operation (3 bits: two).
 template <int BITS>
 struct Places {
-    static constexpr int worths = BITS == 1 ? 4 : BITS == 2 ? 3 : 1;
-    static constexpr int shift(int worth) { return BITS == 1 ? worth : 2 * worth; }
-    static constexpr int worth(int f) { return BITS == 1 ? f % 4 : BITS == 2 ? f % 3 : 0; }
-    static BELLBOX_INLINE int8x16_t codes(Packed p, int f, int j) {
-        if (BITS > 2) return product::codes<BITS>(p, f, j);
-        if (BITS == 2)
-            return vreinterpretq_s8_u8(f == 3 ? vshrq_n_u8(p.low, 6) : vandq_u8(p.low, vdupq_n_u8(static_cast<uint8_t>(3 << 2 * f))));
-        return vreinterpretq_s8_u8(vandq_u8(f < 4 ? p.low : vshrq_n_u8(p.low, 4), vdupq_n_u8(static_cast<uint8_t>(1 << f % 4))));
+    using L = Layout<BITS>;
+    static constexpr int worths = BITS == 1 ? 4 : BITS == 4 ? 1 : 3;
+    static constexpr int shift(int worth) { return L::width * worth; }
+    static constexpr int worth(int f) { return f % worths; }
+
+    uint8x16_t low, right, high, high_right;  // the last two for 3 bits
+    BELLBOX_INLINE Places(Packed p, int j)
+        : low(p.low), right(vshrq_n_u8(p.low, BITS == 1 || BITS == 4 ? 4 : 6)), high(shifted(p.high, j / 2 - 2)),
+          high_right(shifted(p.high, 4 + j / 2)) {}
+    BELLBOX_INLINE int8x16_t codes(int f) const {
+        constexpr uint8_t ones = (1 << L::width) - 1;
+        const int place = L::width * worth(f);
+        const uint8x16_t mask = vdupq_n_u8(static_cast<uint8_t>(ones << place));
+        const bool last = f >= worths;      // of two bits the last alone, of one bit half of them
+        uint8x16_t code = last ? right : low;
+        if (!(last && L::width > 1)) code = vandq_u8(code, mask);
+        // Of the high plane bit 2 f + j / 2 is wanted above the two others.
+        if (BITS == 3) code = vbslq_u8(vdupq_n_u8(static_cast<uint8_t>(4 << place)), last ? high_right : high, code);
+        return vreinterpretq_s8_u8(code);
     }
 };
 
@@ -189,7 +200,7 @@ BELLBOX_INLINE void prefetch(const uint8_t* block, int bytes) {  // addresses al
 }
 
 template <int BITS, int ROWS>
-void some(const LinearArgs& a, int64_t row, int64_t tile) {
+__attribute__((noinline)) void some(const LinearArgs& a, int64_t row, int64_t tile) {
     using L = Layout<BITS>;
     const int64_t blocks = (a.weights->k + 63) / 64;
     const int8_t* levels = a.levels + row * a.ldl;
@@ -201,17 +212,20 @@ void some(const LinearArgs& a, int64_t row, int64_t tile) {
         for (int64_t b = begin; b < end; ++b, block += L::bytes) {
             prefetch(block, L::bytes);
             BELLBOX_UNROLL
-            for (int j = 0; j < L::vectors; ++j) {
+            for (int part = 0; part < 4; ++part) {  // sixteen inputs, so that registers hold their levels for all rows
+                const uint8_t* own = block;
+                __asm__("" : "+r"(own));            // read anew: what is kept from part to part would be kept in memory
+                int8x16_t x[ROWS];
                 BELLBOX_UNROLL
-                for (int q = 0; q < 4; ++q) {
-                    const Packed p = load_packed<BITS>(block, j, q);
+                for (int r = 0; r < ROWS; ++r) x[r] = vld1q_s8(levels + r * a.ldl + 64 * b + 16 * part);
+                BELLBOX_UNROLL
+                for (int g = 0; g < 4; ++g) {
+                    const int group = 4 * part + g, f = group / L::vectors, j = group % L::vectors;
                     BELLBOX_UNROLL
-                    for (int f = 0; f < L::fields; ++f) {
-                        const int group = f * L::vectors + j;
-                        const int8x16_t code = codes<BITS>(p, f, j);
+                    for (int q = 0; q < 4; ++q) {
+                        const int8x16_t code = codes<BITS>(load_packed<BITS>(own, j, q), f, j);
                         BELLBOX_UNROLL
-                        for (int r = 0; r < ROWS; ++r)
-                            acc[r][q].add(code, vld1q_s8(levels + r * a.ldl + 64 * b + group / 4 * 16), group % 4);
+                        for (int r = 0; r < ROWS; ++r) acc[r][q].add(code, x[r], g);
                     }
                 }
             }
@@ -228,7 +242,7 @@ void some(const LinearArgs& a, int64_t row, int64_t tile) {
 
 // One row with SDOT, fields at their places.
 template <int BITS>
-void one(const LinearArgs& a, int64_t row, int64_t tile) {
+__attribute__((noinline)) void one(const LinearArgs& a, int64_t row, int64_t tile) {
     using L = Layout<BITS>;
     using P = Places<BITS>;
     const int64_t blocks = (a.weights->k + 63) / 64;
@@ -242,11 +256,11 @@ void one(const LinearArgs& a, int64_t row, int64_t tile) {
         for (int j = 0; j < L::vectors; ++j) {
             BELLBOX_UNROLL
             for (int q = 0; q < 4; ++q) {
-                const Packed p = load_packed<BITS>(block, j, q);
+                const P places(load_packed<BITS>(block, j, q), j);
                 BELLBOX_UNROLL
                 for (int f = 0; f < L::fields; ++f) {
                     const int group = f * L::vectors + j;
-                    acc[P::worth(f)][q].add(P::codes(p, f, j), x.of[group / 4], group % 4);
+                    acc[P::worth(f)][q].add(places.codes(f), x.of[group / 4], group % 4);
                 }
             }
         }
@@ -299,7 +313,7 @@ BELLBOX_INLINE int32x4_t halves(int32x4_t a, int32x4_t b, bool high) {
 
 // Sums of ROWS rows and 16 outputs over `blocks` unpacked blocks. A row without another is taken twice.
 template <int ROWS>
-void multiply(const int8_t* levels, int64_t ldl, const int8_t* codes, int64_t blocks, int64_t, int32_t* sums) {
+__attribute__((noinline)) void multiply(const int8_t* levels, int64_t ldl, const int8_t* codes, int64_t blocks, int64_t, int32_t* sums) {
     constexpr int kPairs = (ROWS + 1) / 2;
     const int8_t* const end = levels + 64 * blocks;
     int32x4_t acc[kPairs][8];
@@ -352,7 +366,7 @@ void unpack(const uint8_t* block, int64_t blocks, int8_t* out) {
 
 // Sums of ROWS rows and 16 outputs over `blocks` unpacked blocks, `run` of them at a time in 16 bits.
 template <int ROWS>
-void multiply(const int8_t* levels, int64_t ldl, const int8_t* codes, int64_t blocks, int64_t run, int32_t* sums) {
+__attribute__((noinline)) void multiply(const int8_t* levels, int64_t ldl, const int8_t* codes, int64_t blocks, int64_t run, int32_t* sums) {
     for (int64_t begin = 0; begin < blocks; begin += run) {
         const int8_t* const end = levels + 64 * smaller(run, blocks - begin);
         Four acc[ROWS][4];

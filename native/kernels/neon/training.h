@@ -1,4 +1,5 @@
-// Fake quantization for training with NEON, forward; the backward is portable C++ (native/README.md).
+// Fake quantization for training with NEON, forward, with one coder for any number of levels: few devices train. The
+// backward is portable C++.
 #pragma once
 
 #include <arm_neon.h>
@@ -10,9 +11,9 @@ namespace {
 namespace BELLBOX_NAMESPACE {
 namespace rows {
 
-template <Type IN, Type OUT, typename Coder>
-inline void forward_rows(const ForwardArgs& a, const Coder shared, const Rotation& rotation, int64_t begin, int64_t end) {
-    const Coder coder = shared;
+template <Type IN, Type OUT>
+inline void forward_rows(const ForwardArgs& a, const Search<4> shared, const Rotation& rotation, int64_t begin, int64_t end) {
+    const Search<4> coder = shared;
     const int64_t k = a.k;
     const float32x4_t offset = vdupq_n_f32(a.offset);
     PaddedColumns v_columns, x_columns;
@@ -39,9 +40,9 @@ inline void forward_rows(const ForwardArgs& a, const Coder shared, const Rotatio
 }
 
 // Steps of 16 values at a time, see KeepArgs.
-template <Type IN, typename Coder>
-inline void keep_rows(const KeepArgs& a, const Coder shared, const Rotation& rotation, int64_t begin, int64_t end) {
-    const Coder coder = shared;
+template <Type IN>
+inline void keep_rows(const KeepArgs& a, const Search<4> shared, const Rotation& rotation, int64_t begin, int64_t end) {
+    const Search<4> coder = shared;
     int8_t least[16] = {}, most[16] = {};  // by the code
     for (int code = 0; code < a.n; ++code) least[code] = a.lowest[code], most[code] = portable::highest_step(a, code);
     const int8x16_t lowest = vld1q_s8(least), highest = vld1q_s8(most);
@@ -82,22 +83,20 @@ inline void keep_rows(const KeepArgs& a, const Coder shared, const Rotation& rot
 inline void forward(const ForwardArgs& a, int64_t begin, int64_t end) {
     const Scratch scratch(rows::Rotation::span_of(a.block));
     const rows::Rotation rotation{a.k, a.block, rows::Rotation::span_of(a.block), scratch.data};
-    rows::with_coder(a.thresholds, a.n, 1, 0, [&](const auto& coder) {
-        with_types(a.x_type, a.out_type, [&](auto in, auto out) {
-            rows::forward_rows<decltype(in)::type, decltype(out)::type>(a, coder, rotation, begin, end);
-        });
+    const rows::Search<4> coder(a.thresholds, a.n, 1, 0);
+    with_types(a.x_type, a.out_type, [&](auto in, auto out) {
+        rows::forward_rows<decltype(in)::type, decltype(out)::type>(a, coder, rotation, begin, end);
     });
 }
 
 inline void keep(const KeepArgs& a, int64_t begin, int64_t end) {
     const Scratch scratch(rows::Rotation::span_of(a.block));
     const rows::Rotation rotation{a.k, a.block, rows::Rotation::span_of(a.block), scratch.data};
-    rows::with_coder(a.thresholds, a.n, 1, 0, [&](const auto& coder) {
-        if (a.x_type == Type::f32)
-            rows::keep_rows<Type::f32>(a, coder, rotation, begin, end);
-        else
-            rows::keep_rows<Type::bf16>(a, coder, rotation, begin, end);
-    });
+    const rows::Search<4> coder(a.thresholds, a.n, 1, 0);
+    if (a.x_type == Type::f32)
+        rows::keep_rows<Type::f32>(a, coder, rotation, begin, end);
+    else
+        rows::keep_rows<Type::bf16>(a, coder, rotation, begin, end);
 }
 
 }  // namespace BELLBOX_NAMESPACE
