@@ -8,3 +8,6 @@ set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
 set(CMAKE_FIND_ROOT_PATH /usr/aarch64-linux-gnu)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+# By name, so that static programs get the static one.
+set(OpenMP_gomp_LIBRARY gomp CACHE STRING "")
+set(OpenMP_pthread_LIBRARY pthread CACHE STRING "")

@@ -29,7 +29,7 @@ struct Group {
 };
 #else
 struct Group {
-    int16x8_t of[2] = {vdupq_n_s16(0), vdupq_n_s16(0)};  // of 64 columns at most 8 * 15 * 127
+    int16x8_t of[2] = {vdupq_n_s16(0), vdupq_n_s16(0)};  // of 64 columns at most 4 * 15 * 127
     BELLBOX_INLINE void add(int8x16_t even, int8x16_t odd, int8x16_t x, int8x16_t y) {
         of[0] = vmlal_s8(vmlal_s8(of[0], vget_low_s8(even), vget_low_s8(x)), vget_low_s8(odd), vget_low_s8(y));
         of[1] = vmlal_high_s8(vmlal_high_s8(of[1], even, x), odd, y);
