@@ -46,7 +46,7 @@ PARTS = {
     **{isa: [f"kernels/{isa}/table.cpp", "-O1"] for isa in ("portable", "neon", "dotprod", "i8mm")},
     "dispatch": ["dispatch.cpp", "-O1"],
     "check": ["tests/check.cpp", "-O1", "-pthread", "-fopenmp"],
-    "api": ["runtime/api.cpp", "-O1", "-idirafter", "/usr/include"],
+    "api": ["runtime/api.cpp", "-O1", "-fopenmp", "-idirafter", "/usr/include"],
     "run": ["runtime/run.cpp", "-O1"],
 }
 KERNELS = ["portable", "neon", "dotprod", "i8mm", "dispatch"]
@@ -94,12 +94,13 @@ def program(name: str) -> Path:
 
 
 def emulated(processor: str, *command: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    others = {name: value for name, value in os.environ.items() if name != "BELLBOX_ISA"}
     return subprocess.run(
         [str(QEMU), "-cpu", processor, *map(str, command)],
         capture_output=True,
         timeout=300,
         check=False,
-        env={**os.environ, **environment},
+        env=others | environment,
     )
 
 
