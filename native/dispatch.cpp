@@ -148,6 +148,21 @@ void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t
 
 }  // namespace
 
+#ifdef BELLBOX_ARM
+// Copies are made at run time: here, where every processor has the instructions for it.
+namespace {
+Kernels neon_with(const char* name, const Products& products) {
+    Kernels kernels = neon_kernels;
+    kernels.name = name;
+    kernels.linear = products.linear, kernels.int8_linear = products.int8_linear, kernels.int4_linear = products.int4_linear;
+    kernels.integer_peak = products.integer_peak;
+    return kernels;
+}
+}  // namespace
+const Kernels dotprod_kernels = neon_with("dotprod", dotprod_products);
+const Kernels i8mm_kernels = neon_with("i8mm", i8mm_products);
+#endif
+
 #ifdef BELLBOX_X86
 // A copy is made at run time: here, where every processor has the instructions for it.
 const Kernels amx_kernels = [] {

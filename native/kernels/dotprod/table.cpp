@@ -1,7 +1,7 @@
-// The kernels for one instruction set: dotprod.
+// The products of one instruction set: dotprod, of processors with dot products.
 #define BELLBOX_NAMESPACE dotprod
-#include "kernels/neon/kernels.h"
+#include "kernels/neon/products.h"
 
 namespace bellbox {
-constexpr Kernels dotprod_kernels = dotprod::table("dotprod");
+constexpr Products dotprod_products = dotprod::products();
 }  // namespace bellbox

@@ -1,7 +1,7 @@
-// The kernels for one instruction set: i8mm.
+// The products of one instruction set: i8mm, of processors with int8 matrix products.
 #define BELLBOX_NAMESPACE i8mm
-#include "kernels/neon/kernels.h"
+#include "kernels/neon/products.h"
 
 namespace bellbox {
-constexpr Kernels i8mm_kernels = i8mm::table("i8mm");
+constexpr Products i8mm_products = i8mm::products();
 }  // namespace bellbox

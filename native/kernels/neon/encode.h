@@ -10,14 +10,6 @@ namespace {
 namespace BELLBOX_NAMESPACE {
 namespace rows {
 
-BELLBOX_INLINE int32x4_t add_bytes(int32x4_t sums, int8x16_t bytes) {
-#ifdef __ARM_FEATURE_DOTPROD
-    return vdotq_s32(sums, bytes, vdupq_n_s8(1));
-#else
-    return vpadalq_s16(sums, vpaddlq_s8(bytes));
-#endif
-}
-
 // The first `count` of sixteen bytes, zeros for the others.
 BELLBOX_INLINE int8x16_t first_of(int8x16_t bytes, int64_t count) {
     alignas(16) static const int8_t number[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -47,7 +39,7 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, const Rotation&
                 for (int c = 0; c < 4; ++c) v[c] = vmulq_n_f32(vld1q_f32(p + l + 4 * c), scale.r);
                 int8x16_t bytes = coder.levels(v);
                 if (k - j - l < 16) bytes = first_of(bytes, k - j - l);  // what is beyond the end is 0
-                sums = add_bytes(sums, bytes);
+                sums = vpadalq_s16(sums, vpaddlq_s8(bytes));
                 vst1q_s8(levels + j + l, bytes);
             }
         }

@@ -8,8 +8,10 @@
 #include <arm_neon.h>
 
 #include "kernels/inline.h"
-#include "kernels/int8_linear.h"
 #include "kernels/portable/encode.h"
+#ifndef __ARM_FEATURE_DOTPROD
+#include "kernels/int8_linear.h"
+#endif
 
 namespace bellbox {
 namespace {
@@ -73,7 +75,8 @@ inline void rows(const Int4LinearArgs& a, int64_t n, int64_t m) {
             for (int i = 0; i < kWeights; ++i) {
                 if (kWeights > 1) __builtin_prefetch(weight + i * bytes + at + kAhead);
                 const uint8x16_t codes = vld1q_u8(weight + i * bytes + at);
-                const int8x16_t even = vreinterpretq_s8_u8(vandq_u8(codes, vdupq_n_u8(15))), odd = vreinterpretq_s8_u8(vshrq_n_u8(codes, 4));
+                const int8x16_t even = vreinterpretq_s8_u8(vandq_u8(codes, vdupq_n_u8(15)));
+                const int8x16_t odd = vreinterpretq_s8_u8(vshrq_n_u8(codes, 4));
                 BELLBOX_UNROLL
                 for (int j = 0; j < kRows; ++j)
                     sum[i][j].add(even, odd, vld1q_s8(first + j * x_row), vld1q_s8(first + j * x_row + 64));
@@ -166,7 +169,7 @@ inline void int4_linear(const Int4LinearArgs& a, int64_t begin, int64_t end) {
 }
 
 #ifdef __ARM_FEATURE_DOTPROD
-inline void int8_by_parts(const Int8LinearArgs& a, int64_t begin, int64_t end) {
+inline void int8_linear(const Int8LinearArgs& a, int64_t begin, int64_t end) {
     const int64_t row = (a.k + 15) / 16 * 32;
     const Scratch scratch((a.m * row + 3) / 4);
     int8_t* const parts = reinterpret_cast<int8_t*>(scratch.data);

@@ -161,7 +161,8 @@ struct Epilogue {
         std::memcpy(scales, w.scale + column, static_cast<size_t>(width) * 4);
         if (w.bias != nullptr) std::memcpy(biases, w.bias + column, static_cast<size_t>(width) * 4);
         BELLBOX_UNROLL
-        for (int q = 0; q < 4; ++q) scale[q] = vmulq_n_f32(vld1q_f32(scales + 4 * q), a.act_scale), bias[q] = vld1q_f32(biases + 4 * q);
+        for (int q = 0; q < 4; ++q)
+            scale[q] = vmulq_n_f32(vld1q_f32(scales + 4 * q), a.act_scale), bias[q] = vld1q_f32(biases + 4 * q);
     }
 
     BELLBOX_INLINE void operator()(const LinearArgs& a, int64_t row, const int32_t* sums) const {
@@ -313,7 +314,8 @@ BELLBOX_INLINE int32x4_t halves(int32x4_t a, int32x4_t b, bool high) {
 
 // Sums of ROWS rows and 16 outputs over `blocks` unpacked blocks. A row without another is taken twice.
 template <int ROWS>
-__attribute__((noinline)) void multiply(const int8_t* levels, int64_t ldl, const int8_t* codes, int64_t blocks, int64_t, int32_t* sums) {
+__attribute__((noinline)) void multiply(const int8_t* levels, int64_t ldl, const int8_t* codes, int64_t blocks, int64_t,
+                                        int32_t* sums) {
     constexpr int kPairs = (ROWS + 1) / 2;
     const int8_t* const end = levels + 64 * blocks;
     int32x4_t acc[kPairs][8];
@@ -366,7 +368,8 @@ void unpack(const uint8_t* block, int64_t blocks, int8_t* out) {
 
 // Sums of ROWS rows and 16 outputs over `blocks` unpacked blocks, `run` of them at a time in 16 bits.
 template <int ROWS>
-__attribute__((noinline)) void multiply(const int8_t* levels, int64_t ldl, const int8_t* codes, int64_t blocks, int64_t run, int32_t* sums) {
+__attribute__((noinline)) void multiply(const int8_t* levels, int64_t ldl, const int8_t* codes, int64_t blocks, int64_t run,
+                                        int32_t* sums) {
     for (int64_t begin = 0; begin < blocks; begin += run) {
         const int8_t* const end = levels + 64 * smaller(run, blocks - begin);
         Four acc[ROWS][4];
