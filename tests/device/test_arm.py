@@ -155,9 +155,7 @@ def test_the_check_sees_a_kernel_that_is_wrong(tmp_path: Path) -> None:
     subprocess.run(linked, check=True, capture_output=True)
     done = emulated("cortex-a53", altered_check, 12)
     assert done.returncode == 1
-    assert re.search(
-        r"neon, case \d+: encode: (levels|sums) differs from the reference", done.stdout.decode()
-    )
+    assert re.search(r"neon, case \d+: .*differs from the reference", done.stdout.decode())
 
 
 @pytest.fixture(scope="module")
