@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx executorch runtime web web-check format bench wheel pictures clean
+.PHONY: setup demo test test-fast test-slow docs axe check unit held interpreted zoo zoo-packages sanitize onnx executorch runtime arm web web-check format bench wheel pictures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make onnx    the compiled operator for onnxruntime (needs cmake; about 1 minute)"
 	@echo "make runtime bellbox-run and libbellbox, without Python (needs cmake and nlohmann-json; about 2 minutes)"
 	@echo "make web     the same as WebAssembly, for \`bellbox serve\` and any other server of files (needs emscripten; about 2 minutes)"
+	@echo "make arm     the same for ARM, and its kernels held against portable C++ under qemu (about 5 minutes)"
 	@echo "make wheel   a source distribution and a wheel, tried in an empty environment without a compiler (in dist/)"
 	@echo "make pictures  the pictures of the studies, drawn from their results"
 	@echo "make bench   the time of a training step and of a packed layer"
@@ -128,6 +129,14 @@ web-check:
 	emcmake cmake -S . -B build/checks/web -DBELLBOX_CHECK=ON -DBELLBOX_SANITIZE=OFF -DBELLBOX_ONE_THREAD=ON
 	NODE_PATH="$$NODE_PATH:/usr/share/nodejs" cmake --build build/checks/web --parallel $(JOBS)
 	node --no-experimental-fetch build/checks/web/check.js
+# For ARM from x86 (Debian: g++-aarch64-linux-gnu and qemu-user): build/arm/release/bellbox-run, and every kernel on processors with
+# int8 matrix products, with dot products, and with neither. On an ARM machine `make runtime` and `make sanitize` do the same.
+ARM_CPUS := max neoverse-n1 cortex-a53
+arm:
+	cmake -S . -B build/arm/release -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake -DBELLBOX_RUNTIME=ON -DBELLBOX_CHECK=ON -DBELLBOX_SANITIZE=OFF
+	cmake --build build/arm/release --parallel $(JOBS)
+	for cpu in $(ARM_CPUS); do qemu-aarch64 -cpu $$cpu build/arm/release/check 100 || exit 1; done
+	qemu-aarch64 build/arm/release/bellbox-run --help
 
 # libgomp is torch's own and stays out of the wheel. The last step runs where there is no compiler on the path.
 wheel:

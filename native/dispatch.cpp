@@ -2,6 +2,13 @@
 #ifdef BELLBOX_X86
 #include <cpuid.h>
 #endif
+#ifdef BELLBOX_ARM
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
 
 #include <atomic>
 #include <cstdio>
@@ -56,7 +63,32 @@ bool has_amx() {
 }
 #endif
 
+#ifdef BELLBOX_ARM
+#if defined(__linux__)
+// Bits of the kernel's interface (arch/arm64/include/uapi/asm/hwcap.h), which headers of old systems do not name.
+constexpr unsigned long kDotProducts = 1ul << 20, kMatrixProducts = 1ul << 13;  // of AT_HWCAP, of AT_HWCAP2
+bool has_dotprod() { return (getauxval(AT_HWCAP) & kDotProducts) != 0; }
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) & kMatrixProducts) != 0; }
+#elif defined(__APPLE__)
+bool says_yes(const char* name) {
+    int value = 0;
+    size_t size = sizeof(value);
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dotprod() { return says_yes("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dotprod() && says_yes("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+#endif
+
 const Candidate kCandidates[] = {
+#ifdef BELLBOX_ARM
+    {&i8mm_kernels, has_i8mm},
+    {&dotprod_kernels, has_dotprod},
+    {&neon_kernels, always},  // part of every processor of 64 bits
+#endif
 #ifdef BELLBOX_X86
     {&amx_kernels, has_amx},
     {&avx512_kernels, has_avx512},
@@ -118,6 +150,21 @@ void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t
 }
 
 }  // namespace
+
+#ifdef BELLBOX_ARM
+// Copies are made at run time: here, where every processor has the instructions for it.
+namespace {
+Kernels neon_with(const char* name, const Products& products) {
+    Kernels kernels = neon_kernels;
+    kernels.name = name;
+    kernels.linear = products.linear, kernels.int8_linear = products.int8_linear, kernels.int4_linear = products.int4_linear;
+    kernels.integer_peak = products.integer_peak;
+    return kernels;
+}
+}  // namespace
+const Kernels dotprod_kernels = neon_with("dotprod", dotprod_products);
+const Kernels i8mm_kernels = neon_with("i8mm", i8mm_products);
+#endif
 
 #ifdef BELLBOX_X86
 // A copy is made at run time: here, where every processor has the instructions for it.

@@ -89,7 +89,11 @@ inline void float_rows(const float* x, const float* weights, int64_t k, int64_t 
 
 // Weight rows [begin, end) of out[m, n] = dot(x[m], weight[n]); four weights for all rows of x, in the first cache.
 inline void float_linear(const FloatLinearArgs& a, int64_t begin, int64_t end) {
+#if defined(__aarch64__)
+    constexpr int kFour = 2;  // 16 sums, of 32 registers
+#else
     constexpr int kFour = 4;
+#endif
     int64_t n = begin;
     for (; n + kFour <= end; n += kFour) {
         const float* const weights = a.weight + n * a.k;

@@ -316,6 +316,18 @@ extern const Kernels portable_kernels;
 extern const Kernels wasm_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels neon_kernels;
+// On ARM: what the two that follow do otherwise than neon; their tables are made in dispatch.cpp.
+struct Products {
+    decltype(Kernels::linear) linear;
+    decltype(Kernels::int8_linear) int8_linear;
+    decltype(Kernels::int4_linear) int4_linear;
+    decltype(Kernels::integer_peak) integer_peak;
+};
+extern const Products dotprod_products;
+extern const Products i8mm_products;
+extern const Kernels dotprod_kernels;
+extern const Kernels i8mm_kernels;
 extern const Kernels amx_kernels;  // avx512's but for amx_linear; made in dispatch.cpp
 void amx_linear(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
 int64_t amx_integer_peak(int64_t rounds);

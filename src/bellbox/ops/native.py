@@ -1,9 +1,9 @@
 """The compiled CPU kernels: found lazily, called with plain addresses.
 
 `bellbox._native` is built from `native/` when the package is installed; it picks the best instruction set that
-the processor has, or the one that the environment variable BELLBOX_ISA names (amx, avx512, avx2, portable; reference
-for none of them). Where the module was not built (no compiler), everything runs on the torch reference with the same
-results, only slower; `describe()` says which.
+the processor has, or the one that the environment variable BELLBOX_ISA names (amx, avx512, avx2, on ARM i8mm,
+dotprod, neon; portable; reference for none of them). Where the module was not built (no compiler), everything runs
+on the torch reference with the same results, only slower; `describe()` says which.
 
 The compiled module checks what it is given (native/python), whoever calls; a ValueError says what does not fit.
 """

@@ -1,0 +1,33 @@
+// The kernels for one instruction set: neon.
+#define BELLBOX_NAMESPACE neon
+#include "kernels/neon/cache_rows.h"
+#include "kernels/neon/encode.h"
+#include "kernels/neon/products.h"
+#include "kernels/neon/training.h"
+
+#include "kernels/decoder.h"
+#include "kernels/draw.h"
+#include "kernels/portable/binarized.h"
+
+namespace bellbox {
+constexpr Kernels neon_kernels = {
+    .name = "neon",
+    .encode = neon::encode,
+    .rotate = neon::rotate,
+    .forward = neon::forward,
+    .backward = portable::backward,
+    .keep = neon::keep,
+    .row_rms = neon::row_rms,
+    .linear = neon::linear,
+    .rms_norm = neon::rms_norm,
+    .attend = neon::attend,
+    .float_linear = neon::float_linear,
+    .int8_linear = neon::int8_linear,
+    .int4_linear = neon::int4_linear,
+    .draw = neon::draw,
+    .integer_peak = neon::integer_peak,
+    .binarized_input = neon::binarized_input,
+    .binarized = portable::binarized,
+    .counts = neon::counts,
+};
+}  // namespace bellbox
