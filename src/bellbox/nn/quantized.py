@@ -62,16 +62,19 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor, reader: object = None) -> Tensor:
         """Fake-quantize `[..., features]` for a layer, differentiable."""
-        return self.shared.get_or_compute(reader, x, ("fake", self.training), self._state(), self._fake)
+        return self.shared.get_or_compute(reader, x, ("fake", self.training, *self._width()), self._state(), self._fake)
 
     def coded(self, x: Tensor, reader: object = None) -> Coded:
         """The same as codes, for a product on integers."""
-        return self.shared.get_or_compute(reader, x, ("coded", self.training), self._state(), self._coded)
+        return self.shared.get_or_compute(reader, x, ("coded", self.training, *self._width()), self._state(), self._coded)
 
     def observe(self, x: Tensor, reader: object = None) -> None:
         """Show the codes of an input to the observers, once for all readers."""
         if self.observers:
-            self.shared.get_or_compute(reader, x, ("codes",), self._state(), self._observe)
+            self.shared.get_or_compute(reader, x, ("codes", *self._width()), self._state(), self._observe)
+
+    def _width(self) -> tuple[int, ...]:
+        return (self.levels.n,) if self.quantizer.widths else ()
 
     def _state(self) -> list[Tensor | None]:
         return [*self.quantizer._parameters.values(), *self.quantizer._buffers.values()]
@@ -514,6 +517,10 @@ class QuantizedLayer(nn.Module, ABC):
             if quantizer is not None:
                 yield from quantizer.parameters()
                 yield from quantizer.buffers()
+
+    def forget_codes(self) -> None:
+        """Let go of what is kept of a weight from forward to forward: its quantizer has other levels now."""
+        self._call = None
 
     def train(self, mode: bool = True) -> Self:
         """Training needs no codes of the weight: drop them."""
