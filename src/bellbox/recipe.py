@@ -14,9 +14,10 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 from bellbox.core.grid import levels_from_bits
+from bellbox.core.planes import check_widths
 from bellbox.errors import BellboxError
 from bellbox.quantizers import METHODS, check_method
-from bellbox.quantizers.nested import check_widths, option_of
+from bellbox.quantizers.nested import option_of
 from bellbox.quantizers.spec import Granularity, QuantizerSpec, with_present_names
 
 HEADS = (

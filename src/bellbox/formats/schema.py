@@ -364,10 +364,16 @@ def _check_expected(
 
 
 def stored_buffers(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a layer of codes or a compact table as files have them; of an empty one shapes and dtypes."""
+    """The tensors of a layer of codes or a compact table as files have them; of an empty one shapes and dtypes.
+
+    Those of one width: of a nested layer its own (`formats.nested` has the others).
+    """
     buffers = dict(layer.named_buffers())
     if not isinstance(layer, CodedLayer):
         return buffers
+    if isinstance(layer, PackedLayer):
+        for name in layer.narrower_scales():
+            del buffers[name]
     rows = buffers.pop("packed")
     buffers.pop("act_thresholds", None)
     if not rows.is_meta:

@@ -195,6 +195,7 @@ class QuantizedLayer(nn.Module, ABC):
             object.__setattr__(self, "activation_quantizer", activation_quantizer)
         self._start()
         self.has_run = self.weight_was_read = False
+        _require_same_widths(weight_quantizer, activation_quantizer)
         if weights_rotated:
             _require_no_rotation(weight_quantizer, activation_quantizer)
         elif weight_quantizer is not None and activation_quantizer is not None:
@@ -573,6 +574,13 @@ def _require_no_rotation(weight: Quantizer | None, activation: ActivationQuantiz
         raise BellboxError(
             "weights_rotated says that the weight is rotated: its quantizer must have block=1, no signs"
         )
+
+
+def _require_same_widths(weight: Quantizer | None, activation: ActivationQuantizer | None) -> None:
+    """Inputs of one width go with any weight; of several, with a weight that has the same ones."""
+    widths = () if activation is None else activation.quantizer.widths
+    if widths and (weight is None or weight.widths != widths):
+        raise BellboxError("nested inputs need a weight that is nested at the same widths")
 
 
 def _require_same_rotation(weight: Quantizer, activation: Quantizer) -> None:

@@ -132,7 +132,7 @@ def _refuse_divided(layers: Mapping[str, QuantizedLayer], wanted: Mapping[Quanti
         if weight is None or inputs is None or not (weight.widths and inputs.quantizer.widths):
             continue
         there = [wanted.get(each, each.levels.n.bit_length() - 1) for each in (weight, inputs.quantizer)]
-        if there[0] != there[1] and weight.widths == inputs.quantizer.widths:
+        if there[0] != there[1]:
             raise BellboxError(
                 f"layer {name!r} shares an input that would have {there[1]} bits, and would itself have {there[0]}; give "
                 "layers that read one tensor the same width"

@@ -9,14 +9,13 @@ The grid is half-integer at every width (levels +-1/2, +-3/2, ...), so that leve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 from bellbox.core.grid import Levels
+from bellbox.core.planes import check_widths
 from bellbox.errors import BellboxError
-
-MOST_BITS = 7
-"""Half-integer levels of 8 bits are odd integers beyond int8."""
 
 
 class Width(NamedTuple):
@@ -26,19 +25,6 @@ class Width(NamedTuple):
     levels: Levels
     gamma: str
     """Name of the parameter that is its scale; that of the widest is `gamma`."""
-
-
-def check_widths(bits: Sequence[int]) -> None:
-    """Refuse what is no list of nested widths.
-
-    Raises:
-        BellboxError: fewer than two, one beyond 1 to 7, or not the widest first.
-    """
-    said = ", ".join(map(str, bits))
-    if any(type(each) is not int or not 1 <= each <= MOST_BITS for each in bits):
-        raise BellboxError(f"nested widths {said}: must be whole numbers of bits from 1 to {MOST_BITS}")
-    if len(bits) < 2 or list(bits) != sorted(set(bits), reverse=True):
-        raise BellboxError(f"nested widths {said}: must be at least two, the widest first, such as 4, 3, 2, 1")
 
 
 def option_of(bits: Sequence[int]) -> str:
@@ -77,3 +63,35 @@ def widths_of(option: str, widest: Levels) -> list[Width]:
         )
     narrow = [Width(each, Levels.gaussian(2**each, widest.zero_point), f"gamma_{each}") for each in bits[1:]]
     return [Width(bits[0], widest, "gamma"), *narrow]
+
+
+class HasWidths(Protocol):
+    """A quantizer, as far as its width goes."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See `Quantizer`."""
+        ...
+
+    @property
+    def levels(self) -> Levels:
+        """See `Quantizer`."""
+        ...
+
+    def use_bits(self, bits: int) -> None:
+        """See `Quantizer`."""
+        ...
+
+
+@contextmanager
+def at_bits(quantizer: HasWidths, bits: int) -> Iterator[None]:
+    """Within it the quantizer has one of its widths; one that has a single width stays as it is."""
+    if not quantizer.widths:
+        yield
+        return
+    before = quantizer.levels.n.bit_length() - 1
+    quantizer.use_bits(bits)
+    try:
+        yield
+    finally:
+        quantizer.use_bits(before)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from bellbox.core.grid import levels_from_bits
+from bellbox.core.planes import check_widths
 from bellbox.data.mixture import check_weights
 from bellbox.errors import BellboxError
 from bellbox.runs.limits import Limits, refuse_beyond
@@ -570,8 +571,6 @@ def _check_method(section: QuantizationSection) -> None:
 
 
 def _check_nested(config: TrainConfig) -> None:
-    from bellbox.quantizers.nested import check_widths
-
     section = config.quantization
     if not section.nested:
         return
