@@ -60,9 +60,10 @@ def summary(model: nn.Module) -> str:
             shape = layer.row_count, layer.row_length
             coding = layer.coding
             sharing = "shared" if len(layer.group.layers) > 1 else "own"
+            inputs = layer.widths if layer.nested_inputs else ()
             cells = (
-                _label(layer.weight_levels),
-                _label(coding.levels),
+                _label(layer.weight_levels, layer.widths),
+                _label(coding.levels, inputs),
                 coding.normalise,
                 str(coding.block),
                 sharing,

@@ -4,6 +4,7 @@ bellbox convert runs/small --out small-packed
 bellbox convert runs/small --out small-packed --checkpoint best
 bellbox convert runs/small --out small-packed --embeddings int8
 bellbox convert runs/small --out small-packed --no-check
+bellbox convert runs/nested --out nested-packed                # of several widths: one folder for all of them
 bellbox convert runs/mine --out mine-packed --import mine      # a method of your own, from mine.py
 """
 
@@ -27,6 +28,7 @@ from bellbox.formats import packed as io
 from bellbox.formats.auto import OpenedModel, open_data_for, open_images_for, open_model
 from bellbox.formats.companions import TOKENIZER_FILES, copy_companions
 from bellbox.formats.packed import Sizes
+from bellbox.nn import using_bits
 from bellbox.nn.compact import Precision, compact
 
 require("tyro", "cli")
@@ -50,6 +52,8 @@ class Convert:
     """The packed folder to make; an earlier packed model there is replaced."""
     checkpoint: str = "last"
     """last, best, or a step."""
+    bits: int | None = None
+    """Of a model of several widths (docs/nested.md): the widest to pack; all of them where not given."""
     embeddings: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """Round embeddings and head of a model that was trained without: smaller, quicker, and no longer exactly the
     trained function (`bellbox eval` on the packed folder shows what it costs). What was trained rounded stays so."""
@@ -71,7 +75,7 @@ def main(argv: list[str]) -> None:
     if not command.check:
         refuse_flags(command, ("data",), "--no-check")
     refuse_file_name(command.out)
-    opened = open_model(command.run, command.checkpoint)
+    opened = open_model(command.run, command.checkpoint, bits=command.bits)
     if opened.run is None:
         raise BellboxError(f"{opened.path}: is a {opened.kind} model; convert takes a run folder")
     batches = check_batches(opened, command.data) if command.check else None  # before anything is written
@@ -83,14 +87,19 @@ def main(argv: list[str]) -> None:
     trained = compact(
         opened.model, command.embeddings
     )  # rounded alike: then all codes must still be the same
-    found = agreement(trained, io.load(command.out), batches)
-    print(describe(found, "validation images" if opened.is_vision else "tokens of validation text"))
-    if not found.holds:
-        print(
-            f"bellbox: {command.out} is not the model that was trained: do not use it; this is a defect of Bellbox",
-            file=sys.stderr,
-        )
-        raise SystemExit(1)
+    unit = "validation images" if opened.is_vision else "tokens of validation text"
+    for bits in [each for each in opened.widths if each <= (opened.bits or 0)] or [None]:
+        if bits is not None:
+            print(f"\nat {bits} bits, {io.file_bytes(command.out, bits):,} bytes read:")
+        with using_bits(trained, bits):
+            found = agreement(trained, io.load(command.out, bits=bits), batches)
+        print(describe(found, unit))
+        if not found.holds:
+            print(
+                f"bellbox: {command.out} is not the model that was trained: do not use it; this is a defect of Bellbox",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
 
 
 def pack(opened: OpenedModel, out: Path, embeddings: Precision = "fp32") -> Sizes:
