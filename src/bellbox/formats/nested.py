@@ -7,7 +7,8 @@ comes out as of a folder that has that one width, so that nobody else needs to k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from bellbox.core.planes import check_widths, has_clean_ends, packed_from, plane
 from bellbox.errors import BellboxError
 from bellbox.formats.description import CONFIG
 from bellbox.nn import CodedLayer, PackedLayer
+from bellbox.nn.huge_pages import may_leave_memory
 from bellbox.nn.widths import width_at
 from bellbox.utils.files import listed_file, read_tensors
 
@@ -131,7 +133,10 @@ class Read(NamedTuple):
     """What the files of a folder's widths hold of one width."""
 
     tensors: dict[str, Tensor]
-    """As a folder of that width has them: `NAME.weight_packed`, `NAME.weight_scale`, `NAME.act_scale`."""
+    """As a folder of that width has them: `NAME.weight_packed`, `NAME.weight_scale`, `NAME.act_scale`. The first is a
+    stand-in without memory."""
+    codes: dict[str, Callable[[], Tensor]]
+    """`NAME.weight_packed` -> what makes it of its planes, so that no two layers need be held at once."""
     narrower: dict[str, dict[str, Tensor]]
     """Layer -> `PackedLayer.narrower_scales`."""
 
@@ -153,20 +158,30 @@ def read(root: Path, config: Mapping[str, Any]) -> Read:
         tensors = read_tensors(path)
         _check(path, _expected(entries, bits), tensors)
         stored |= tensors
-    found = Read({}, {})
+    found = Read({}, {}, {})
     for name, entry in entries.items():
         prefix, (at, *narrower) = f"{name}." if name else "", entry["nested"]["widths"]
         planes = [stored[f"{prefix}weight_plane_{number}"] for number in range(1, at + 1)]
         for number, plane in enumerate(planes, 1):
             if not has_clean_ends(plane, entry["in_features"]):
                 raise BellboxError(f"{root}: tensor '{prefix}weight_plane_{number}' has bits beyond the ends of its rows")
-        found.tensors[f"{prefix}weight_packed"] = packed_from(planes, entry["in_features"])
+        columns = entry["in_features"]
+        size = entry["out_features"], row_bytes(columns, 2**at)
+        found.tensors[f"{prefix}weight_packed"] = torch.empty(size, dtype=torch.uint8, device="meta")
+        found.codes[f"{prefix}weight_packed"] = partial(_put_together, planes, columns)
         sides = ("weight", "act") if entry["nested"]["inputs"] else ("weight",)
         for side in sides:
             found.tensors[f"{prefix}{side}_scale"] = stored[f"{prefix}{side}_scale_{at}"]
         names = [f"{side}_scale_{bits}" for bits in narrower for side in sides]
         found.narrower[name] = {key: stored[prefix + key] for key in names}
     return found
+
+
+def _put_together(planes: list[Tensor], columns: int) -> Tensor:
+    rows = packed_from(planes, columns)
+    for plane in planes:
+        may_leave_memory(plane)
+    return rows
 
 
 def _expected(entries: Mapping[str, Any], bits: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -201,7 +201,7 @@ def load(
     for name, layer in replaced.items():
         model = replace_layer(model, model.get_submodule(name), layer)
     without_fused_paths(model)
-    schema.assign(model, replaced, tensors, device)
+    schema.assign(model, replaced, tensors, device, several.codes)
     for name, scales in several.narrower.items():
         own = {key: own_copy(value, device) for key, value in scales.items()}
         _keep_narrower(layers[name], config["layers"][name]["nested"], own)
