@@ -369,7 +369,9 @@ def _refuse_beside_nested(bits: int | None, nested: Sequence[int], choices: Mapp
     check_widths(nested)
     for name, value in (("bits", bits), *((name, choices.get(name)) for name in ("levels", "weight_levels"))):
         if value is not None:
-            raise BellboxError(f"{name} is {value} and nested is given, which says the widths; leave one of them out")
+            raise BellboxError(
+                f"{name} is {value} and nested is given, which says the widths; leave one of them out"
+            )
     if choices.get("weight_only") is not None:
         raise BellboxError("nested widths are for weights and inputs together; leave weight_only out")
     return nested[0]

@@ -94,7 +94,9 @@ def same_codes(one: nn.Module, other: nn.Module) -> bool:
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 33])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 7])
 def test_fewer_planes_are_the_codes_shifted_right(bits: int, columns: int):
-    codes = torch.randint(2**bits, (17, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    codes = torch.randint(
+        2**bits, (17, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
+    )
     planes = planes_of(pack(codes, 2**bits), columns, bits)
     for width in range(1, bits + 1):
         found = unpack(packed_from(planes[:width], columns), columns, 2**width)
@@ -161,17 +163,24 @@ def test_a_width_reads_its_own_files_and_no_byte_of_the_wider_ones(
     if sys.platform == "linux":
         for bits in (4, 3, 2):
             assert read[bits] - read[bits - 1] >= size[bits]
-            assert read[bits] - read[bits - 1] <= 2 * size[bits] + 16384  # its header once more, in a whole buffer
+            assert (
+                read[bits] - read[bits - 1] <= 2 * size[bits] + 16384
+            )  # its header once more, in a whole buffer
 
 
 def test_each_plane_has_an_equal_share_of_the_codes(original: Path):
     planes = {bits: load_file(original / f"bits-{bits}.safetensors") for bits in WIDTHS}
     size = {
-        bits: sum(value.nbytes for name, value in each.items() if "plane" in name) for bits, each in planes.items()
+        bits: sum(value.nbytes for name, value in each.items() if "plane" in name)
+        for bits, each in planes.items()
     }
     assert size[1] == size[2] == size[3] == size[4]  # 1 bit reads a quarter of the codes of 4, 2 bits a half
     for bits in WIDTHS:
-        needed = ["config.json", "model.safetensors", *(f"bits-{each}.safetensors" for each in range(1, bits + 1))]
+        needed = [
+            "config.json",
+            "model.safetensors",
+            *(f"bits-{each}.safetensors" for each in range(1, bits + 1)),
+        ]
         assert io.file_bytes(original, bits) == sum((original / name).stat().st_size for name in needed)
 
 
@@ -194,7 +203,10 @@ def test_saving_what_was_loaded_gives_the_same_bytes_and_narrower_ones_give_fewe
 def test_inputs_may_keep_their_width_and_widths_may_be_far_apart(tmp_path: Path):
     model = trained_llama((4, 1), activation_levels=16)
     bb.save(bb.convert(model), tmp_path / "m")
-    assert sorted(path.name for path in (tmp_path / "m").glob("bits-*")) == ["bits-1.safetensors", "bits-4.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "m").glob("bits-*")) == [
+        "bits-1.safetensors",
+        "bits-4.safetensors",
+    ]
     for bits in (4, 1):
         bb.set_bits(model, bits)
         loaded = bb.load(tmp_path / "m", bits=bits)
@@ -324,7 +336,9 @@ def test_a_configuration_that_does_not_nest_is_refused(spoilt: Path, change: Any
 
 
 def test_a_width_that_is_not_there_gets_one_line(original: Path, model: nn.Module, tmp_path: Path):
-    with pytest.raises(BellboxError, match="no width of 5 bits in this folder; it can be read at 4, 3, 2, 1 bits"):
+    with pytest.raises(
+        BellboxError, match="no width of 5 bits in this folder; it can be read at 4, 3, 2, 1 bits"
+    ):
         bb.load(original, bits=5)
     bb.save(bb.load(original, bits=1), tmp_path / "one")
     with pytest.raises(BellboxError, match="no width of 2 bits in this folder; its layers have one width"):

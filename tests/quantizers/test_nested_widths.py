@@ -19,7 +19,9 @@ from bellbox.quantizers import QuantizerSpec, build_quantizer
 ALL = (7, 6, 5, 4, 3, 2, 1)
 
 
-def quantizer(widths: tuple[int, ...] = (4, 3, 2, 1), rows: int | None = None, features: int = 64, **more: object):
+def quantizer(
+    widths: tuple[int, ...] = (4, 3, 2, 1), rows: int | None = None, features: int = 64, **more: object
+):
     options = {"nested": ",".join(map(str, widths)), **more}
     made = build_quantizer(QuantizerSpec("bbq", 2 ** widths[0], options=options), features, rows, "here")  # type: ignore[arg-type]
     made.initialize(torch.randn(6, features, generator=torch.Generator().manual_seed(1)))
@@ -40,7 +42,9 @@ def test_thresholds_are_every_second_one_of_the_next_width_to_the_last_bit():
 def test_codes_nest_for_all_widths_at_ties_and_beside_them(wide: int):
     edges = torch.tensor(Levels.gaussian(2**wide).thresholds)
     near = [torch.nextafter(edges, torch.full_like(edges, side)) for side in (-math.inf, math.inf)]
-    values = torch.cat([edges, *near, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 40.0, -40.0]), torch.randn(10_000)])
+    values = torch.cat(
+        [edges, *near, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 40.0, -40.0]), torch.randn(10_000)]
+    )
     for narrow in range(1, wide):
         wider, narrower = Levels.gaussian(2**wide).encode(values), Levels.gaussian(2**narrow).encode(values)
         assert torch.equal(wider >> (wide - narrow), narrower)
@@ -82,7 +86,9 @@ def test_each_width_is_bbq_of_its_levels_alone(bits: int, rows: int | None):
     assert torch.equal(getattr(made, name).grad, alone.gamma.grad)  # type: ignore[union-attr]
     others = [p for other, p in made.named_parameters() if other != name]
     assert len(others) == 3
-    assert all(p.grad is not None and not p.grad.any() for p in others)  # all processes exchange the same ones
+    assert all(
+        p.grad is not None and not p.grad.any() for p in others
+    )  # all processes exchange the same ones
 
 
 def test_gradients_of_every_width_are_those_of_the_definition_in_float64():

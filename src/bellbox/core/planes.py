@@ -29,7 +29,9 @@ def check_widths(bits: Sequence[int]) -> None:
     if any(type(each) is not int or not 1 <= each <= MOST_BITS for each in bits):
         raise BellboxError(f"nested widths {said}: must be whole numbers of bits from 1 to {MOST_BITS}")
     if len(bits) < 2 or list(bits) != sorted(set(bits), reverse=True):
-        raise BellboxError(f"nested widths {said}: must be at least two, the widest first, such as 4, 3, 2, 1")
+        raise BellboxError(
+            f"nested widths {said}: must be at least two, the widest first, such as 4, 3, 2, 1"
+        )
 
 
 def planes_of(packed: Tensor, columns: int, bits: int) -> list[Tensor]:

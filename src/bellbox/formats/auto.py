@@ -106,7 +106,9 @@ def open_model(
             f"{root}: only a packed or binarized model's embeddings can be rounded; convert it first"
         )
     if bits is not None and kind not in ("run", "packed"):
-        raise BellboxError(f"{root}: --bits is for models of several widths, and this one has none; leave it out")
+        raise BellboxError(
+            f"{root}: --bits is for models of several widths, and this one has none; leave it out"
+        )
     if kind == "run":
         return _open_run(root, checkpoint, bits)
     if checkpoint != "last":
@@ -116,9 +118,7 @@ def open_model(
         tokenizer = io.tokenizer_path(root) or _tokenizer_beside(root)
         used = bits or next(iter(widths), None)
         about = f"packed model {root}: {_shape(model)}{_width(used, widths)}"
-        return OpenedModel(
-            root, model, "packed", tokenizer, _longest(model), about, widths=widths, bits=used
-        )
+        return OpenedModel(root, model, "packed", tokenizer, _longest(model), about, widths=widths, bits=used)
     if kind == "binarized":
         from bellbox.formats import binarized
 

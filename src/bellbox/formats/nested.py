@@ -74,7 +74,9 @@ def widths_of(config: Mapping[str, Any]) -> tuple[int, ...]:
     Args:
         config: as `description.read` gives it.
     """
-    found = {bits for entry in config["layers"].values() for bits in (entry["nested"] or {"widths": ()})["widths"]}
+    found = {
+        bits for entry in config["layers"].values() for bits in (entry["nested"] or {"widths": ()})["widths"]
+    }
     return tuple(sorted(found, reverse=True))
 
 
@@ -91,7 +93,9 @@ def at_width(root: Path, config: dict[str, Any], bits: int | None) -> dict[str, 
     """
     widths = widths_of(config)
     if bits is not None and bits not in widths:
-        there = f"it can be read at {', '.join(map(str, widths))} bits" if widths else "its layers have one width"
+        there = (
+            f"it can be read at {', '.join(map(str, widths))} bits" if widths else "its layers have one width"
+        )
         raise BellboxError(f"{root}: no width of {bits} bits in this folder; {there}")
     layers: dict[str, Any] = {}
     for name, entry in config["layers"].items():
@@ -124,9 +128,13 @@ def _entry_at(name: str, entry: Mapping[str, Any], bits: int) -> dict[str, Any]:
 
 def _check_half_integer(side: str, grid: Mapping[str, Any], widest: int) -> None:
     if grid["levels"] != 2**widest:
-        raise BellboxError(f"{side} has {grid['levels']} levels, its widest width of {widest} bits has {2**widest}")
+        raise BellboxError(
+            f"{side} has {grid['levels']} levels, its widest width of {widest} bits has {2**widest}"
+        )
     if grid["zero_point"] % 1 != 0.5:
-        raise BellboxError(f"{side} has the zero point {grid['zero_point']}, of several widths it is a half-integer")
+        raise BellboxError(
+            f"{side} has the zero point {grid['zero_point']}, of several widths it is a half-integer"
+        )
 
 
 class Read(NamedTuple):
@@ -164,7 +172,9 @@ def read(root: Path, config: Mapping[str, Any]) -> Read:
         planes = [stored[f"{prefix}weight_plane_{number}"] for number in range(1, at + 1)]
         for number, plane in enumerate(planes, 1):
             if not has_clean_ends(plane, entry["in_features"]):
-                raise BellboxError(f"{root}: tensor '{prefix}weight_plane_{number}' has bits beyond the ends of its rows")
+                raise BellboxError(
+                    f"{root}: tensor '{prefix}weight_plane_{number}' has bits beyond the ends of its rows"
+                )
         columns = entry["in_features"]
         size = entry["out_features"], row_bytes(columns, 2**at)
         found.tensors[f"{prefix}weight_packed"] = torch.empty(size, dtype=torch.uint8, device="meta")

@@ -21,7 +21,14 @@ from bellbox.formats import BINARIZED, description, nested, schema
 from bellbox.formats.description import CONFIG, TENSORS, TOKENIZER
 from bellbox.formats.expert_places import packed_projections
 from bellbox.formats.guard import guard, guards_in
-from bellbox.nn import CodedLayer, PackedConv2d, PackedLayer, QuantizedLayer, replace_layer, without_fused_paths
+from bellbox.nn import (
+    CodedLayer,
+    PackedConv2d,
+    PackedLayer,
+    QuantizedLayer,
+    replace_layer,
+    without_fused_paths,
+)
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages, own_copy
 from bellbox.nn.pretrained import refuse_plain_saving

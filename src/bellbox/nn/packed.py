@@ -178,7 +178,9 @@ class PackedLayer(CodedLayer):
             with at_bits(weight, bits), at_bits(inputs.quantizer, bits):
                 scales[f"weight_scale_{bits}"] = weight.packed_scales(row_scales, row_scales)
                 if inputs.quantizer.widths:
-                    scales[f"act_scale_{bits}"] = inputs.quantizer.scale().detach().reshape(1).to(torch.float32)
+                    scales[f"act_scale_{bits}"] = (
+                        inputs.quantizer.scale().detach().reshape(1).to(torch.float32)
+                    )
         if narrower:
             self.keep_narrower((own, *narrower), bool(inputs.quantizer.widths), scales)
 

@@ -58,15 +58,19 @@ class ActivationQuantizer(nn.Module):
     @property
     def gamma(self) -> Tensor | None:
         """The learned scale, where the method has one."""
-        return getattr(self.quantizer, "gamma", None)
+        return self.quantizer.learned_scale
 
     def forward(self, x: Tensor, reader: object = None) -> Tensor:
         """Fake-quantize `[..., features]` for a layer, differentiable."""
-        return self.shared.get_or_compute(reader, x, ("fake", self.training, *self._width()), self._state(), self._fake)
+        return self.shared.get_or_compute(
+            reader, x, ("fake", self.training, *self._width()), self._state(), self._fake
+        )
 
     def coded(self, x: Tensor, reader: object = None) -> Coded:
         """The same as codes, for a product on integers."""
-        return self.shared.get_or_compute(reader, x, ("coded", self.training, *self._width()), self._state(), self._coded)
+        return self.shared.get_or_compute(
+            reader, x, ("coded", self.training, *self._width()), self._state(), self._coded
+        )
 
     def observe(self, x: Tensor, reader: object = None) -> None:
         """Show the codes of an input to the observers, once for all readers."""

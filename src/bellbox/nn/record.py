@@ -41,7 +41,8 @@ class Side:
         options = {
             name: value
             for name, value in dataclasses.asdict(quantizer.options).items()
-            if name not in quantizer.training_options and name != "signs"  # signs are a field of their own
+            if name not in quantizer.training_options
+            and name != "signs"  # signs are a field of their own
             and not (name in quantizer.later_options and not value)
         }
         text = json.dumps(options, sort_keys=True)

@@ -22,7 +22,9 @@ def nested_widths(model: nn.Module) -> tuple[int, ...]:
 
     Where layers have different lists, those that at least one of them has.
     """
-    found = {bits for _, layer in quantized_layers(model) for each in _quantizers(layer) for bits in each.widths}
+    found = {
+        bits for _, layer in quantized_layers(model) for each in _quantizers(layer) for bits in each.widths
+    }
     return tuple(sorted(found, reverse=True))
 
 
@@ -111,7 +113,9 @@ def width_at(name: str, widths: Sequence[int], bits: int) -> int:
     """
     found = next((each for each in widths if each <= bits), None)
     if found is None:
-        raise BellboxError(f"layer {name!r} has no width of {bits} bits or fewer; it has {', '.join(map(str, widths))}")
+        raise BellboxError(
+            f"layer {name!r} has no width of {bits} bits or fewer; it has {', '.join(map(str, widths))}"
+        )
     return found
 
 
@@ -121,7 +125,9 @@ def _width_of(name: str, layer: QuantizedLayer | None, bits: int) -> int:
     if not widths:
         raise BellboxError(f"the model has no layer {name!r} of several widths")
     if bits not in widths:
-        raise BellboxError(f"layer {name!r} has no width of {bits} bits; it has {', '.join(map(str, widths))}")
+        raise BellboxError(
+            f"layer {name!r} has no width of {bits} bits; it has {', '.join(map(str, widths))}"
+        )
     return bits
 
 

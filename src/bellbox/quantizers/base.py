@@ -188,6 +188,11 @@ class Quantizer(nn.Module, ABC):
         """Bits of the widths that it can be used at, the widest first; empty where it has the one of its levels."""
         return ()
 
+    @property
+    def learned_scale(self) -> Tensor | None:
+        """The parameter `gamma` of the width that is used now; None where the method has none."""
+        return getattr(self, "gamma", None)
+
     def use_bits(self, bits: int) -> None:
         """Quantize at another of its widths from now on. `bellbox.set_bits` does so for a model, and checks it whole.
 

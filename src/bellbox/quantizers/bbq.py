@@ -389,6 +389,11 @@ class BBQ(LearnedQuantizer):
         """See `Quantizer`."""
         return tuple(self._by_bits)
 
+    @property
+    def learned_scale(self) -> Tensor | None:
+        """See `Quantizer`."""
+        return self._parameters.get("gamma" if self._active is None else self._active.gamma)
+
     def use_bits(self, bits: int) -> None:
         """See `Quantizer`."""
         if bits not in self._by_bits:

@@ -591,7 +591,9 @@ def _check_nested(config: TrainConfig) -> None:
                 "inputs, so leave one of them out"
             )
     if config.compile:
-        raise BellboxError("compile is True, must be false with quantization.nested, whose graph has many widths")
+        raise BellboxError(
+            "compile is True, must be false with quantization.nested, whose graph has many widths"
+        )
 
 
 def _plain(value: Any) -> Any:
