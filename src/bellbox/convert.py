@@ -353,8 +353,8 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
         if _is_weight_only(layer):
             if layer.weight_quantizer is not None and layer.weight_quantizer.widths:
                 raise BellboxError(
-                    f"{name or 'the layer'} cannot be packed: its weight has nested widths and its input none; quantize "
-                    "both"
+                    f"{name or 'the layer'} cannot be packed: its weight has nested widths and its input none; "
+                    "quantize both"
                 )
             kind = WeightOnlyTransposed if isinstance(layer, QuantizedTransposed) else WeightOnlyLinear
             memo[id(layer)] = kind.from_quantized(layer)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CONTEXT
 
 from bellbox.cli.main import main
 from bellbox.formats import packed as io
 from bellbox.runs.config import BatchSection, DataSection, ModelSection, QuantizationSection
 from bellbox.runs.metrics import read_records
 from bellbox.training import TrainConfig, train
+from conftest import CONTEXT
 
 
 @pytest.fixture(scope="module")

@@ -270,7 +270,7 @@ def test_the_planes_of_a_row():
 
 
 def test_the_files_of_widths(tmp_path):
-    """Names, dtypes and shapes of every tensor, and the field `nested`, of a layer of the widths that the page shows."""
+    """Names, dtypes and shapes of every tensor, and the field `nested`, of a layer of the page's widths."""
     shown = next(entry for entry in entries() if "widths" in entry)
     layer = bb.prepare(
         nn.ModuleDict({"fc": nn.Linear(12, 5)}), bb.Recipe.bbq(nested=shown["widths"], keep_ends=False)

@@ -1,4 +1,4 @@
-"""A folder of several widths: each is the fake-quantized model's function, reads its own files alone, refuses damage."""
+"""A folder of several widths: each is the trained model's function and reads its own files; damage is refused."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _see(event: str, args: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def opened() -> list[str]:
-    """Names of the files that Python opens from now on; of those that are mapped, each is read for its checksum first."""
+    """Names of the files that Python opens from now on: each that is mapped is read for its checksum first."""
     sys.addaudithook(_see)  # which nothing takes away again
     return OPENED
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +222,20 @@ def test_a_model_of_one_width_has_no_other():
     assert nested_widths(model) == ()
     with pytest.raises(BellboxError, match="the model has one width; train one with several"):
         bb.set_bits(model, 2)
+    nested = bb.Recipe.bbq(nested=(4, 2)).rules[-1].activations
+    inputs_alone = bb.Recipe(rules=(bb.Rule("*", bb.QuantizerSpec("bbq", 16), nested),))
     with pytest.raises(BellboxError, match="nested inputs need a weight"):
-        nested = bb.Recipe.bbq(nested=(4, 2)).rules[-1].activations
-        bb.prepare(network(), bb.Recipe(rules=(bb.Rule("*", bb.QuantizerSpec("bbq", 16), nested),)))
+        bb.prepare(network(), inputs_alone)
+
+
+def test_the_programs_of_the_page_run_and_print_what_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "nested.md").read_text(encoding="utf-8")
+    train, pack = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    printed = re.findall(r"```\n(.*?)```", page[page.index(pack) + len(pack) + 3 :], re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(compile(train + pack, "docs/nested.md", "exec"), scope)
+    assert capsys.readouterr().out == printed
+    assert (tmp_path / "nested" / "bits-4.safetensors").is_file()

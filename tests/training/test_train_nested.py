@@ -54,6 +54,10 @@ def test_each_turn_of_steps_draws_every_width_once_and_seeds_differ():
     assert drawn == [widths_of_step(section, 7, step) for step in range(400)]
     assert drawn != [widths_of_step(section, 8, step) for step in range(400)]
     assert widths_of_step(nested("sum"), 7, 0) == (4, 3, 2, 1)
+    pairs = [widths_of_step(nested("draw", nested_draws=2), 7, step) for step in range(40)]
+    assert all(a > b for a, b in pairs)  # type: ignore[operator]
+    assert all(sorted(pairs[i] + pairs[i + 1]) == [1, 2, 3, 4] for i in range(0, 40, 2))  # type: ignore[type-var]
+    assert [set(pairs[0]), set(pairs[1])] == [set(sum(drawn[:2], ())), set(sum(drawn[2:4], ()))]
     assert widths_of_step(QuantizationSection(bits=2), 7, 0) == (None,)
 
 
@@ -146,6 +150,9 @@ def test_full_precision_may_go_before_and_wider_ones_too(tiny: Tiny):
         ({"nested": [4, 2], "weight_only": "float"}, "quantization.weight_only are both given"),
         ({"nested": [4, 2], "nested_schedule": "each"}, "quantization.nested_schedule"),
         ({"nested": ["four", 2]}, "quantization.nested"),
+        ({"nested": [4, 3, 2, 1], "nested_draws": 3}, "must be a divisor of the 4 nested widths"),
+        ({"nested": [4, 2], "nested_draws": 0}, "quantization.nested_draws is 0"),
+        ({"nested": [4, 2], "nested_draws": 2, "nested_schedule": "sum"}, "leave one of them out"),
     ],
 )
 def test_what_cannot_be_trained_gets_one_line(tiny: Tiny, changes: dict[str, Any], said: str):

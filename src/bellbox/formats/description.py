@@ -25,7 +25,7 @@ from bellbox.utils.files import canonical_sha256, checksum, read_json
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 VERSION, WITH_EXPERTS, WITH_INT4, WITH_WIDTHS = 4, 5, 6, 7
-"""What is written, and what is written of a model with fused experts, with embeddings of 4 bits, with several widths."""
+"""What is written, and what of a model with fused experts, with embeddings of 4 bits, with several widths."""
 VERSIONS = (2, 3, 4, 5, 6, 7)
 """What is read."""
 SECTION, QUANT_METHOD = "quantization_config", "bellbox"

@@ -356,8 +356,8 @@ def read_stored(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """
     if nested.widths_of(config):
         raise BellboxError(
-            f"{root}: holds one model at several widths, which bellbox.load reads; for other programs write one of them: "
-            f"bellbox export hf {root} OUT --bits 2"
+            f"{root}: holds one model at several widths, which bellbox.load reads; for other programs write one "
+            f"of them: bellbox export hf {root} OUT --bits 2"
         )
     return _read_common(root, config)
 

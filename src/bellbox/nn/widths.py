@@ -66,8 +66,8 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
                 at = width_at(name, quantizer.widths, width)
                 if wanted.setdefault(quantizer, at) != at:
                     raise BellboxError(
-                        f"layer {name!r} shares its input with one of {wanted[quantizer]} bits, so it cannot have {at}; "
-                        "give layers that read one tensor the same width"
+                        f"layer {name!r} shares its input with one of {wanted[quantizer]} bits, so it cannot have "
+                        f"{at}; give layers that read one tensor the same width"
                     )
     _refuse_divided(layers, wanted)
     for quantizer, width in wanted.items():
@@ -140,8 +140,8 @@ def _refuse_divided(layers: Mapping[str, QuantizedLayer], wanted: Mapping[Quanti
         there = [wanted.get(each, each.levels.n.bit_length() - 1) for each in (weight, inputs.quantizer)]
         if there[0] != there[1]:
             raise BellboxError(
-                f"layer {name!r} shares an input that would have {there[1]} bits, and would itself have {there[0]}; give "
-                "layers that read one tensor the same width"
+                f"layer {name!r} shares an input that would have {there[1]} bits, and would itself have {there[0]}; "
+                "give layers that read one tensor the same width"
             )
 
 

@@ -34,8 +34,8 @@ tokens and at the other sequences of the batch, so it cannot generate; it is her
 trains like `tensor`, evaluates with E = EMA(1/sigma), decay .99: a static scale. `token`: the RMS of each row; causal
 and independent of the batch by construction, and the same function in training and evaluation. It is our default.
 
-**Nested widths.** Thresholds of b bits are every second one of b + 1 bits, so floor(2^b Phi) is floor(2^(b+1) Phi) >> 1:
-one weight has codes at every width, and the code of a width is the upper bits of any wider one. With the option
+**Nested widths.** Thresholds of b bits are every second one of b + 1 bits: floor(2^b Phi) is floor(2^(b+1) Phi) >> 1.
+So one weight has codes at every width, and the code of a width is the upper bits of any wider one. With the option
 `nested` a quantizer has several widths, a gamma for each, and one of them at a time (`quantizers.nested`).
 
 **Options** (`BBQOptions`) are what the paper's ablations and our studies change: gamma's start, whether and how fast it

@@ -121,6 +121,8 @@ class QuantizationSection:
     nested_schedule: Literal["draw", "sum"] = "draw"
     """draw: each step trains one of the nested widths, all of them equally often. sum: each step trains all, by the
     mean of their losses, which takes as many forwards and backwards."""
+    nested_draws: Count = 1
+    """With draw: widths that each step trains, a divisor of their number."""
     activation_bits: int | None = None
     """Bits of activations, where they are not those of weights: bits 2 and activation_bits 4 is W2A4."""
     zero_point: float | None = None
@@ -580,8 +582,18 @@ def _check_nested(config: TrainConfig) -> None:
         raise BellboxError(f"quantization.nested: {error}") from None
     if section.method != "bbq":
         raise BellboxError(
-            f"quantization.nested is given with method {section.method}: only the codes of bbq nest; take method bbq, or "
-            "leave nested out"
+            f"quantization.nested is given with method {section.method}: only the codes of bbq nest; take method bbq, "
+            "or leave nested out"
+        )
+    if len(section.nested) % section.nested_draws:
+        raise BellboxError(
+            f"quantization.nested_draws is {section.nested_draws}, must be a divisor of the {len(section.nested)} "
+            "nested widths"
+        )
+    if section.nested_schedule == "sum" and section.nested_draws != 1:
+        raise BellboxError(
+            f"quantization.nested_draws is {section.nested_draws}, but nested_schedule sum trains all widths in each "
+            "step; leave one of them out"
         )
     against = ("levels", section.levels), ("weight_only", section.weight_only), ("recipe", section.recipe)
     for key, value in against:

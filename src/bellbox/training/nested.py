@@ -14,7 +14,8 @@ from bellbox.runs.config import QuantizationSection
 def widths_of_step(section: QuantizationSection, seed: int, step: int) -> tuple[int | None, ...]:
     """Bits of the widths whose losses a step adds up; `(None,)` where the model has one width.
 
-    Drawn ones come in turns: of as many steps as there are widths each has one, in an order that is drawn.
+    Drawn ones come in turns: in the steps that could train each width once, each is trained once, in an order that is
+    drawn.
 
     Args:
         section: of the step's phase.
@@ -25,8 +26,10 @@ def widths_of_step(section: QuantizationSection, seed: int, step: int) -> tuple[
         return (None,)
     if section.nested_schedule == "sum":
         return tuple(section.nested)
-    turn, place = divmod(step, len(section.nested))
-    return (_shuffled(section.nested, seed, turn)[place],)
+    draws = section.nested_draws
+    turn, place = divmod(step * draws, len(section.nested))
+    drawn = _shuffled(section.nested, seed, turn)[place : place + draws]
+    return tuple(sorted(drawn, reverse=True))
 
 
 def _shuffled(widths: Sequence[int], seed: int, turn: int) -> list[int]:
