@@ -309,7 +309,7 @@ def unprepare(model: Model) -> Model:
     return model
 
 
-def convert(model: Model, embeddings: Precision = "fp32") -> Model:
+def convert(model: Model, embeddings: Precision = "fp32", nested: bool = True) -> Model:
     """A packed copy of a prepared model: codes instead of weights, ready for `save` and for inference.
 
     The trained model is left as it is. Nothing but the quantized layers' float weights is left out of the copy. Of a
@@ -321,6 +321,8 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
         embeddings: `bf16`, `int8` or `int4` rounds embeddings and heads (`nn.compact`), which makes a small model much
             smaller and quicker and is no longer exactly the trained function; `fp32` leaves them as they were trained,
             rounded ones in their integers.
+        nested: of a nested model, whether the narrower widths come along; else each layer has the one that it is used
+            at, and `save` writes an ordinary folder.
 
     Raises:
         BellboxError: nothing to convert, or a layer or table that cannot be packed (by name, with the way out).
@@ -382,6 +384,10 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
         )
     stop_saving_plain_weights(packed)
     refuse_plain_saving(packed)
+    if not nested:
+        for module in packed.modules():
+            if isinstance(module, PackedLayer):
+                module.forget_narrower()
     compact(packed, embeddings)
     gather_in_huge_pages(packed)
     return packed

@@ -45,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "cewt": {"quantization": QuantizationSection(method="cewt")},
     "muon": {"optimizer": OptimizerSection(kind="muon", muon_dtype="fp32")},
+    "drawn": {"quantization": QuantizationSection(nested=[4, 3, 1], nested_schedule="draw")},
+    "summed": {"quantization": QuantizationSection(nested=[3, 1], nested_schedule="sum")},
 }
 
 

@@ -167,6 +167,12 @@ class PackedLayer(CodedLayer):
         for name, value in scales.items():
             self.register_buffer(name, value)
 
+    def forget_narrower(self) -> None:
+        """Be a layer of one width: files of it are those of any other."""
+        for name in self.narrower_scales():
+            del self._buffers[name]
+        self.widths, self.nested_inputs = (), False
+
     def _keep_narrower_of(self, layer: QuantizedLayer, row_scales: Tensor) -> None:
         weight, inputs = layer.weight_quantizer, layer.activation_quantizer
         assert weight is not None
