@@ -100,7 +100,10 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "summed" else []) for name in METHODS],
+)
 def test_two_and_four_processes_are_one(
     ranks: Ranks, tokens: Path, runs: Path, alone: Any, method: str, mode: str
 ) -> None:

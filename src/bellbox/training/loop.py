@@ -450,9 +450,9 @@ class Trainer:
         try:
             widths = self._widths()
             with running_scales_once(self.model):
-                for left, bits in enumerate(reversed(widths)):
+                for number, bits in enumerate(widths, 1):
                     with using_bits(self.model, bits):
-                        total[:4] += self._backward(parts, len(widths), last=left == len(widths) - 1)
+                        total[:4] += self._backward(parts, len(widths), last=number == len(widths))
         except BellboxError as error:
             raise BellboxError(f"step {state.step + 1}: {error}; {self._last_saved()}") from None
         norm_value = self.parallel.clip_gradients(config.optimizer.clip or math.inf)
@@ -543,7 +543,7 @@ class Trainer:
         )
         inputs = self.task.first_inputs(self.state.step).to(self.device)
         if any(isinstance(module, LearnedQuantizer) for module in self.model.modules()):
-            with autocast:
+            with autocast, using_bits(self.model, self._widths()[0]):
                 calibrate(self.model, [inputs])
         if self.entropy is not None:
             self.entropy.forget()
