@@ -352,3 +352,14 @@ def test_a_width_that_is_not_there_gets_one_line(original: Path, model: nn.Modul
 def test_other_readers_say_how_to_export_one_width(original: Path):
     with pytest.raises(BellboxError, match="bellbox export hf"):
         io.read_stored(original, io.read_config(original))
+
+
+def test_fused_experts_nest_too(tmp_path: Path):
+    from test_experts_format import ROWS, Mixture
+
+    model = bb.prepare(Mixture(), bb.Recipe.bbq(nested=(3, 1), keep_ends=False))
+    model(ROWS)
+    bb.save(bb.convert(model.eval()), tmp_path / "m")
+    for bits in (3, 1):
+        bb.set_bits(model, bits)
+        assert torch.equal(bb.load(tmp_path / "m", into=Mixture(), bits=bits)(ROWS), model(ROWS))
