@@ -13,7 +13,8 @@ from bellbox.formats import packed as io
 from bellbox.runs.config import BatchSection, DataSection, ModelSection, QuantizationSection
 from bellbox.runs.metrics import read_records
 from bellbox.training import TrainConfig, train
-from conftest import CONTEXT
+
+CONTEXT = 32
 
 
 @pytest.fixture(scope="module")

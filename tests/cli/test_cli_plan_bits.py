@@ -17,7 +17,8 @@ from bellbox.evaluation.widths import groups_of, plan_widths
 from bellbox.formats import packed as io
 from bellbox.runs.config import BatchSection, DataSection, ModelSection, QuantizationSection
 from bellbox.training import TrainConfig, train
-from conftest import CONTEXT
+
+CONTEXT = 32
 
 
 def network() -> nn.Sequential:
