@@ -78,5 +78,5 @@ def test_loading_a_packed_model_imports_nothing_of_training(tmp_path):
     modules = run(code).split()
     assert {name.split(".")[1] for name in modules if not name.startswith("bellbox._")} <= set(LOADED_BY_LOAD)
     formats = [name.rpartition(".")[2] for name in modules if name.startswith("bellbox.formats.")]
-    assert formats == ["description", "expert_places", "guard", "packed", "schema"]
+    assert formats == ["description", "expert_places", "guard", "nested", "packed", "schema"]
     assert "bellbox.models.llama" in modules

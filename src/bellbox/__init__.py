@@ -21,6 +21,7 @@ from bellbox.inference.fusing import fuse_convolutions
 from bellbox.listing import summary
 from bellbox.nn.backend_report import backend_report
 from bellbox.nn.vocabulary import grow_embeddings
+from bellbox.nn.widths import set_bits
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
 from bellbox.version import __version__
 
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "prepare",
     "save",
+    "set_bits",
     "summary",
 ]
 

@@ -309,16 +309,20 @@ def unprepare(model: Model) -> Model:
     return model
 
 
-def convert(model: Model, embeddings: Precision = "fp32") -> Model:
+def convert(model: Model, embeddings: Precision = "fp32", nested: bool = True) -> Model:
     """A packed copy of a prepared model: codes instead of weights, ready for `save` and for inference.
 
-    The trained model is left as it is. Nothing but the quantized layers' float weights is left out of the copy.
+    The trained model is left as it is. Nothing but the quantized layers' float weights is left out of the copy. Of a
+    nested model, each layer is packed at the width that it is used at (`bb.set_bits`), with the scales of the narrower
+    ones, so that `save` writes all of these.
 
     Args:
         model: what `prepare` gave, trained.
         embeddings: `bf16`, `int8` or `int4` rounds embeddings and heads (`nn.compact`), which makes a small model much
             smaller and quicker and is no longer exactly the trained function; `fp32` leaves them as they were trained,
             rounded ones in their integers.
+        nested: of a nested model, whether the narrower widths come along; else each layer has the one that it is used
+            at, and `save` writes an ordinary folder.
 
     Raises:
         BellboxError: nothing to convert, or a layer or table that cannot be packed (by name, with the way out).
@@ -349,6 +353,11 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
     for name, layer in layers.items():
         activation = layer.activation_quantizer
         if _is_weight_only(layer):
+            if layer.weight_quantizer is not None and layer.weight_quantizer.widths:
+                raise BellboxError(
+                    f"{name or 'the layer'} cannot be packed: its weight has nested widths and its input none; "
+                    "quantize both"
+                )
             kind = WeightOnlyTransposed if isinstance(layer, QuantizedTransposed) else WeightOnlyLinear
             memo[id(layer)] = kind.from_quantized(layer)
             continue
@@ -375,6 +384,10 @@ def convert(model: Model, embeddings: Precision = "fp32") -> Model:
         )
     stop_saving_plain_weights(packed)
     refuse_plain_saving(packed)
+    if not nested:
+        for module in packed.modules():
+            if isinstance(module, PackedLayer):
+                module.forget_narrower()
     compact(packed, embeddings)
     gather_in_huge_pages(packed)
     return packed
@@ -666,6 +679,7 @@ def _hinted_groups(layers: Mapping[str, QuantizedLayer]) -> dict[int, PackedGrou
             if hint is not None:
                 quantizer = activation.quantizer  # a stored number may have been learned apart
                 number = float(quantizer.rstd()) if quantizer.normalise == "static" else None
-                key = parent, hint, layer.packed_numbers()[3:], layer.row_length, activation.levels, number
+                numbers = layer.packed_numbers()[3:]
+                key = parent, hint, numbers, layer.row_length, activation.levels, quantizer.widths, number
         found[id(layer)] = groups.setdefault(key, PackedGroup())
     return found

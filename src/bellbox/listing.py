@@ -13,8 +13,10 @@ from bellbox.nn.compact import Compact
 from bellbox.nn.quantized_table import QuantizedTable
 
 
-def _label(levels: Grid) -> str:
-    return f"{levels.bits:.4g}"
+def _label(levels: Grid, widths: tuple[int, ...] = ()) -> str:
+    """Bits; where there are several widths, the one that is used of all."""
+    used = f"{levels.bits:.4g}"
+    return f"{used} of {','.join(map(str, widths))}" if widths else used
 
 
 def summary(model: nn.Module) -> str:
@@ -43,8 +45,8 @@ def summary(model: nn.Module) -> str:
                 inside[id(layer.parameter)] = layer.parameter.numel()
             shape = layer.row_count, layer.row_length
             cells = (
-                _label(weight.levels) if weight else "float",
-                _label(activation.levels) if activation else "float",
+                _label(weight.levels, weight.widths) if weight else "float",
+                _label(activation.levels, activation.quantizer.widths) if activation else "float",
                 activation.quantizer.granularity if activation else "-",
                 str((activation.quantizer if activation else weight).block),  # type: ignore[union-attr]
                 "shared" if activation is not None and activation.shared.readers > 1 else "own",
@@ -58,9 +60,10 @@ def summary(model: nn.Module) -> str:
             shape = layer.row_count, layer.row_length
             coding = layer.coding
             sharing = "shared" if len(layer.group.layers) > 1 else "own"
+            inputs = layer.widths if layer.nested_inputs else ()
             cells = (
-                _label(layer.weight_levels),
-                _label(coding.levels),
+                _label(layer.weight_levels, layer.widths),
+                _label(coding.levels, inputs),
                 coding.normalise,
                 str(coding.block),
                 sharing,

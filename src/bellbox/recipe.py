@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 from bellbox.core.grid import levels_from_bits
+from bellbox.core.planes import check_widths
 from bellbox.errors import BellboxError
 from bellbox.quantizers import METHODS, check_method
+from bellbox.quantizers.nested import option_of
 from bellbox.quantizers.spec import Granularity, QuantizerSpec, with_present_names
 
 HEADS = (
@@ -242,6 +244,7 @@ class Recipe:
         gamma_init: float | Literal["optimal", "one"] | None = None,
         gamma_lr: float = GAMMA_LR,
         weights_rotated: bool | None = None,
+        nested: Sequence[int] | None = None,
         **choices: Any,
     ) -> Recipe:
         """Bell Box Quantization as Bellbox does it, with what our studies found to be better (docs/studies.md).
@@ -257,6 +260,8 @@ class Recipe:
             gamma_lr: what the learning rate is multiplied with for gamma, as an optimizer over
                 `bellbox.optim.parameter_groups` does; the paper's is 1.
             weights_rotated: see `Recipe.of`. Where None, yes if activations are quantized.
+            nested: in place of bits, several widths of one model, the widest first: (4, 3, 2, 1). `bb.set_bits` says
+                which one is used, for weights and inputs alike; with `activation_levels` inputs keep theirs.
             choices: as in `Recipe.of`.
 
         Raises:
@@ -267,12 +272,15 @@ class Recipe:
             >>> rule.weights.levels, rule.weights_rotated
             (3, True)
         """
+        if nested is not None:
+            bits = _refuse_beside_nested(bits, nested, choices)
         options: dict[str, bool | float | str] = {"gamma_lr": gamma_lr}
         if gamma_init is not None:
             options["gamma_init"] = gamma_init
         choices["options"] = {**options, **(choices.get("options") or {})}
         rotated = choices.get("weight_only") != "float" if weights_rotated is None else weights_rotated
-        return cls.of("bbq", bits, weights_rotated=rotated, **choices)
+        made = cls.of("bbq", bits, weights_rotated=rotated, **choices)
+        return made if nested is None else _with_nested(made, option_of(nested), choices)
 
     @classmethod
     def bbq_paper(cls, bits: int | None = None, **choices: Any) -> Recipe:
@@ -354,6 +362,30 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON or YAML; `recipe_from_dict` gives the equal recipe."""
         return dataclasses.asdict(self)
+
+
+def _refuse_beside_nested(bits: int | None, nested: Sequence[int], choices: Mapping[str, Any]) -> int:
+    """The bits of the widest of nested widths, where nothing is said that they go against."""
+    check_widths(nested)
+    for name, value in (("bits", bits), *((name, choices.get(name)) for name in ("levels", "weight_levels"))):
+        if value is not None:
+            raise BellboxError(
+                f"{name} is {value} and nested is given, which says the widths; leave one of them out"
+            )
+    if choices.get("weight_only") is not None:
+        raise BellboxError("nested widths are for weights and inputs together; leave weight_only out")
+    return nested[0]
+
+
+def _with_nested(recipe: Recipe, option: str, choices: Mapping[str, Any]) -> Recipe:
+    """The recipe with several widths in its last rule; inputs of levels of their own keep those."""
+    last = recipe.rules[-1]
+    sides = {}
+    for side, spec in (("weights", last.weights), ("activations", last.activations)):
+        assert spec is not None
+        own = side == "activations" and choices.get("activation_levels") is not None
+        sides[side] = spec if own else dataclasses.replace(spec, options={**spec.options, "nested": option})
+    return dataclasses.replace(recipe, rules=(*recipe.rules[:-1], dataclasses.replace(last, **sides)))
 
 
 def _fits_int8(

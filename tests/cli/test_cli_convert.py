@@ -56,8 +56,8 @@ def test_a_spoilt_code_is_found_and_exits_with_1(
 ) -> None:
     whole = io.load
 
-    def spoilt(folder: Path) -> torch.nn.Module:
-        model = whole(folder)
+    def spoilt(folder: Path, bits: int | None = None) -> torch.nn.Module:
+        model = whole(folder, bits=bits)
         turn_over(next(iter(low_bit_layers(model).values())), 0, 0, 1)
         return model
 

@@ -45,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "cewt": {"quantization": QuantizationSection(method="cewt")},
     "muon": {"optimizer": OptimizerSection(kind="muon", muon_dtype="fp32")},
+    "drawn": {"quantization": QuantizationSection(nested=[4, 3, 1], nested_schedule="draw")},
+    "summed": {"quantization": QuantizationSection(nested=[3, 1], nested_schedule="sum")},
 }
 
 
@@ -101,7 +103,10 @@ def assert_same_run(ours: Path, theirs: Path, flips: bool = False) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "summed" else []) for name in METHODS],
+)
 def test_two_and_four_processes_are_one(
     ranks: Ranks, tokens: Path, runs: Path, alone: Any, method: str, mode: str
 ) -> None:

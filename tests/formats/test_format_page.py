@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import bellbox as bb
@@ -16,8 +17,9 @@ from bellbox.core.geometry import ConvGeometry
 from bellbox.core.grid import Grid, Levels
 from bellbox.core.hadamard import butterfly
 from bellbox.core.packing import pack, unpack
+from bellbox.core.planes import planes_of
 from bellbox.core.table import TableCoding, table_integers, table_values
-from bellbox.formats.description import VERSIONS, WITH_EXPERTS, WITH_INT4
+from bellbox.formats.description import VERSIONS, WITH_EXPERTS, WITH_INT4, WITH_WIDTHS
 from bellbox.formats.schema import stored_buffers
 from bellbox.nn import InputCoding, PackedConv2d, PackedLinear, WeightOnlyLinear
 from bellbox.nn.compact import CompactLinear
@@ -92,7 +94,7 @@ def test_configuration(tmp_path):
     assert ours["files"]["model.safetensors"]["bytes"] == theirs["files"]["model.safetensors"]["bytes"]
     ours["files"] = theirs["files"]
     assert shown == written
-    assert (2, 3, ours["version"], WITH_EXPERTS, WITH_INT4) == VERSIONS
+    assert (2, 3, ours["version"], WITH_EXPERTS, WITH_INT4, WITH_WIDTHS) == VERSIONS
 
 
 def test_the_worked_function():
@@ -258,3 +260,37 @@ def test_the_checksum_of_the_configuration_can_be_computed_from_the_page(tmp_pat
     assert {"1e-05": 1e-5, "0.0": 0.0, "1e+16": 1e16}.items() == {
         repr(v): v for v in (1e-5, 0.0, 1e16)
     }.items()
+
+
+def test_the_planes_of_a_row():
+    ((codes, *planes),) = table("| codes of a row, 3 bits |")
+    row = torch.tensor([numbers(codes)], dtype=torch.uint8)
+    found = planes_of(pack(row, 8), row.shape[1], 3)
+    assert [bytes(plane[0].tolist()).hex(" ") for plane in found] == planes
+
+
+def test_the_files_of_widths(tmp_path):
+    """Names, dtypes and shapes of every tensor, and the field `nested`, of a layer of the page's widths."""
+    shown = next(entry for entry in entries() if "widths" in entry)
+    layer = bb.prepare(
+        nn.ModuleDict({"fc": nn.Linear(12, 5)}), bb.Recipe.bbq(nested=shown["widths"], keep_ends=False)
+    )
+    layer.fc(torch.randn(2, 12))  # type: ignore[operator]
+    bb.save(bb.convert(layer), tmp_path / "m")
+    section = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert section["layers"]["fc"]["nested"] == shown
+    assert section["version"] == VERSIONS[-1]
+    plane, scale = (torch.uint8, (5, 2)), (torch.float32, (5,))
+    assert {
+        name: {key: (value.dtype, tuple(value.shape)) for key, value in load_file(tmp_path / "m" / name).items()}
+        for name in section["files"]
+    } == {
+        "model.safetensors": {"fc.bias": scale},
+        "bits-1.safetensors": {
+            "fc.weight_plane_1": plane, "fc.weight_scale_1": scale, "fc.act_scale_1": (torch.float32, (1,)),
+        },
+        "bits-3.safetensors": {
+            "fc.weight_plane_2": plane, "fc.weight_plane_3": plane, "fc.weight_scale_3": scale,
+            "fc.act_scale_3": (torch.float32, (1,)),
+        },
+    }  # fmt: skip

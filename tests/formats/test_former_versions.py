@@ -90,8 +90,8 @@ def first(config: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        (LLAMA, lambda c: c.update(version=1), "format version 1; this Bellbox reads 2, 3, 4, 5 and 6"),
-        (LLAMA, lambda c: c.update(version=7), "format version 7; this Bellbox reads 2, 3, 4, 5 and 6"),
+        (LLAMA, lambda c: c.update(version=1), "format version 1; this Bellbox reads 2, 3, 4, 5, 6 and 7"),
+        (LLAMA, lambda c: c.update(version=8), "format version 8; this Bellbox reads 2, 3, 4, 5, 6 and 7"),
         (LLAMA, lambda c: c.update(version=4), "format version 4 does not stand in this place"),
         (LLAMA, lambda c: c.update(version=True), "format version True"),
         (LLAMA, lambda c: c.update(format="gguf"), "not a packed Bellbox model"),

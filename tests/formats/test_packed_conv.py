@@ -112,7 +112,7 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(version=7), "format version 7; this Bellbox reads 2, 3, 4, 5 and 6"),
+        (lambda c: c.update(version=8), "format version 8; this Bellbox reads 2, 3, 4, 5, 6 and 7"),
         (edit(lambda e: e["convolution"].update(groups=3)), "3 groups do not divide 8 and 8 channels"),
         (edit(lambda e: e["convolution"].update(kernel=[3, 2])), "in_features is 72, which is not kernel"),
         (edit(lambda e: e["convolution"].update(stride=[0, 1])), "stride is"),

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import bellbox as bb
+from bellbox.formats.packed import folder_widths
 
 HERE = Path(__file__).parent
 METHODS = (
@@ -161,7 +162,8 @@ def folder_outputs(folder: Path) -> str:
         model = bb.load(folder)
         model.exact_attention = True  # type: ignore[assignment]
         return digest(model(tokens))
-    return digest(bb.load(folder, into=network())(numbers(5, 64, seed=305)))
+    widths = folder_widths(folder) or (None,)  # of several, the function of each
+    return digest(*(bb.load(folder, into=network(), bits=bits)(numbers(5, 64, seed=305)) for bits in widths))
 
 
 def kind_of_machine() -> str:
@@ -267,6 +269,12 @@ def write_later_folders() -> None:
     bb.save(bb.convert(llama.eval()), root / "llama-v6-int4")
 
 
+def write_nested_folder() -> None:
+    """Likewise of version 7."""
+    model = fitted("bbq", bb.Recipe.bbq(nested=(4, 3, 1)))
+    bb.save(bb.convert(model.eval()), HERE / "folders" / "linear-v7-nested")
+
+
 def main() -> None:
     """See the module."""
     torch.set_num_threads(1)
@@ -276,6 +284,8 @@ def main() -> None:
         write_folders()
     if "--later-folders" in sys.argv:
         write_later_folders()
+    if "--nested-folder" in sys.argv:
+        write_nested_folder()
     found = measured()
     if "--write" in sys.argv:
         machine = {"trained": found.pop("trained")}

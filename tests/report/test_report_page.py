@@ -259,6 +259,21 @@ def test_other_numbers_of_levels_are_drawn(n: int) -> None:
     assert f"{math.log2(n):.3f} of {math.log2(n):.4g} bits" in text
 
 
+def test_a_nested_run_shows_each_of_its_widths(page: str) -> None:
+    nested = record()
+    for each in nested.evals:
+        widths = {str(bits): {**each, "loss": each["loss"] + (4 - bits) / 4} for bits in (4, 3, 1)}
+        each["widths"] = {bits: {**one, "perplexity": math.exp(one["loss"])} for bits, one in widths.items()}
+    text = render(ReportInput(record=nested, levels=16))
+    Page(text)
+    assert "Its widths" not in page
+    assert "Its widths" in text
+    for bits in (4, 3, 1):
+        assert f"{bits} bits" in text
+        assert f"{nested.evals[-1]['widths'][str(bits)]['perplexity']:,.2f}" in text
+    assert ">2 bits<" not in text
+
+
 def test_a_record_is_read_from_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(BellboxError, match=r"there is no config\.yaml"):
         read_record(tmp_path)
@@ -283,6 +298,8 @@ def test_a_record_is_read_from_a_run_folder(tmp_path: Path) -> None:
         ({key: value for key, value in evaluation(20).items() if key != "perplexity"}, "field 'perplexity'"),
         ({**evaluation(20), "weight_entropy": {"mean": 1.0}}, "field 'weight_entropy.layers'"),
         ({**evaluation(20), "saturated": None}, "field 'saturated'"),
+        ({**evaluation(20), "widths": {"9": {"loss": 1.0, "perplexity": 2.0}}}, "field 'widths.9"),
+        ({**evaluation(20), "widths": {"4": {"loss": 1.0}}}, "field 'widths.4.perplexity'"),
         ({**evaluation(20), "accuracy": 0.5}, "eval record of step 1: field 'accuracy'"),
         ({"kind": "train", "step": 20, "tokens": 5, "loss": 1.0}, "train record of step 20: field 'seconds'"),
     ],

@@ -4,6 +4,8 @@ bellbox convert runs/small --out small-packed
 bellbox convert runs/small --out small-packed --checkpoint best
 bellbox convert runs/small --out small-packed --embeddings int8
 bellbox convert runs/small --out small-packed --no-check
+bellbox convert runs/nested --out nested-packed                # of several widths: one folder for all of them
+bellbox convert runs/nested --out fitted --plan plan.json      # or one width a layer, as bellbox plan bits says
 bellbox convert runs/mine --out mine-packed --import mine      # a method of your own, from mine.py
 """
 
@@ -19,6 +21,7 @@ from torch import nn
 
 from bellbox.cli.eval import first_sequences
 from bellbox.cli.output import parse_flags, refuse_file_name, refuse_flags
+from bellbox.cli.plan_bits import read_plan
 from bellbox.convert import convert
 from bellbox.data.images.batches import chosen
 from bellbox.errors import BellboxError, require
@@ -27,6 +30,7 @@ from bellbox.formats import packed as io
 from bellbox.formats.auto import OpenedModel, open_data_for, open_images_for, open_model
 from bellbox.formats.companions import TOKENIZER_FILES, copy_companions
 from bellbox.formats.packed import Sizes
+from bellbox.nn import set_bits, using_bits
 from bellbox.nn.compact import Precision, compact
 
 require("tyro", "cli")
@@ -50,6 +54,10 @@ class Convert:
     """The packed folder to make; an earlier packed model there is replaced."""
     checkpoint: str = "last"
     """last, best, or a step."""
+    bits: int | None = None
+    """Of a model of several widths (docs/nested.md): the widest to pack; all of them where not given."""
+    plan: Path | None = None
+    """Of a model of several widths: pack each layer at the one width that this file of `bellbox plan bits` says."""
     embeddings: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """Round embeddings and head of a model that was trained without: smaller, quicker, and no longer exactly the
     trained function (`bellbox eval` on the packed folder shows what it costs). What was trained rounded stays so."""
@@ -71,11 +79,19 @@ def main(argv: list[str]) -> None:
     if not command.check:
         refuse_flags(command, ("data",), "--no-check")
     refuse_file_name(command.out)
-    opened = open_model(command.run, command.checkpoint)
+    if command.plan is not None:
+        refuse_flags(command, ("bits",), "--plan")
+    planned = None if command.plan is None else read_plan(command.plan)
+    opened = open_model(command.run, command.checkpoint, bits=command.bits)
     if opened.run is None:
         raise BellboxError(f"{opened.path}: is a {opened.kind} model; convert takes a run folder")
     batches = check_batches(opened, command.data) if command.check else None  # before anything is written
-    sizes = pack(opened, command.out, command.embeddings)
+    if planned is not None:
+        try:
+            set_bits(opened.model, planned)
+        except BellboxError as error:
+            raise BellboxError(f"{command.plan}: {error}") from None
+    sizes = pack(opened, command.out, command.embeddings, nested=planned is None)
     print(f"{opened.description}\npacked into {command.out}\n")
     show_sizes(sizes, command.out)
     if batches is None:
@@ -83,23 +99,35 @@ def main(argv: list[str]) -> None:
     trained = compact(
         opened.model, command.embeddings
     )  # rounded alike: then all codes must still be the same
-    found = agreement(trained, io.load(command.out), batches)
-    print(describe(found, "validation images" if opened.is_vision else "tokens of validation text"))
-    if not found.holds:
-        print(
-            f"bellbox: {command.out} is not the model that was trained: do not use it; this is a defect of Bellbox",
-            file=sys.stderr,
-        )
-        raise SystemExit(1)
+    unit = "validation images" if opened.is_vision else "tokens of validation text"
+    widths = () if planned is not None else opened.widths
+    for bits in [each for each in widths if each <= (opened.bits or 0)] or [None]:
+        if bits is not None:
+            print(f"\nat {bits} bits, {io.file_bytes(command.out, bits):,} bytes read:")
+        with using_bits(trained, bits):
+            found = agreement(trained, io.load(command.out, bits=bits), batches)
+        print(describe(found, unit))
+        if not found.holds:
+            print(
+                f"bellbox: {command.out} is not the model that was trained: do not use it; this is a defect of Bellbox",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
 
 
-def pack(opened: OpenedModel, out: Path, embeddings: Precision = "fp32") -> Sizes:
+def pack(opened: OpenedModel, out: Path, embeddings: Precision = "fp32", nested: bool = True) -> Sizes:
     """Convert an opened run and save it with its tokenizer, and the chat template of what it began with.
+
+    Args:
+        opened: a run.
+        out: the folder.
+        embeddings: as `convert`.
+        nested: likewise.
 
     Raises:
         BellboxError: nothing low-bit in it, a layer that cannot be packed, or `out` cannot be written.
     """
-    packed = convert(opened.model, embeddings)
+    packed = convert(opened.model, embeddings, nested)
     io.save(packed, out, tokenizer=opened.tokenizer)
     for source in opened.companions:
         copy_companions(source, out, but=TOKENIZER_FILES)

@@ -66,6 +66,8 @@ class Eval:
     given."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
+    bits: int | None = None
+    """Of a model of several widths (docs/nested.md): the one to use; its widest where not given."""
     embeddings: Literal["bf16", "int8", "int4"] | None = None
     """Of a packed model: round its embeddings and head while loading, to see what it costs."""
     kv_cache: Literal["fp32", "int8", "int4"] = "fp32"
@@ -108,6 +110,7 @@ class Evaluation:
             "model": str(self.opened.path),
             "kind": self.opened.kind,
             "step": None if run is None else run.step,
+            **({"bits": self.opened.bits, "widths": list(self.opened.widths)} if self.opened.widths else {}),
             "data": self.data,
             "split": self.split,
             **size_of(self.opened),
@@ -124,7 +127,7 @@ def size_of(opened: OpenedModel) -> dict[str, float]:
     """Bytes on disk and bits a parameter of a whole packed model; nothing of others."""
     if opened.kind != "packed":
         return {}
-    whole = io.file_bytes(opened.path)
+    whole = io.file_bytes(opened.path, opened.bits)
     return {"file_bytes": whole, "bits_per_parameter": 8 * whole / io.sizes(opened.model).parameters}
 
 
@@ -141,7 +144,7 @@ def main(argv: list[str]) -> None:
         raise BellboxError(f"--batch is {command.batch}, must be at least 1")
     if command.image_size is not None and not 1 <= command.image_size <= 4096:
         raise BellboxError(f"--image-size is {command.image_size}, must be from 1 to 4096")
-    opened = open_model(command.model, command.checkpoint, command.embeddings)
+    opened = open_model(command.model, command.checkpoint, command.embeddings, command.bits)
     with _Bar() as bar:
         if command.tasks is None:
             refuse_flags(command, _OF_TASKS, "an evaluation without --tasks")

@@ -31,6 +31,8 @@ class ExportGGUF:
     """The file to write; an earlier one is replaced."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
+    bits: int | None = None
+    """Of a model of several widths (docs/nested.md): the one to use; its widest where not given."""
     floats: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
     """What embeddings, head and other matrices in full precision become; f32 leaves them as they are."""
     avoid: tuple[str, ...] = ()
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> None:
 
     require_writable(command.out)
     require_writable(card_path(command.out))
-    opened = open_model(command.model, command.checkpoint)
+    opened = open_model(command.model, command.checkpoint, bits=command.bits)
     made: GGUFFile = export_gguf(
         opened.model,
         command.out,

@@ -34,6 +34,8 @@ class ExportHf:
     """The folder to make; an earlier packed model there is replaced."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
+    bits: int | None = None
+    """Of a model of several widths (docs/nested.md): the one to use; its widest where not given."""
     embeddings: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """Round embeddings and head of a model that was trained without: no longer exactly the trained function."""
 
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
 
     rounded = None if command.embeddings == "fp32" else command.embeddings
     is_run = (Path(command.model) / "config.yaml").is_file()
-    opened = open_model(command.model, command.checkpoint, None if is_run else rounded)
+    opened = open_model(command.model, command.checkpoint, None if is_run else rounded, command.bits)
     if opened.kind not in ("run", "packed"):
         raise BellboxError(
             f"{opened.path}: is a {opened.kind} model; export hf takes a run of a low-bit model or a packed folder"

@@ -55,6 +55,8 @@ class ExportOnnx:
     """Attention and activations in float64, as the proofs of Bellbox have them: slower, and codes hardly ever move."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
+    bits: int | None = None
+    """Of a model of several widths (docs/nested.md): the one to use; its widest where not given."""
     custom_op: Path | None = None
     """The library of native/onnx: packed linear layers become its operator, which is faster, and which every session
     then has to register."""
@@ -85,7 +87,10 @@ def main(argv: list[str]) -> None:
             f"{command.custom_op}: no such file; build it with cmake -DBELLBOX_ONNX=ON (docs/interop.md)"
         )
     opened = open_model(
-        command.model, command.checkpoint, command.embeddings if _is_packed(command) else None
+        command.model,
+        command.checkpoint,
+        command.embeddings if _is_packed(command) else None,
+        command.bits,
     )
     model: Any = _packed(opened, command)
     batches, of_what = _batches(opened, command) if command.check else ((), "")

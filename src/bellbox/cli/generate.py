@@ -3,6 +3,7 @@
 bellbox generate runs/small --prompt "It was a dark night"
 bellbox generate small-packed --prompt "Alice" --temperature 0.8 --top-k 40 --seed 1
 bellbox generate small-packed --prompt "Alice" --temperature 0
+bellbox generate nested-packed --prompt "Alice" --bits 2      # of a model of several widths
 bellbox generate runs/mine --import mine --prompt "Alice"      # a run with a method of your own, from mine.py
 """
 
@@ -52,6 +53,8 @@ class Generate:
     """A token, written as text, that ends the text; the tokenizer's end of text where not given."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
+    bits: int | None = None
+    """Of a model of several widths (docs/nested.md): the one to use; its widest where not given."""
     embeddings: Literal["bf16", "int8", "int4"] | None = None
     """Of a packed model: round its embeddings and head while loading, for speed."""
     kv_cache: Literal["fp32", "int8", "int4"] = "fp32"
@@ -66,7 +69,7 @@ def main(argv: list[str]) -> None:
     """
     command = parse_flags(Generate, argv, "bellbox generate", __doc__)
     begun = time.perf_counter()
-    opened = open_model(command.model, command.checkpoint, command.embeddings)
+    opened = open_model(command.model, command.checkpoint, command.embeddings, command.bits)
     load_seconds = time.perf_counter() - begun
     stream = continue_text(
         opened,

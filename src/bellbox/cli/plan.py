@@ -3,6 +3,7 @@
 bellbox plan --parameters 95e6 --tokens 3e9
 bellbox plan --preset 300M --tokens 20e9 --bits 4
 bellbox plan cluster --help                          # another question: what a run takes on many GPUs
+bellbox plan bits --help                             # another one: which layers of a nested model deserve more bits
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def main(argv: list[str]) -> None:
         from bellbox.cli.plan_cluster import main as plan_cluster
 
         plan_cluster(argv[1:])
+        return
+    if argv[:1] == ["bits"]:
+        from bellbox.cli.plan_bits import main as plan_bits
+
+        plan_bits(argv[1:])
         return
     plan = parse_flags(Plan, argv, "bellbox plan", __doc__)
     if (plan.preset is None) == (plan.parameters is None):

@@ -64,6 +64,8 @@ class Serve:
     """A chat template in jinja; that of the model's folder where not given."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
+    bits: int | None = None
+    """Of a model of several widths (docs/nested.md): the one to use; its widest where not given."""
     embeddings: Literal["bf16", "int8", "int4"] | None = None
     """Of a packed model: round its embeddings and head while loading, for speed."""
     kv_cache: Literal["fp32", "int8", "int4"] = "fp32"
@@ -93,7 +95,7 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(command.threads)
     sock = server.listen(command.host, command.port)
     with sock:
-        opened = open_model(command.model, command.checkpoint, command.embeddings)
+        opened = open_model(command.model, command.checkpoint, command.embeddings, command.bits)
         service = _service(command, opened, key)
 
         def ready() -> None:

@@ -19,6 +19,9 @@ those of `base` count. A seed decides the initial weights and the order of the t
 ask for the same budget and context: where batches differ, say `tokens`, not `steps`. The first row in full precision is
 the one that the others are compared with; without any it is the first row. `against: ROW` names another, and
 `bellbox compare --against ROW` goes before that.
+
+A row of `quantization.nested` widths is one run, and a line of the table for each width. It has one learning rate: its
+widths could not be given different ones.
 """
 
 from __future__ import annotations
@@ -55,6 +58,11 @@ class Cell:
     """What the row lays over the grid's base."""
     lrs: tuple[float, ...]
     seeds: tuple[int, ...]
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether it is one width of a run that has several: the row's other cells are of the same run."""
+        return bool((self.values.get("quantization") or {}).get("nested"))
 
     def config(self, lr: float, seed: int) -> TrainConfig:
         """The training configuration of one run; `folder` is still to be set."""
@@ -187,6 +195,12 @@ def _cells(
     widths = _numbers(file, name, "bits", said.get("bits", quantization.bits or 2), int)
     if quantization.recipe is not None or quantization.method == "none":
         choices: list[tuple[float | None, dict[str, Any]]] = [(None, {})]
+    elif quantization.nested:
+        choices = [(float(bits), {}) for bits in quantization.nested]
+        if len(lrs) > 1:
+            raise BellboxError(
+                f"{where} has nested widths, which one run trains at one learning rate; give one lr, or a row for each"
+            )
     elif quantization.levels is not None:
         choices = [(math.log2(quantization.levels), {})]
     elif given.get("bits") is not None:
@@ -243,17 +257,19 @@ def _refuse_unheard_bits(
     row: dict[str, Any],
 ) -> None:
     """Bits that something else overrules. Those of the grid are not meant for rows that fix their levels."""
-    own = [key for key in ("bits", "levels", "recipe") if given.get(key) is not None]
+    own = [key for key in ("bits", "levels", "recipe", "nested") if given.get(key)]
     if "bits" in row and own:
         raise BellboxError(f"{where} says twice how many bits; leave one of them out")
-    fixed = next((key for key in ("recipe", "levels") if getattr(quantization, key) is not None), None)
+    fixed = next(
+        (key for key in ("recipe", "levels", "nested") if getattr(quantization, key) not in (None, [])), None
+    )
     if fixed is None and quantization.method == "none":
         if "bits" in row:
             raise BellboxError(f"{where} is in full precision, so its bits say nothing; leave them out")
     elif fixed is not None and fixed not in own and ("bits" in common or "bits" in row or own):
         raise BellboxError(
             f"{where}: quantization.{fixed} of the base goes before all bits that grid and row say; leave it or "
-            f"those out, or write quantization: {{{fixed}: null}} in the row"
+            f"those out, or write quantization: {{{fixed}: {'[]' if fixed == 'nested' else 'null'}}} in the row"
         )
 
 

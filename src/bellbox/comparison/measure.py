@@ -12,7 +12,7 @@ from bellbox.convert import convert
 from bellbox.core.packing import row_bytes
 from bellbox.errors import BellboxError
 from bellbox.formats import packed as io
-from bellbox.nn import QuantizedLayer, quantized_layers
+from bellbox.nn import QuantizedLayer, nested_widths, quantized_layers, using_bits
 from bellbox.recipe import Recipe
 from bellbox.report.style import kind_of
 from bellbox.runs.metrics import read_records
@@ -26,8 +26,24 @@ def measure(model: nn.Module, folder: Path) -> dict[str, Any]:
     Args:
         model: as it is after training.
         folder: the run's.
+
+    Returns:
+        The fields; of a nested model under `widths` those of each width, by its bits.
     """
     records = read_records(folder / "metrics.jsonl")
+    widths: dict[str, Any] = {}
+    for bits in nested_widths(model):
+        with using_bits(model, bits):
+            widths[str(bits)] = _measure(model, [_at_width(record, bits) for record in records])
+    return {"widths": widths} if widths else _measure(model, records)
+
+
+def _at_width(record: dict[str, Any], bits: int) -> dict[str, Any]:
+    """A record of a nested model as of one that has this width; phases before the nested one have no widths."""
+    return {**record, **record.get("widths", {}).get(str(bits), {})}
+
+
+def _measure(model: nn.Module, records: list[dict[str, Any]]) -> dict[str, Any]:
     evals = [record for record in records if record["kind"] == "eval"]
     last = evals[-1]
     weights = last.get("weight_entropy") or {"mean": None, "layers": {}}
@@ -110,8 +126,9 @@ def _step_seconds(records: list[dict[str, Any]]) -> float | None:
 def _gamma_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
     kinds: dict[str, list[torch.Tensor]] = {}
     for name, layer in quantized_layers(model):
-        gamma = getattr(layer.weight_quantizer, "gamma", None)
-        if isinstance(gamma, torch.Tensor):
+        quantizer = layer.weight_quantizer
+        gamma = None if quantizer is None else quantizer.learned_scale
+        if gamma is not None:
             kinds.setdefault(kind_of(name), []).append(gamma.detach().double().flatten())
     histograms: dict[str, dict[str, Any]] = {}
     for kind, parts in kinds.items():

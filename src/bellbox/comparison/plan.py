@@ -178,7 +178,15 @@ class Plan:
 
     def elsewhere(self, run: Wanted) -> Result | None:
         """The same run's line under another study or name; it need not be run again."""
-        return next((one for one in self.results.find(run.key) if one.error is None), None)
+        found = (one for one in self.results.find(run.key) if one.error is None)
+        return next((one for one in found if not run.cell.is_nested or one.bits == run.cell.bits), None)
+
+    def widths(self, run: Wanted) -> list[Wanted]:
+        """The run at each of its widths, where it has several: one process brings the results of all."""
+        if not run.cell.is_nested:
+            return [run]
+        cells = (cell for cell in self.grid.cells if cell.row == run.cell.row)
+        return [self.wanted(cell, run.lr, run.seed) for cell in cells]
 
     def is_hopeless(self, cell: Cell) -> bool:
         """Whether all its learning rates have been tried and failed."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from bellbox.comparison.plan import Wanted
 from bellbox.comparison.worker import MEASURED
@@ -77,7 +78,7 @@ class Process:
             self._process.kill()
             self._process.wait()
 
-    def measured(self) -> dict[str, object]:
+    def measured(self) -> dict[str, Any]:
         """What a finished run brought."""
         return read_json(self.folder / MEASURED)
 

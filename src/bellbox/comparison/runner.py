@@ -146,18 +146,26 @@ class _Runner:
             self.active.remove(process)
             status, run = process.poll(), process.wanted
             if status == 0:
-                self._add(run, process.measured(), None, process)
+                self._add_widths(run, process.measured(), process)
                 if not self.keep_runs:
                     shutil.rmtree(process.folder)
             elif status == SYSTEM:
                 raise BellboxError(f"{run.cell.label}: {process.complaint()}; once put right, start it again")
             elif status in (1, 2):
-                self._add(run, {"error": process.complaint()}, None, process)
+                self._add_widths(run, {"error": process.complaint()}, process)
             else:
                 self.killed.add(run.key)
                 self.progress.note(
                     f"{run.cell.label}: killed (status {status}); the next start goes on with it"
                 )
+
+    def _add_widths(self, run: Wanted, found: dict[str, Any], process: Process) -> None:
+        """A result for each width of a run that is not there yet; the process' time counts once."""
+        by_width: dict[str, Any] = found.pop("widths", {})
+        for each in self.plan.widths(run):
+            if self.plan.result(each) is None:
+                bits = "" if each.cell.bits is None else f"{each.cell.bits:.0f}"
+                self._add(each, by_width.get(bits, found), None, process if each is run else None)
 
     def _add(
         self, run: Wanted, found: dict[str, Any], known: Result | None, process: Process | None = None

@@ -16,6 +16,7 @@ from bellbox.errors import BellboxError
 from bellbox.formats import BINARIZED
 from bellbox.formats import packed as io
 from bellbox.models import ResNet, ResNetConfig, ViT, ViTConfig
+from bellbox.nn import nested_widths, set_bits
 from bellbox.nn.compact import Precision
 from bellbox.utils.files import says_format
 
@@ -47,6 +48,10 @@ class OpenedModel:
     """One line for the user."""
     run: LoadedRun | None = None
     """The run, where it is one."""
+    widths: tuple[int, ...] = ()
+    """Bits of the widths that it can be used at, the widest first; empty where it has one."""
+    bits: int | None = None
+    """Of the width that it is used at; None where it has one."""
 
     @property
     def is_vision(self) -> bool:
@@ -77,7 +82,10 @@ class OpenedModel:
 
 
 def open_model(
-    path: str | Path, checkpoint: str = "last", embeddings: Precision | None = None
+    path: str | Path,
+    checkpoint: str = "last",
+    embeddings: Precision | None = None,
+    bits: int | None = None,
 ) -> OpenedModel:
     """Open a model of any kind.
 
@@ -86,9 +94,10 @@ def open_model(
             or a Hugging Face folder with a LLaMA, GPT-2 or OPT.
         checkpoint: of a run: `last`, `best`, or a step.
         embeddings: of a packed or binarized model: `bf16` or `int8` rounds its fp32 embeddings and head.
+        bits: of a nested run or packed model: the width to use it at; its widest where None.
 
     Raises:
-        BellboxError: nothing of the kind is there, it is damaged, or a checkpoint is named for a model that
+        BellboxError: nothing of the kind is there, it is damaged, or a checkpoint or a width is named for a model that
             has none.
     """
     root, kind = Path(path), kind_of(path)
@@ -96,16 +105,20 @@ def open_model(
         raise BellboxError(
             f"{root}: only a packed or binarized model's embeddings can be rounded; convert it first"
         )
+    if bits is not None and kind not in ("run", "packed"):
+        raise BellboxError(
+            f"{root}: --bits is for models of several widths, and this one has none; leave it out"
+        )
     if kind == "run":
-        return _open_run(root, checkpoint)
+        return _open_run(root, checkpoint, bits)
     if checkpoint != "last":
         raise BellboxError(f"{root}: only a run has checkpoints, and this is none; leave out --checkpoint")
     if kind == "packed":
-        model = io.load(root, embeddings=embeddings)
+        model, widths = io.load(root, embeddings=embeddings, bits=bits), io.folder_widths(root)
         tokenizer = io.tokenizer_path(root) or _tokenizer_beside(root)
-        return OpenedModel(
-            root, model, "packed", tokenizer, _longest(model), f"packed model {root}: {_shape(model)}"
-        )
+        used = bits or next(iter(widths), None)
+        about = f"packed model {root}: {_shape(model)}{_width(used, widths)}"
+        return OpenedModel(root, model, "packed", tokenizer, _longest(model), about, widths=widths, bits=used)
     if kind == "binarized":
         from bellbox.formats import binarized
 
@@ -149,14 +162,26 @@ def _tokenizer_beside(root: Path) -> Path | None:
     return next((root / name for name in _TOKENIZERS if (root / name).is_file()), None)
 
 
-def _open_run(root: Path, checkpoint: str) -> OpenedModel:
+def _open_run(root: Path, checkpoint: str, bits: int | None) -> OpenedModel:
     from bellbox.runs.open import load_run
 
     run = load_run(root, checkpoint)
+    widths = nested_widths(run.model)
+    if bits is not None:
+        try:
+            set_bits(run.model, bits)
+        except BellboxError as error:
+            raise BellboxError(f"{root}: {error}") from None
+    used = bits or next(iter(widths), None)
     vision = run.config.task == "vision"
     unit, context = ("images", 0) if vision else ("tokens", run.config.data.context)
     about = f"run {root} at step {run.step:,} ({run.tokens:,} {unit}): {_shape(run.model)}"
-    return OpenedModel(root, run.model, "run", run.tokenizer, context, about, run)
+    about += _width(used, widths)
+    return OpenedModel(root, run.model, "run", run.tokenizer, context, about, run, widths, used)
+
+
+def _width(used: int | None, widths: tuple[int, ...]) -> str:
+    return f", at {used} bits (of {', '.join(map(str, widths))})" if widths else ""
 
 
 def _longest(model: nn.Module) -> int:

@@ -1,8 +1,9 @@
 """The `config.json` of a packed folder: what a model says of itself, and all versions read into one form.
 
-Version 4 is a section of the configuration that transformers reads, version 5 is that with a model's fused experts, and
-version 6 has embeddings of 4 bits; versions 2 and 3 were a file of their own. What is read is validated field by field
-and comes out as version 6 has it, so that nobody else needs to know of the others.
+Version 4 is a section of the configuration that transformers reads, version 5 is that with a model's fused experts,
+version 6 has embeddings of 4 bits, and version 7 layers of several widths; versions 2 and 3 were a file of their own.
+What is read is validated field by field and comes out as version 7 has it, so that nobody else needs to know of the
+others.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from typing import Any, Literal
 from torch import nn
 
 from bellbox.core.grid import Grid, Levels
+from bellbox.core.planes import MOST_BITS
 from bellbox.errors import BellboxError
 from bellbox.nn import CodedLayer, PackedConv, PackedExperts, PackedLayer, WeightOnlyMatrix
 from bellbox.nn.compact import Compact
 from bellbox.utils.files import canonical_sha256, checksum, read_json
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-VERSION, WITH_EXPERTS, WITH_INT4 = 4, 5, 6
-"""What is written, and what is written of a model with fused experts, and with embeddings of 4 bits."""
-VERSIONS = (2, 3, 4, 5, 6)
+VERSION, WITH_EXPERTS, WITH_INT4, WITH_WIDTHS = 4, 5, 6, 7
+"""What is written, and what of a model with fused experts, with embeddings of 4 bits, with several widths."""
+VERSIONS = (2, 3, 4, 5, 6, 7)
 """What is read."""
 SECTION, QUANT_METHOD = "quantization_config", "bellbox"
 """Where version 4 stands in `config.json`, and its `quant_method`."""
@@ -37,6 +39,8 @@ NO_SUCH_FILE = "pip-install-bellbox--and--import-bellbox.interop.transformers--t
 places; a file that is not there it refuses, and says its name. With Bellbox the entry is taken away first."""
 RMS_NORM = "rms_norm"
 """Key under which the configuration of a LLaMA says whose norm it was trained with: `bellbox`, or transformers'."""
+FILE_OF_WIDTHS = r"^(model\.safetensors|tokenizer\.json|bits-[1-7]\.safetensors)$"
+"""Files of a folder of version 7: a `bits-B.safetensors` is what B bits need beyond the next narrower width."""
 METHOD_NAME = r"[\x20-\x7e]{0,32}"
 """What a method may be called in a file: printable ASCII."""
 
@@ -44,27 +48,32 @@ METHOD_NAME = r"[\x20-\x7e]{0,32}"
 # --- writing ---
 
 
-def describe(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[str, Any]) -> dict[str, Any]:
+def describe(
+    model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[str, Any], widths: bool = False
+) -> dict[str, Any]:
     """The whole `config.json` of a packed model, sealed with its checksum.
 
     Args:
         model: packed.
         layers: its layers of codes, by name.
         files: size and checksum of every other file (`utils.files.describe_file`).
+        widths: whether the files have nested layers at all their widths; else each at its own alone.
 
     Raises:
         BellboxError: a layer whose method has a name that no file can hold.
     """
-    made = section(model, layers, files)
+    made = section(model, layers, files, widths)
     config = {**_fields_of_transformers(model), SECTION: made}
     made["sha256"] = seal(config)
     return config
 
 
-def section(model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[str, Any]) -> dict[str, Any]:
+def section(
+    model: nn.Module, layers: Mapping[str, CodedLayer], files: Mapping[str, Any], widths: bool = False
+) -> dict[str, Any]:
     """Our section without its checksum; arguments and errors as of `describe`."""
     tables = {name: m for name, m in model.named_modules() if isinstance(m, Compact)}
-    return section_of(_describe_model(model), layers, tables, _describe_experts(model), files)
+    return section_of(_describe_model(model), layers, tables, _describe_experts(model), files, widths)
 
 
 def section_of(
@@ -73,18 +82,24 @@ def section_of(
     tables: Mapping[str, Compact],
     experts: dict[str, Any],
     files: Mapping[str, Any],
+    widths: bool = False,
 ) -> dict[str, Any]:
     """The same from its parts: what `bellbox.models` builds, layers, rounded tables, experts as they stand in it."""
     described = {name: _describe_table(table) for name, table in tables.items()}
     version = WITH_EXPERTS if experts else VERSION
     if any(isinstance(each, dict) for each in described.values()):
         version = WITH_INT4
+    entries = _describe_layers(layers)
+    if widths:
+        version = WITH_WIDTHS
+        for name, entry in entries.items():
+            entry["nested"] = _describe_widths(layers[name])
     return {
         "quant_method": QUANT_METHOD,
         "version": version,
         **({"experts": experts} if version != VERSION else {}),
         "model": model,
-        "layers": _describe_layers(layers),
+        "layers": entries,
         "embeddings": described,
         "files": dict(files),
     }
@@ -178,6 +193,12 @@ def _describe_layer(name: str, layer: CodedLayer, owners: dict[int, str]) -> dic
     return {"function": "packed_linear", **common, "input": owners.setdefault(id(layer.group), name)}
 
 
+def _describe_widths(layer: CodedLayer) -> dict[str, Any] | None:
+    if not isinstance(layer, PackedLayer) or not layer.widths:
+        return None
+    return {"widths": list(layer.widths), "inputs": layer.nested_inputs}
+
+
 def _describe_grid(grid: Grid) -> dict[str, Any]:
     return {"levels": grid.n, "zero_point": grid.zero_point}
 
@@ -215,7 +236,7 @@ def read(path: Path) -> dict[str, Any]:
     """A `config.json`, its version and checksum verified, with every field known and every value of its type.
 
     Returns:
-        `version`, `model`, `layers`, `experts`, `embeddings` and `files` as docs/format.md has them in version 6.
+        `version`, `model`, `layers`, `experts`, `embeddings` and `files` as docs/format.md has them in version 7.
 
     Raises:
         BellboxError: otherwise; of a field, by its name.
@@ -240,14 +261,16 @@ def read(path: Path) -> dict[str, Any]:
     if section.get("sha256") != (checksum(config) if former else seal(config)):
         raise BellboxError(f"{path}: damaged, its checksum does not match; save the model again")
     if former:
-        return _upgraded(path, _validated(path, _FORMER, section))
-    if version in _KINDS:
-        return _validated(path, _KINDS[version], section)
-    return {**_validated(path, _PRESENT, section), "experts": {}}
+        found = _upgraded(path, _validated(path, _FORMER, section))
+    else:
+        found = {"experts": {}, **_validated(path, _KINDS[version], section)}
+    for entry in found["layers"].values():
+        entry.setdefault("nested", None)
+    return found
 
 
-_FORMER, _PRESENT, _EXPERTS, _INT4 = "former", "present", "experts", "int4"
-_KINDS = {WITH_EXPERTS: _EXPERTS, WITH_INT4: _INT4}
+_FORMER, _PRESENT, _EXPERTS, _INT4, _WIDTHS = "former", "present", "experts", "int4", "widths"
+_KINDS = {VERSION: _PRESENT, WITH_EXPERTS: _EXPERTS, WITH_INT4: _INT4, WITH_WIDTHS: _WIDTHS}
 
 
 def _validated(path: Path, kind: str, section: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +285,7 @@ def _validated(path: Path, kind: str, section: dict[str, Any]) -> dict[str, Any]
 
 
 def _upgraded(path: Path, former: dict[str, Any]) -> dict[str, Any]:
-    """Versions 2 and 3 as version 6 has them."""
+    """Versions 2 and 3 as version 7 has them."""
     layers: dict[str, Any] = {}
     for name, entry in former["quantization"]["layers"].items():
         entry["method"] = ""
@@ -391,6 +414,31 @@ def _schema(kind: str) -> Any:
         experts: dict[str, StoredExperts]
         embeddings: dict[str, Literal["bf16", "int8"] | StoredTable]
 
+    class StoredWidths(Strict):
+        widths: list[Annotated[int, Field(ge=1, le=MOST_BITS)]] = Field(min_length=2, max_length=MOST_BITS)
+        inputs: bool
+
+    class LinearOfWidths(Linear):
+        nested: StoredWidths | None
+
+    class ConvolutionOfWidths(Convolution):
+        nested: StoredWidths | None
+
+    class WeightOnlyOfOne(WeightOnly):
+        nested: None
+
+    class WithWidths(Common):
+        quant_method: str
+        layers: dict[
+            str,
+            Annotated[
+                LinearOfWidths | ConvolutionOfWidths | WeightOnlyOfOne, Field(discriminator="function")
+            ],
+        ] = Field(min_length=1)
+        experts: dict[str, StoredExperts]
+        embeddings: dict[str, Literal["bf16", "int8"] | StoredTable]
+        files: dict[Annotated[str, Field(pattern=FILE_OF_WIDTHS)], StoredFile]  # type: ignore[assignment]
+
     # Annotations are strings here, and these names are of this function.
     for each in (
         FormerLayer,
@@ -403,8 +451,13 @@ def _schema(kind: str) -> Any:
         WithoutInt4,
         WithExperts,
         WithInt4,
+        LinearOfWidths,
+        ConvolutionOfWidths,
+        WeightOnlyOfOne,
+        WithWidths,
         Common,
         Coded,
     ):
         each.model_rebuild(_types_namespace={**globals(), **locals()})
-    return {_FORMER: Former, _PRESENT: WithoutInt4, _EXPERTS: WithExperts, _INT4: WithInt4}[kind]
+    kinds = {_FORMER: Former, _PRESENT: WithoutInt4, _EXPERTS: WithExperts, _INT4: WithInt4}
+    return {**kinds, _WIDTHS: WithWidths}[kind]

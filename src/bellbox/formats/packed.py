@@ -17,13 +17,20 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
-from bellbox.formats import BINARIZED, description, schema
+from bellbox.formats import BINARIZED, description, nested, schema
 from bellbox.formats.description import CONFIG, TENSORS, TOKENIZER
 from bellbox.formats.expert_places import packed_projections
 from bellbox.formats.guard import guard, guards_in
-from bellbox.nn import CodedLayer, PackedConv2d, QuantizedLayer, replace_layer, without_fused_paths
+from bellbox.nn import (
+    CodedLayer,
+    PackedConv2d,
+    PackedLayer,
+    QuantizedLayer,
+    replace_layer,
+    without_fused_paths,
+)
 from bellbox.nn.compact import Compact, Precision, compact
-from bellbox.nn.huge_pages import gather_in_huge_pages
+from bellbox.nn.huge_pages import gather_in_huge_pages, own_copy
 from bellbox.nn.pretrained import refuse_plain_saving
 from bellbox.nn.quantized_table import QuantizedTable
 from bellbox.nn.tools import unique_tensors
@@ -78,25 +85,34 @@ def save(
     with new_folder(target, replaces=CONFIG) as writing:
         if (target / CONFIG).is_file() and not is_packed(target):
             raise BellboxError(f"{target}: the folder holds something else; name a new or empty folder")
-        tensors = {name: value.detach().contiguous().cpu() for name, value in tensors_of(model).items()}
+        tensors = tensors_of(model)
+        several = nested.nested_layers(layers)
+        contents = {nested.file_of(bits): own for bits, own in nested.split(several, tensors).items()}
         if description.has_class_of_transformers(model):
             tensors |= guard(layers)
-        memory: set[int] = set()
-        for name, value in tensors.items():
-            start = value.untyped_storage().data_ptr()
-            if start in memory:  # a view of another one's memory, which safetensors refuses to write
-                tensors[name] = value.clone()
-            memory.add(start)
-        try:
-            save_file(tensors, writing / TENSORS)
-        except SafetensorError as error:
-            raise BellboxError(f"{target}: cannot be written ({error})") from None
-        files = {TENSORS: describe_file(writing / TENSORS)}
+        for name, content in ((TENSORS, tensors), *contents.items()):
+            try:
+                save_file(_apart(content), writing / name)
+            except SafetensorError as error:
+                raise BellboxError(f"{target}: cannot be written ({error})") from None
+        files = {name: describe_file(writing / name) for name in (TENSORS, *contents)}
         if tokenizer is not None:
             _write_tokenizer(Path(tokenizer), writing / TOKENIZER)
             files[TOKENIZER] = describe_file(writing / TOKENIZER)
-        config = description.describe(model, layers, files)
+        config = description.describe(model, layers, files, widths=bool(several))
         (writing / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own: safetensors refuses to write a view of another one's."""
+    found: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous().cpu()
+        start = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if start in memory else value
+        memory.add(start)
+    return found
 
 
 def _write_tokenizer(source: Path, target: Path) -> None:
@@ -110,12 +126,26 @@ def _write_tokenizer(source: Path, target: Path) -> None:
 
 @overload
 def load(
-    folder: str | os.PathLike[str], *, into: None = None, embeddings: Precision | None = None
+    folder: str | os.PathLike[str],
+    *,
+    into: None = None,
+    embeddings: Precision | None = None,
+    bits: int | None = None,
 ) -> nn.Module: ...
 @overload
-def load(folder: str | os.PathLike[str], *, into: Model, embeddings: Precision | None = None) -> Model: ...
 def load(
-    folder: str | os.PathLike[str], *, into: nn.Module | None = None, embeddings: Precision | None = None
+    folder: str | os.PathLike[str],
+    *,
+    into: Model,
+    embeddings: Precision | None = None,
+    bits: int | None = None,
+) -> Model: ...
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    into: nn.Module | None = None,
+    embeddings: Precision | None = None,
+    bits: int | None = None,
 ) -> nn.Module:
     """Read a packed model, or one that `bellbox ptq` has binarized.
 
@@ -129,6 +159,7 @@ def load(
             models that Bellbox does not know how to build. It is changed only after everything was checked.
         embeddings: `bf16`, `int8` or `int4` rounds fp32 embeddings and heads now (`nn.compact`); None leaves what is
             stored.
+        bits: of a nested model, the width to read it at; its widest where None. No file of a wider one is opened.
 
     Returns:
         The model in evaluation mode, without gradients; `into` itself where it is given.
@@ -153,16 +184,20 @@ def load(
 
         if into is not None:
             raise BellboxError(f"{root}: a binarized model loads by itself; leave out into=")
+        if bits is not None:
+            raise BellboxError(f"{root}: a binarized model has one width; leave out bits=")
         found = binarized.load(root)
         return found if embeddings is None else compact(found, embeddings)
-    config = read_config(root)
+    config = nested.at_width(root, read_config(root), bits)
     if into is None and config["model"] is None:
         raise BellboxError(
             f"{root}: Bellbox cannot build this model itself; use load(folder, into=your_model)"
         )
     if into is not None and any(t.is_meta for t in (*into.parameters(), *into.buffers())):
         raise BellboxError("load(into=model): the model lies on the meta device; build it on a real one")
-    tensors = read_stored(root, config)
+    tensors = _read_common(root, config)
+    several = nested.read(root, config)
+    tensors = _joined(root, tensors, several.tensors)
     model = _build(root, config["model"]) if into is None else into
     device = None if into is None else next((t.device for t in (*into.parameters(), *into.buffers())), None)
     layers = schema.packed_layers(root, model, config["layers"])
@@ -173,8 +208,11 @@ def load(
     for name, layer in replaced.items():
         model = replace_layer(model, model.get_submodule(name), layer)
     without_fused_paths(model)
-    schema.assign(model, replaced, tensors, device)
-    del tensors
+    schema.assign(model, replaced, tensors, device, several.codes)
+    for name, scales in several.narrower.items():
+        own = {key: own_copy(value, device) for key, value in scales.items()}
+        _keep_narrower(layers[name], config["layers"][name]["nested"], own)
+    del tensors, several
     gather_in_huge_pages(model)
     if embeddings is not None:
         compact(model, embeddings)
@@ -266,8 +304,11 @@ def sizes(model: nn.Module) -> Sizes:
         for name in schema.stored_buffers(layer)
         if name != "bias"
     }
+    layers = [m for m in model.modules() if isinstance(m, PackedLayer)]
+    narrower = sum(t.numel() * t.element_size() for m in layers for t in m.narrower_scales().values())
     quantized = sum(m.row_length * m.row_count for m in model.modules() if isinstance(m, CodedLayer))
     inside = sum(t.numel() * t.element_size() for name, t in tensors.items() if name in packed_names)
+    inside += narrower
     rest = [t for name, t in tensors.items() if name not in packed_names]
     tables = [m for m in model.modules() if isinstance(m, Compact)]
     count = {id(m.weight): m.rows * m.columns for m in tables}  # two of 4 bits lie in a byte
@@ -279,24 +320,62 @@ def sizes(model: nn.Module) -> Sizes:
     return Sizes(quantized, inside, other, sum(t.numel() * t.element_size() for t in rest), kinds)
 
 
-def file_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes of a packed model on disk: `model.safetensors` and `config.json`, all of them."""
-    return sum((Path(folder) / name).stat().st_size for name in (CONFIG, TENSORS))
+def file_bytes(folder: str | os.PathLike[str], bits: int | None = None) -> int:
+    """Bytes of a packed model on disk: `config.json`, `model.safetensors`, and of a nested one the files of its widths.
+
+    Args:
+        folder: of the model.
+        bits: the width that is read; the widest where None.
+    """
+    root = Path(folder)
+    widths = nested.widths_of(nested.at_width(root, read_config(root), bits))
+    return sum((root / name).stat().st_size for name in (CONFIG, TENSORS, *map(nested.file_of, widths)))
+
+
+def folder_widths(folder: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Bits of the widths that a packed folder can be read at, the widest first; empty where it has one.
+
+    Raises:
+        BellboxError: no packed folder.
+    """
+    return nested.widths_of(read_config(Path(folder)))
 
 
 # --- reading ---
 
 
 def read_stored(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a folder, their file's checksum compared, by the names of the present version.
+    """The tensors of a folder of one width, their file's checksum compared, by the names of the present version.
 
     Args:
         root: the folder.
         config: as `read_config` gives it.
 
     Raises:
-        BellboxError: missing, altered or damaged.
+        BellboxError: missing, altered or damaged; or a folder of several widths, which only `load` reads.
     """
+    if nested.widths_of(config):
+        raise BellboxError(
+            f"{root}: holds one model at several widths, which bellbox.load reads; for other programs write one "
+            f"of them: bellbox export hf {root} OUT --bits 2"
+        )
+    return _read_common(root, config)
+
+
+def _joined(root: Path, common: dict[str, Tensor], of_width: dict[str, Tensor]) -> dict[str, Tensor]:
+    if twice := sorted(common.keys() & of_width.keys()):
+        raise BellboxError(f"{root / TENSORS}: tensor {twice[0]!r} stands in the files of the widths too")
+    return {**common, **of_width}
+
+
+def _keep_narrower(layer: CodedLayer, said: dict[str, Any], scales: dict[str, Tensor]) -> None:
+    assert isinstance(layer, PackedLayer)
+    if len(said["widths"]) > 1:
+        layer.keep_narrower(said["widths"], said["inputs"], scales)
+
+
+def _read_common(root: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of `model.safetensors`, which all widths share."""
     tensors = read_tensors(listed_file(root, config["files"], TENSORS, CONFIG))
     for name in guards_in(tensors, config["layers"], config["experts"]):
         del tensors[name]

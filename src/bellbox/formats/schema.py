@@ -5,7 +5,7 @@ A description becomes empty layers, the tensors are compared with them, and at t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -364,10 +364,16 @@ def _check_expected(
 
 
 def stored_buffers(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a layer of codes or a compact table as files have them; of an empty one shapes and dtypes."""
+    """The tensors of a layer of codes or a compact table as files have them; of an empty one shapes and dtypes.
+
+    Those of one width: of a nested layer its own (`formats.nested` has the others).
+    """
     buffers = dict(layer.named_buffers())
     if not isinstance(layer, CodedLayer):
         return buffers
+    if isinstance(layer, PackedLayer):
+        for name in layer.narrower_scales():
+            del buffers[name]
     rows = buffers.pop("packed")
     buffers.pop("act_thresholds", None)
     if not rows.is_meta:
@@ -398,17 +404,29 @@ def assign(
     replaced: Mapping[str, CodedLayer | Compact],
     tensors: Mapping[str, Tensor],
     device: torch.device | None,
+    codes: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> None:
     """Put the stored tensors in the model's places; ties stay ties. Codes are laid out for the kernels.
 
     Nothing stays in the memory of the file, which anybody may write to or shorten.
+
+    Args:
+        model: to be filled.
+        replaced: its layers of codes and compact tables, by name, which are in their places.
+        tensors: by name.
+        device: of the model; that of the tensors where None.
+        codes: `NAME.weight_packed` -> what makes it, where `tensors` have a stand-in.
     """
+    codes = codes or {}
     inside: set[int] = set()
     for name, layer in replaced.items():
         if isinstance(layer, CodedLayer):
             prefix = f"{name}." if name else ""
             inside.add(id(layer))
-            fill(layer, {key: tensors.get(prefix + key) for key in stored_buffers(layer)}, device)
+            stored = {key: tensors.get(prefix + key) for key in stored_buffers(layer)}
+            if (make := codes.get(f"{prefix}weight_packed")) is not None:
+                stored["weight_packed"] = make()
+            fill(layer, stored, device)
     placed: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         parent, _, leaf = name.rpartition(".")

@@ -31,6 +31,7 @@ from bellbox.nn.transposed import (
     is_transposed_linear,
 )
 from bellbox.nn.weight_only import WeightOnlyLinear, WeightOnlyMatrix
+from bellbox.nn.widths import nested_widths, set_bits, using_bits
 
 __all__ = [
     "ActivationQuantizer",
@@ -61,10 +62,13 @@ __all__ = [
     "WeightOnlyTransposed",
     "is_fused_experts",
     "is_transposed_linear",
+    "nested_widths",
     "quantized_inside",
     "quantized_layers",
     "record_activation_codes",
     "replace_layer",
+    "set_bits",
+    "using_bits",
     "version_of",
     "weights_coded_once",
     "weights_quantized_once",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -20,6 +20,7 @@ from bellbox.nn.tools import is_guard
 from bellbox.ops.dispatch import Choice
 from bellbox.ops.packed_linear import encode_input
 from bellbox.ops.weight_layout import packed_size, prepack_slabs, unpack
+from bellbox.quantizers.nested import at_bits
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class PackedLayer(CodedLayer):
     act_signs: Tensor | None
     places: int
     """Places of a filter's window; 1 of a linear layer."""
+    widths: tuple[int, ...] = ()
+    """Bits of the widths that a file of this layer can be read at, its own first; empty where it has one."""
+    nested_inputs: bool = False
+    """Whether inputs have the width of the weight, where there are several."""
 
     def _set_up(
         self, rows: int, columns: int, places: int, weight_levels: Grid, coding: InputCoding, bias: bool
@@ -141,6 +146,50 @@ class PackedLayer(CodedLayer):
         slabs = packing.unpack_slabs(rows, self.row_length, self.weight_levels.n)
         self.packed = prepack_slabs(slabs, self.row_count, self.row_length, self.weight_levels.n, self.places)
 
+    # --- several widths ---
+
+    def narrower_scales(self) -> dict[str, Tensor]:
+        """What a level is worth at the widths below this layer's own, as files name it: `weight_scale_2` fp32 `[out]`
+        and, where inputs have the same width, `act_scale_2` fp32 `[1]`."""
+        names = [f"{side}_scale_{bits}" for bits in self.widths[1:] for side in ("weight", "act")]
+        found = {name: self._buffers.get(name) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def keep_narrower(self, widths: Sequence[int], nested_inputs: bool, scales: Mapping[str, Tensor]) -> None:
+        """Have what a file needs for narrower widths beside this one; their codes are prefixes of these codes.
+
+        Args:
+            widths: in bits, this layer's own first.
+            nested_inputs: whether inputs have the width of the weight.
+            scales: as `narrower_scales` gives them.
+        """
+        self.widths, self.nested_inputs = tuple(widths), nested_inputs
+        for name, value in scales.items():
+            self.register_buffer(name, value)
+
+    def forget_narrower(self) -> None:
+        """Be a layer of one width: files of it are those of any other."""
+        for name in self.narrower_scales():
+            del self._buffers[name]
+        self.widths, self.nested_inputs = (), False
+
+    def _keep_narrower_of(self, layer: QuantizedLayer, row_scales: Tensor) -> None:
+        weight, inputs = layer.weight_quantizer, layer.activation_quantizer
+        assert weight is not None
+        assert inputs is not None
+        own = weight.levels.n.bit_length() - 1
+        narrower = [bits for bits in weight.widths if bits < own]
+        scales: dict[str, Tensor] = {}
+        for bits in narrower:
+            with at_bits(weight, bits), at_bits(inputs.quantizer, bits):
+                scales[f"weight_scale_{bits}"] = weight.packed_scales(row_scales, row_scales)
+                if inputs.quantizer.widths:
+                    scales[f"act_scale_{bits}"] = (
+                        inputs.quantizer.scale().detach().reshape(1).to(torch.float32)
+                    )
+        if narrower:
+            self.keep_narrower((own, *narrower), bool(inputs.quantizer.widths), scales)
+
     # --- making one ---
 
     @classmethod
@@ -167,8 +216,10 @@ class PackedLayer(CodedLayer):
         )
         with torch.device(layer.stored_weight.device):
             made = cls.like(layer, weight.levels.grid, coding)
-        for name, value in layer.packed_buffers(layer.encoded_weight()).items():
+        encoded = layer.encoded_weight()
+        for name, value in layer.packed_buffers(encoded).items():
             made._buffers[name] = value
+        made._keep_narrower_of(layer, encoded[1])
         made.quantization_method = weight.method
         if group is not None:
             made.join(group)

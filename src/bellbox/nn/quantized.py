@@ -58,20 +58,27 @@ class ActivationQuantizer(nn.Module):
     @property
     def gamma(self) -> Tensor | None:
         """The learned scale, where the method has one."""
-        return getattr(self.quantizer, "gamma", None)
+        return self.quantizer.learned_scale
 
     def forward(self, x: Tensor, reader: object = None) -> Tensor:
         """Fake-quantize `[..., features]` for a layer, differentiable."""
-        return self.shared.get_or_compute(reader, x, ("fake", self.training), self._state(), self._fake)
+        return self.shared.get_or_compute(
+            reader, x, ("fake", self.training, *self._width()), self._state(), self._fake
+        )
 
     def coded(self, x: Tensor, reader: object = None) -> Coded:
         """The same as codes, for a product on integers."""
-        return self.shared.get_or_compute(reader, x, ("coded", self.training), self._state(), self._coded)
+        return self.shared.get_or_compute(
+            reader, x, ("coded", self.training, *self._width()), self._state(), self._coded
+        )
 
     def observe(self, x: Tensor, reader: object = None) -> None:
         """Show the codes of an input to the observers, once for all readers."""
         if self.observers:
-            self.shared.get_or_compute(reader, x, ("codes",), self._state(), self._observe)
+            self.shared.get_or_compute(reader, x, ("codes", *self._width()), self._state(), self._observe)
+
+    def _width(self) -> tuple[int, ...]:
+        return (self.levels.n,) if self.quantizer.widths else ()
 
     def _state(self) -> list[Tensor | None]:
         return [*self.quantizer._parameters.values(), *self.quantizer._buffers.values()]
@@ -192,6 +199,7 @@ class QuantizedLayer(nn.Module, ABC):
             object.__setattr__(self, "activation_quantizer", activation_quantizer)
         self._start()
         self.has_run = self.weight_was_read = False
+        _require_same_widths(weight_quantizer, activation_quantizer)
         if weights_rotated:
             _require_no_rotation(weight_quantizer, activation_quantizer)
         elif weight_quantizer is not None and activation_quantizer is not None:
@@ -515,6 +523,10 @@ class QuantizedLayer(nn.Module, ABC):
                 yield from quantizer.parameters()
                 yield from quantizer.buffers()
 
+    def forget_codes(self) -> None:
+        """Let go of what is kept of a weight from forward to forward: its quantizer has other levels now."""
+        self._call = None
+
     def train(self, mode: bool = True) -> Self:
         """Training needs no codes of the weight: drop them."""
         if mode:
@@ -566,6 +578,13 @@ def _require_no_rotation(weight: Quantizer | None, activation: ActivationQuantiz
         raise BellboxError(
             "weights_rotated says that the weight is rotated: its quantizer must have block=1, no signs"
         )
+
+
+def _require_same_widths(weight: Quantizer | None, activation: ActivationQuantizer | None) -> None:
+    """Inputs of one width go with any weight; of several, with a weight that has the same ones."""
+    widths = () if activation is None else activation.quantizer.widths
+    if widths and (weight is None or weight.widths != widths):
+        raise BellboxError("nested inputs need a weight that is nested at the same widths")
 
 
 def _require_same_rotation(weight: Quantizer, activation: Quantizer) -> None:

@@ -41,10 +41,12 @@ class Side:
         options = {
             name: value
             for name, value in dataclasses.asdict(quantizer.options).items()
-            if name not in quantizer.training_options and name != "signs"  # signs are a field of their own
+            if name not in quantizer.training_options
+            and name != "signs"  # signs are a field of their own
+            and not (name in quantizer.later_options and not value)
         }
         text = json.dumps(options, sort_keys=True)
-        levels = quantizer.levels
+        levels = quantizer.widest_levels
         return cls(
             quantizer.method[:16], levels.n, round(2 * levels.zero_point), quantizer.block,
             quantizer.signs is not None, quantizer.granularity, zlib.crc32(text.encode()),

@@ -123,6 +123,8 @@ class Quantizer(nn.Module, ABC):
     """What a row is divided by under the granularities `row` and `token`."""
     training_options: ClassVar[frozenset[str]] = frozenset()
     """Names of options that only training depends on: states of different ones are of one function."""
+    later_options: ClassVar[frozenset[str]] = frozenset()
+    """Names of options that came after states were written: at their defaults no record of a state counts them."""
     decayed: tuple[str, ...] = ()
     """Names of own parameters that weight decay pulls on."""
     refits: ClassVar[bool] = False
@@ -175,6 +177,30 @@ class Quantizer(nn.Module, ABC):
     def levels(self) -> Levels:
         """The integers that codes stand for, and the thresholds between them."""
         return self._levels
+
+    @property
+    def widest_levels(self) -> Levels:
+        """Of the widest width that the quantizer has: what its state is of, whatever width is used now."""
+        return self._levels if self.widths else self.levels
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of the widths that it can be used at, the widest first; empty where it has the one of its levels."""
+        return ()
+
+    @property
+    def learned_scale(self) -> Tensor | None:
+        """The parameter `gamma` of the width that is used now; None where the method has none."""
+        return getattr(self, "gamma", None)
+
+    def use_bits(self, bits: int) -> None:
+        """Quantize at another of its widths from now on. `bellbox.set_bits` does so for a model, and checks it whole.
+
+        Raises:
+            BellboxError: it does not have this width.
+        """
+        there = f"it has {', '.join(map(str, self.widths))}" if self.widths else "it has one width only"
+        raise BellboxError(f"{self.name or 'a quantizer'} cannot be used at {bits} bits; {there}")
 
     def thresholds(self, device: torch.device) -> Tensor:
         """The thresholds between codes: fp32 `[n - 1]`."""

@@ -34,6 +34,10 @@ tokens and at the other sequences of the batch, so it cannot generate; it is her
 trains like `tensor`, evaluates with E = EMA(1/sigma), decay .99: a static scale. `token`: the RMS of each row; causal
 and independent of the batch by construction, and the same function in training and evaluation. It is our default.
 
+**Nested widths.** Thresholds of b bits are every second one of b + 1 bits: floor(2^b Phi) is floor(2^(b+1) Phi) >> 1.
+So one weight has codes at every width, and the code of a width is the upper bits of any wider one. With the option
+`nested` a quantizer has several widths, a gamma for each, and one of them at a time (`quantizers.nested`).
+
 **Options** (`BBQOptions`) are what the paper's ablations and our studies change: gamma's start, whether and how fast it
 is trained, no division by sigma, random signs before the rotation, and BBQ-Vision's fixed zeta: x_hat = zeta sigma q /
 (n/2), where sigma is differentiated in both of its places, which adds `x mean(G x_hat) / sigma^2` to g_x.
@@ -74,6 +78,7 @@ from bellbox.quantizers.base import Normaliser
 from bellbox.quantizers.coded import Coded, stand_in
 from bellbox.quantizers.learned import LearnedQuantizer, plain_tensor, processes, transforming, unset
 from bellbox.quantizers.moments import Moments
+from bellbox.quantizers.nested import Width, widths_of
 from bellbox.quantizers.spec import Granularity, QuantizerSpec
 
 GAMMA_INIT = 1.694
@@ -300,6 +305,8 @@ class BBQOptions:
     """BBQ-Vision: gamma is not learned but zeta * sigma, and sigma is differentiated there too."""
     signs: bool = False
     """Fixed random signs before the rotation, the same for all tensors of one width."""
+    nested: str = ""
+    """Widths in bits that the quantizer has, the widest first: `4,3,2,1`; empty for the one that its levels say."""
 
     def __post_init__(self) -> None:
         for name in ("gamma_init", "gamma_lr", "zeta"):
@@ -330,18 +337,23 @@ class BBQ(LearnedQuantizer):
 
     method = "bbq"
     training_options = frozenset({"gamma_init", "gamma", "gamma_lr"})
+    later_options = frozenset({"nested"})
     Options = BBQOptions
     own_block: ClassVar[int] = DEFAULT_BLOCK
     weight_granularities: ClassVar[tuple[Granularity, ...]] = ("row", "tensor")
     activation_granularities: ClassVar[tuple[Granularity, ...]] = ("token", "ema", "tensor")
 
     options: BBQOptions
+    gamma: nn.Parameter
+    """Of the widest width, where there are several."""
     r_ema: Tensor
     waiting: list[Tensor] | None = None
     """The 1/sigma of batches that the running scale is still to move by (`quantizers.running`)."""
 
     def __init__(self, features: int, spec: QuantizerSpec, rows: int | None = None) -> None:
         super().__init__(features, spec, rows)
+        self._by_bits = {width.bits: width for width in widths_of(self.options.nested, self._levels)}
+        self._active = next(iter(self._by_bits.values()), None)
         self.rescale = self.options.zeta is not None
         if not self.options.rms:
             self.normalise = "static"
@@ -351,19 +363,62 @@ class BBQ(LearnedQuantizer):
                     "zeta multiplies by each input's sigma: not with rms=false or granularity='ema'"
                 )
         else:  # else nothing is learned
-            start = unset(1) if rows is None else unset(rows, 1)
-            self.gamma = nn.Parameter(start, requires_grad=self.options.gamma == "learned")
+            for name in self._gammas:
+                start = unset(1) if rows is None else unset(rows, 1)
+                self.register_parameter(name, nn.Parameter(start, self.options.gamma == "learned"))
         if self.granularity == "ema":
             self.register_buffer("r_ema", unset(1))
         if self.options.signs:
             draw = torch.Generator().manual_seed(features)
             drawn = torch.randint(2, (features,), generator=draw, dtype=torch.int8, device="cpu")
             self.register_buffer("signs", 1 - 2 * drawn)
-        self.learning_rates = {"gamma": self.options.gamma_lr}
+        self.learning_rates = dict.fromkeys(self._gammas, self.options.gamma_lr)
+
+    @property
+    def _gammas(self) -> list[str]:
+        """Names of the scales, that of the widest width first."""
+        return [width.gamma for width in self._by_bits.values()] or ["gamma"]
+
+    @property
+    def levels(self) -> Levels:
+        """Of the width that is used now."""
+        return self._levels if self._active is None else self._active.levels
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See `Quantizer`."""
+        return tuple(self._by_bits)
+
+    @property
+    def learned_scale(self) -> Tensor | None:
+        """See `Quantizer`."""
+        return self._parameters.get("gamma" if self._active is None else self._active.gamma)
+
+    def use_bits(self, bits: int) -> None:
+        """See `Quantizer`."""
+        if bits not in self._by_bits:
+            super().use_bits(bits)
+        self._active = self._by_bits[bits]
 
     def make_levels(self, n: int, zero_point: float | None) -> Levels:
-        """Gaussian quantiles between any number of levels."""
-        return Levels.gaussian(n, zero_point)
+        """Gaussian quantiles between any number of levels; those of nested widths lie about zero unless it is said."""
+        nested = self.options.nested and zero_point is None
+        return Levels.gaussian(n, -0.5 if nested else zero_point)
+
+    def learned_gamma(self) -> Tensor:
+        """The scale of the width that is used now, as it is computed with.
+
+        The other widths' are in the graph with a gradient of zero, so that processes that train together exchange the
+        same gradients whatever widths their forwards had.
+        """
+        if self._active is None:
+            return self.learned("gamma")
+        gamma = self.learned(self._active.gamma)
+        if torch.is_grad_enabled():
+            for name in self._gammas:
+                if name != self._active.gamma:
+                    gamma = gamma + 0 * self.learned(name)
+        return gamma
 
     def set_from_moments(self, moments: Moments) -> None:
         """gamma is `gamma_init` times the RMS of the whole tensor, or one."""
@@ -371,11 +426,13 @@ class BBQ(LearnedQuantizer):
             return
         rms = moments.rms.clamp(min=SIGMA_FLOOR)  # a weight that starts at zero can still learn
         init = self.options.gamma_init
-        if init == "one":
-            self.gamma.fill_(1.0)
-        else:
-            init = optimal_gamma(self.levels) if init == "optimal" else init
-            self.gamma.copy_((init * rms).to(self.gamma.dtype).expand_as(self.gamma))
+        for width in list(self._by_bits.values()) or [Width(0, self._levels, "gamma")]:
+            gamma: Tensor = getattr(self, width.gamma)
+            if init == "one":
+                gamma.fill_(1.0)
+            else:
+                ratio = optimal_gamma(width.levels) if init == "optimal" else init
+                gamma.copy_((ratio * rms).to(gamma.dtype).expand_as(gamma))
         if self.granularity == "ema":
             self.r_ema.copy_(1 / rms)
 
@@ -384,7 +441,7 @@ class BBQ(LearnedQuantizer):
         whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
         follow = self.options.zeta is not None
         if self.options.zeta is None:
-            gamma = self.divided_by_row(self.learned("gamma"), rows)
+            gamma = self.divided_by_row(self.learned_gamma(), rows)
         else:
             assert norm.sigma is not None
             gamma = (self.options.zeta * norm.sigma * (norm.r - norm.r + 1)).to(compute_dtype(rows))
@@ -403,7 +460,7 @@ class BBQ(LearnedQuantizer):
             return super().coded_rows(rows, norm, dtype)
         whole = norm.r.numel() == 1 and self.granularity in ("tensor", "ema")
         numbers = self.levels.thresholds, self.levels.offset, self.block, whole, dtype
-        gamma = self.divided_by_row(self.learned("gamma"), rows)
+        gamma = self.divided_by_row(self.learned_gamma(), rows)
         value, kept = _Keep.apply(rows, gamma, norm.r, norm.free, *numbers)  # type: ignore[misc]
         return Coded(value, kept, steps_of(self.levels.thresholds), self.scale(), norm.r - norm.r + 1)
 
@@ -411,7 +468,7 @@ class BBQ(LearnedQuantizer):
         """gamma / (n/2), fp32."""
         if self.options.zeta is not None:
             return torch.tensor(self.options.zeta / (self.levels.n / 2))
-        return self.learned("gamma").detach().to(torch.float32) / (self.levels.n / 2)
+        return self.learned_gamma().detach().to(torch.float32) / (self.levels.n / 2)
 
     def rstd(self) -> Tensor:
         """The running 1/sigma, or 1 without RMS."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from bellbox.report import bell_box, curves, layers, spectrum
+from bellbox.report import bell_box, curves, layers, spectrum, widths
 from bellbox.report.content import ReportInput, SizeRow
 from bellbox.report.html import (
     agreement,
@@ -46,6 +46,7 @@ def render(content: ReportInput) -> str:
     sections = [
         _headline(content),
         _training(content),
+        _widths(content),
         _method(content),
         _entropy(content),
         _scales(content),
@@ -121,6 +122,22 @@ def _training(content: ReportInput) -> str:
             " bounded, without spikes that grow.",
         )
     return section("Training", body)
+
+
+def _widths(content: ReportInput) -> str:
+    record = content.record
+    if not widths.widths_of(record):
+        return ""
+    return section(
+        "Its widths",
+        figure_with_caption(
+            widths.loss_by_width(record),
+            "One model, validated at each of its widths; the numbers at the top of this page are those of the widest."
+            " Left: all should fall to the end. Right: what fewer bits cost; the codes of a width are the upper bits of"
+            " the wider ones'.",
+        )
+        + widths.table_of(record),
+    )
 
 
 def _method(content: ReportInput) -> str:

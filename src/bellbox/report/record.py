@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bellbox.errors import BellboxError
 from bellbox.runs.metrics import read_records
@@ -51,12 +51,32 @@ class _Validation(_Fields):
     feature_spectrum: list[float] | None = None
 
 
+class _Width(_Fields):
+    """Of one width of a nested model."""
+
+    loss: float | None
+    weight_entropy: _ByLayer | None = None
+
+
+class _TextWidth(_Width):
+    perplexity: float | None
+
+
+class _ImagesWidth(_Width):
+    accuracy: float
+
+
+_Bits = Annotated[str, Field(pattern="^[1-7]$")]
+
+
 class _OfText(_Validation):
     perplexity: float | None
+    widths: dict[_Bits, _TextWidth] | None = None
 
 
 class _OfImages(_Validation):
     accuracy: float
+    widths: dict[_Bits, _ImagesWidth] | None = None
 
 
 @dataclass(frozen=True)

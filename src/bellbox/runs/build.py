@@ -63,8 +63,9 @@ def make_recipe(section: QuantizationSection) -> Recipe:
     if section.recipe is not None:
         return recipe_from_dict(section.recipe)
     activation_bits = section.activation_bits
+    fixed = section.levels is not None or bool(section.nested)
     choices: dict[str, Any] = {
-        "bits": section.bits if section.levels is None else None,
+        "bits": None if fixed else section.bits,
         "levels": section.levels,
         "activation_levels": None if activation_bits is None else levels_from_bits(activation_bits),
         "zero_point": section.zero_point,
@@ -80,7 +81,8 @@ def make_recipe(section: QuantizationSection) -> Recipe:
         "head_bits": section.head_bits,
     }
     if section.method == "bbq":
-        return Recipe.bbq(weights_rotated=section.weights_rotated, **choices)
+        nested = section.nested or None
+        return Recipe.bbq(weights_rotated=section.weights_rotated, nested=nested, **choices)
     if section.method == CEWT:
         return Recipe.cewt(weights_rotated=section.weights_rotated, **choices)
     rotated = bool(section.weights_rotated)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from bellbox.core.grid import levels_from_bits
+from bellbox.core.planes import check_widths
 from bellbox.data.mixture import check_weights
 from bellbox.errors import BellboxError
 from bellbox.runs.limits import Limits, refuse_beyond
@@ -121,9 +122,17 @@ class QuantizationSection:
     """One of `bellbox.quantizers.METHODS` (bbq, quest, lsq, ...), `bbq_paper` for BBQ just as published (`bbq` is
     `Recipe.bbq`, `cewt` is `Recipe.cewt` with its optimizer), or `none` for full precision."""
     bits: int | None = 2
-    """Bits of weights and activations: 1 to 8. Ignored where `levels` is given."""
+    """Bits of weights and activations: 1 to 8. Ignored where `levels` or `nested` is given."""
     levels: int | None = None
     """Number of levels in place of bits; 3 is ternary."""
+    nested: list[int] = field(default_factory=list)
+    """Several widths of one model in place of bits, the widest first: [4, 3, 2, 1] (docs/nested.md). Weights and
+    inputs have the same one; `activation_bits` keeps inputs at one. With `method: bbq`."""
+    nested_schedule: Literal["draw", "sum"] = "draw"
+    """draw: each step trains one of the nested widths, all of them equally often. sum: each step trains all, by the
+    mean of their losses, which takes as many forwards and backwards."""
+    nested_draws: Count = 1
+    """With draw: widths that each step trains, a divisor of their number."""
     activation_bits: int | None = None
     """Bits of activations, where they are not those of weights: bits 2 and activation_bits 4 is W2A4."""
     zero_point: float | None = None
@@ -449,6 +458,7 @@ class TrainConfig:
         _check_mixture(self)
         _check_known(self.quantization, self.methods_from)
         _check_method(self.quantization)
+        _check_nested(self)
         if self.steps is not None and self.tokens is not None:
             raise BellboxError(
                 f"steps is {self.steps} and tokens is {self.tokens}: give one of them, the other as null"
@@ -566,6 +576,42 @@ def _check_method(section: QuantizationSection) -> None:
         check_method("bbq" if section.method == PAPER else section.method, section.options)
     except BellboxError as error:
         raise BellboxError(f"quantization: {error}") from None
+
+
+def _check_nested(config: TrainConfig) -> None:
+    section = config.quantization
+    if not section.nested:
+        return
+    try:
+        check_widths(section.nested)
+    except BellboxError as error:
+        raise BellboxError(f"quantization.nested: {error}") from None
+    if section.method != "bbq":
+        raise BellboxError(
+            f"quantization.nested is given with method {section.method}: only the codes of bbq nest; take method bbq, "
+            "or leave nested out"
+        )
+    if len(section.nested) % section.nested_draws:
+        raise BellboxError(
+            f"quantization.nested_draws is {section.nested_draws}, must be a divisor of the {len(section.nested)} "
+            "nested widths"
+        )
+    if section.nested_schedule == "sum" and section.nested_draws != 1:
+        raise BellboxError(
+            f"quantization.nested_draws is {section.nested_draws}, but nested_schedule sum trains all widths in each "
+            "step; leave one of them out"
+        )
+    against = ("levels", section.levels), ("weight_only", section.weight_only), ("recipe", section.recipe)
+    for key, value in against:
+        if value is not None:
+            raise BellboxError(
+                f"quantization.nested and quantization.{key} are both given; nested says the widths of weights and "
+                "inputs, so leave one of them out"
+            )
+    if config.compile:
+        raise BellboxError(
+            "compile is True, must be false with quantization.nested, whose graph has many widths"
+        )
 
 
 def _plain(value: Any) -> Any:

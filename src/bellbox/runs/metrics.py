@@ -13,6 +13,9 @@ happened. Only the fields of `WALL_CLOCK` may differ between two equal runs.
      "feature_spectrum": [shares, the largest first],
      "parts": {"unit", "sizes": [tokens], "losses": [nats a token]}, "seconds"}
 
+A nested model's evaluation (docs/nested.md) is that at its widest width, and has the same fields of each width under
+"widths": {bits: fields}; "best" is then the lowest mean of their losses.
+
 A vision run has "accuracy", a share, in place of "perplexity" and "bits_per_byte", and none in training records; its
 "tokens" and "tokens_per_s" are images.
 

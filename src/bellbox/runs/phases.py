@@ -40,6 +40,8 @@ class Phase:
         if section.method == "none":
             return "full precision"
         width = f"{section.bits} bits" if section.levels is None else f"{section.levels} levels"
+        if section.nested:
+            width = f"nested widths of {', '.join(map(str, section.nested))} bits"
         inputs = "" if section.activation_bits is None else f", inputs {section.activation_bits} bits"
         return f"{section.method}, {width}{inputs}"
 
@@ -68,14 +70,23 @@ def phases_of(config: ResolvedConfig) -> list[Phase]:
             "leave one of them out"
         )
     start = total - round(section.quantized * total)
-    stages = [dataclasses.replace(final, bits=bits, levels=None) for bits in section.bits_before] + [final]
+    stages = [
+        *(dataclasses.replace(final, bits=bits, levels=None, nested=[]) for bits in section.bits_before),
+        final,
+    ]
     ends = [start + round(share * (total - start)) for share in itertools.accumulate(_shares(config))]
     borders = list(itertools.pairwise([start, *ends[:-1], total]))
     if start:
         stages.insert(
             0,
             dataclasses.replace(
-                final, method="none", recipe=None, embedding_bits=None, embedding_group=None, head_bits=None
+                final,
+                method="none",
+                recipe=None,
+                nested=[],
+                embedding_bits=None,
+                embedding_group=None,
+                head_bits=None,
             ),
         )
         borders.insert(0, (0, start))

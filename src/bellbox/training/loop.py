@@ -14,6 +14,7 @@ print(result.validation["perplexity"])
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from bellbox.calibrate import calibrate
 from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
-from bellbox.nn import quantized_layers, weights_quantized_once
+from bellbox.nn import nested_widths, quantized_layers, using_bits, weights_quantized_once
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.quantizers.running import running_scales_once
 from bellbox.runs.average import Average
@@ -62,6 +63,7 @@ from bellbox.training.finite import checked_forward, find_broken_layer
 from bellbox.training.measures import quantization_measures
 from bellbox.training.mec import EntropyTerm, SpectrumMeter
 from bellbox.training.modes import debug_mode, determinism
+from bellbox.training.nested import widths_of_step
 from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.pretrained import pretrained_weights
 from bellbox.training.progress import Progress
@@ -446,14 +448,11 @@ class Trainer:
         kept = [(b, b.clone()) for b in self.model.buffers()] if config.nonfinite == "skip" else []
         total = torch.zeros(6, device=self.device)
         try:
-            dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-            held = weights_quantized_once(self.model, dtype) if len(parts) > 1 else nullcontext()
-            with running_scales_once(self.model), held:
-                for number, (inputs, targets) in enumerate(parts, 1):
-                    with self.parallel.accumulating(number < len(parts)):
-                        losses = self._losses(inputs, targets) / len(parts)
-                        losses[0].backward()
-                    total[:4] += losses.detach()
+            widths = self._widths()
+            with running_scales_once(self.model):
+                for number, bits in enumerate(widths, 1):
+                    with using_bits(self.model, bits):
+                        total[:4] += self._backward(parts, len(widths), last=number == len(widths))
         except BellboxError as error:
             raise BellboxError(f"step {state.step + 1}: {error}; {self._last_saved()}") from None
         norm_value = self.parallel.clip_gradients(config.optimizer.clip or math.inf)
@@ -499,6 +498,29 @@ class Trainer:
             )
             self._timed_tokens, self._timed_seconds = 0, 0.0
 
+    def _widths(self) -> tuple[int | None, ...]:
+        """Those that the next step trains, see `training.nested`."""
+        return widths_of_step(self.phase.quantization, self.config.seed, self.state.step)
+
+    def _backward(self, parts: list[tuple[Tensor, Tensor]], widths: int, last: bool) -> Tensor:
+        """Add the gradients of a step's micro-batches, at the width that is used; their mean `_losses` over `widths`.
+
+        Args:
+            parts: inputs and targets.
+            widths: how many the step adds up.
+            last: whether no other follows.
+        """
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        held = weights_quantized_once(self.model, dtype) if len(parts) > 1 else nullcontext()
+        total = torch.zeros(4, device=self.device)
+        with held:
+            for number, (inputs, targets) in enumerate(parts, 1):
+                with self.parallel.accumulating(number < len(parts) or not last):
+                    losses = self._losses(inputs, targets) / (len(parts) * widths)
+                    losses[0].backward()
+                total += losses.detach()
+        return total
+
     @torch.no_grad()
     def _skip(self, kept: list[tuple[Tensor, Tensor]], project: bool) -> None:
         """Leave the step out: nothing of its batch stays but its number."""
@@ -521,7 +543,7 @@ class Trainer:
         )
         inputs = self.task.first_inputs(self.state.step).to(self.device)
         if any(isinstance(module, LearnedQuantizer) for module in self.model.modules()):
-            with autocast:
+            with autocast, using_bits(self.model, self._widths()[0]):
                 calibrate(self.model, [inputs])
         if self.entropy is not None:
             self.entropy.forget()
@@ -579,8 +601,9 @@ class Trainer:
             )
         self.parallel.forward = self.forward = self.model
         found = ""
-        for inputs, targets in parts:
-            found = find_broken_layer(self.model, lambda x=inputs, y=targets: self._losses(x, y)[0])
+        for bits, (inputs, targets) in itertools.product(self._widths(), parts):
+            with using_bits(self.model, bits):
+                found = find_broken_layer(self.model, lambda x=inputs, y=targets: self._losses(x, y)[0])
             if not found.startswith("run again"):
                 break
         # The batch of another process may be the one that broke.
@@ -601,16 +624,20 @@ class Trainer:
             raise Stopped
         state, begun = self.state, time.monotonic()
         model, inputs = self.average.model.eval(), self.task.counted_inputs()
+        if inputs is not None:
+            inputs = inputs.to(self.device)
         # Of several processes, none may leave alone.
         interruptible = self.signals.interruptible() if self.world.size == 1 else nullcontext()
         with interruptible, self.parallel.whole_weights():
             with SpectrumMeter(model, self.config.mec, self.world) as spectrum:
                 result = self.task.evaluate(model)
-            measures = quantization_measures(
-                model, lambda: None if inputs is None else model(inputs.to(self.device))
-            )
+            result |= quantization_measures(model, lambda: None if inputs is None else model(inputs))
+            result |= spectrum.fields()
+            widths = self._narrower_widths(model, inputs, result)
         state.seconds += time.monotonic() - begun
-        loss = result["loss"]
+        # What a checkpoint is judged by: the mean over the widths, as what is minimised.
+        losses = [each["loss"] for each in widths.values()] or [result["loss"]]
+        loss = sum(losses) / len(losses)
         improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         state.evaluated_step, state.loss = state.step, loss
         if improved:
@@ -621,12 +648,24 @@ class Trainer:
             "phase": state.phase,
             "tokens": state.tokens,
             **result,
-            **measures,
-            **spectrum.fields(),
+            **({"widths": widths} if widths else {}),
             "seconds": state.seconds,
         }
         self._record(self.validation)
         return improved
+
+    def _narrower_widths(
+        self, model: nn.Module, inputs: Tensor | None, widest: dict[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """The fields of a nested model's evaluation by its width, that of the widest known; of another model none."""
+        bits = nested_widths(model)
+        found = {str(each): widest for each in bits[:1]}
+        for each in bits[1:]:
+            with using_bits(model, each):
+                record = self.task.evaluate(model)
+                record |= quantization_measures(model, lambda: None if inputs is None else model(inputs))
+            found[str(each)] = record
+        return found
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:

@@ -40,7 +40,7 @@ def quantization_measures(model: nn.Module, forward: Callable[[], object]) -> di
         weight, activation = layer.weight_quantizer, layer.activation_quantizer
         if weight is not None:
             weights[name] = code_counts(layer.weight_codes(), weight.levels.n)
-            if isinstance(learned := getattr(weight, "gamma", None), Tensor):
+            if isinstance(learned := weight.learned_scale, Tensor):
                 gamma["weight"][name] = _spread(learned)
         if activation is not None and id(activation) not in seen:
             seen.add(id(activation))

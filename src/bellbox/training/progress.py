@@ -58,6 +58,9 @@ class Progress(ProgressDisplay):
             if record.get("bits_per_byte") is not None:
                 line += f"  bits/byte {record['bits_per_byte']:.4f}"
             self.note(line + ("" if entropy is None else f"  weight entropy {entropy:.3f} bits"))
+            if (widths := record.get("widths")) is not None:
+                each = (f"{bits} bits {judged(one)}" for bits, one in widths.items())
+                self.note(f"{'':11}  at its widths: {', '.join(each)}")
             return
         self._values["speed"] = f"{record['tokens_per_s']:,.0f}"
         if self.bar is None:
