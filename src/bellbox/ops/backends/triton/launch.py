@@ -6,6 +6,7 @@ Nothing here reads a number back from the device, so that launches may be record
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from bellbox.ops.backends.triton.kernels import activation as _activation
 from bellbox.ops.backends.triton.kernels import layout as _layout
 from bellbox.ops.backends.triton.kernels import product as _product
 from bellbox.ops.backends.triton.kernels import rows as _rows
+from bellbox.ops.encode import SIGMA_FLOOR
 from bellbox.ops.kept import MOST, STEPS, stepped
 from bellbox.ops.packed_linear import check
 from bellbox.ops.preconditions import check_rows
@@ -38,8 +40,8 @@ _BAND = 8
 
 
 @functools.lru_cache(maxsize=256)
-def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
+def _table(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _on_device(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -290,12 +292,15 @@ def code_rows(
     shape = (count, planes, padded // 8 * field) if planes else (count, padded)
     out = x.new_empty(shape, dtype=torch.uint8 if planes else torch.int8)
     sums, scales = x.new_empty(count, dtype=torch.int32), x.new_empty(count, dtype=torch.float32)
-    size, whole = plan.whole_row(columns, max(64 * group, block))
-    activation.code_rows[(count,)](
-        x.contiguous(), act_signs, thresholds.contiguous(), act_rstd, out, sums, scales, columns, padded,
-        SIZE=size, WHOLE=whole, STAGES=_stages(block), LEVELS=grid.n, MULTIPLIER=grid.multiplier,
+    size, whole = plan.coded_row(columns, max(64 * group, block))
+    each = plan.rows_each(count, plan.processors(x))
+    root = math.sqrt(block)
+    activation.code_rows[(-(-count // each),)](
+        x.contiguous(), act_signs, thresholds.contiguous(), act_rstd,
+        _table((1 / columns, 1 / root), x.device, torch.float64), out, sums, scales, 1 / SIGMA_FLOOR / root,
+        count, columns, padded, SIZE=size, WHOLE=whole, EVEN=columns % size == 0 == padded % size, ROWS=each, DOUBLE=x.dtype == torch.float32 or plan.fast_double(x), STAGES=_stages(block), LEVELS=grid.n, MULTIPLIER=grid.multiplier,
         SHIFT=_shift(grid), NORMALISE=normalise, RESCALE=rescale, SIGNED=act_signs is not None,
-        BITS=field, GROUP=group, PLANES=planes, num_warps=plan.row_warps(size), **OPTIONS,
+        BITS=field, GROUP=group, PLANES=planes, num_warps=plan.coding_warps(size), **OPTIONS,
     )  # fmt: skip
     return Rows(out, padded, sums, scales, act_scale, grid, planes)
 

@@ -32,6 +32,32 @@ def row_warps(size: int) -> int:
     return min(16, max(1, size // 256))
 
 
+def coding_warps(size: int) -> int:
+    """Of a program that codes rows: 32 numbers a thread, over which what does not grow with them is shared out."""
+    return min(16, max(1, size // 1024))
+
+
+def coded_row(columns: int, least: int) -> tuple[int, bool]:
+    """As `whole_row`, for the coding of rows."""
+    size = max(power_of_two(columns), least)
+    return (size, True) if size <= max(2 * WHOLE_ROW, least) else (max(_PIECE, least), False)
+
+
+def rows_each(rows: int, available: int) -> int:
+    """Rows that a program codes one after the other, its table made once: 8 where every multiprocessor is busy."""
+    return max(1, min(8, rows // (8 * available)))
+
+
+def fast_double(x: Tensor) -> bool:
+    """Whether the device has units for fp64 in number: A100, H100, B200, and the interpreter."""
+    return not x.is_cuda or _capability(x.device.index) in ((8, 0), (9, 0), (10, 0))
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def whole_row(columns: int, least: int) -> tuple[int, bool]:
     """Numbers that a program of a row holds, and whether they are the row; at least `least` of them."""
     size = max(power_of_two(columns), least)
