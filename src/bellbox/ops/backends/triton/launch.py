@@ -347,12 +347,12 @@ def multiply(rows: Rows, weights: Weights, dtype: torch.dtype, tiles: plan.Tiles
     packed, scale = weights.packed.contiguous(), weights.scale.reshape(-1).contiguous()
     scaling = rows.scales, scale, rows.act_scale, bias
     row_step = _step(rows.scales)
+    start = tiles_size(outputs, weights.columns, weights.grid.n)
+    if packed.data_ptr() % 16 or packed.storage_offset() % 16:
+        packed = packed.clone()
+    words = packed[:start].view(torch.int32)
     if rows.planes:
-        start = tiles_size(outputs, weights.columns, weights.grid.n)
-        if packed.data_ptr() % 4 or packed.storage_offset() % 4:
-            packed = packed.clone()
         sums_of_weights = packed[start : start + 4 * outputs].view(torch.int32)
-        words = packed[:start].view(torch.int32)
         wide, some = plan.plane_tile(weights.blocks * 2 * weights.bits)
         product.multiply_planes[(count, -(-outputs // wide))](
             rows.integers.view(torch.int32), words, sums_of_weights, rows.sums, *scaling, out, count, outputs,
@@ -365,7 +365,7 @@ def multiply(rows: Rows, weights: Weights, dtype: torch.dtype, tiles: plan.Tiles
     target = packed.new_empty((chosen.splits, count, outputs), dtype=torch.int32) if split else out
     grid = -(-count // chosen.rows) * -(-outputs // chosen.outputs), chosen.splits
     product.multiply[grid](
-        rows.integers, packed, rows.sums, *scaling, target, count, outputs, weights.blocks, rows.padded, row_step,
+        rows.integers, words, rows.sums, *scaling, target, count, outputs, weights.blocks, rows.padded, row_step,
         BITS=weights.bits, GROUP=plan.group(weights.bits), ROWS=chosen.rows, OUTPUTS=chosen.outputs,
         SPLITS=chosen.splits, BAND=_BAND, num_warps=chosen.warps, num_stages=chosen.stages, **ends,
     )  # fmt: skip
