@@ -33,9 +33,12 @@ from bellbox.ops.backends.triton import launch, plan
 from bellbox.ops.weight_layout import packed_size
 
 ARCHITECTURES = (80, 90, 100, 120)
-PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
-"""Multiprocessors of A100, H100, B200 and RTX 5090, which the number of pieces of a decode product depends on."""
+GPUS = {
+    80: plan.Gpu((8, 0), 108), 90: plan.Gpu((9, 0), 132), 100: plan.Gpu((10, 0), 148), 120: plan.Gpu((12, 0), 170),
+}  # fmt: skip
+"""A100, H100, B200 and RTX 5090, which tiles and pieces depend on."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+PRODUCTS = ("multiply", "multiply_planes", "finish")
 TENSOR = ("IMMA", "IGMMA", "UTCIMMA")
 CLASSES = {
     "tensor": TENSOR,
@@ -106,13 +109,13 @@ class _Launcher:
         return take_down
 
 
-def recorded(processors: int) -> list[Launch]:
+def recorded(on: plan.Gpu) -> list[Launch]:
     """Every kernel at the shapes of a LLaMA 7B: hidden 4096, intermediate 11008, prompts of 2048 rows, single rows."""
     recorder = Recorder()
     for name in ("activation", "product", "row_kernels", "layout"):
         module = getattr(launch, name)
         setattr(launch, name, recorder.of(module))
-    plan.processors = lambda _: processors
+    plan.gpu = lambda _: on  # type: ignore[assignment]
     with torch.device("meta"):
         for what, call in _calls():
             recorder.what = what
@@ -154,6 +157,7 @@ def _calls() -> Iterator[tuple[str, Any]]:
         yield f"{count} rows, weights {weight_bits} bits, activations {act_bits}", linear
         if (weight_bits, count) == (4, rows):
             yield f"{count} rows of 11008", lambda linear=linear: linear(columns=11008)
+            yield f"{count} rows of 1024", lambda linear=linear: linear(columns=1024)
             yield f"{count} rows of 24576", lambda linear=linear: linear(columns=24576)
         if weight_bits in (4, 1):  # numbers that are 1 are no variables when a kernel is compiled
             yield f"a column, {act_bits} bits", lambda linear=linear: linear(count=1, columns=1, outputs=1)
@@ -233,7 +237,7 @@ class Row:
     warps: int
     instructions: Counter[str]
     fused: int
-    """Fused multiply-adds of fp32: none, or results are not the reference's."""
+    """Fused multiply-adds of fp32 in a product: none, or results are not the reference's."""
 
     def count(self, kind: str) -> int:
         """Instructions of a class, in the text of the machine code: loops count once."""
@@ -243,6 +247,8 @@ class Row:
         """What must not be, or None."""
         if self.count("spill") or self.stack:
             return f"{self.count('spill')} instructions spill, {self.stack} bytes of stack"
+        if self.shared > GPUS[self.architecture].shared:
+            return f"{self.shared} bytes of shared memory"
         if self.fused:
             return f"{self.fused} fused multiply-adds"
         if self.kernel == "multiply" and not self.count("tensor"):
@@ -266,9 +272,12 @@ def read(launched: Launch, architecture: int) -> Row:
         found = re.search(rf"{name}:(\d+)", usage)
         return int(found[1]) if found else 0
 
+    name = launched.function.__name__
+    # Coding has some of its own, whose product is exact (`steps.butterfly`).
+    fused = binary.asm["ptx"].count("fma.rn.f32") if name in PRODUCTS else 0
     return Row(
-        launched.function.__name__, launched.what, architecture, used("REG"), used("STACK"), binary.metadata.shared,
-        binary.metadata.num_warps, instructions, binary.asm["ptx"].count("fma.rn.f32"),
+        name, launched.what, architecture, used("REG"), used("STACK"), binary.metadata.shared,
+        binary.metadata.num_warps, instructions, fused,
     )  # fmt: skip
 
 
@@ -307,22 +316,22 @@ def main() -> None:
         for name, module in modules.items():
             setattr(launch, name, module)
         seen: set[str] = set()
-        for launched in recorded(PROCESSORS[architecture]):
+        for launched in recorded(GPUS[architecture]):
             label = f"{launched.function.__name__}: {launched.what}"
             if arguments.only not in label or label in seen:
                 continue
             seen.add(label)
             row = read(launched, architecture)
             rows.append(row)
+            if arguments.markdown:  # as it comes: a run that is cut short leaves what it had
+                arguments.markdown.write_text(table(rows), encoding="utf-8")
             print(
-                f"sm_{architecture} {label}: {row.registers} registers, {row.stack} stack, tensor {row.count('tensor')}"
+                f"sm_{architecture} {label}: {row.registers} registers, {row.stack} stack, "
+                f"tensor {row.count('tensor')} of {sum(row.instructions.values())}"
                 + (f"  WRONG: {row.wrong()}" if row.wrong() else ""),
                 flush=True,
             )
-    text = table(rows)
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text, encoding="utf-8")
+    print(table(rows))
     wrong = [row for row in rows if row.wrong()]
     for row in wrong:
         print(f"sm_{row.architecture} {row.kernel} ({row.what}): {row.wrong()}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The coding kernel's shortcuts leave the codes of the reference: buckets, several rows a program, sums in two floats."""
+"""Shortcuts of the coding kernel leave the codes of the reference: buckets, rows that share a program, two floats."""
 
 from __future__ import annotations
 
@@ -14,11 +14,29 @@ from bellbox.ops.packed_linear import operation as packed_linear
 from bellbox.ops.weight_layout import prepack_operation
 
 # numpy, which interprets, tells of NaN and overflow; a GPU does not.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*no factor of two", "ignore:one input channel")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning", "ignore:.*no factor of two", "ignore:one input channel"
+)
 
 ROW = [k / 16 for k in range(-8, 7)]
 THRESHOLDS = {
-    "learned, far apart": [-900.0, -3.0, -2.9, -0.1, -1e-3, 0.0, 1e-3, 0.2, 0.3, 0.31, 0.32, 7.0, 8.0, 9.0, 1e4],
+    "learned, far apart": [
+        -900.0,
+        -3.0,
+        -2.9,
+        -0.1,
+        -1e-3,
+        0.0,
+        1e-3,
+        0.2,
+        0.3,
+        0.31,
+        0.32,
+        7.0,
+        8.0,
+        9.0,
+        1e4,
+    ],
     "many in one bucket": [*(k * 1e-6 for k in range(14)), 1.0],
     "equal ones": [-1.0, -1.0, -0.5, 0.0, 0.0, 0.0, 0.25, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0],
     "all equal": [0.5] * 15,
@@ -59,13 +77,15 @@ def test_rows_that_share_a_program_are_coded_as_alone(
     x, levels = torch.randn(5, 128), Levels.gaussian(16)
     x[2] = math.nan
     alone = coded(x, levels, 128, normalise, normalise == "rms")
-    monkeypatch.setattr(plan, "rows_each", lambda rows, available: 3)
+    monkeypatch.setattr(plan, "rows_each", lambda rows, processors: 3)
     together = coded(x, levels, 128, normalise, normalise == "rms")
     for name in ("integers", "sums", "scales"):
         assert torch.equal(getattr(alone, name).nan_to_num(7), getattr(together, name).nan_to_num(7))
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.bfloat16, 1e25)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.bfloat16, 1e25)]
+)
 def test_squares_in_two_floats_give_the_same_codes_and_scales(
     dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +93,7 @@ def test_squares_in_two_floats_give_the_same_codes_and_scales(
 
     x, levels = (torch.randn(2, 32) * size).to(dtype), Levels.gaussian(4)
     expected = coded(x, levels, 32, "rms", True)
-    monkeypatch.setattr(plan, "fast_double", lambda x: False)
+    monkeypatch.setattr(plan, "gpu", lambda x: plan.Gpu((12, 0), 1))
     found = coded(x, levels, 32, "rms", True)
     assert bool(found.scales.isfinite().all())
     for name in ("integers", "sums", "scales"):
@@ -84,7 +104,11 @@ def test_squares_in_two_floats_give_the_same_codes_and_scales(
 def test_the_smallest_sigmas_have_the_normaliser_of_the_reference(columns: int) -> None:
     """Rows just below, at and above the floor; what is multiplied in the kernel is divided in the reference."""
     block, levels = columns & -columns, Levels.gaussian(16)
-    x = torch.tensor([0.0, 0.5, 1.0 - 1e-6, 1.0, 1.0 + 1e-6, 2.0, 64.0])[:, None].mul(SIGMA_FLOOR).expand(-1, columns)
+    x = (
+        torch.tensor([0.0, 0.5, 1.0 - 1e-6, 1.0, 1.0 + 1e-6, 2.0, 64.0])[:, None]
+        .mul(SIGMA_FLOOR)
+        .expand(-1, columns)
+    )
     # The scale that a level carries is exact in the result, one weight of 1 in each row.
     codes = torch.zeros(1, columns, dtype=torch.uint8)
     arguments = (
@@ -97,4 +121,6 @@ def test_the_smallest_sigmas_have_the_normaliser_of_the_reference(columns: int) 
     r = normaliser(sigma, block).float()
     integers = levels.grid.multiplier * encode.reference(x, r, levels.thresholds, block).int()
     found = coded(x, levels, block).sums
-    assert torch.equal(found, integers.sum(1).int() - int(levels.grid.multiplier * levels.grid.offset) * columns)
+    assert torch.equal(
+        found, integers.sum(1).int() - int(levels.grid.multiplier * levels.grid.offset) * columns
+    )

@@ -120,6 +120,7 @@ def test_a_row_too_long_for_the_registers_comes_in_pieces(monkeypatch: pytest.Mo
     from bellbox.ops.backends.triton import plan
 
     monkeypatch.setattr(plan, "WHOLE_ROW", 256)
+    monkeypatch.setattr(plan, "WHOLE_CODED_ROW", 256)
     monkeypatch.setattr(plan, "_PIECE", 128)
     for normalise, weights, columns in (("rms", 16, 384), ("absmax", 4, 330), ("norm", 8, 384)):
         check(layer(5, 5, columns, weights, 16, normalise, normalise != "rms"))
@@ -179,3 +180,18 @@ def test_what_does_not_fit_is_refused_as_everywhere() -> None:
         BellboxError, match=r"BELLBOX_BACKEND=triton does not take packed_linear: x is torch\.float64"
     ):
         packed_linear.operation(arguments[0].double(), *arguments[1:])
+
+
+@pytest.mark.parametrize("levels", [2, 4, 8, 16])
+def test_the_product_of_torchs_library_gives_the_same_bits(
+    levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bellbox.ops.backends.triton import plan
+
+    arguments = layer(19, 24, 330, levels, 16, "rms", True)
+    expected = packed_linear.operation(*arguments)
+    product, used = torch._int_mm, list[int]()
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: used.append(1) or product(a, b))
+    monkeypatch.setattr(plan, "library_rows", lambda on: 17)
+    assert same(packed_linear.operation(*arguments), expected)
+    assert used

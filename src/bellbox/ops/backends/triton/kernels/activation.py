@@ -85,15 +85,17 @@ def _squares(x, SIZE: tl.constexpr, DOUBLE: tl.constexpr):
 def code_rows(
     x, signs, thresholds, rstd, constants, out, sums, scales, at_floor, rows, columns, padded,
     SIZE: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DOUBLE: tl.constexpr,
-    STAGES: tl.constexpr, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr, NORMALISE: tl.constexpr, RESCALE: tl.constexpr,
-    SIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr,
+    STAGES: tl.constexpr, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
+    NORMALISE: tl.constexpr, RESCALE: tl.constexpr, SIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    PLANES: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of x `[rows, columns]` from `ROWS * program_id(0)` on, one after the other.
 
     Writes `out`, int8 `[rows, padded]` integers `MULTIPLIER * code - SHIFT` in the order of `place` and zeros behind
     them, or with PLANES uint8 `[rows, PLANES, padded / 8 * BITS]`; int32 `sums [rows]` of the integers; fp32
     `scales [rows]`. NORMALISE is rms, absmax, norm or static. WHOLE: SIZE numbers are the row, else it comes in pieces.
-    `constants` fp64: 1 / columns, and the inverse root of a block; `at_floor`: the normaliser of the least sigma.
+    EVEN: pieces have no tail. DOUBLE: see `_squares`. `constants` fp64: 1 / columns, and the inverse root of a block;
+    `at_floor`: the normaliser of the least sigma.
     """
     cuts = cuts_of(thresholds, LEVELS, MULTIPLIER, SHIFT)
     one_of_columns, inverse_root = tl.load(constants), tl.load(constants + 1)
@@ -140,7 +142,21 @@ def code_rows(
         if WHOLE:
             v = butterfly(x0, SIZE, STAGES) * r
             integer = _coded(
-                v, row, 0, cuts, out, columns, padded, SIZE, EVEN, LEVELS, MULTIPLIER, SHIFT, BITS, GROUP, PLANES
+                v,
+                row,
+                0,
+                cuts,
+                out,
+                columns,
+                padded,
+                SIZE,
+                EVEN,
+                LEVELS,
+                MULTIPLIER,
+                SHIFT,
+                BITS,
+                GROUP,
+                PLANES,
             )
             total += tl.sum(integer)
             if NORMALISE == "norm":

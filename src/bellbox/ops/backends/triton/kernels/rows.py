@@ -76,7 +76,9 @@ def kept_codes(kept, thresholds, out, count, SIZE: tl.constexpr, LEVELS: tl.cons
     """uint8 codes of steps, seen as one row. Program id: piece."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     step = tl.load(kept + at, mask=at < count, other=0).to(tl.float32)
-    tl.store(out + at, reached(step * 0.03125, cuts_of(thresholds, LEVELS), LEVELS).to(tl.uint8), mask=at < count)
+    tl.store(
+        out + at, reached(step * 0.03125, cuts_of(thresholds, LEVELS), LEVELS).to(tl.uint8), mask=at < count
+    )
 
 
 @triton.jit
