@@ -45,8 +45,11 @@ def row_warps(size: int) -> int:
 
 
 def coding_warps(size: int) -> int:
-    """Of a program that codes rows: 32 numbers a thread, over which what does not grow with them is shared out."""
-    return min(16, max(1, size // 1024))
+    """Of a program that codes rows: 32 numbers a thread, over which what does not grow with them is shared out.
+
+    Two at least: one alone holds too much of the table of buckets, and spills.
+    """
+    return min(16, max(2, size // 1024))
 
 
 def whole_row(columns: int, least: int, longest: int | None = None) -> tuple[int, bool]:
