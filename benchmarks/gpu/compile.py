@@ -38,10 +38,12 @@ GPUS = {
 }  # fmt: skip
 """A100, H100, B200 and RTX 5090, which tiles and pieces depend on."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-PRODUCTS = ("multiply", "multiply_planes", "finish")
+MODULES = ("activation", "fp4", "product", "row_kernels", "layout")
+PRODUCTS = ("multiply", "multiply_planes", "multiply_fp4", "finish")
 TENSOR = ("IMMA", "IGMMA", "UTCIMMA")
+FP4 = ("OMMA", "QMMA", "UTCOMMA", "UTCQMMA")
 CLASSES = {
-    "tensor": TENSOR,
+    "tensor": (*TENSOR, *FP4),
     "load": ("LDG", "LDGSTS", "UTMALDG"),
     "store": ("STG", "UTMASTG"),
     "shared": ("LDS", "STS", "LDSM", "STSM", "LDTM", "STTM"),
@@ -112,7 +114,7 @@ class _Launcher:
 def recorded(on: plan.Gpu) -> list[Launch]:
     """Every kernel at the shapes of a LLaMA 7B: hidden 4096, intermediate 11008, prompts of 2048 rows, single rows."""
     recorder = Recorder()
-    for name in ("activation", "product", "row_kernels", "layout"):
+    for name in MODULES:
         module = getattr(launch, name)
         setattr(launch, name, recorder.of(module))
     plan.gpu = lambda _: on  # type: ignore[assignment]
@@ -120,6 +122,10 @@ def recorded(on: plan.Gpu) -> list[Launch]:
         for what, call in _calls():
             recorder.what = what
             call()
+            if on.takes_fp4 and what.startswith("2048 rows, weights"):
+                recorder.what, plan.fp4 = f"{what}, e2m1", lambda _: True  # type: ignore[assignment]
+                call()
+                plan.fp4 = lambda _: False  # type: ignore[assignment]
     return recorder.found
 
 
@@ -251,8 +257,8 @@ class Row:
             return f"{self.shared} bytes of shared memory"
         if self.fused:
             return f"{self.fused} fused multiply-adds"
-        if self.kernel == "multiply" and not self.count("tensor"):
-            return "no integer tensor-core instruction"
+        if self.kernel in ("multiply", "multiply_fp4") and not self.count("tensor"):
+            return "no tensor-core instruction of its kind"
         return None
 
 
@@ -311,7 +317,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     arguments = parser.parse_args()
     rows: list[Row] = []
-    modules = {name: getattr(launch, name) for name in ("activation", "product", "row_kernels", "layout")}
+    modules = {name: getattr(launch, name) for name in MODULES}
     for architecture in arguments.arch:
         for name, module in modules.items():
             setattr(launch, name, module)

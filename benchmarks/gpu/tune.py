@@ -153,6 +153,25 @@ def library_rows(bench: Bench, known: Table) -> int | None:
     return None
 
 
+def fp4(bench: Bench, on: Gpu, known: Table) -> bool:
+    """Whether products of e2m1 run here, give the bits of int8, and are faster: 2 bits by 2."""
+    if not on.takes_fp4:
+        return False
+    name, weights, found, times = "sm_{}{}".format(*on.capability), weights_of(bench, 4096, 4096, 2), [], []
+    for pairs in (False, True):
+        plan.tables()[name] = replace(known, fp4=pairs)
+        torch.manual_seed(0)
+        given = coded(bench, 2048, weights, 2)
+        try:
+            found.append(launch.multiply(given, weights, torch.bfloat16))
+        except Exception as error:  # does not compile, or not run: untested until seen
+            print(f"  e2m1: {type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
+            return False
+        times.append(bench.seconds(lambda _, given=given: launch.multiply(given, weights, torch.bfloat16)))
+    bench.note("tune", what="e2m1", same=torch.equal(*found), over_int8=times[1] / times[0])
+    return torch.equal(*found) and times[1] < times[0]
+
+
 def write(out: Path, name: str, table: Table) -> None:
     """One GPU's table into the file, the others left."""
     held = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}

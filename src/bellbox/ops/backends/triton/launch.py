@@ -19,6 +19,7 @@ from bellbox.errors import BellboxError
 from bellbox.ops.backends.triton import plan
 from bellbox.ops.backends.triton.availability import interpreted
 from bellbox.ops.backends.triton.kernels import activation as _activation
+from bellbox.ops.backends.triton.kernels import fp4 as _fp4
 from bellbox.ops.backends.triton.kernels import layout as _layout
 from bellbox.ops.backends.triton.kernels import product as _product
 from bellbox.ops.backends.triton.kernels import rows as _rows
@@ -33,6 +34,7 @@ from bellbox.ops.weight_layout import check_codes, check_packed, packed_size, ti
 OPTIONS = {"enable_fp_fusion": False}
 # A function of Triton is launched by its subscript, which no type checker knows.
 activation: Any = _activation
+fp4: Any = _fp4
 layout: Any = _layout
 product: Any = _product
 row_kernels: Any = _rows
@@ -268,7 +270,9 @@ class Rows(NamedTuple):
     act_scale: Tensor
     grid: Grid
     planes: int
-    """Bit planes of a code; 0 where they are int8."""
+    """Bit planes of a code; 0 where they are numbers."""
+    fp4: bool = False
+    """Whether they are e2m1, two in a byte."""
 
 
 def _shift(grid: Grid) -> int:
@@ -280,6 +284,14 @@ def on_planes(rows: int, weights: int, inputs: int, on: plan.Gpu = plan.INTERPRE
     return rows <= plan.plane_rows(on) and max(weights, inputs) <= 4
 
 
+def on_fp4(rows: int, weights: Grid, inputs: Grid, on: plan.Gpu) -> bool:
+    """Whether a product runs on tensor cores for e2m1: where the GPU's table says so, and the integers are exact."""
+    largest = max(abs(inputs.multiplier * code - _shift(inputs)) for code in (0, inputs.n - 1))
+    # For sm_100 Triton 3.7 makes an empty program of weights of one bit.
+    fitting = weights.n <= 8 and (weights.n > 2 or on.capability[0] != 10)
+    return rows > plan.DECODE_ROWS and fitting and largest <= 4 and plan.fp4(on)
+
+
 def code_rows(
     x: Tensor, weights: Weights, grid: Grid, act_scale: Tensor, thresholds: Tensor, act_rstd: Tensor | None,
     act_signs: Tensor | None, block: int, normalise: str, rescale: bool,
@@ -289,8 +301,9 @@ def code_rows(
     planes = code_width(grid.n) if on_planes(count, weights.grid.n, grid.n, on) else 0
     field, group = weights.field, plan.group(weights.bits)
     padded = weights.blocks * 64 if planes else -(-weights.blocks // group) * group * 64
-    shape = (count, planes, padded // 8 * field) if planes else (count, padded)
-    out = x.new_empty(shape, dtype=torch.uint8 if planes else torch.int8)
+    pairs = not planes and on_fp4(count, weights.grid, grid, on)
+    shape = (count, planes, padded // 8 * field) if planes else (count, padded // 2 if pairs else padded)
+    out = x.new_empty(shape, dtype=torch.uint8 if planes or pairs else torch.int8)
     sums, scales = x.new_empty(count, dtype=torch.int32), x.new_empty(count, dtype=torch.float32)
     size, whole = plan.whole_row(columns, max(64 * group, block), plan.WHOLE_CODED_ROW)
     each = plan.rows_each(count, on.processors)
@@ -301,10 +314,10 @@ def code_rows(
         count, columns, padded, SIZE=size, WHOLE=whole, EVEN=columns % size == 0 == padded % size, ROWS=each,
         DOUBLE=x.dtype == torch.float32 or on.fast_double, STAGES=_stages(block), LEVELS=grid.n,
         MULTIPLIER=grid.multiplier, SHIFT=_shift(grid), NORMALISE=normalise, RESCALE=rescale,
-        SIGNED=act_signs is not None, BITS=field, GROUP=group, PLANES=planes,
+        SIGNED=act_signs is not None, BITS=field, GROUP=group, PLANES=planes, FP4=pairs,
         num_warps=plan.coding_warps(size), **OPTIONS,
     )  # fmt: skip
-    return Rows(out, padded, sums, scales, act_scale, grid, planes)
+    return Rows(out, padded, sums, scales, act_scale, grid, planes, pairs)
 
 
 def _arranged(
@@ -359,6 +372,8 @@ def multiply(rows: Rows, weights: Weights, dtype: torch.dtype, tiles: plan.Tiles
     """
     if rows.planes:
         return _multiply_planes(rows, weights, dtype)
+    if rows.fp4:
+        return _multiply_fp4(rows, weights, dtype)
     count, outputs, on = len(rows.integers), weights.outputs, plan.gpu(rows.integers)
     least = plan.library_rows(on)
     if tiles is None and least is not None and count >= max(17, least) and outputs % 8 == 0:
@@ -423,6 +438,19 @@ def _words(weights: Weights) -> tuple[Tensor, Tensor]:
         packed = packed.clone()
     end = tiles_size(weights.outputs, weights.columns, weights.grid.n)
     return packed[:end].view(torch.int32), packed[end:]
+
+
+def _multiply_fp4(rows: Rows, weights: Weights, dtype: torch.dtype) -> Tensor:
+    count, outputs = len(rows.integers), weights.outputs
+    (words, _), (scaling, row_step, ends) = _words(weights), _epilogue(rows, weights)
+    out = words.new_empty((count, outputs), dtype=_stored(dtype))
+    chosen = plan.fp4_tiles(count)
+    fp4.multiply_fp4[(-(-count // chosen.rows) * -(-outputs // chosen.outputs),)](
+        rows.integers, words, rows.sums, *scaling, out, count, outputs, weights.blocks, rows.padded, row_step,
+        BITS=weights.bits, GROUP=plan.group(weights.bits), ROWS=chosen.rows, OUTPUTS=chosen.outputs, BAND=_BAND,
+        EMULATED=interpreted(), num_warps=chosen.warps, num_stages=chosen.stages, **ends,
+    )  # fmt: skip
+    return out.to(dtype)
 
 
 def _multiply_planes(rows: Rows, weights: Weights, dtype: torch.dtype) -> Tensor:

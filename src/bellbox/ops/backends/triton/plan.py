@@ -102,8 +102,8 @@ class Gpu:
         ) * 1024
 
     @property
-    def fp4(self) -> bool:
-        """Whether tensor cores take e2m1: Blackwell. Untested until seen."""
+    def takes_fp4(self) -> bool:
+        """Whether tensor cores take e2m1: Blackwell."""
         return self.capability[0] in (10, 12)
 
 
@@ -221,12 +221,14 @@ class Table:
     """Rows from which `torch._int_mm` multiplies unpacked weights; None: never."""
     tiles: Mapping[tuple[int, int, int, int], Tiles]
     """By bits, rows, outputs and columns."""
+    fp4: bool = False
+    """Whether few levels multiply as e2m1: said by benchmarks/gpu/tune.py, which has seen it run and give the bits."""
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Table:
         """From what stands in the file."""
         tiles = {tuple(key): Tiles(*value) for key, value in given["tiles"]}
-        return Table(given["measured"], given["plane_rows"], given["library_rows"], tiles)  # type: ignore[arg-type]
+        return Table(given["measured"], given["plane_rows"], given["library_rows"], tiles, given["fp4"])  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the file."""
@@ -238,6 +240,7 @@ class Table:
             "measured": self.measured,
             "plane_rows": self.plane_rows,
             "library_rows": self.library_rows,
+            "fp4": self.fp4,
             "tiles": tiles,
         }
 
@@ -272,6 +275,17 @@ def library_rows(on: Gpu) -> int | None:
     """Rows from which torch's own int8 product multiplies unpacked weights; None: never."""
     known = table(on)
     return None if known is None else known.library_rows
+
+
+def fp4(on: Gpu) -> bool:
+    """Whether few levels multiply as e2m1: on a GPU that takes it, where somebody has seen it run."""
+    known = table(on)
+    return on.takes_fp4 and known is not None and known.fp4
+
+
+def fp4_tiles(rows: int) -> Tiles:
+    """Tiles of a product of e2m1."""
+    return Tiles(128 if rows > 64 else 64, 128, 1, 8 if rows > 64 else 4, 3)
 
 
 def _far(shapes: Iterable[tuple[int, int]]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bellbox.ops.backends.triton.kernels.fp4 import store_e2m1
 from bellbox.ops.backends.triton.kernels.steps import butterfly, cuts_of, planes, reached, store_integers
 
 
@@ -26,7 +27,7 @@ def _values(x, signs, row, column, columns, SIGNED: tl.constexpr):
 def _coded(
     v, row, first, cuts, out, columns, padded,
     SIZE: tl.constexpr, EVEN: tl.constexpr, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, FP4: tl.constexpr,
 ):  # fmt: skip
     """Writes the codes of SIZE normalised values from column `first` on; their integers, zero behind the row."""
     integer = reached(v, cuts, LEVELS, MULTIPLIER, SHIFT)
@@ -36,6 +37,8 @@ def _coded(
         integer, code = tl.where(inside, integer, 0), tl.where(inside, code, 0)
     if PLANES:
         planes(code, row, first, out, padded // 32 * BITS, SIZE, BITS, PLANES)
+    elif FP4:
+        store_e2m1(out + row * (padded // 2), first, integer, padded, SIZE, BITS, GROUP)
     else:
         store_integers(out + row * padded, first, integer, padded, SIZE, BITS, GROUP)
     return integer
@@ -82,18 +85,33 @@ def _squares(x, SIZE: tl.constexpr, DOUBLE: tl.constexpr):
 
 
 @triton.jit
+def _inverse_root(x):
+    """fp64 `x ** -0.5` to two units, for 1e-16 to 1e60: two steps of Newton's from the fp32 approximation.
+
+    Triton's own branches for what does not come here, and spills around the call.
+    """
+    large = x > tl.full([], 1e30, tl.float64)
+    x = tl.where(large, x * tl.full([], 2.0**-120, tl.float64), x)
+    y = tl.rsqrt(x.to(tl.float32)).to(tl.float64)
+    one, half = tl.full([], 1.0, tl.float64), tl.full([], 0.5, tl.float64)
+    for _ in tl.static_range(0, 2):
+        y = tl.fma(y * half, tl.fma(x * y, -y, one), y)
+    return tl.where(large, y * tl.full([], 2.0**-60, tl.float64), y)
+
+
+@triton.jit
 def code_rows(
     x, signs, thresholds, rstd, constants, out, sums, scales, at_floor, rows, columns, padded,
     SIZE: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DOUBLE: tl.constexpr,
     STAGES: tl.constexpr, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
     NORMALISE: tl.constexpr, RESCALE: tl.constexpr, SIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    PLANES: tl.constexpr,
+    PLANES: tl.constexpr, FP4: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of x `[rows, columns]` from `ROWS * program_id(0)` on, one after the other.
 
     Writes `out`, int8 `[rows, padded]` integers `MULTIPLIER * code - SHIFT` in the order of `place` and zeros behind
-    them, or with PLANES uint8 `[rows, PLANES, padded / 8 * BITS]`; int32 `sums [rows]` of the integers; fp32
-    `scales [rows]`. NORMALISE is rms, absmax, norm or static. WHOLE: SIZE numbers are the row, else it comes in pieces.
+    them, or with PLANES uint8 `[rows, PLANES, padded / 8 * BITS]`, or with FP4 e2m1 `[rows, padded / 2]`; int32
+    `sums [rows]` of the integers; fp32 `scales [rows]`. NORMALISE is rms, absmax, norm or static. WHOLE: SIZE numbers are the row, else it comes in pieces.
     EVEN: pieces have no tail. DOUBLE: see `_squares`. `constants` fp64: 1 / columns, and the inverse root of a block;
     `at_floor`: the normaliser of the least sigma.
     """
@@ -128,7 +146,7 @@ def code_rows(
             inverse = inverse_root / tl.maximum(sigma, floor)
         else:
             low = mean <= tl.full([], 1e-16, tl.float64)
-            inverse = tl.rsqrt(tl.where(low, 1.0, mean))
+            inverse = _inverse_root(tl.where(low, 1.0, mean))
             sigma = mean * inverse
             inverse *= inverse_root
         if NORMALISE == "static":
@@ -157,6 +175,7 @@ def code_rows(
                 BITS,
                 GROUP,
                 PLANES,
+                FP4,
             )
             total += tl.sum(integer)
             if NORMALISE == "norm":
@@ -167,7 +186,7 @@ def code_rows(
                 v = butterfly(some, SIZE, STAGES) * r
                 integer = _coded(
                     v, row, first, cuts, out, columns, padded,
-                    SIZE, EVEN, LEVELS, MULTIPLIER, SHIFT, BITS, GROUP, PLANES,
+                    SIZE, EVEN, LEVELS, MULTIPLIER, SHIFT, BITS, GROUP, PLANES, FP4,
                 )  # fmt: skip
                 total += tl.sum(integer)
                 if NORMALISE == "norm":

@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _scaled(total, weight_scale, act_scale, row_scale, bias, BIAS: tl.constexpr):
+def scaled(total, weight_scale, act_scale, row_scale, bias, BIAS: tl.constexpr):
     """Separate fp32 roundings in the order of `bellbox.ops.integer.scaled_product`; not one fused multiply-add."""
     y = total.to(tl.float32) * (weight_scale * act_scale) * row_scale
     if BIAS:
@@ -28,11 +28,11 @@ def _unpacked(words, high, field, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, BI
         code = ((words >> (2 * field)) & 0x03030303) | (((high >> (2 * field)) & 0x01010101) << 2)
     else:
         code = (words >> (BITS * field)) & (0x01010101 * ((1 << BITS) - 1))
-    return _four_bytes(code, OUTPUTS, DEPTH)
+    return four_bytes(code, OUTPUTS, DEPTH)
 
 
 @triton.jit
-def _tile_of(
+def tile_of(
     weight, first, outputs, blocks,
     OUTPUTS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _tile_of(
 
 
 @triton.jit
-def _words_of(
+def words_of(
     tile, step, left, first, outputs,
     OUTPUTS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _words_of(
 
 
 @triton.jit
-def _four_bytes(words, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
+def four_bytes(words, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
     """int8 `[OUTPUTS, DEPTH]` of the bytes of words, the lowest first."""
     even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
     odd = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
@@ -95,10 +95,10 @@ def multiply(
     n = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tile_m * ROWS + tl.arange(0, ROWS)
     first = tile_n * (OUTPUTS // 16)
-    low = _tile_of(weight, first, outputs, blocks, OUTPUTS, GROUP, WORDS, 2 * FIELD)
+    low = tile_of(weight, first, outputs, blocks, OUTPUTS, GROUP, WORDS, 2 * FIELD)
     high = low
     if BITS == 3:
-        high = _tile_of(weight + 64, first, outputs, blocks, OUTPUTS, GROUP, WORDS, 2)
+        high = tile_of(weight + 64, first, outputs, blocks, OUTPUTS, GROUP, WORDS, 2)
     columns = act + m.to(tl.int64)[None, :] * padded + tl.arange(0, DEPTH)[:, None]
     real = (m < rows)[None, :]
 
@@ -107,10 +107,10 @@ def multiply(
     total = tl.zeros([OUTPUTS, ROWS], tl.int32)
     for step in range(piece * each, tl.minimum((piece + 1) * each, steps)):
         left = blocks - step * GROUP
-        words = _words_of(low, step, left, first, outputs, OUTPUTS, GROUP, WORDS, 2 * FIELD)
+        words = words_of(low, step, left, first, outputs, OUTPUTS, GROUP, WORDS, 2 * FIELD)
         thirds = words
         if BITS == 3:
-            thirds = _words_of(high, step, left, first, outputs, OUTPUTS, GROUP, WORDS, 2)
+            thirds = words_of(high, step, left, first, outputs, OUTPUTS, GROUP, WORDS, 2)
             # Bit `2 * field + part` of the two words of a block belongs to columns 8 part to 8 part + 8 of a field.
             thirds = tl.reshape(thirds, [OUTPUTS, GROUP, 1, 2]) >> tl.arange(0, 2)[None, None, :, None]
             thirds = tl.reshape(thirds, [OUTPUTS, GROUP * 4])
@@ -125,7 +125,7 @@ def multiply(
         tl.store(out + at, total, mask=mask)
     else:
         sum_of_row = tl.load(sums + m, mask=m < rows, other=0)[None, :]
-        y = _scaled(
+        y = scaled(
             total * MULTIPLIER - SHIFT * sum_of_row,
             (tl.load(weight_scale + n, mask=n < outputs, other=0.0) * WEIGHT_WORTH)[:, None],
             tl.load(act_scale) * ACT_WORTH,
@@ -150,7 +150,7 @@ def finish(
     total = tl.zeros([SIZE], tl.int32)
     for piece in tl.static_range(0, SPLITS):
         total += tl.load(partial + (piece * rows + row) * outputs + n, mask=inside, other=0)
-    y = _scaled(
+    y = scaled(
         total * MULTIPLIER - SHIFT * tl.load(sums + row),
         tl.load(weight_scale + n, mask=inside, other=0.0) * WEIGHT_WORTH,
         tl.load(act_scale) * ACT_WORTH,
@@ -208,7 +208,7 @@ def multiply_planes(
         - tl.load(weight_sums + n, mask=inside, other=0) * (MULTIPLIER * ACT_SHIFT)
         - SHIFT * tl.load(sums + row)
     )
-    y = _scaled(
+    y = scaled(
         total,
         tl.load(weight_scale + n, mask=inside, other=0.0) * WEIGHT_WORTH,
         tl.load(act_scale) * ACT_WORTH,
