@@ -38,6 +38,7 @@ GPUS = {
 }  # fmt: skip
 """A100, H100, B200 and RTX 5090, which tiles and pieces depend on."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 MODULES = ("activation", "fp4", "product", "row_kernels", "layout")
 PRODUCTS = ("multiply", "multiply_planes", "multiply_fp4", "finish")
 TENSOR = ("IMMA", "IGMMA", "UTCIMMA")
@@ -53,9 +54,11 @@ CLASSES = {
         "SHF",
         "PRMT",
         "IADD3",
-        "IADD",
         "IMAD",
         "LEA",
+        "IADD",
+        "IMNMX",
+        "VIMNMX",
         "ISETP",
         "SEL",
         "VIADD",
@@ -63,7 +66,20 @@ CLASSES = {
         "I2F",
         "I2FP",
     ),
-    "float": ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "DADD", "DMUL", "DFMA", "F2F", "F2FP", "MUFU"),
+    "float": (
+        "FADD",
+        "FMUL",
+        "FFMA",
+        "FSETP",
+        "FSEL",
+        "FMNMX",
+        "DADD",
+        "DMUL",
+        "DFMA",
+        "F2F",
+        "F2FP",
+        "MUFU",
+    ),
     "spill": ("LDL", "STL"),
 }
 
@@ -193,6 +209,16 @@ def _calls() -> Iterator[tuple[str, Any]]:
             kept, r, packed, scale, None, one, thresholds, 16, Grid(16, 0.0).zero_point, 0.0, torch.bfloat16
         ),
     )
+    for bits in (4, 3, 2, 1):
+        levels = Levels.gaussian(2**bits)
+        held = torch.empty(packed_size(outputs, columns, levels.n), dtype=torch.uint8)
+        weights = launch.Weights(held, scale, None, levels.grid, columns)
+        sums = torch.empty(rows, dtype=torch.int32)
+        coded = launch.Rows(kept, columns, sums, scale[:rows], one, Grid(16, 0.0), 0)
+        yield (
+            f"library, {bits} bits",
+            lambda weights=weights, coded=coded: launch.multiply_by_library(coded, weights, torch.bfloat16),
+        )
     codes = torch.empty((outputs, columns), dtype=torch.uint8)
     for bits in (4, 3, 2, 1):
         yield f"prepack, {bits} bits", lambda bits=bits: launch.prepack(codes, 2**bits, 1)
@@ -242,6 +268,8 @@ class Row:
     shared: int
     warps: int
     instructions: Counter[str]
+    looped: int
+    """Instructions of the longest loop, without the loops within: what a row, or a step along the columns, costs."""
     fused: int
     """Fused multiply-adds of fp32 in a product: none, or results are not the reference's."""
 
@@ -270,9 +298,7 @@ def read(launched: Launch, architecture: int) -> Row:
         path.write_bytes(binary.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", path)
         code = _run("nvdisasm", "-c", path)
-    instructions = Counter(
-        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
-    )
+    instructions = Counter(found[1] for found in map(INSTRUCTION.match, code.splitlines()) if found)
 
     def used(name: str) -> int:
         found = re.search(rf"{name}:(\d+)", usage)
@@ -283,8 +309,28 @@ def read(launched: Launch, architecture: int) -> Row:
     fused = binary.asm["ptx"].count("fma.rn.f32") if name in PRODUCTS else 0
     return Row(
         name, launched.what, architecture, used("REG"), used("STACK"), binary.metadata.shared,
-        binary.metadata.num_warps, instructions, fused,
+        binary.metadata.num_warps, instructions, looped(code), fused,
     )  # fmt: skip
+
+
+def looped(code: str) -> int:
+    """Instructions of the longest loop of machine code, without the loops within it."""
+    lines = code.splitlines()
+    labels = {
+        line[: line.index(":")]: number for number, line in enumerate(lines) if re.match(r"\.L_x_\d+:", line)
+    }
+    loops = []
+    for number, line in enumerate(lines):
+        back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if back and labels[back[1]] < number - 2:  # a branch to itself ends every program
+            loops.append((labels[back[1]], number))
+    if not loops:
+        return 0
+    start, end = max(loops, key=lambda pair: pair[1] - pair[0])
+    inner = {
+        n for a, b in loops if start <= a and b <= end and (a, b) != (start, end) for n in range(a, b + 1)
+    }
+    return sum(bool(INSTRUCTION.match(lines[n])) for n in range(start, end + 1) if n not in inner)
 
 
 def _run(tool: str, *arguments: Any) -> str:
@@ -297,13 +343,13 @@ def _run(tool: str, *arguments: Any) -> str:
 def table(rows: list[Row]) -> str:
     """As Markdown."""
     kinds = [kind for kind in CLASSES if kind != "spill"]
-    heads = ("kernel", "call", "sm", "warps", "registers", "spills", "shared, KiB", *kinds)
+    heads = ("kernel", "call", "sm", "warps", "registers", "spills", "shared, KiB", "loop", *kinds)
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         counts = " | ".join(str(row.count(kind)) for kind in kinds)
         lines.append(
             f"| {row.kernel} | {row.what} | {row.architecture} | {row.warps} | {row.registers} | "
-            f"{row.count('spill')} | {row.shared / 1024:.1f} | {counts} |"
+            f"{row.count('spill')} | {row.shared / 1024:.1f} | {row.looped} | {counts} |"
         )
     return "\n".join(lines) + "\n"
 

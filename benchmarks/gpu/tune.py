@@ -62,7 +62,7 @@ def reasoned(on: Gpu) -> Table:
 def weights_of(bench: Bench, outputs: int, columns: int, bits: int) -> launch.Weights:
     """Packed weights of random codes."""
     layer = bench.layer(outputs, columns, bits)
-    return launch.Weights(layer.packed, layer.weight_scale, None, layer.weight_levels.grid, columns)
+    return launch.Weights(layer.packed, layer.weight_scale, None, layer.weight_levels, columns)
 
 
 def coded(bench: Bench, rows: int, weights: launch.Weights, bits: int) -> launch.Rows:
@@ -186,7 +186,7 @@ def write(out: Path, name: str, table: Table) -> None:
     out.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("gpu-results"), help="folder of results.jsonl")
     parser.add_argument("--reasoned", action="store_true", help="no GPU: what the rule foresees")
     parser.add_argument("--dry", action="store_true", help="on the CPU, at sizes that try the script alone")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.reasoned:
         for name, on in SHIPPED.items():
             write(arguments.out, name, reasoned(on))

@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_as_everywhere() -> None:
         packed_linear.operation(arguments[0].double(), *arguments[1:])
 
 
-@pytest.mark.parametrize("levels", [2, 4, 8, 16])
+@pytest.mark.parametrize("levels", [2, 8])
 def test_the_product_of_torchs_library_gives_the_same_bits(
     levels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +197,7 @@ def test_the_product_of_torchs_library_gives_the_same_bits(
     assert used
 
 
-@pytest.mark.parametrize(("weights", "inputs"), [(2, 4), (3, 2), (4, 4), (8, 8), (7, 4)])
+@pytest.mark.parametrize(("weights", "inputs"), [(2, 4), (4, 3), (7, 8)])
 def test_products_of_e2m1_give_the_same_bits(
     weights: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

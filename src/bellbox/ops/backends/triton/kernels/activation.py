@@ -110,10 +110,10 @@ def code_rows(
     """ROWS rows of x `[rows, columns]` from `ROWS * program_id(0)` on, one after the other.
 
     Writes `out`, int8 `[rows, padded]` integers `MULTIPLIER * code - SHIFT` in the order of `place` and zeros behind
-    them, or with PLANES uint8 `[rows, PLANES, padded / 8 * BITS]`, or with FP4 e2m1 `[rows, padded / 2]`; int32
-    `sums [rows]` of the integers; fp32 `scales [rows]`. NORMALISE is rms, absmax, norm or static. WHOLE: SIZE numbers are the row, else it comes in pieces.
-    EVEN: pieces have no tail. DOUBLE: see `_squares`. `constants` fp64: 1 / columns, and the inverse root of a block;
-    `at_floor`: the normaliser of the least sigma.
+    them, with PLANES uint8 `[rows, PLANES, padded / 8 * BITS]`, with FP4 e2m1 `[rows, padded / 2]`; int32
+    `sums [rows]` of the integers; fp32 `scales [rows]`. NORMALISE is rms, absmax, norm or static. WHOLE: SIZE numbers
+    are the row, else it comes in pieces. EVEN: pieces have no tail. DOUBLE: see `_squares`. `constants` fp64:
+    1 / columns, and the inverse root of a block; `at_floor`: the normaliser of the least sigma.
     """
     cuts = cuts_of(thresholds, LEVELS, MULTIPLIER, SHIFT)
     one_of_columns, inverse_root = tl.load(constants), tl.load(constants + 1)
