@@ -155,19 +155,24 @@ ISSUED = {
     True: {(256, 128): 13.9, (256, 64): 14.7, (128, 128): 24.3, (128, 64): 23.8, (64, 64): 45.0, (32, 64): 90.0},
 }  # fmt: skip
 """Instructions of a thread for 1000 multiply-adds of its own in the loop of the machine code, 4 bits."""
+CACHE_BYTES = 32
+"""That a multiprocessor gets from the second cache in a cycle; reported for A100 and H100 between 24 and 47."""
 _DRAM_PROGRAMS = 4
 """Programs of a multiprocessor that read at once, so that its share of the memory is busy."""
 
 
-def foreseen(tiles: Tiles, rows: int, outputs: int, columns: int, on: Gpu) -> float:
-    """Cycles of a product of many rows: waves of programs, each as long as its products or its instructions take.
+def foreseen(tiles: Tiles, rows: int, outputs: int, columns: int, bits: int, on: Gpu) -> float:
+    """Cycles of a product of many rows: waves of programs, each as long as the slowest of its parts.
 
-    Reasoned, not measured: neither memory nor what overlaps is in it, which is alike for these tiles.
+    These are products, instructions, and what is read from the cache that all share. Reasoned, not measured: as if
+    parts overlapped wholly, and waves not at all.
     """
     programs = math.ceil(rows / tiles.rows) * math.ceil(outputs / tiles.outputs)
-    pairs = tiles.rows * tiles.outputs * columns
+    pairs = tiles.rows * tiles.outputs
     issued = ISSUED[on.wide_products].get((tiles.rows, tiles.outputs), 100.0)
-    return math.ceil(programs / on.processors) * max(pairs / on.products, pairs * issued / 1000 / 128)
+    read = tiles.rows + tiles.outputs * bits / 8
+    cycles = columns * max(pairs / on.products, pairs * issued / 1000 / 128, read / CACHE_BYTES)
+    return math.ceil(programs / on.processors) * cycles
 
 
 def by_rule(rows: int, outputs: int, columns: int, bits: int, on: Gpu) -> Tiles:
@@ -185,19 +190,19 @@ def by_rule(rows: int, outputs: int, columns: int, bits: int, on: Gpu) -> Tiles:
         steps = -(-columns // (64 * group(bits)))
         wanted = _DRAM_PROGRAMS * on.processors // -(-outputs // size) if on is not INTERPRETED else 1
         return Tiles(DECODE_ROWS, size, max(1, min(16, steps, wanted)), 4, 4)
-    return min(suitable(rows, bits, on), key=lambda each: foreseen(each, rows, outputs, columns, on))
+    return min(suitable(rows, bits, on), key=lambda each: foreseen(each, rows, outputs, columns, bits, on))
 
 
 def suitable(rows: int, bits: int, on: Gpu) -> list[Tiles]:
     """Tiles of many rows that registers and shared memory have room for, with as many stages as there is."""
     found = []
     for each in LARGE[on.wide_products]:
-        # On the older units three bits, which are two tiles of words, leave no registers for the largest tile.
-        if each.rows > max(32, power_of_two(rows)) or (bits, on.wide_products, each.rows * each.outputs) == (
-            3,
-            False,
-            128 * 128,
-        ):
+        # Fewer rows than there are: weights would be read several times. On the older units three bits, which are two
+        # tiles of words, leave no registers for the largest tile.
+        large = each.rows * each.outputs >= 128 * 128
+        if not min(64, power_of_two(rows)) <= each.rows <= max(32, power_of_two(rows)):
+            continue
+        if bits == 3 and large and not on.wide_products:
             continue
         stages = min(each.stages, on.shared // stage_bytes(each, bits))
         if stages >= 2:
@@ -302,7 +307,9 @@ def tiles(rows: int, outputs: int, columns: int, bits: int, on: Gpu) -> Tiles:
         if key[:2] == (bits, least)
     ]
     far, nearest = min(near, key=lambda pair: pair[0], default=(math.inf, None))
-    return nearest if nearest is not None and far < _FAR else by_rule(rows, outputs, columns, bits, on)
+    if nearest is None or far >= _FAR or nearest.rows > max(64, power_of_two(rows)):
+        return by_rule(rows, outputs, columns, bits, on)
+    return nearest
 
 
 def plane_tile(words: int) -> tuple[int, int]:
