@@ -77,7 +77,7 @@ def test_rows_that_share_a_program_are_coded_as_alone(
     x, levels = torch.randn(5, 128), Levels.gaussian(16)
     x[2] = math.nan
     alone = coded(x, levels, 128, normalise, normalise == "rms")
-    monkeypatch.setattr(plan, "rows_each", lambda rows, processors: 3)
+    monkeypatch.setattr(plan, "rows_each", lambda rows, warps, processors: 3)
     together = coded(x, levels, 128, normalise, normalise == "rms")
     for name in ("integers", "sums", "scales"):
         assert torch.equal(getattr(alone, name).nan_to_num(7), getattr(together, name).nan_to_num(7))

@@ -51,3 +51,8 @@ def test_many_rows_take_the_tiles_of_least_foreseen_cycles() -> None:
     assert tiles.rows == 256
     small = plan.by_rule(64, 512, 512, 4, on)
     assert small.rows * small.outputs < tiles.rows * tiles.outputs
+
+
+@pytest.mark.parametrize(("rows", "each"), [(1, 1), (528, 1), (2048, 4), (4224, 8), (32_768, 8), (5000, 5)])
+def test_rows_that_share_a_program_fill_waves(rows: int, each: int) -> None:
+    assert plan.rows_each(rows, 4, 132) == each

@@ -306,7 +306,7 @@ def code_rows(
     out = x.new_empty(shape, dtype=torch.uint8 if planes or pairs else torch.int8)
     sums, scales = x.new_empty(count, dtype=torch.int32), x.new_empty(count, dtype=torch.float32)
     size, whole = plan.whole_row(columns, max(64 * group, block), plan.WHOLE_CODED_ROW)
-    each = plan.rows_each(count, on.processors)
+    each = plan.rows_each(count, plan.coding_warps(size), on.processors)
     root = math.sqrt(block)
     activation.code_rows[(-(-count // each),)](
         x.contiguous(), act_signs, thresholds.contiguous(), act_rstd,

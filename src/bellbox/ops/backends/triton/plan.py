@@ -63,9 +63,16 @@ def piece(columns: int, block: int) -> int:
     return max(min(power_of_two(columns), 2048), block)
 
 
-def rows_each(rows: int, processors: int) -> int:
-    """Rows that a program codes one after the other, its table made once: 8 where every multiprocessor is busy."""
-    return max(1, min(8, rows // (8 * processors)))
+def rows_each(rows: int, warps: int, processors: int) -> int:
+    """Rows that a program codes one after the other, its table made once: at most 8, and no wave of programs half full.
+
+    Args:
+        rows: of the input.
+        warps: of a program; a multiprocessor has registers for 16 of those that code rows.
+        processors: multiprocessors.
+    """
+    resident = max(1, 16 // warps) * processors
+    return -(-rows // (resident * -(-rows // (8 * resident))))
 
 
 # --- GPUs ---
