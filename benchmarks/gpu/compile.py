@@ -1,6 +1,7 @@
 """Compile every kernel of the Triton backend for GPUs that need not be there, and show what came out.
 
     python benchmarks/gpu/compile.py                        # all kernels, sm_80, 90, 100 and 120; a few minutes
+    python benchmarks/gpu/compile.py --arch 90 --record     # one, into its column of benchmarks/gpu/compiled.md
     python benchmarks/gpu/compile.py --arch 90 --only multiply --markdown table.md
 
 The launches are those of the library at the shapes below: they are recorded, on tensors without memory, and compiled
@@ -32,6 +33,7 @@ from bellbox.core.grid import Grid, Levels
 from bellbox.ops.backends.triton import launch, plan
 from bellbox.ops.weight_layout import packed_size
 
+RECORD = Path(__file__).with_name("compiled.md")
 ARCHITECTURES = (80, 90, 100, 120)
 GPUS = {
     80: plan.Gpu((8, 0), 108), 90: plan.Gpu((9, 0), 132), 100: plan.Gpu((10, 0), 148), 120: plan.Gpu((12, 0), 170),
@@ -82,6 +84,13 @@ CLASSES = {
     ),
     "spill": ("LDL", "STL"),
 }
+
+
+HEAD = f"""# Compiled kernels
+
+Written by `python benchmarks/gpu/compile.py --record`, Triton {triton.__version__}. A cell: registers of a thread,
+instructions of its longest loop (0: none), tensor-core instructions, bytes spilled. A dash: not launched there.
+"""
 
 
 @dataclass
@@ -277,6 +286,11 @@ class Row:
         """Instructions of a class, in the text of the machine code: loops count once."""
         return sum(self.instructions[name] for name in CLASSES[kind])
 
+    @property
+    def cell(self) -> str:
+        """For the table of all architectures."""
+        return f"{self.registers}, {self.looped}, {self.count('tensor')}, {self.stack}"
+
     def wrong(self) -> str | None:
         """What must not be, or None."""
         if self.count("spill") or self.stack:
@@ -354,6 +368,25 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def record(path: Path, cells: dict[tuple[str, str], str], architecture: int) -> None:
+    """Write one architecture's column of the table of all, the others as they stand there."""
+    known: dict[tuple[str, str], dict[str, str]] = {}
+    heads = [f"sm_{each}" for each in ARCHITECTURES]
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        parts = [each.strip() for each in line.strip("|").split("|")]
+        if line.startswith("| `"):
+            known[parts[0].strip("`"), parts[1]] = dict(zip(heads, parts[2:], strict=True))
+    for row in known.values():
+        row.pop(f"sm_{architecture}", None)  # what is compiled no more
+    for key, cell in cells.items():
+        known.setdefault(key, {})[f"sm_{architecture}"] = cell
+    lines = [HEAD, f"| kernel | call | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
+    for (kernel, call), row in sorted(known.items()):
+        if row:
+            lines.append(f"| `{kernel}` | {call} | {' | '.join(row.get(head, '-') for head in heads)} |")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -361,6 +394,9 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="kernels whose name or call contains this")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=RECORD, help="write the table of all architectures"
+    )
     arguments = parser.parse_args()
     rows: list[Row] = []
     modules = {name: getattr(launch, name) for name in MODULES}
@@ -383,6 +419,9 @@ def main() -> None:
                 + (f"  WRONG: {row.wrong()}" if row.wrong() else ""),
                 flush=True,
             )
+        if arguments.record:
+            own = [row for row in rows if row.architecture == architecture]
+            record(arguments.record, {(row.kernel, row.what): row.cell for row in own}, architecture)
     print(table(rows))
     wrong = [row for row in rows if row.wrong()]
     for row in wrong:
