@@ -89,7 +89,8 @@ CLASSES = {
 HEAD = f"""# Compiled kernels
 
 Written by `python benchmarks/gpu/compile.py --record`, Triton {triton.__version__}. A cell: registers of a thread,
-instructions of its longest loop (0: none), tensor-core instructions, bytes spilled. A dash: not launched there.
+instructions of its longest loop (0: none), tensor-core instructions, bytes spilled. A dash: not launched there, or
+not compiled since the last change.
 """
 
 

@@ -100,7 +100,6 @@ def test_without_a_gpu_the_measurements_say_so(tmp_path: Path) -> None:
     assert "torch sees no CUDA device" in done.stderr
 
 
-@pytest.mark.slow
 def test_the_grid_of_the_paper_is_one_that_trains(tmp_path: Path) -> None:
     done = run(
         SCRIPTS / "train_95m.sh", "classics", DRY="1", OUT=str(tmp_path), PYTHON=sys.executable, DEVICE="cpu",

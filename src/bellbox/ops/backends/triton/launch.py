@@ -306,16 +306,18 @@ def code_rows(
     out = x.new_empty(shape, dtype=torch.uint8 if planes or pairs else torch.int8)
     sums, scales = x.new_empty(count, dtype=torch.int32), x.new_empty(count, dtype=torch.float32)
     size, whole = plan.whole_row(columns, max(64 * group, block), plan.WHOLE_CODED_ROW)
-    each = plan.rows_each(count, plan.coding_warps(size), on.processors)
+    double = x.dtype == torch.float32 or on.fast_double
+    warps = plan.coding_warps(size, whole, double)
+    each = plan.rows_each(count, warps, on.processors)
     root = math.sqrt(block)
     activation.code_rows[(-(-count // each),)](
         x.contiguous(), act_signs, thresholds.contiguous(), act_rstd,
         _table((1 / columns, 1 / root), x.device, torch.float64), out, sums, scales, 1 / SIGMA_FLOOR / root,
         count, columns, padded, SIZE=size, WHOLE=whole, EVEN=columns % size == 0 == padded % size, ROWS=each,
-        DOUBLE=x.dtype == torch.float32 or on.fast_double, STAGES=_stages(block), LEVELS=grid.n,
+        DOUBLE=double, STAGES=_stages(block), LEVELS=grid.n,
         MULTIPLIER=grid.multiplier, SHIFT=_shift(grid), NORMALISE=normalise, RESCALE=rescale,
         SIGNED=act_signs is not None, BITS=field, GROUP=group, PLANES=planes, FP4=pairs,
-        num_warps=plan.coding_warps(size), **OPTIONS,
+        num_warps=warps, **OPTIONS,
     )  # fmt: skip
     return Rows(out, padded, sums, scales, act_scale, grid, planes, pairs)
 

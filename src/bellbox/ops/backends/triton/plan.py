@@ -44,12 +44,13 @@ def row_warps(size: int) -> int:
     return min(16, max(1, size // 256))
 
 
-def coding_warps(size: int) -> int:
+def coding_warps(size: int, whole: bool = True, double: bool = True) -> int:
     """Of a program that codes rows: 32 numbers a thread, over which what does not grow with them is shared out.
 
-    Two at least: one alone holds too much of the table of buckets, and spills.
+    Two at least: one alone holds too much of the table of buckets, and spills. So does a piece of a row (not `whole`)
+    whose squares are not summed in fp64 (`double`), at 32 numbers.
     """
-    return min(16, max(2, size // 1024))
+    return min(16, max(2, size // (1024 if whole or double else 512)))
 
 
 def whole_row(columns: int, least: int, longest: int | None = None) -> tuple[int, bool]:
