@@ -409,7 +409,8 @@ def multiply_by_library(rows: Rows, weights: Weights, dtype: torch.dtype) -> Ten
         weights.packed.contiguous(), codes, weights.columns, rows.padded, weights.blocks,
         SIZE=size, BITS=weights.bits, GROUP=group, num_warps=plan.warps(size), **OPTIONS,
     )  # fmt: skip
-    return _finished(torch._int_mm(rows.integers, codes.t())[None], rows, weights, dtype)
+    total = torch._int_mm(rows.integers, codes.t())  # pyright: ignore[reportPrivateImportUsage]
+    return _finished(total[None], rows, weights, dtype)
 
 
 def _finished(partial: Tensor, rows: Rows, weights: Weights, dtype: torch.dtype) -> Tensor:

@@ -269,7 +269,9 @@ _FAR = 2.0
 @functools.cache
 def tables() -> dict[str, Table]:
     """By architecture, such as sm_90."""
-    given = json.loads(resources.files(__package__).joinpath("tiles.json").read_text(encoding="utf-8"))
+    given = json.loads(
+        resources.files("bellbox.ops.backends.triton").joinpath("tiles.json").read_text(encoding="utf-8")
+    )
     return {name: Table.of(each) for name, each in given.items()}
 
 
