@@ -1,6 +1,7 @@
 """Compile every kernel of the Triton backend for GPUs that need not be there, and show what came out.
 
     python benchmarks/gpu/compile.py                        # all kernels, sm_80, 90, 100 and 120; a few minutes
+    python benchmarks/gpu/compile.py --arch 90 --record     # one, into its column of benchmarks/gpu/compiled.md
     python benchmarks/gpu/compile.py --arch 90 --only multiply --markdown table.md
 
 The launches are those of the library at the shapes below: they are recorded, on tensors without memory, and compiled
@@ -32,13 +33,20 @@ from bellbox.core.grid import Grid, Levels
 from bellbox.ops.backends.triton import launch, plan
 from bellbox.ops.weight_layout import packed_size
 
+RECORD = Path(__file__).with_name("compiled.md")
 ARCHITECTURES = (80, 90, 100, 120)
-PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
-"""Multiprocessors of A100, H100, B200 and RTX 5090, which the number of pieces of a decode product depends on."""
+GPUS = {
+    80: plan.Gpu((8, 0), 108), 90: plan.Gpu((9, 0), 132), 100: plan.Gpu((10, 0), 148), 120: plan.Gpu((12, 0), 170),
+}  # fmt: skip
+"""A100, H100, B200 and RTX 5090, which tiles and pieces depend on."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+MODULES = ("activation", "fp4", "product", "row_kernels", "layout")
+PRODUCTS = ("multiply", "multiply_planes", "multiply_fp4", "finish")
 TENSOR = ("IMMA", "IGMMA", "UTCIMMA")
+FP4 = ("OMMA", "QMMA", "UTCOMMA", "UTCQMMA")
 CLASSES = {
-    "tensor": TENSOR,
+    "tensor": (*TENSOR, *FP4),
     "load": ("LDG", "LDGSTS", "UTMALDG"),
     "store": ("STG", "UTMASTG"),
     "shared": ("LDS", "STS", "LDSM", "STSM", "LDTM", "STTM"),
@@ -48,9 +56,11 @@ CLASSES = {
         "SHF",
         "PRMT",
         "IADD3",
-        "IADD",
         "IMAD",
         "LEA",
+        "IADD",
+        "IMNMX",
+        "VIMNMX",
         "ISETP",
         "SEL",
         "VIADD",
@@ -58,9 +68,30 @@ CLASSES = {
         "I2F",
         "I2FP",
     ),
-    "float": ("FADD", "FMUL", "FFMA", "FSETP", "FSEL", "DADD", "DMUL", "DFMA", "F2F", "F2FP", "MUFU"),
+    "float": (
+        "FADD",
+        "FMUL",
+        "FFMA",
+        "FSETP",
+        "FSEL",
+        "FMNMX",
+        "DADD",
+        "DMUL",
+        "DFMA",
+        "F2F",
+        "F2FP",
+        "MUFU",
+    ),
     "spill": ("LDL", "STL"),
 }
+
+
+HEAD = f"""# Compiled kernels
+
+Written by `python benchmarks/gpu/compile.py --record`, Triton {triton.__version__}. A cell: registers of a thread,
+instructions of its longest loop (0: none), tensor-core instructions, bytes spilled. A dash: not launched there, or
+not compiled since the last change.
+"""
 
 
 @dataclass
@@ -106,17 +137,21 @@ class _Launcher:
         return take_down
 
 
-def recorded(processors: int) -> list[Launch]:
+def recorded(on: plan.Gpu) -> list[Launch]:
     """Every kernel at the shapes of a LLaMA 7B: hidden 4096, intermediate 11008, prompts of 2048 rows, single rows."""
     recorder = Recorder()
-    for name in ("activation", "product", "row_kernels", "layout"):
+    for name in MODULES:
         module = getattr(launch, name)
         setattr(launch, name, recorder.of(module))
-    plan.processors = lambda _: processors
+    plan.gpu = lambda _: on  # type: ignore[assignment]
     with torch.device("meta"):
         for what, call in _calls():
             recorder.what = what
             call()
+            if on.takes_fp4 and what.startswith("2048 rows, weights"):
+                recorder.what, plan.fp4 = f"{what}, e2m1", lambda _: True  # type: ignore[assignment]
+                call()
+                plan.fp4 = lambda _: False  # type: ignore[assignment]
     return recorder.found
 
 
@@ -154,6 +189,7 @@ def _calls() -> Iterator[tuple[str, Any]]:
         yield f"{count} rows, weights {weight_bits} bits, activations {act_bits}", linear
         if (weight_bits, count) == (4, rows):
             yield f"{count} rows of 11008", lambda linear=linear: linear(columns=11008)
+            yield f"{count} rows of 1024", lambda linear=linear: linear(columns=1024)
             yield f"{count} rows of 24576", lambda linear=linear: linear(columns=24576)
         if weight_bits in (4, 1):  # numbers that are 1 are no variables when a kernel is compiled
             yield f"a column, {act_bits} bits", lambda linear=linear: linear(count=1, columns=1, outputs=1)
@@ -183,6 +219,16 @@ def _calls() -> Iterator[tuple[str, Any]]:
             kept, r, packed, scale, None, one, thresholds, 16, Grid(16, 0.0).zero_point, 0.0, torch.bfloat16
         ),
     )
+    for bits in (4, 3, 2, 1):
+        levels = Levels.gaussian(2**bits)
+        held = torch.empty(packed_size(outputs, columns, levels.n), dtype=torch.uint8)
+        weights = launch.Weights(held, scale, None, levels.grid, columns)
+        sums = torch.empty(rows, dtype=torch.int32)
+        coded = launch.Rows(kept, columns, sums, scale[:rows], one, Grid(16, 0.0), 0)
+        yield (
+            f"library, {bits} bits",
+            lambda weights=weights, coded=coded: launch.multiply_by_library(coded, weights, torch.bfloat16),
+        )
     codes = torch.empty((outputs, columns), dtype=torch.uint8)
     for bits in (4, 3, 2, 1):
         yield f"prepack, {bits} bits", lambda bits=bits: launch.prepack(codes, 2**bits, 1)
@@ -232,21 +278,30 @@ class Row:
     shared: int
     warps: int
     instructions: Counter[str]
+    looped: int
+    """Instructions of the longest loop, without the loops within: what a row, or a step along the columns, costs."""
     fused: int
-    """Fused multiply-adds of fp32: none, or results are not the reference's."""
+    """Fused multiply-adds of fp32 in a product: none, or results are not the reference's."""
 
     def count(self, kind: str) -> int:
         """Instructions of a class, in the text of the machine code: loops count once."""
         return sum(self.instructions[name] for name in CLASSES[kind])
 
+    @property
+    def cell(self) -> str:
+        """For the table of all architectures."""
+        return f"{self.registers}, {self.looped}, {self.count('tensor')}, {self.stack}"
+
     def wrong(self) -> str | None:
         """What must not be, or None."""
         if self.count("spill") or self.stack:
             return f"{self.count('spill')} instructions spill, {self.stack} bytes of stack"
+        if self.shared > GPUS[self.architecture].shared:
+            return f"{self.shared} bytes of shared memory"
         if self.fused:
             return f"{self.fused} fused multiply-adds"
-        if self.kernel == "multiply" and not self.count("tensor"):
-            return "no integer tensor-core instruction"
+        if self.kernel in ("multiply", "multiply_fp4") and not self.count("tensor"):
+            return "no tensor-core instruction of its kind"
         return None
 
 
@@ -258,18 +313,39 @@ def read(launched: Launch, architecture: int) -> Row:
         path.write_bytes(binary.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", path)
         code = _run("nvdisasm", "-c", path)
-    instructions = Counter(
-        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
-    )
+    instructions = Counter(found[1] for found in map(INSTRUCTION.match, code.splitlines()) if found)
 
     def used(name: str) -> int:
         found = re.search(rf"{name}:(\d+)", usage)
         return int(found[1]) if found else 0
 
+    name = launched.function.__name__
+    # Coding has some of its own, whose product is exact (`steps.butterfly`).
+    fused = binary.asm["ptx"].count("fma.rn.f32") if name in PRODUCTS else 0
     return Row(
-        launched.function.__name__, launched.what, architecture, used("REG"), used("STACK"), binary.metadata.shared,
-        binary.metadata.num_warps, instructions, binary.asm["ptx"].count("fma.rn.f32"),
+        name, launched.what, architecture, used("REG"), used("STACK"), binary.metadata.shared,
+        binary.metadata.num_warps, instructions, looped(code), fused,
     )  # fmt: skip
+
+
+def looped(code: str) -> int:
+    """Instructions of the longest loop of machine code, without the loops within it."""
+    lines = code.splitlines()
+    labels = {
+        line[: line.index(":")]: number for number, line in enumerate(lines) if re.match(r"\.L_x_\d+:", line)
+    }
+    loops = []
+    for number, line in enumerate(lines):
+        back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if back and labels[back[1]] < number - 2:  # a branch to itself ends every program
+            loops.append((labels[back[1]], number))
+    if not loops:
+        return 0
+    start, end = max(loops, key=lambda pair: pair[1] - pair[0])
+    inner = {
+        n for a, b in loops if start <= a and b <= end and (a, b) != (start, end) for n in range(a, b + 1)
+    }
+    return sum(bool(INSTRUCTION.match(lines[n])) for n in range(start, end + 1) if n not in inner)
 
 
 def _run(tool: str, *arguments: Any) -> str:
@@ -282,15 +358,34 @@ def _run(tool: str, *arguments: Any) -> str:
 def table(rows: list[Row]) -> str:
     """As Markdown."""
     kinds = [kind for kind in CLASSES if kind != "spill"]
-    heads = ("kernel", "call", "sm", "warps", "registers", "spills", "shared, KiB", *kinds)
+    heads = ("kernel", "call", "sm", "warps", "registers", "spills", "shared, KiB", "loop", *kinds)
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         counts = " | ".join(str(row.count(kind)) for kind in kinds)
         lines.append(
             f"| {row.kernel} | {row.what} | {row.architecture} | {row.warps} | {row.registers} | "
-            f"{row.count('spill')} | {row.shared / 1024:.1f} | {counts} |"
+            f"{row.count('spill')} | {row.shared / 1024:.1f} | {row.looped} | {counts} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def record(path: Path, cells: dict[tuple[str, str], str], architecture: int) -> None:
+    """Write one architecture's column of the table of all, the others as they stand there."""
+    known: dict[tuple[str, str], dict[str, str]] = {}
+    heads = [f"sm_{each}" for each in ARCHITECTURES]
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        parts = [each.strip() for each in line.strip("|").split("|")]
+        if line.startswith("| `"):
+            known[parts[0].strip("`"), parts[1]] = dict(zip(heads, parts[2:], strict=True))
+    for row in known.values():
+        row.pop(f"sm_{architecture}", None)  # what is compiled no more
+    for key, cell in cells.items():
+        known.setdefault(key, {})[f"sm_{architecture}"] = cell
+    lines = [HEAD, f"| kernel | call | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
+    for (kernel, call), row in sorted(known.items()):
+        if row:
+            lines.append(f"| `{kernel}` | {call} | {' | '.join(row.get(head, '-') for head in heads)} |")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -300,29 +395,35 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="kernels whose name or call contains this")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=RECORD, help="write the table of all architectures"
+    )
     arguments = parser.parse_args()
     rows: list[Row] = []
-    modules = {name: getattr(launch, name) for name in ("activation", "product", "row_kernels", "layout")}
+    modules = {name: getattr(launch, name) for name in MODULES}
     for architecture in arguments.arch:
         for name, module in modules.items():
             setattr(launch, name, module)
         seen: set[str] = set()
-        for launched in recorded(PROCESSORS[architecture]):
+        for launched in recorded(GPUS[architecture]):
             label = f"{launched.function.__name__}: {launched.what}"
             if arguments.only not in label or label in seen:
                 continue
             seen.add(label)
             row = read(launched, architecture)
             rows.append(row)
+            if arguments.markdown:  # as it comes: a run that is cut short leaves what it had
+                arguments.markdown.write_text(table(rows), encoding="utf-8")
             print(
-                f"sm_{architecture} {label}: {row.registers} registers, {row.stack} stack, tensor {row.count('tensor')}"
+                f"sm_{architecture} {label}: {row.registers} registers, {row.stack} stack, "
+                f"tensor {row.count('tensor')} of {sum(row.instructions.values())}"
                 + (f"  WRONG: {row.wrong()}" if row.wrong() else ""),
                 flush=True,
             )
-    text = table(rows)
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text, encoding="utf-8")
+        if arguments.record:
+            own = [row for row in rows if row.architecture == architecture]
+            record(arguments.record, {(row.kernel, row.what): row.cell for row in own}, architecture)
+    print(table(rows))
     wrong = [row for row in rows if row.wrong()]
     for row in wrong:
         print(f"sm_{row.architecture} {row.kernel} ({row.what}): {row.wrong()}", file=sys.stderr)

@@ -34,9 +34,12 @@ GPUS = (
     Gpu("RTX 4090", 1.008e12, 165.2e12, 660.6e12, 128 * 128 * 2.52e9, 1.29e12),
     Gpu("RTX 5090", 1.792e12, 209.5e12, 838e12, 170 * 128 * 2.41e9, 1.64e12),
 )
-INSTRUCTIONS = {4: 100.5, 3: 92.0, 2: 88.5, 1: 88.5}
-"""Of the coding kernel for a number: all of its machine code over the 8 numbers of a thread, sm_80, rows of 4096. An
-upper bound: about 280 of its 700 to 800 instructions are there for a single number too, and rare paths count."""
+INSTRUCTIONS = {
+    True: {4: 33.9, 3: 34.6, 2: 32.3, 1: 24.5},
+    False: {4: 41.0, 3: 41.7, 2: 39.4, 1: 31.6},
+}
+"""Of the coding kernel for a number, by whether squares are summed in fp64: the loop over rows of 4096 (32 numbers a
+thread), and what is before it over four rows (benchmarks/gpu/compile.py, sm_90 and sm_120). Without rare branches."""
 PROMPT = 64 * 512
 MODELS = {"700M": (24, 1536, 4096), "2.4B": (30, 2560, 6912)}
 """Layers, hidden and intermediate size of LLaMAs of about that size."""
@@ -44,10 +47,9 @@ MODELS = {"700M": (24, 1536, 4096), "2.4B": (30, 2560, 6912)}
 
 def coding(gpu: Gpu, rows: int, columns: int, bits: int) -> tuple[float, float]:
     """Seconds of coding rows: by memory (2 bytes read, 1 written), and by issue of instructions or fp64."""
-    numbers = rows * columns
-    return 3 * numbers / gpu.bandwidth, max(
-        numbers * INSTRUCTIONS[bits] / gpu.issue, 2 * numbers / gpu.double
-    )
+    numbers, wide = rows * columns, gpu.double > 5e12
+    double = 2 * numbers / gpu.double if wide else 0.0
+    return 3 * numbers / gpu.bandwidth, max(numbers * INSTRUCTIONS[wide][bits] / gpu.issue, double)
 
 
 def product(gpu: Gpu, rows: int, outputs: int, columns: int, bits: float, rate: float, act: int) -> float:

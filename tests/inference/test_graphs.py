@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bellbox.benchmark.model import random_model
 from bellbox.errors import BellboxError
+from bellbox.inference.generation import generate
 from bellbox.inference.graphs import GraphSteps, StaticSteps
 from bellbox.models import Llama, build, preset
 
@@ -75,3 +79,55 @@ def test_what_has_no_fixed_shapes_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(BellboxError, match="a CUDA graph needs a model on CUDA; the cache is on cpu"):
             GraphSteps(model, model.new_cache(1, 8))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations for which a GPU would be waited for: numbers read back, shapes that depend on values."""
+
+    WAIT = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "is_nonzero",
+        "equal",
+        "item",
+        "bincount",
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        name = func.overloadpacket.__name__
+        kwargs = kwargs or {}
+        there = {each.device for each in args if isinstance(each, Tensor)}
+        assert not name.startswith(self.WAIT), f"{name} waits for the device"
+        assert kwargs.get("device", None) is None or not there or {torch.device(kwargs["device"])} == there, (
+            name
+        )
+        if name == "index" and any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]):
+            raise AssertionError("an index by a mask waits for the device")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@torch.no_grad()
+def test_a_step_waits_for_no_device(bits: int | None) -> None:
+    model = model_of(bits)
+    steps = StaticSteps(model, model.new_cache(2, 8))
+    steps.step(torch.zeros(2, 1, dtype=torch.int64))
+    with NoWaiting():
+        steps.step(torch.ones(2, 1, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        torch.ones(1).item()
+
+
+@pytest.mark.parametrize(("temperature", "bits"), [(0.0, 4), (0.8, None)])
+def test_generating_by_them_gives_the_same_tokens(temperature: float, bits: int | None) -> None:
+    model, prompt = model_of(bits), torch.randint(0, 96, (3, 5))
+    arguments = {"temperature": temperature, "seed": 1}
+    expected = torch.stack(list(generate(model, prompt, 12, **arguments)))
+    assert torch.equal(
+        torch.stack(list(generate(model, prompt, 12, **arguments, fixed_shapes=True))), expected
+    )
+    with pytest.raises(BellboxError, match="read no int8 cache"):
+        generate(model, prompt, 2, kv_cache="int8", fixed_shapes=True)

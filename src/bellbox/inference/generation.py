@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ def generate(
     seed: int | None = None,
     stop_token: int | None = None,
     kv_cache: CachePrecision = "fp32",
+    fixed_shapes: bool = False,
 ) -> Iterator[Tensor]:
     """Continue every sequence of a batch, one token at a time.
 
@@ -70,6 +71,8 @@ def generate(
         stop_token: a sequence that has produced it goes on producing it; the iterator ends when all have.
         kv_cache: what keys and values are kept in: fp32 (the model's dtype), int8 or int4; the latter two are another
             function, for less memory and faster steps in long texts, and for the library's own models.
+        fixed_shapes: steps whose shapes do not depend on how many came before (`graphs.StaticSteps`); on CUDA they are
+            recorded as a graph, which nobody has seen run yet.
 
     Yields:
         the next token of each sequence, `[B]` int64 on the model's device; the stop token included.
@@ -101,7 +104,12 @@ def generate(
         raise BellboxError(f"a prompt of {prompt} and {max_new_tokens} new tokens: {error}") from error
     device = next((parameter.device for parameter in model.parameters()), input_ids.device)
     generator = generator_for(seed, device)
-    return _tokens(model, input_ids.to(device), cache, sampling, generator)
+    steps = None
+    if fixed_shapes:
+        from bellbox.inference.graphs import fixed_steps
+
+        steps = fixed_steps(model, cache)
+    return _tokens(model, input_ids.to(device), cache, sampling, generator, steps)
 
 
 def check_known(model: nn.Module, least: int, most: int) -> None:
@@ -120,6 +128,14 @@ def check_known(model: nn.Module, least: int, most: int) -> None:
 
 # no_grad rather than inference_mode: a quantizer may keep what it computes here and use it in training. On a
 # generator function it holds while the function runs, not while the caller does.
+class Steps(Protocol):
+    """What continues a sequence whose prompt is in a cache."""
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        """Logits `[B, 1, vocab_size]` after one more token of each sequence, `[B, 1]` int64."""
+        ...
+
+
 @torch.no_grad()
 def _tokens(
     model: nn.Module,
@@ -127,12 +143,13 @@ def _tokens(
     cache: object,
     sampling: Sampling,
     generator: torch.Generator,
+    steps: Steps | None = None,
 ) -> Iterator[Tensor]:
     from bellbox.inference.decoding import steps_for
 
     stop_token = sampling.stop_token
     stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    steps = steps_for(model, cache)
+    steps = steps or steps_for(model, cache)
     for count in range(sampling.max_new_tokens):
         if count and steps is not None:
             logits = steps.step(input_ids)[:, -1]

@@ -2,14 +2,14 @@
 
 At one token a step a GPU waits for Python. A graph has no Python, but it replays the same addresses and shapes. So
 token and position lie in tensors that are written before each replay, and attention reads the whole cache behind a
-mask. The step itself (`StaticSteps`) runs anywhere; recording it (`GraphSteps`) takes CUDA. `generate` does not take
-this way by itself before somebody has seen it run; benchmarks/gpu does.
+mask. The step itself (`StaticSteps`) runs anywhere; recording it (`GraphSteps`) takes CUDA. `generate` takes this way
+when asked (`fixed_shapes`), not by itself before somebody has seen it run; benchmarks/gpu does.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox.errors import BellboxError
@@ -142,3 +142,14 @@ class GraphSteps(StaticSteps):
                 self._logits = self._forward()
         self._graph.replay()
         return self._logits
+
+
+def fixed_steps(model: nn.Module, cache: object) -> StaticSteps:
+    """Steps of fixed shapes: recorded as a graph on CUDA, run as they are elsewhere.
+
+    Raises:
+        BellboxError: as `StaticSteps`.
+    """
+    if not isinstance(model, Llama) or not isinstance(cache, KVCache):
+        raise BellboxError("steps of fixed shapes are for a LLaMA with q, k and v as three layers")
+    return (GraphSteps if cache.keys[0].is_cuda else StaticSteps)(model, cache)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bellbox as bb
 from bellbox.cli.main import main
 from bellbox.models import build, preset
+from bellbox.nn import weights_quantized_once
 from bellbox.ops import dispatch
 from bellbox.ops.backends.triton import TritonBackend, availability
 from bellbox.ops.encode import encode, row_rms
@@ -183,3 +184,32 @@ def test_the_command_line_says_whether_it_runs(
 def test_importing_bellbox_imports_no_triton() -> None:
     code = "import sys, bellbox; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("on_integers", [True, False])
+def test_weights_are_quantized_once_in_a_step_of_several_batches(
+    on_integers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within an optimizer step weights stand still: whatever codes them runs once, not for each batch."""
+    rows: list[int] = []
+    implementation = TritonBackend.implementation
+
+    def watched(self: TritonBackend, operation: str) -> Any:
+        run = implementation(self, operation)
+
+        def counted(x: torch.Tensor, *rest: Any) -> Any:
+            rows.extend([len(x)] * (operation in ("keep", "bbq_forward")))
+            return run(x, *rest)
+
+        return counted
+
+    torch.manual_seed(0)
+    model = bb.prepare(nn.Linear(32, 5), bb.Recipe.bbq(4, integer_forward=on_integers)).train()
+    batches = [torch.randn(3, 32) for _ in range(3)]
+    step_of(model, model, batches[0])  # sets the scale of the input
+    monkeypatch.setattr(TritonBackend, "implementation", watched)
+    with weights_quantized_once(model, torch.bfloat16):
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                model(batch).float().square().sum().backward()
+    assert sorted(rows) == [3, 3, 3, 5]  # three batches of three rows, one weight of five

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,19 +22,49 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_parts_of_the_measurements_run(tmp_path: Path) -> None:
-    # Those of whole models take the interpreter minutes.
-    parts = {"environment", "codes", "ceilings", "kernels", "sweep"}
-    done = run(
-        sys.executable, SCRIPTS / "measure.py", "--tiny", "--out", tmp_path, *sorted(parts),
-        TRITON_INTERPRET="1", BELLBOX_BACKEND="triton",
-    )  # fmt: skip
+def test_a_dry_run_does_the_parts_that_are_not_finished(tmp_path: Path) -> None:
+    # Those of whole models take the interpreter minutes: they count as finished here.
+    parts = {"environment", "codes", "ceilings", "kernels"}
+    results = tmp_path / "results.jsonl"
+    lines = [{"part": "finished", "name": each} for each in ("sweep", "decode", "training", "prefill")]
+    results.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    done = run(SCRIPTS / "run.sh", "--dry", OUT=str(tmp_path), PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert {row["part"] for row in rows} == parts
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {row["part"] for row in rows} == {*parts, "finished"}
+    assert {row["name"] for row in rows if row["part"] == "finished"} > parts
     assert all(row["different"] == 0 for row in rows if row["part"] == "codes")
     tables = (tmp_path / "tables.md").read_text()
     assert all(f"## {part}" in tables for part in parts)
+
+
+@pytest.fixture
+def tune(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script, in this process."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("tune")
+
+
+def test_tiles_are_tuned_in_a_dry_run_and_read_back(tune: Any, tmp_path: Path) -> None:
+    from bellbox.ops.backends.triton import plan
+
+    table = tmp_path / "tiles.json"
+    tune.main(["--dry", "--out", str(table), "--log", str(tmp_path)])
+    found = plan.Table.of(json.loads(table.read_text())["sm_80"])
+    assert found.measured
+    assert {key[:2] for key in found.tiles} == {(4, 1), (4, 40)}
+
+
+def test_the_tiles_that_are_shipped_are_those_of_the_rule(tune: Any, tmp_path: Path) -> None:
+    """Until somebody measures: then the file says which architecture was."""
+    from bellbox.ops.backends.triton import plan
+
+    tune.main(["--reasoned", "--out", str(tmp_path / "tiles.json")])
+    again = json.loads((tmp_path / "tiles.json").read_text())
+    shipped = json.loads((Path(plan.__file__).parent / "tiles.json").read_text())
+    for name, table in shipped.items():
+        assert table["measured"] or table == again[name]
+        assert plan.Table.of(table).to_dict() == table
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
@@ -49,7 +81,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     row = next(line for line in table.read_text().splitlines() if line.startswith("| multiply |"))
-    _, _, _, architecture, _, registers, spills, _, tensor, *_ = (each.strip() for each in row.split("|"))
+    _, _, _, architecture, _, registers, spills, _, _, tensor, *_ = (each.strip() for each in row.split("|"))
     assert architecture == "90"
     assert 0 < int(registers) <= 255
     assert int(spills) == 0

@@ -120,6 +120,7 @@ def test_a_row_too_long_for_the_registers_comes_in_pieces(monkeypatch: pytest.Mo
     from bellbox.ops.backends.triton import plan
 
     monkeypatch.setattr(plan, "WHOLE_ROW", 256)
+    monkeypatch.setattr(plan, "WHOLE_CODED_ROW", 256)
     monkeypatch.setattr(plan, "_PIECE", 128)
     for normalise, weights, columns in (("rms", 16, 384), ("absmax", 4, 330), ("norm", 8, 384)):
         check(layer(5, 5, columns, weights, 16, normalise, normalise != "rms"))
@@ -179,3 +180,50 @@ def test_what_does_not_fit_is_refused_as_everywhere() -> None:
         BellboxError, match=r"BELLBOX_BACKEND=triton does not take packed_linear: x is torch\.float64"
     ):
         packed_linear.operation(arguments[0].double(), *arguments[1:])
+
+
+@pytest.mark.parametrize("levels", [2, 8])
+def test_the_product_of_torchs_library_gives_the_same_bits(
+    levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bellbox.ops.backends.triton import plan
+
+    arguments = layer(19, 24, 330, levels, 16, "rms", True)
+    expected = packed_linear.operation(*arguments)
+    product, used = torch._int_mm, list[int]()
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: used.append(1) or product(a, b))
+    monkeypatch.setattr(plan, "library_rows", lambda on: 17)
+    assert same(packed_linear.operation(*arguments), expected)
+    assert used
+
+
+@pytest.mark.parametrize(("weights", "inputs"), [(2, 4), (4, 3), (7, 8)])
+def test_products_of_e2m1_give_the_same_bits(
+    weights: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bellbox.ops.backends.triton import launch, plan
+
+    arguments = layer(17, 21, 330, weights, inputs, "rms", True)
+    expected = packed_linear.operation.reference(*arguments)
+    monkeypatch.setattr(plan, "fp4", lambda on: True)
+    monkeypatch.setattr(plan, "fp4_tiles", lambda rows: plan.Tiles(32, 32, 1, 4, 1))
+    multiply, used = launch._multiply_fp4, list[int]()
+    monkeypatch.setattr(launch, "_multiply_fp4", lambda *a: used.append(1) or multiply(*a))
+    assert same(packed_linear.operation(*arguments), expected)
+    assert used
+
+
+def test_what_e2m1_cannot_hold_multiplies_as_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bellbox.ops.backends.triton import launch, plan
+
+    grid = {n: Levels.gaussian(n).grid for n in (2, 4, 8, 16)}
+    blackwell, hopper = plan.Gpu((12, 0), 170), plan.Gpu((9, 0), 132)
+    assert not launch.on_fp4(64, grid[4], grid[4], blackwell)  # nobody has seen it run yet
+    known = plan.tables()["sm_90"]
+    monkeypatch.setattr(plan, "table", lambda on: plan.replace(known, fp4=True))
+    assert launch.on_fp4(64, grid[8], grid[8], blackwell)
+    assert not launch.on_fp4(64, grid[8], Grid(8, -0.5), blackwell)  # 5 and 7
+    assert not launch.on_fp4(64, grid[8], grid[16], blackwell)
+    assert not launch.on_fp4(64, grid[16], grid[4], blackwell)
+    assert not launch.on_fp4(16, grid[4], grid[4], blackwell)
+    assert not launch.on_fp4(64, grid[4], grid[4], hopper)

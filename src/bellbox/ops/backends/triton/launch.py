@@ -6,6 +6,7 @@ Nothing here reads a number back from the device, so that launches may be record
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from bellbox.errors import BellboxError
 from bellbox.ops.backends.triton import plan
 from bellbox.ops.backends.triton.availability import interpreted
 from bellbox.ops.backends.triton.kernels import activation as _activation
+from bellbox.ops.backends.triton.kernels import fp4 as _fp4
 from bellbox.ops.backends.triton.kernels import layout as _layout
 from bellbox.ops.backends.triton.kernels import product as _product
 from bellbox.ops.backends.triton.kernels import rows as _rows
+from bellbox.ops.encode import SIGMA_FLOOR
 from bellbox.ops.kept import MOST, STEPS, stepped
 from bellbox.ops.packed_linear import check
 from bellbox.ops.preconditions import check_rows
@@ -31,6 +34,7 @@ from bellbox.ops.weight_layout import check_codes, check_packed, packed_size, ti
 OPTIONS = {"enable_fp_fusion": False}
 # A function of Triton is launched by its subscript, which no type checker knows.
 activation: Any = _activation
+fp4: Any = _fp4
 layout: Any = _layout
 product: Any = _product
 row_kernels: Any = _rows
@@ -38,8 +42,8 @@ _BAND = 8
 
 
 @functools.lru_cache(maxsize=256)
-def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
+def _table(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _on_device(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -266,16 +270,26 @@ class Rows(NamedTuple):
     act_scale: Tensor
     grid: Grid
     planes: int
-    """Bit planes of a code; 0 where they are int8."""
+    """Bit planes of a code; 0 where they are numbers."""
+    fp4: bool = False
+    """Whether they are e2m1, two in a byte."""
 
 
 def _shift(grid: Grid) -> int:
     return int(grid.multiplier * grid.offset)
 
 
-def on_planes(rows: int, weights: int, inputs: int) -> bool:
+def on_planes(rows: int, weights: int, inputs: int, on: plan.Gpu = plan.INTERPRETED) -> bool:
     """Whether a product of so many rows, on grids of so many levels, runs on bit planes."""
-    return rows <= plan.PLANE_ROWS and max(weights, inputs) <= 4
+    return rows <= plan.plane_rows(on) and max(weights, inputs) <= 4
+
+
+def on_fp4(rows: int, weights: Grid, inputs: Grid, on: plan.Gpu) -> bool:
+    """Whether a product runs on tensor cores for e2m1: where the GPU's table says so, and the integers are exact."""
+    largest = max(abs(inputs.multiplier * code - _shift(inputs)) for code in (0, inputs.n - 1))
+    # For sm_100 Triton 3.7 makes an empty program of weights of one bit.
+    fitting = weights.n <= 8 and (weights.n > 2 or on.capability[0] != 10)
+    return rows > plan.DECODE_ROWS and fitting and largest <= 4 and plan.fp4(on)
 
 
 def code_rows(
@@ -283,21 +297,29 @@ def code_rows(
     act_signs: Tensor | None, block: int, normalise: str, rescale: bool,
 ) -> Rows:  # fmt: skip
     """One launch: rows `[rows, columns]` as a product with these weights reads them."""
-    count, columns = x.shape
-    planes = code_width(grid.n) if on_planes(count, weights.grid.n, grid.n) else 0
+    (count, columns), on = x.shape, plan.gpu(x)
+    planes = code_width(grid.n) if on_planes(count, weights.grid.n, grid.n, on) else 0
     field, group = weights.field, plan.group(weights.bits)
     padded = weights.blocks * 64 if planes else -(-weights.blocks // group) * group * 64
-    shape = (count, planes, padded // 8 * field) if planes else (count, padded)
-    out = x.new_empty(shape, dtype=torch.uint8 if planes else torch.int8)
+    pairs = not planes and on_fp4(count, weights.grid, grid, on)
+    shape = (count, planes, padded // 8 * field) if planes else (count, padded // 2 if pairs else padded)
+    out = x.new_empty(shape, dtype=torch.uint8 if planes or pairs else torch.int8)
     sums, scales = x.new_empty(count, dtype=torch.int32), x.new_empty(count, dtype=torch.float32)
-    size, whole = plan.whole_row(columns, max(64 * group, block))
-    activation.code_rows[(count,)](
-        x.contiguous(), act_signs, thresholds.contiguous(), act_rstd, out, sums, scales, columns, padded,
-        SIZE=size, WHOLE=whole, STAGES=_stages(block), LEVELS=grid.n, MULTIPLIER=grid.multiplier,
-        SHIFT=_shift(grid), NORMALISE=normalise, RESCALE=rescale, SIGNED=act_signs is not None,
-        BITS=field, GROUP=group, PLANES=planes, num_warps=plan.row_warps(size), **OPTIONS,
+    size, whole = plan.whole_row(columns, max(64 * group, block), plan.WHOLE_CODED_ROW)
+    double = x.dtype == torch.float32 or on.fast_double
+    warps = plan.coding_warps(size, whole, double)
+    each = plan.rows_each(count, warps, on.processors)
+    root = math.sqrt(block)
+    activation.code_rows[(-(-count // each),)](
+        x.contiguous(), act_signs, thresholds.contiguous(), act_rstd,
+        _table((1 / columns, 1 / root), x.device, torch.float64), out, sums, scales, 1 / SIGMA_FLOOR / root,
+        count, columns, padded, SIZE=size, WHOLE=whole, EVEN=columns % size == 0 == padded % size, ROWS=each,
+        DOUBLE=double, STAGES=_stages(block), LEVELS=grid.n,
+        MULTIPLIER=grid.multiplier, SHIFT=_shift(grid), NORMALISE=normalise, RESCALE=rescale,
+        SIGNED=act_signs is not None, BITS=field, GROUP=group, PLANES=planes, FP4=pairs,
+        num_warps=warps, **OPTIONS,
     )  # fmt: skip
-    return Rows(out, padded, sums, scales, act_scale, grid, planes)
+    return Rows(out, padded, sums, scales, act_scale, grid, planes, pairs)
 
 
 def _arranged(
@@ -322,6 +344,25 @@ def _arranged(
     return Rows(out, padded, sums, row_scale.contiguous(), act_scale, grid, 0)
 
 
+class _Epilogue(NamedTuple):
+    """What a product becomes a result with."""
+
+    scaling: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    row_step: int
+    ends: dict[str, Any]
+
+
+def _epilogue(rows: Rows, weights: Weights) -> _Epilogue:
+    bias = None if weights.bias is None else weights.bias.contiguous()
+    ends = {
+        "MULTIPLIER": weights.grid.multiplier, "SHIFT": _shift(weights.grid),
+        "WEIGHT_WORTH": 1 / weights.grid.multiplier, "ACT_WORTH": 1 / rows.grid.multiplier,
+        "BIAS": bias is not None, **OPTIONS,
+    }  # fmt: skip
+    scaling = rows.scales, weights.scale.reshape(-1).contiguous(), rows.act_scale, bias
+    return _Epilogue(scaling, _step(rows.scales), ends)
+
+
 def multiply(rows: Rows, weights: Weights, dtype: torch.dtype, tiles: plan.Tiles | None = None) -> Tensor:
     """Coded rows times a weight, scaled: `[rows, outputs]` in `dtype`.
 
@@ -331,45 +372,100 @@ def multiply(rows: Rows, weights: Weights, dtype: torch.dtype, tiles: plan.Tiles
         dtype: of the result.
         tiles: sizes; `plan` chooses where None.
     """
-    count, outputs = len(rows.integers), weights.outputs
-    out = weights.scale.new_empty((count, outputs), dtype=_stored(dtype))
-    ends = {
-        "MULTIPLIER": weights.grid.multiplier, "SHIFT": _shift(weights.grid),
-        "WEIGHT_WORTH": 1 / weights.grid.multiplier, "ACT_WORTH": 1 / rows.grid.multiplier,
-        "BIAS": weights.bias is not None, **OPTIONS,
-    }  # fmt: skip
-    bias = None if weights.bias is None else weights.bias.contiguous()
-    packed, scale = weights.packed.contiguous(), weights.scale.reshape(-1).contiguous()
-    scaling = rows.scales, scale, rows.act_scale, bias
-    row_step = _step(rows.scales)
     if rows.planes:
-        start = tiles_size(outputs, weights.columns, weights.grid.n)
-        if packed.data_ptr() % 4 or packed.storage_offset() % 4:
-            packed = packed.clone()
-        sums_of_weights = packed[start : start + 4 * outputs].view(torch.int32)
-        words = packed[:start].view(torch.int32)
-        wide, some = plan.plane_tile(weights.blocks * 2 * weights.bits)
-        product.multiply_planes[(count, -(-outputs // wide))](
-            rows.integers.view(torch.int32), words, sums_of_weights, rows.sums, *scaling, out, count, outputs,
-            weights.blocks, row_step, BITS=weights.bits, PLANES=rows.planes, OUTPUTS=wide, WORDS=some,
-            ACT_MULTIPLIER=rows.grid.multiplier, ACT_SHIFT=_shift(rows.grid), num_warps=4, **ends,
-        )  # fmt: skip
-        return out.to(dtype)
-    chosen = tiles or plan.tiles(count, outputs, weights.blocks, weights.bits, plan.processors(packed))
+        return _multiply_planes(rows, weights, dtype)
+    if rows.fp4:
+        return _multiply_fp4(rows, weights, dtype)
+    count, outputs, on = len(rows.integers), weights.outputs, plan.gpu(rows.integers)
+    least = plan.library_rows(on)
+    if tiles is None and least is not None and count >= max(17, least) and outputs % 8 == 0:
+        return multiply_by_library(rows, weights, dtype)
+    chosen = tiles or plan.tiles(count, outputs, weights.columns, weights.bits, on)
+    words, (scaling, row_step, ends) = _words(weights)[0], _epilogue(rows, weights)
     split = chosen.splits > 1
-    target = packed.new_empty((chosen.splits, count, outputs), dtype=torch.int32) if split else out
+    kind = torch.int32 if split else _stored(dtype)
+    target = words.new_empty((chosen.splits, count, outputs) if split else (count, outputs), dtype=kind)
     grid = -(-count // chosen.rows) * -(-outputs // chosen.outputs), chosen.splits
     product.multiply[grid](
-        rows.integers, packed, rows.sums, *scaling, target, count, outputs, weights.blocks, rows.padded, row_step,
+        rows.integers, words, rows.sums, *scaling, target, count, outputs, weights.blocks, rows.padded, row_step,
         BITS=weights.bits, GROUP=plan.group(weights.bits), ROWS=chosen.rows, OUTPUTS=chosen.outputs,
         SPLITS=chosen.splits, BAND=_BAND, num_warps=chosen.warps, num_stages=chosen.stages, **ends,
     )  # fmt: skip
-    if split:
-        size = 256
-        product.finish[(count, -(-outputs // size))](
-            target, rows.sums, *scaling, out, count, outputs, row_step,
-            SIZE=size, SPLITS=chosen.splits, num_warps=2, **ends,
-        )  # fmt: skip
+    return _finished(target, rows, weights, dtype) if split else target.to(dtype)
+
+
+def multiply_by_library(rows: Rows, weights: Weights, dtype: torch.dtype) -> Tensor:
+    """`multiply` as three launches: weights to int8, the product of torch's own library, the epilogue.
+
+    Args:
+        rows: more than 16, int8.
+        weights: a number of outputs that 8 divides.
+        dtype: of the result.
+    """
+    group = plan.group(weights.bits)
+    codes = rows.integers.new_empty((weights.outputs, rows.padded))
+    size = min(plan.power_of_two(rows.padded), 1024)
+    layout.unpack_in_place_of_rows[(weights.outputs, -(-rows.padded // size))](
+        weights.packed.contiguous(), codes, weights.columns, rows.padded, weights.blocks,
+        SIZE=size, BITS=weights.bits, GROUP=group, num_warps=plan.warps(size), **OPTIONS,
+    )  # fmt: skip
+    total = torch._int_mm(rows.integers, codes.t())  # pyright: ignore[reportPrivateImportUsage]
+    return _finished(total[None], rows, weights, dtype)
+
+
+def _finished(partial: Tensor, rows: Rows, weights: Weights, dtype: torch.dtype) -> Tensor:
+    """The result of integer sums `[pieces, rows, outputs]`."""
+    pieces, count, outputs = partial.shape
+    out = partial.new_empty((count, outputs), dtype=_stored(dtype))
+    (scaling, row_step, ends), size = _epilogue(rows, weights), 256
+    product.finish[(count, -(-outputs // size))](
+        partial,
+        rows.sums,
+        *scaling,
+        out,
+        count,
+        outputs,
+        row_step,
+        SIZE=size,
+        SPLITS=pieces,
+        num_warps=2,
+        **ends,
+    )
+    return out.to(dtype)
+
+
+def _words(weights: Weights) -> tuple[Tensor, Tensor]:
+    """Packed weights as int32 words, and what stands behind the tiles of codes."""
+    packed = weights.packed.contiguous()
+    if packed.storage_offset() % 16 or packed.data_ptr() % 16:
+        packed = packed.clone()
+    end = tiles_size(weights.outputs, weights.columns, weights.grid.n)
+    return packed[:end].view(torch.int32), packed[end:]
+
+
+def _multiply_fp4(rows: Rows, weights: Weights, dtype: torch.dtype) -> Tensor:
+    count, outputs = len(rows.integers), weights.outputs
+    (words, _), (scaling, row_step, ends) = _words(weights), _epilogue(rows, weights)
+    out = words.new_empty((count, outputs), dtype=_stored(dtype))
+    chosen = plan.fp4_tiles(count)
+    fp4.multiply_fp4[(-(-count // chosen.rows) * -(-outputs // chosen.outputs),)](
+        rows.integers, words, rows.sums, *scaling, out, count, outputs, weights.blocks, rows.padded, row_step,
+        BITS=weights.bits, GROUP=plan.group(weights.bits), ROWS=chosen.rows, OUTPUTS=chosen.outputs, BAND=_BAND,
+        EMULATED=interpreted(), num_warps=chosen.warps, num_stages=chosen.stages, **ends,
+    )  # fmt: skip
+    return out.to(dtype)
+
+
+def _multiply_planes(rows: Rows, weights: Weights, dtype: torch.dtype) -> Tensor:
+    count, outputs = len(rows.integers), weights.outputs
+    (words, behind), (scaling, row_step, ends) = _words(weights), _epilogue(rows, weights)
+    out = words.new_empty((count, outputs), dtype=_stored(dtype))
+    wide, some = plan.plane_tile(weights.blocks * 2 * weights.bits)
+    product.multiply_planes[(count, -(-outputs // wide))](
+        rows.integers.view(torch.int32), words, behind[: 4 * outputs].view(torch.int32), rows.sums, *scaling, out,
+        count, outputs, weights.blocks, row_step, BITS=weights.bits, PLANES=rows.planes, OUTPUTS=wide, WORDS=some,
+        ACT_MULTIPLIER=rows.grid.multiplier, ACT_SHIFT=_shift(rows.grid), num_warps=4, **ends,
+    )  # fmt: skip
     return out.to(dtype)
 
 

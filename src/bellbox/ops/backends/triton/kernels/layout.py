@@ -49,11 +49,7 @@ def sums_of_rows(codes, out, rows, columns, places, SIZE: tl.constexpr):
 
 
 @triton.jit
-def unpack(weight, out, rows, columns, blocks, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """uint8 codes. Program ids: row, SIZE columns."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    inside = column < columns
+def _codes(weight, row, column, inside, blocks, BITS: tl.constexpr):
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     tile = weight + (row // 16 * blocks + column // 64) * (128 * BITS) + 4 * (row % 16)
     part = column % 64
@@ -64,4 +60,33 @@ def unpack(weight, out, rows, columns, blocks, SIZE: tl.constexpr, BITS: tl.cons
         i = part % 8
         byte = tl.load(tile + 256 + i // 4 * 64 + i % 4, mask=inside, other=0).to(tl.int32)
         code = code | (((byte >> (part // 8)) & 1) << 2)
+    return code
+
+
+@triton.jit
+def unpack(weight, out, rows, columns, blocks, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """uint8 codes. Program ids: row, SIZE columns."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = column < columns
+    code = _codes(weight, row, column, inside, blocks, BITS)
     tl.store(out + row * columns + column, code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def unpack_in_place_of_rows(
+    weight, out, columns, padded, blocks, SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+):
+    """int8 codes `[rows, padded]` in the order in which rows are coded for products (`steps.place`), zeros behind them.
+
+    Program ids: row, SIZE places.
+    """
+    SPAN: tl.constexpr = 16 if BITS == 3 else 8 * BITS
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = at % (64 * GROUP)
+    column = (
+        at - inside + inside // (GROUP * SPAN) * SPAN + inside % (GROUP * SPAN) // SPAN * 64 + inside % SPAN
+    )
+    code = _codes(weight, row, column, column < columns, blocks, BITS)
+    tl.store(out + row * padded + at, tl.where(column < columns, code, 0).to(tl.int8), mask=at < padded)

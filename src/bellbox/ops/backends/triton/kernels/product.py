@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _scaled(total, weight_scale, act_scale, row_scale, bias, BIAS: tl.constexpr):
+def scaled(total, weight_scale, act_scale, row_scale, bias, BIAS: tl.constexpr):
     """Separate fp32 roundings in the order of `bellbox.ops.integer.scaled_product`; not one fused multiply-add."""
     y = total.to(tl.float32) * (weight_scale * act_scale) * row_scale
     if BIAS:
@@ -22,14 +22,48 @@ def _scaled(total, weight_scale, act_scale, row_scale, bias, BIAS: tl.constexpr)
 
 
 @triton.jit
-def _unpacked(bytes, high, field, part, BITS: tl.constexpr):
-    """int8 codes of one field of each byte; of three bits the third stands in a plane of its own."""
+def _unpacked(words, high, field, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr):
+    """int8 codes `[OUTPUTS, DEPTH]` of one field of each byte, four at once; of three bits the third stands apart."""
     if BITS == 3:
-        low = (bytes >> (2 * field)) & 3
-        code = low | (((high >> (2 * field + part)) & 1) << 2)
+        code = ((words >> (2 * field)) & 0x03030303) | (((high >> (2 * field)) & 0x01010101) << 2)
     else:
-        code = (bytes >> (BITS * field)) & ((1 << BITS) - 1)
-    return code.to(tl.int8)
+        code = (words >> (BITS * field)) & (0x01010101 * ((1 << BITS) - 1))
+    return four_bytes(code, OUTPUTS, DEPTH)
+
+
+@triton.jit
+def tile_of(
+    weight, first, outputs, blocks,
+    OUTPUTS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
+    """Where the words of OUTPUTS outputs and GROUP blocks stand, `[OUTPUTS / 16, GROUP, VECTORS, 16]`.
+
+    A word is four columns of an output, and 16 outputs stand together: sums of ranges tell the compiler so.
+    """
+    strip = (first + tl.arange(0, OUTPUTS // 16)).to(tl.int64)[:, None, None, None] * (blocks * WORDS)
+    block = tl.arange(0, GROUP)[None, :, None, None] * WORDS
+    vector = tl.arange(0, VECTORS)[None, None, :, None] * 16
+    return weight + strip + (block + vector + tl.arange(0, 16)[None, None, None, :])
+
+
+@triton.jit
+def words_of(
+    tile, step, left, first, outputs,
+    OUTPUTS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
+    """int32 `[OUTPUTS, GROUP * VECTORS]` at one step along the columns, with `left` blocks to come."""
+    there = (first + tl.arange(0, OUTPUTS // 16) < tl.cdiv(outputs, 16))[:, None, None, None]
+    there = there & (tl.arange(0, GROUP) < left)[None, :, None, None]
+    words = tl.load(tile + step * (GROUP * WORDS), mask=there, other=0)
+    return tl.reshape(tl.permute(words, 0, 3, 1, 2), [OUTPUTS, GROUP * VECTORS])
+
+
+@triton.jit
+def four_bytes(words, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
+    """int8 `[OUTPUTS, DEPTH]` of the bytes of words, the lowest first."""
+    even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
+    odd = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
+    return tl.reshape(tl.join(even, odd), [OUTPUTS, DEPTH])
 
 
 @triton.jit
@@ -39,7 +73,7 @@ def multiply(
     BAND: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr, WEIGHT_WORTH: tl.constexpr,
     ACT_WORTH: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Tile of ROWS x OUTPUTS of act `[rows, padded]` int8 times the weights, `[outputs, 64 blocks]`.
+    """Tile of ROWS x OUTPUTS of act `[rows, padded]` int8 times the weights, `[outputs, 64 blocks]`, read as int32.
 
     Program ids: tile, piece of the columns. `out` is `[rows, outputs]`, or with SPLITS above 1 the pieces' int32 sums,
     `[SPLITS, rows, outputs]`. A weight's integer is `MULTIPLIER * code - SHIFT`.
@@ -48,7 +82,7 @@ def multiply(
     SPAN: tl.constexpr = 8 * FIELD
     FIELDS: tl.constexpr = 8 // FIELD
     DEPTH: tl.constexpr = GROUP * SPAN
-    BYTES: tl.constexpr = 128 * BITS
+    WORDS: tl.constexpr = 32 * BITS
     # Tiles that read the same weights run beside each other, BAND columns of tiles at a time.
     tiles_n = tl.cdiv(outputs, OUTPUTS)
     tiles_m = tl.cdiv(rows, ROWS)
@@ -60,30 +94,28 @@ def multiply(
 
     n = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tile_m * ROWS + tl.arange(0, ROWS)
-    byte = tl.arange(0, DEPTH)
-    block, inside = byte // SPAN, byte % SPAN
-    strip = weight + (n // 16).to(tl.int64) * (blocks * BYTES) + 4 * (n % 16)
-    low = strip[:, None] + (block * BYTES + inside // 4 * 64 + inside % 4)[None, :]
+    first = tile_n * (OUTPUTS // 16)
+    low = tile_of(weight, first, outputs, blocks, OUTPUTS, GROUP, WORDS, 2 * FIELD)
     high = low
-    part = inside // 8
     if BITS == 3:
-        third = inside % 8
-        high = strip[:, None] + (block * BYTES + 256 + third // 4 * 64 + third % 4)[None, :]
-    there = ((n // 16) * 16 < outputs)[:, None]
-    columns = act + m.to(tl.int64)[None, :] * padded + byte[:, None]
+        high = tile_of(weight + 64, first, outputs, blocks, OUTPUTS, GROUP, WORDS, 2)
+    columns = act + m.to(tl.int64)[None, :] * padded + tl.arange(0, DEPTH)[:, None]
     real = (m < rows)[None, :]
 
     steps = tl.cdiv(blocks, GROUP)
     each = tl.cdiv(steps, SPLITS)
     total = tl.zeros([OUTPUTS, ROWS], tl.int32)
     for step in range(piece * each, tl.minimum((piece + 1) * each, steps)):
-        held = there & (step * GROUP + block < blocks)[None, :]
-        bytes = tl.load(low + step * (GROUP * BYTES), mask=held, other=0)
-        thirds = bytes
+        left = blocks - step * GROUP
+        words = words_of(low, step, left, first, outputs, OUTPUTS, GROUP, WORDS, 2 * FIELD)
+        thirds = words
         if BITS == 3:
-            thirds = tl.load(high + step * (GROUP * BYTES), mask=held, other=0)
+            thirds = words_of(high, step, left, first, outputs, OUTPUTS, GROUP, WORDS, 2)
+            # Bit `2 * field + part` of the two words of a block belongs to columns 8 part to 8 part + 8 of a field.
+            thirds = tl.reshape(thirds, [OUTPUTS, GROUP, 1, 2]) >> tl.arange(0, 2)[None, None, :, None]
+            thirds = tl.reshape(thirds, [OUTPUTS, GROUP * 4])
         for field in tl.static_range(0, FIELDS):
-            codes = _unpacked(bytes, thirds, field, part[None, :], BITS)
+            codes = _unpacked(words, thirds, field, OUTPUTS, DEPTH, BITS)
             given = tl.load(columns + step * (64 * GROUP) + field * DEPTH, mask=real, other=0)
             total = tl.dot(codes, given, total, out_dtype=tl.int32)
 
@@ -93,7 +125,7 @@ def multiply(
         tl.store(out + at, total, mask=mask)
     else:
         sum_of_row = tl.load(sums + m, mask=m < rows, other=0)[None, :]
-        y = _scaled(
+        y = scaled(
             total * MULTIPLIER - SHIFT * sum_of_row,
             (tl.load(weight_scale + n, mask=n < outputs, other=0.0) * WEIGHT_WORTH)[:, None],
             tl.load(act_scale) * ACT_WORTH,
@@ -118,7 +150,7 @@ def finish(
     total = tl.zeros([SIZE], tl.int32)
     for piece in tl.static_range(0, SPLITS):
         total += tl.load(partial + (piece * rows + row) * outputs + n, mask=inside, other=0)
-    y = _scaled(
+    y = scaled(
         total * MULTIPLIER - SHIFT * tl.load(sums + row),
         tl.load(weight_scale + n, mask=inside, other=0.0) * WEIGHT_WORTH,
         tl.load(act_scale) * ACT_WORTH,
@@ -176,7 +208,7 @@ def multiply_planes(
         - tl.load(weight_sums + n, mask=inside, other=0) * (MULTIPLIER * ACT_SHIFT)
         - SHIFT * tl.load(sums + row)
     )
-    y = _scaled(
+    y = scaled(
         total,
         tl.load(weight_scale + n, mask=inside, other=0.0) * WEIGHT_WORTH,
         tl.load(act_scale) * ACT_WORTH,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bellbox.ops.backends.triton.kernels.steps import butterfly, reached
+from bellbox.ops.backends.triton.kernels.steps import butterfly, cuts_of, reached
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def encode(
     at = row * columns + column
     v = tl.load(x + at, mask=column < columns, other=0.0).to(tl.float32)
     v = butterfly(v, SIZE, STAGES) * tl.load(r + row * r_step)
-    tl.store(out + at, reached(v, thresholds, LEVELS).to(tl.uint8), mask=column < columns)
+    tl.store(out + at, reached(v, cuts_of(thresholds, LEVELS), LEVELS).to(tl.uint8), mask=column < columns)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def keep(
     at = row * columns + column
     v = tl.load(x + at, mask=column < columns, other=0.0).to(tl.float32)
     v = butterfly(v, SIZE, STAGES) * tl.load(r + row * r_step)
-    code = reached(v, thresholds, LEVELS)
+    code = reached(v, cuts_of(thresholds, LEVELS), LEVELS)
     # Adding 1.5 * 2^23 leaves no bits below one: it rounds to the nearest, ties to even.
     step = tl.minimum(tl.maximum(v * 32.0, -127.0), 127.0)
     step = (step + 12582912.0) - 12582912.0
@@ -76,7 +76,9 @@ def kept_codes(kept, thresholds, out, count, SIZE: tl.constexpr, LEVELS: tl.cons
     """uint8 codes of steps, seen as one row. Program id: piece."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     step = tl.load(kept + at, mask=at < count, other=0).to(tl.float32)
-    tl.store(out + at, reached(step * 0.03125, thresholds, LEVELS).to(tl.uint8), mask=at < count)
+    tl.store(
+        out + at, reached(step * 0.03125, cuts_of(thresholds, LEVELS), LEVELS).to(tl.uint8), mask=at < count
+    )
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def decode_kept(
     column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     at = row * columns + column
     step = tl.load(kept + at, mask=column < columns, other=0).to(tl.float32)
-    level = reached(step * 0.03125, thresholds, LEVELS).to(tl.float32) - offset
+    level = reached(step * 0.03125, cuts_of(thresholds, LEVELS), LEVELS).to(tl.float32) - offset
     level = level * tl.load(scale + row * scale_step)
     tl.store(out + at, level.to(out.dtype.element_ty), mask=column < columns)
 
@@ -107,7 +109,7 @@ def forward(
     worth = tl.load(scale + row * scale_step) * (inverse - inverse + 1.0)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     v = butterfly(v, SIZE, STAGES) * inverse
-    level = (reached(v, thresholds, LEVELS).to(tl.float32) - offset) * worth
+    level = (reached(v, cuts_of(thresholds, LEVELS), LEVELS).to(tl.float32) - offset) * worth
     tl.store(value + at, v.to(value.dtype.element_ty), mask=inside)
     tl.store(out + at, level.to(out.dtype.element_ty), mask=inside)
 
@@ -120,7 +122,7 @@ def _slope(
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     if KEPT:
         v = tl.load(value + at, mask=inside, other=0).to(tl.float32) * 0.03125
-        level = reached(v, thresholds, LEVELS).to(tl.float32) - offset
+        level = reached(v, cuts_of(thresholds, LEVELS), LEVELS).to(tl.float32) - offset
     else:
         v = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
         level = tl.load(levels + at, mask=inside, other=0.0).to(tl.float32)

@@ -22,8 +22,8 @@ def butterfly(x, SIZE: tl.constexpr, STAGES: tl.constexpr):
         pairs = tl.reshape(x, [SIZE >> (stage + 1), 2, 1 << stage])
         bits = pairs.to(tl.int32, bitcast=True)
         partner = (tl.sum(bits, 1, keep_dims=True) - bits).to(tl.float32, bitcast=True)
-        first = tl.arange(0, 2)[None, :, None] == 0
-        x = tl.reshape(tl.where(first, pairs + partner, partner - pairs), [SIZE])
+        sign = 1.0 - 2.0 * tl.arange(0, 2)[None, :, None].to(tl.float32)
+        x = tl.reshape(tl.fma(pairs, sign, partner), [SIZE])
     return x
 
 
@@ -46,50 +46,94 @@ def _reached3(v, t0, t1, t2, t3, t4, t5, t6):
     )
 
 
-@triton.jit
-def _threshold(table, INDEX: tl.constexpr, LEVELS: tl.constexpr):
-    # Beyond the last one stands NaN, which nothing reaches.
-    if INDEX < LEVELS - 1:  # noqa: SIM108 (both sides would be evaluated)
-        t = tl.load(table + INDEX)
-    else:
-        t = float("nan")
-    return t
+BUCKETS = tl.constexpr(32)
 
 
 @triton.jit
-def reached(v, table, LEVELS: tl.constexpr):
-    """int32 number of the LEVELS - 1 rising thresholds in `table` that `v` reaches; none for NaN.
+def _bucket(v, scale, offset):
+    """Number of the bucket that a value is in: never falling in `v`; the first for NaN."""
+    # 2^23 and more have no bits below one: the addition rounds, and the last bits are the number.
+    z = tl.minimum(tl.maximum(tl.fma(v, scale, offset), 8388608.0), 8388608.0 + (BUCKETS - 1))
+    return z.to(tl.int32, bitcast=True) & (BUCKETS - 1)
 
-    A search by halves: four comparisons and eleven selections for 16 levels, not fifteen comparisons and additions.
+
+@triton.jit
+def cuts_of(table, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr = 1, SHIFT: tl.constexpr = 0):
+    """What `reached` needs of the LEVELS - 1 rising thresholds in `table`; made once in a program.
+
+    Up to 8 levels the thresholds, NaN behind the last, which nothing reaches. Above: thresholds in a row; for each of
+    32 buckets of equal width the integer of the least code in it, and the threshold that ends this code; the line that
+    finds a bucket; and the most thresholds of a bucket.
     """
-    t0 = _threshold(table, 0, LEVELS)
+    none = float("nan")
     if LEVELS <= 2:
-        code = _reached1(v, t0)
+        cuts = (tl.load(table),)
+    elif LEVELS <= 4:
+        cuts = (tl.load(table), tl.load(table + 1), tl.load(table + 2) if LEVELS > 3 else none)
+    elif LEVELS <= 8:
+        cuts = (
+            tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3),
+            tl.load(table + 4) if LEVELS > 5 else none,
+            tl.load(table + 5) if LEVELS > 6 else none,
+            tl.load(table + 6) if LEVELS > 7 else none,
+        )  # fmt: skip
     else:
-        t1 = _threshold(table, 1, LEVELS)
-        t2 = _threshold(table, 2, LEVELS)
-        if LEVELS <= 4:
-            code = _reached2(v, t0, t1, t2)
+        place = tl.arange(0, 16)
+        real = place < LEVELS - 1
+        t = tl.load(table + place, mask=real, other=none)
+        lowest = tl.load(table)
+        scale = (BUCKETS - 3) / (tl.load(table + LEVELS - 2) - lowest)
+        offset = 8388609.0 - lowest * scale
+        own = tl.where(real, _bucket(t, scale, offset), BUCKETS)[None, :]
+        bucket = tl.arange(0, BUCKETS)[:, None]
+        before = tl.sum((own < bucket).to(tl.int32), 1)
+        most = tl.max(tl.sum((own == bucket).to(tl.int32), 1))
+        bits = t.to(tl.uint32, bitcast=True).to(tl.int64)[None, :]
+        next = tl.sum(tl.where(before[:, None] == place[None, :], bits, 0), 1)
+        integer = (MULTIPLIER * before - SHIFT).to(tl.int64)
+        cuts = (t, (integer << 32) | next, scale, offset, most)
+    return cuts
+
+
+@triton.jit
+def reached(v, cuts, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr = 1, SHIFT: tl.constexpr = 0):
+    """int32 `MULTIPLIER * code - SHIFT`, the code being the number of thresholds that `v` reaches, none for NaN.
+
+    `cuts` as `cuts_of` makes them, with the same numbers. Up to 8 levels a search by halves. Above, the bucket leaves
+    one comparison, for any thresholds that rise: those in lower buckets are reached, those in higher ones are not. A
+    bucket of several is walked through.
+    """
+    if LEVELS > 8:
+        found = tl.gather(cuts[1], _bucket(v, cuts[2], cuts[3]), 0)
+        integer = (found >> 32).to(tl.int32)
+        cut = found.to(tl.int32).to(tl.float32, bitcast=True)
+        integer = tl.where(v >= cut, integer + MULTIPLIER, integer)
+        for _ in range(1, cuts[4]):
+            cut = tl.gather(cuts[0], (integer + SHIFT) // MULTIPLIER, 0)
+            integer = tl.where(v >= cut, integer + MULTIPLIER, integer)
+    else:
+        if LEVELS <= 2:
+            code = _reached1(v, cuts[0])
+        elif LEVELS <= 4:
+            code = _reached2(v, cuts[0], cuts[1], cuts[2])
         else:
-            t3 = _threshold(table, 3, LEVELS)
-            t4 = _threshold(table, 4, LEVELS)
-            t5 = _threshold(table, 5, LEVELS)
-            t6 = _threshold(table, 6, LEVELS)
-            if LEVELS <= 8:
-                code = _reached3(v, t0, t1, t2, t3, t4, t5, t6)
-            else:
-                up = v >= _threshold(table, 7, LEVELS)
-                code = 8 * up.to(tl.int32) + _reached3(
-                    v,
-                    tl.where(up, _threshold(table, 8, LEVELS), t0),
-                    tl.where(up, _threshold(table, 9, LEVELS), t1),
-                    tl.where(up, _threshold(table, 10, LEVELS), t2),
-                    tl.where(up, _threshold(table, 11, LEVELS), t3),
-                    tl.where(up, _threshold(table, 12, LEVELS), t4),
-                    tl.where(up, _threshold(table, 13, LEVELS), t5),
-                    tl.where(up, _threshold(table, 14, LEVELS), t6),
-                )
-    return code
+            code = _reached3(v, cuts[0], cuts[1], cuts[2], cuts[3], cuts[4], cuts[5], cuts[6])
+        integer = MULTIPLIER * code - SHIFT
+    return integer
+
+
+@triton.jit
+def store_integers(out, first, integer, padded, SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """`SIZE` integers from column `first` on as int8, each at its `place` in the row `out`."""
+    SPAN: tl.constexpr = 8 * BITS
+    FIELDS: tl.constexpr = 8 // BITS
+    # Written as sums of ranges: the compiler sees that SPAN numbers stand together, and stores them as one.
+    group = tl.arange(0, SIZE // (64 * GROUP))[:, None, None, None] * (64 * GROUP)
+    block = tl.arange(0, GROUP)[None, :, None, None] * SPAN
+    field = tl.arange(0, FIELDS)[None, None, :, None] * (GROUP * SPAN)
+    at = first + group + field + block + tl.arange(0, SPAN)[None, None, None, :]
+    given = tl.reshape(integer.to(tl.int8), [SIZE // (64 * GROUP), GROUP, FIELDS, SPAN])
+    tl.store(out + at, given, mask=at < padded)
 
 
 @triton.jit
