@@ -8,7 +8,8 @@
 #include <vector>
 
 #include "bellbox.h"
-#include "runtime/model.h"
+#include "runtime/model/opened.h"
+#include "runtime/ppm.h"
 #include "runtime/sampling.h"
 #include "runtime/text/stream.h"
 #include "runtime/text/tokenizer.h"
@@ -16,7 +17,7 @@
 using namespace bellbox;
 
 struct bellbox_model {
-    Model model;
+    Opened model;
     std::optional<Tokenizer> tokenizer;
 
     explicit bellbox_model(const std::string& folder) : model(folder) {
@@ -30,7 +31,7 @@ struct bellbox_model {
 };
 
 struct bellbox_session {
-    const Model& model;
+    const Language& model;
     Cache cache;
     int threads;
 };
@@ -72,9 +73,10 @@ uint32_t stop_of(const Tokenizer& words, const char* stop) {
 }
 
 void generate(const bellbox_model& opened, const char* prompt, const bellbox_options& options, bellbox_piece piece, void* user, bellbox_times& times) {
+    const Language& model = opened.model.text();
     const Tokenizer& words = opened.words();
     const std::vector<uint32_t> ids = words.encode(prompt);
-    const int64_t count = static_cast<int64_t>(ids.size()), longest = opened.model.shape().positions;
+    const int64_t count = static_cast<int64_t>(ids.size()), longest = model.shape().positions;
     if (count == 0) throw Error("the prompt is empty; give at least one token");
     if (options.max_new_tokens < 0) throw Error("max_new_tokens is " + std::to_string(options.max_new_tokens) + "; it must be at least 1");
     if (options.max_new_tokens == 0 && count >= longest)
@@ -90,8 +92,8 @@ void generate(const bellbox_model& opened, const char* prompt, const bellbox_opt
     const uint32_t stop = stop_of(words, options.stop);
     const int threads = std::max(1, options.threads);
 
-    Cache cache = opened.model.new_cache(count + most);
-    const int64_t vocabulary = opened.model.shape().vocabulary;
+    Cache cache = model.new_cache(count + most);
+    const int64_t vocabulary = model.shape().vocabulary;
     std::vector<float> logits(static_cast<size_t>(vocabulary));
     TextStream stream(words, ids);
     times = {count, 0, 0, 0};
@@ -100,7 +102,7 @@ void generate(const bellbox_model& opened, const char* prompt, const bellbox_opt
     uint32_t token = 0;
     for (int64_t made = 0; made < most; ++made) {
         const double begun = seconds();
-        opened.model.forward(next, made == 0 ? count : 1, cache, logits.data(), threads);
+        model.forward(next, made == 0 ? count : 1, cache, logits.data(), threads);
         require_finite(logits.data(), vocabulary, made + 1);
         token = sampler.draw(logits.data(), vocabulary), next = &token;
         (made == 0 ? times.prefill_seconds : times.decode_seconds) += seconds() - begun;
@@ -124,8 +126,14 @@ void bellbox_close(bellbox_model* model) { delete model; }
 
 bellbox_status bellbox_describe(const bellbox_model* model, bellbox_shape* shape, bellbox_error* error) {
     return guarded(error, [&] {
-        const LanguageShape& is = model->model.shape();
-        *shape = {is.vocabulary, is.positions, is.hidden, is.blocks};
+        *shape = {};
+        if (model->model.language) {
+            const LanguageShape& is = model->model.language->shape();
+            shape->vocabulary = is.vocabulary, shape->positions = is.positions, shape->hidden = is.hidden, shape->blocks = is.blocks;
+        } else {
+            const VisionShape& is = model->model.vision->shape();
+            shape->labels = is.labels, shape->channels = is.channels, shape->image = is.image;
+        }
     });
 }
 
@@ -149,7 +157,8 @@ bellbox_status bellbox_begin(const bellbox_model* model, int64_t tokens, int thr
     *session = nullptr;
     return guarded(error, [&] {
         if (tokens < 1) throw Error("a cache of " + std::to_string(tokens) + " tokens; give at least 1");
-        *session = new bellbox_session{model->model, model->model.new_cache(tokens), std::max(1, threads)};
+        const Language& text = model->model.text();
+        *session = new bellbox_session{text, text.new_cache(tokens), std::max(1, threads)};
     });
 }
 
@@ -158,6 +167,23 @@ void bellbox_end(bellbox_session* session) { delete session; }
 bellbox_status bellbox_forward(bellbox_session* session, const uint32_t* tokens, size_t count, float* logits, bellbox_error* error) {
     return guarded(error, [&] { session->model.forward(tokens, static_cast<int64_t>(count), session->cache, logits, session->threads); });
 }
+
+bellbox_status bellbox_classify(const bellbox_model* model, const float* image, int64_t height, int64_t width, int threads, float* logits,
+                                bellbox_error* error) {
+    return guarded(error, [&] { model->model.images().forward(image, height, width, logits, std::max(1, threads)); });
+}
+
+bellbox_status bellbox_read_picture(const char* path, float** image, int64_t* height, int64_t* width, int64_t* channels, bellbox_error* error) {
+    *image = nullptr;
+    return guarded(error, [&] {
+        const Picture picture = PictureReader(Mapped(path).bytes(), path).read();
+        std::unique_ptr<float[]> values(new float[picture.values.size()]);
+        std::copy(picture.values.begin(), picture.values.end(), values.get());
+        *image = values.release(), *height = picture.height, *width = picture.width, *channels = picture.channels;
+    });
+}
+
+void bellbox_free_picture(float* image) { delete[] image; }
 
 bellbox_status bellbox_generate(const bellbox_model* model, const char* prompt, const bellbox_options* options, bellbox_piece piece, void* user,
                                 bellbox_times* times, bellbox_error* error) {

@@ -9,9 +9,11 @@
 #include "kernels/avx2/head.h"
 #include "kernels/avx2/pixels.h"
 #include "kernels/avx2/training.h"
+#include "kernels/activations.h"
 #include "kernels/decoder.h"
 #include "kernels/draw.h"
 #include "kernels/peak.h"
+#include "kernels/prompt.h"
 
 namespace bellbox {
 constexpr Kernels avx2_kernels = {
@@ -24,7 +26,11 @@ constexpr Kernels avx2_kernels = {
     .row_rms = avx2::row_rms,
     .linear = avx2::linear,
     .rms_norm = avx2::rms_norm,
+    .layer_norm = avx2::layer_norm,
+    .activate = avx2::activate,
     .attend = avx2::attend,
+    .store_prompt = avx2::store_prompt,
+    .attend_prompt = avx2::attend_prompt,
     .float_linear = avx2::float_linear,
     .int8_linear = avx2::int8_linear,
     .int4_linear = avx2::int4_linear,

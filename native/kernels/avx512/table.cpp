@@ -9,10 +9,12 @@
 #include "kernels/avx512/head.h"
 #include "kernels/avx512/pixels.h"
 #include "kernels/avx512/training.h"
+#include "kernels/activations.h"
 #include "kernels/decoder.h"
 #include "kernels/draw.h"
 #include "kernels/int8_linear.h"
 #include "kernels/peak.h"
+#include "kernels/prompt.h"
 
 namespace bellbox {
 constexpr Kernels avx512_kernels = {
@@ -25,7 +27,11 @@ constexpr Kernels avx512_kernels = {
     .row_rms = avx512::row_rms,
     .linear = avx512::linear,
     .rms_norm = avx512::rms_norm,
+    .layer_norm = avx512::layer_norm,
+    .activate = avx512::activate,
     .attend = avx512::attend,
+    .store_prompt = avx512::store_prompt,
+    .attend_prompt = avx512::attend_prompt,
     .float_linear = avx512::float_linear,
     .int8_linear = avx512::int8_linear,
     .int4_linear = avx512::int4_linear,

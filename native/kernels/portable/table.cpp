@@ -2,6 +2,7 @@
 #include "kernels/kernels.h"
 
 #define BELLBOX_NAMESPACE portable
+#include "kernels/activations.h"
 #include "kernels/decoder.h"
 #include "kernels/draw.h"
 #include "kernels/int8_linear.h"
@@ -10,6 +11,7 @@
 #include "kernels/portable/encode.h"
 #include "kernels/portable/head.h"
 #include "kernels/portable/linear.h"
+#include "kernels/prompt.h"
 
 namespace bellbox {
 constexpr Kernels portable_kernels = {
@@ -22,7 +24,11 @@ constexpr Kernels portable_kernels = {
     .row_rms = portable::row_rms,
     .linear = portable::linear,
     .rms_norm = portable::rms_norm,
+    .layer_norm = portable::layer_norm,
+    .activate = portable::activate,
     .attend = portable::attend,
+    .store_prompt = portable::store_prompt,
+    .attend_prompt = portable::attend_prompt,
     .float_linear = portable::float_linear,
     .int8_linear = portable::int8_linear,
     .int4_linear = portable::int4_linear,

@@ -12,13 +12,13 @@
 
 namespace bellbox {
 
-enum class Number { u8, i8, bf16, f16, f32, f64, other };
+enum class Number { u8, i8, bf16, f16, f32, f64, i64 };
 inline int64_t bytes_of(Number number) {
     return number == Number::u8 || number == Number::i8 ? 1 : number == Number::bf16 || number == Number::f16 ? 2 : number == Number::f32 ? 4 : 8;
 }
 
 struct StoredTensor {
-    Number number = Number::other;
+    Number number = Number::u8;
     std::vector<int64_t> shape;
     std::string_view bytes;
 
@@ -29,7 +29,7 @@ struct StoredTensor {
     }
 };
 
-constexpr uint64_t kHeaderLimit = uint64_t{64} << 20;
+constexpr uint64_t kHeaderLimit = kMostJson;
 
 inline std::map<std::string, StoredTensor> read_tensors(std::string_view file, const std::string& path) {
     uint64_t length = 0;
@@ -41,7 +41,8 @@ inline std::map<std::string, StoredTensor> read_tensors(std::string_view file, c
     const Json header = parse_json(file.substr(8, length), path);
     if (!header.is_object()) throw Error(path + ": damaged, its header is no object");
     static const std::map<std::string, Number> kinds = {{"U8", Number::u8},   {"I8", Number::i8},   {"BF16", Number::bf16},
-                                                        {"F16", Number::f16}, {"F32", Number::f32}, {"F64", Number::f64}};
+                                                        {"F16", Number::f16}, {"F32", Number::f32}, {"F64", Number::f64},
+                                                        {"I64", Number::i64}};
     std::map<std::string, StoredTensor> found;
     uint64_t claimed = 0;
     for (const auto& [name, entry] : header.items()) {
