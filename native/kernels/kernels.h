@@ -321,15 +321,23 @@ struct PixelArgs {
     bool relu;                 // of that; fp32 too
 };
 
+// The runtime (native/runtime) neither trains nor binarizes, and all its numbers are fp32: with BELLBOX_RUNTIME_ONLY what else
+// there is stays null, or is not compiled.
+#ifdef BELLBOX_RUNTIME_ONLY
+constexpr bool kAllTypes = false;
+#else
+constexpr bool kAllTypes = true;
+#endif
+
 // One instruction set. Row ranges let the caller divide the work among threads.
 struct Kernels {
     const char* name;
     void (*encode)(const EncodeArgs&, int64_t row_begin, int64_t row_end);
-    void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end);
-    void (*forward)(const ForwardArgs&, int64_t row_begin, int64_t row_end);
-    void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end);
-    void (*keep)(const KeepArgs&, int64_t row_begin, int64_t row_end);
-    void (*row_rms)(const RmsArgs&, int64_t row_begin, int64_t row_end);
+    void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*forward)(const ForwardArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*keep)(const KeepArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*row_rms)(const RmsArgs&, int64_t row_begin, int64_t row_end) = nullptr;
     // Columns of the output [16*tile_begin, 16*tile_end) and rows [m_begin, m_end).
     void (*linear)(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
     void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end);
@@ -345,10 +353,10 @@ struct Kernels {
     void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
     void (*int4_linear)(const Int4LinearArgs&, int64_t n_begin, int64_t n_end);
     void (*draw)(const DrawArgs&, int64_t row_begin, int64_t row_end, uint64_t* scratch);
-    int64_t (*integer_peak)(int64_t rounds);   // native/kernels/peak.h
+    int64_t (*integer_peak)(int64_t rounds) = nullptr;   // native/kernels/peak.h
     // A row of x [k] to integers, -most..most, in the order of the steps, and their sums; returns what one is worth.
-    float (*binarized_input)(const Binarized&, const float* x, float most, int8_t* rounded, int8_t* ordered, int32_t* sums);
-    void (*binarized)(const BinarizedArgs&, int64_t tile_begin, int64_t tile_end);
+    float (*binarized_input)(const Binarized&, const float* x, float most, int8_t* rounded, int8_t* ordered, int32_t* sums) = nullptr;
+    void (*binarized)(const BinarizedArgs&, int64_t tile_begin, int64_t tile_end) = nullptr;
     // Whether `linear` takes so many rows as codes (a level that is no code's is wrong there, code_sums is used), or null
     // where it never does.
     bool (*counts)(const LinearArgs&, int64_t rows) = nullptr;

@@ -19,11 +19,13 @@ namespace bellbox {
 constexpr Kernels avx2_kernels = {
     .name = "avx2",
     .encode = avx2::encode,
+#ifndef BELLBOX_RUNTIME_ONLY
     .rotate = avx2::rotate,
     .forward = avx2::forward,
     .backward = avx2::backward,
     .keep = avx2::keep,
     .row_rms = avx2::row_rms,
+#endif
     .linear = avx2::linear,
     .rms_norm = avx2::rms_norm,
     .layer_norm = avx2::layer_norm,
@@ -35,9 +37,11 @@ constexpr Kernels avx2_kernels = {
     .int8_linear = avx2::int8_linear,
     .int4_linear = avx2::int4_linear,
     .draw = avx2::draw,
+#ifndef BELLBOX_RUNTIME_ONLY
     .integer_peak = avx2::integer_peak,
     .binarized_input = avx2::binarized_input,
     .binarized = avx2::binarized,
+#endif
     .counts = avx2::counts,
     .make_planes = avx2::pixels::make_planes,
     .convolve = avx2::pixels::convolve,

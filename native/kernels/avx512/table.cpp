@@ -20,11 +20,13 @@ namespace bellbox {
 constexpr Kernels avx512_kernels = {
     .name = "avx512",
     .encode = avx512::encode,
+#ifndef BELLBOX_RUNTIME_ONLY
     .rotate = avx512::rotate,
     .forward = avx512::forward,
     .backward = avx512::backward,
     .keep = avx512::keep,
     .row_rms = avx512::row_rms,
+#endif
     .linear = avx512::linear,
     .rms_norm = avx512::rms_norm,
     .layer_norm = avx512::layer_norm,
@@ -36,9 +38,11 @@ constexpr Kernels avx512_kernels = {
     .int8_linear = avx512::int8_linear,
     .int4_linear = avx512::int4_linear,
     .draw = avx512::draw,
+#ifndef BELLBOX_RUNTIME_ONLY
     .integer_peak = avx512::integer_peak,
     .binarized_input = avx512::binarized_input,
     .binarized = avx512::binarized,
+#endif
     .counts = avx512::counts,
     .make_planes = avx512::pixels::make_planes,
     .convolve = avx512::pixels::convolve,

@@ -17,11 +17,13 @@ namespace bellbox {
 constexpr Kernels portable_kernels = {
     .name = "portable",
     .encode = portable::encode,
+#ifndef BELLBOX_RUNTIME_ONLY
     .rotate = portable::rotate,
     .forward = portable::forward,
     .backward = portable::backward,
     .keep = portable::keep,
     .row_rms = portable::row_rms,
+#endif
     .linear = portable::linear,
     .rms_norm = portable::rms_norm,
     .layer_norm = portable::layer_norm,
@@ -33,8 +35,10 @@ constexpr Kernels portable_kernels = {
     .int8_linear = portable::int8_linear,
     .int4_linear = portable::int4_linear,
     .draw = portable::draw,
+#ifndef BELLBOX_RUNTIME_ONLY
     .integer_peak = portable::integer_peak,
     .binarized_input = portable::binarized_input,
     .binarized = portable::binarized,
+#endif
 };
 }  // namespace bellbox

@@ -203,8 +203,8 @@ class Llama(nn.Module):
     Attributes:
         config: its shape.
         exact_attention: set it to True for logits of a prefix that depend neither on what follows nor on the
-            rest of the batch (`attention.py` says why and what it costs). False by default: PyTorch's fused
-            attention.
+            rest of the batch, where the compiled kernels do not run (`attention.py` says why and what it costs).
+            False by default: the kernels, or PyTorch's fused attention.
 
     `state_dict()` has the names and shapes of `transformers.LlamaForCausalLM`.
     """
