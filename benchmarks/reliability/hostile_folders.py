@@ -30,6 +30,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def mutate(good: list[Path], folder: Path, draw: Random) -> bool:
         if draw.randrange(50) == 0:
             _replace(file, draw)
             return False
-        file.write_bytes(mutation_of(file.name)(file.read_bytes(), draw))
+        with suppress(ValueError, KeyError, IndexError, TypeError, RecursionError):  # what was mutated before may have no structure left
+            file.write_bytes(mutation_of(file.name)(file.read_bytes(), draw))
     return draw.randrange(4) > 0 and seal(folder)
 
 
@@ -128,7 +130,7 @@ def says_the_same(folder: Path, good: list[Path]) -> bool:
         config = json.loads((folder / "config.json").read_bytes())
         names = config["quantization_config"]["files"]
         read = [(folder / name).read_bytes() for name in names]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     for each in good:
         if json.loads((each / "config.json").read_bytes()) == config:

@@ -1,6 +1,7 @@
 // The config.json of a packed folder (docs/format.md), versions 4 and 6: every field known, every number in its range.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <string>
@@ -86,7 +87,9 @@ inline std::vector<float> gaussian_thresholds(int32_t levels, const Fields& wher
 inline Grid read_grid(Fields& fields) {
     Grid grid;
     const int32_t levels = static_cast<int32_t>(fields.integer("levels", 2, 16));
-    if (!grid.set(levels, fields.number("zero_point"))) fields.refuse("zero_point", "is no multiple of 1/2");
+    const double zero = fields.number("zero_point");
+    // twice it by itself: beside the levels a tiny number is lost
+    if (2 * zero != std::nearbyint(2 * zero) || !grid.set(levels, zero)) fields.refuse("zero_point", "is no multiple of 1/2");
     return grid;
 }
 
@@ -117,7 +120,9 @@ inline StoredLayer read_layer(Fields fields) {
     const std::string function = fields.text("function");
     const bool convolution = function == "packed_conv2d";
     if (!convolution && function != "packed_linear") fields.refuse("function", "is " + shown(function) + ", which this program does not run");
-    fields.text("method");
+    const std::string method = fields.text("method");
+    if (method.size() > 32 || std::any_of(method.begin(), method.end(), [](char c) { return c < 0x20 || c > 0x7e; }))
+        fields.refuse("method", "must be at most 32 printable characters of ASCII");
     layer.inputs = fields.integer("in_features", 1, 1 << 24), layer.outputs = fields.integer("out_features", 1, 1 << 24);
     layer.bias = fields.flag("bias"), layer.rescale = fields.flag("rescale");
     if (fields.flag("signs")) fields.refuse("signs", "is true, which this program does not run");

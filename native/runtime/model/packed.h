@@ -72,7 +72,7 @@ inline Group group_of(const std::vector<PackedLayer>& layers, size_t first, size
     for (size_t i = first; i < first + count; ++i) {
         const PackedLayer &layer = layers[i], &one = layers[first];
         const Coding &a = layer.coding, &b = one.coding;
-        if (a.block != b.block || a.n != b.n || a.normalise != b.normalise || a.rstd != b.rstd || a.rescale != b.rescale || a.shift != b.shift || layer.thresholds != one.thresholds)
+        if (a.block != b.block || a.n != b.n || a.normalise != b.normalise || a.rstd != b.rstd || a.rescale != b.rescale || a.multiplier != b.multiplier || a.shift != b.shift || layer.thresholds != one.thresholds)
             throw Error(where + ": layers that read the same tensor code it differently, which this program does not run");
         group.weights.push_back(layer.weights.get());
         group.act_scales.push_back(layer.act_scale * (1.0f / static_cast<float>(layer.weights->view().multiplier * a.multiplier)));

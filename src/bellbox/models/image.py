@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bellbox.ops import native
 from bellbox.ops.activate import is_pinned
+from bellbox.ops.dispatch import is_direct
 from bellbox.ops.float_linear import float_linear
 
 
@@ -34,7 +35,7 @@ def mean_of(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _is_whole(x: Tensor, weight: Tensor) -> bool:
-    return is_pinned(x) and native.available() and weight.dtype == torch.float32
+    return is_pinned(x) and is_direct(x) and native.available() and weight.dtype == torch.float32
 
 
 # One node each to `torch.fx`: whether they are pinned is asked when they run.

@@ -94,10 +94,14 @@ operation = Operation("activate(Tensor x, Tensor? times, str kind) -> Tensor", _
 
 
 def is_pinned(x: Tensor) -> bool:
-    """Whether evaluation of `x` goes by the library's own arithmetic between layers: fp32 on the CPU, eager, no gradient."""
+    """Whether evaluation of `x` goes by the library's own arithmetic between layers: fp32 on the CPU, without gradients.
+
+    A compiler sees its operations; an export and other tracers see torch's, which others know.
+    """
     return (
         not torch.is_grad_enabled()
-        and is_direct(x)  # before its dtype is looked at: a tracer's stand-in has none
+        # before its dtype is looked at: a tracer's stand-in has none
+        and (is_direct(x) or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()))
         and x.dtype == torch.float32
         and x.is_cpu
         and not torch.is_autocast_enabled("cpu")

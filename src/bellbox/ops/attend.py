@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bellbox.ops import native
 from bellbox.ops.activate import is_pinned
-from bellbox.ops.dispatch import forced
+from bellbox.ops.dispatch import forced, is_direct
 
 
 class CacheLayer(NamedTuple):
@@ -41,6 +41,7 @@ def attends(query: Tensor, cache: CacheLayer | None) -> bool:
     """Whether `attend` serves: fp32 on the CPU, the kernels there, no gradient asked for."""
     return (
         is_pinned(query)
+        and is_direct(query)
         and native.available()
         and forced() in (None, "cpu")
         and query.numel() > 0
