@@ -3,8 +3,8 @@
     python benchmarks/device_speed.py demo/packed --turns 7 --new-tokens 200
     python benchmarks/device_speed.py --preset 95M --bits 2 --turns 7          # random weights, int8 embeddings
 
-Each turn is a process of its own, one after the other, on as many threads as asked. Medians and quartiles. With --preset a
-folder with random weights is packed first, which takes some minutes for the large ones.
+Each turn is a process of its own, one after the other, on as many threads as asked. Medians and quartiles. With
+--preset a folder with random weights is packed first, which takes some minutes for the large ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-FIELDS = ("load_seconds", "first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_mb")
+FIELDS = (
+    "load_seconds",
+    "first_token_seconds",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "peak_mb",
+)
 
 
 def python_turn(folder: Path, prompt: str, new_tokens: int) -> dict[str, Any]:
@@ -65,7 +71,9 @@ def packed(folder: Path, preset_name: str, bits: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--preset")
     parser.add_argument("--bits", type=int, default=2)
@@ -88,8 +96,22 @@ def main() -> None:
             folder = Path(made) / "packed"
             packed(folder, asked.preset, asked.bits)
         size = sum(each.stat().st_size for each in folder.iterdir()) / 1e6
-        flags = ["--max-new-tokens", str(asked.new_tokens), "--temperature", "0", "--threads", str(asked.threads)]
-        again = [sys.executable, __file__, str(folder), "--python-turn", "--new-tokens", str(asked.new_tokens)]
+        flags = [
+            "--max-new-tokens",
+            str(asked.new_tokens),
+            "--temperature",
+            "0",
+            "--threads",
+            str(asked.threads),
+        ]
+        again = [
+            sys.executable,
+            __file__,
+            str(folder),
+            "--python-turn",
+            "--new-tokens",
+            str(asked.new_tokens),
+        ]
         commands = {
             "bellbox-run": [str(asked.program), str(folder), "--prompt", prompt, *flags, "--bench"],
             "python": [*again, "--prompt-words", str(asked.prompt_words)],

@@ -1,16 +1,16 @@
-"""Mutated packed folders into the C++ reader under AddressSanitizer and UBSan: none may crash it or load as another one.
+"""Mutated packed folders into the C++ reader under sanitizers: none may crash it or load as another one.
 
     cmake -S . -B build/checks/fuzz -DBELLBOX_FUZZ=ON && cmake --build build/checks/fuzz
     python benchmarks/reliability/hostile_folders.py --count 20000
 
-A mutation is a function of (seed, number). It knows the structure of the files (`mutations.py`); three of four folders get
-checksums that match again, so that what lies behind the checksums is reached. One process opens thousands of them, and uses
-what opens: a prompt, a token, a text, or an image.
+A mutation is a function of (seed, number). It knows the structure of the files (`mutations.py`). Three of four folders
+get checksums that match again, so that what lies behind the checksums is reached. One process opens thousands of them,
+and uses what opens: a prompt, a token, a text, or an image.
 
     refused      one line, status 2
     used         opened and used, or opened and refused in use; nothing vouches for what it says, or it says the same
     alone        likewise, but Python's reader refuses the folder: no failure, but listed
-    another      opened although its checksums do not match and it says something else: a failure, as are all that follow
+    another      opened as something else although its checksums do not match: a failure, as are all that follow
     failed       status 3: a fault, or no memory
     crash        the process ended, by a sanitizer's report or a signal
     hang         more than 60 seconds
@@ -70,13 +70,14 @@ def specimens(room: Path) -> list[Path]:
     words.save(tokenizer)
     llama = LlamaConfig(words.vocab_size, 32, 64, 1, 2, num_key_value_heads=1, max_position_embeddings=64)
     gpt = GPTConfig(words.vocab_size, 32, 64, 1, 2, max_position_embeddings=64, activation="gelu_erf")
+    vit = ViTConfig(4, image_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
     made: list[Callable[[Path], None]] = [
         lambda to: _language(to, llama, bb.Recipe.bbq(2, embedding_bits=4), tokenizer),
         lambda to: _language(to, llama, bb.Recipe.bbq(levels=3, embedding_bits=8), tokenizer),
         lambda to: _language(to, gpt, bb.Recipe.bbq(1), tokenizer),
         lambda to: _language(to, gpt, bb.Recipe.of("lsq", 3), tokenizer),
         lambda to: _vision(to, ResNetConfig(4, width=8, stages=2, max_pool=True), bb.Recipe.bbq(2)),
-        lambda to: _vision(to, ViTConfig(4, image_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1), bb.Recipe.bbq(4)),
+        lambda to: _vision(to, vit, bb.Recipe.bbq(4)),
     ]  # fmt: skip
     for number, make in enumerate(made):
         make(room / f"good-{number}")
@@ -119,7 +120,9 @@ def mutate(good: list[Path], folder: Path, draw: Random) -> bool:
         if draw.randrange(50) == 0:
             _replace(file, draw)
             return False
-        with suppress(ValueError, KeyError, IndexError, TypeError, RecursionError):  # what was mutated before may have no structure left
+        with suppress(
+            ValueError, KeyError, IndexError, TypeError, RecursionError
+        ):  # what was mutated before may have no structure left
             file.write_bytes(mutation_of(file.name)(file.read_bytes(), draw))
     return draw.randrange(4) > 0 and seal(folder)
 
@@ -159,9 +162,14 @@ class Reader:
         if self.process is None or self.process.poll() is not None:
             self.starts += 1
             self.process = subprocess.Popen(
-                [self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                [self.program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(f"{folder}\n")
         self.process.stdin.flush()
         if not select.select([self.process.stdout], [], [], SECONDS)[0]:
@@ -191,7 +199,9 @@ class Findings:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first mutation")

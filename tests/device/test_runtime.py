@@ -186,7 +186,8 @@ def test_logits_are_those_of_python_to_the_last_bit(
     pieces = library.logits(opened, [ids[:7], ids[7:8], ids[8:]], size)
     assert torch.equal(whole, expected[-1])
     assert all(map(torch.equal, single, expected))
-    assert torch.equal(pieces[0], expected[6]) and torch.equal(pieces[1], expected[7])
+    assert torch.equal(pieces[0], expected[6])
+    assert torch.equal(pieces[1], expected[7])
     assert torch.equal(pieces[2], whole)
     library.c.bellbox_close(opened)
 
@@ -219,9 +220,7 @@ def packed_vision(folder: Path, config: Any, recipe: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("config", "recipe"), VISION)
-def test_logits_of_an_image_are_those_of_python(
-    tmp_path: Path, config: Any, recipe: dict[str, Any]
-) -> None:
+def test_logits_of_an_image_are_those_of_python(tmp_path: Path, config: Any, recipe: dict[str, Any]) -> None:
     model = packed_vision(tmp_path / "m", config, recipe)
     library, draw = Library(), torch.Generator().manual_seed(0)
     opened = library.open(tmp_path / "m")
@@ -240,7 +239,9 @@ def test_logits_of_an_image_are_those_of_python(
 
 
 def test_a_picture_is_classified_as_in_python(tmp_path: Path, folder: Path) -> None:
-    config = ViTConfig(7, image_size=8, patch_size=4, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    config = ViTConfig(
+        7, image_size=8, patch_size=4, hidden_size=32, intermediate_size=64, num_hidden_layers=1
+    )
     model = packed_vision(tmp_path / "m", config, {"bits": 2})
     pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     picture = tmp_path / "x.ppm"
@@ -276,13 +277,15 @@ def test_a_picture_is_classified_as_in_python(tmp_path: Path, folder: Path) -> N
         ((folder, "--image", picture, "--prompt", "x"), "give one"),
     ):
         found = run(*arguments)
-        assert found.returncode == 2 and message in found.stderr, found.stderr
+        assert found.returncode == 2
+        assert message in found.stderr, found.stderr
 
 
 def test_a_bench_is_one_line_of_json(folder: Path) -> None:
     found = run(folder, "--bench", "--prompt", PROMPT, "--max-new-tokens", 5, "--temperature", 0)
     measured = json.loads(found.stdout)
-    assert 1 <= measured["new_tokens"] <= 5 and measured["peak_mb"] > 1
+    assert 1 <= measured["new_tokens"] <= 5
+    assert measured["peak_mb"] > 1
     assert measured["first_token_seconds"] > measured["load_seconds"] > 0
 
 

@@ -269,7 +269,26 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
         yield (
             f"attend_prompt {i}",
             lambda t=tokens, s=start: module.attend_prompt(
-                small, small, small, None, None, cache, cache, None, None, 1, 1, t, 1, 1, 8, 4, s, True, small, 1
+                small,
+                small,
+                small,
+                None,
+                None,
+                cache,
+                cache,
+                None,
+                None,
+                1,
+                1,
+                t,
+                1,
+                1,
+                8,
+                4,
+                s,
+                True,
+                small,
+                1,
             ),
         )
     for i, sizes in enumerate(

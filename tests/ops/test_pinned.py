@@ -88,7 +88,9 @@ def test_rotary_positions_are_those_of_float64_and_the_same_in_torch(monkeypatch
     monkeypatch.setattr(native, "available", lambda: False)
     assert all(map(torch.equal, rotary_tables(theta, head, 3000), (cosines, sines)))
     far = torch.tensor([2.0**20 - 1, 1e6, math.pi / 2, math.pi])
-    assert torch.equal(torch.stack(_turn(far.double())), torch.stack((far.double().cos(), far.double().sin())).float())
+    assert torch.equal(
+        torch.stack(_turn(far.double())), torch.stack((far.double().cos(), far.double().sin())).float()
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,7 +106,9 @@ def test_rotary_positions_are_those_of_float64_and_the_same_in_torch(monkeypatch
     seed=st.integers(0, 99),
 )
 @needs_kernels
-def test_tokens_together_attend_as_one_by_one(coded, batch, kv_heads, groups, half, start, tokens, rotary, seed):
+def test_tokens_together_attend_as_one_by_one(
+    coded, batch, kv_heads, groups, half, start, tokens, rotary, seed
+):
     from bellbox.models.cache import KVCache
 
     draw = torch.Generator().manual_seed(seed)
@@ -127,7 +131,15 @@ def test_tokens_together_attend_as_one_by_one(coded, batch, kv_heads, groups, ha
             whole = attend(query, key, value, tables, layers[0], start, size)
             singly = torch.cat(
                 [
-                    attend(query[:, i : i + 1], key[:, i : i + 1], value[:, i : i + 1], tables, layers[1], start + i, size)
+                    attend(
+                        query[:, i : i + 1],
+                        key[:, i : i + 1],
+                        value[:, i : i + 1],
+                        tables,
+                        layers[1],
+                        start + i,
+                        size,
+                    )
                     for i in range(tokens)
                 ],
                 dim=1,
@@ -144,7 +156,8 @@ def test_tokens_together_attend_as_one_by_one(coded, batch, kv_heads, groups, ha
             for a, b in zip(now, layer[:4], strict=True):
                 assert (a is None and b is None) or torch.equal(a, b[:, :, :end])
         expected, held = (whole, now) if expected is None else (expected, held)
-        assert torch.equal(whole, expected) and torch.equal(singly, expected)
+        assert torch.equal(whole, expected)
+        assert torch.equal(singly, expected)
         assert torch.equal(torch.cat(pieces, dim=1), expected)
         assert held is not None
         assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(now, held, strict=True))

@@ -1,7 +1,7 @@
 """The arithmetic that both models share: causal attention, fast or exact, and activations likewise.
 
-Evaluation in fp32 on the CPU goes by the compiled kernels (`ops/attend.py`, `ops/activate.py`), where a token has the same
-bits in every company. What follows is of torch's functions, which run elsewhere: in training, on a GPU, compiled.
+Evaluation in fp32 on the CPU goes by the compiled kernels (`ops/attend.py`, `ops/activate.py`), where a token has the
+same bits in every company. What follows is of torch's functions, which run elsewhere: in training, on a GPU, compiled.
 
 Why there is an exact way. `F.scaled_dot_product_attention` sums in blocks whose size depends on the number of
 keys and of sequences; a vectorised SiLU or tanh computes the last few elements of a buffer with another

@@ -40,7 +40,9 @@ def _is_whole(x: Tensor, weight: Tensor) -> bool:
 
 # One node each to `torch.fx`: whether they are pinned is asked when they run.
 @fx.wrap
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+) -> Tensor:
     if not _is_whole(x, weight):
         return F.conv2d(x, weight, bias, stride, padding)
     rows, columns = (

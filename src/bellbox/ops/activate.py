@@ -1,8 +1,8 @@
 """The activation between the packed layers of an MLP, for evaluation: it has no gradient.
 
-A library's vectors take the last few numbers of a buffer by another routine, and each library its own. Here every step is
-one rounding in fp32, in a fixed order: a value has one result, wherever it lies and whatever runs it (`native/runtime`
-too). So no code of the next layer depends on that.
+A library's vectors take the last few numbers of a buffer by another routine, and each library its own. Here every step
+is one rounding in fp32, in a fixed order: a value has one result, wherever it lies and whatever runs it
+(`native/runtime` too). Below -87 the exponential stays what it is there, so a magnitude above 1e30 gives no zero. So no code of the next layer depends on that.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ operation = Operation("activate(Tensor x, Tensor? times, str kind) -> Tensor", _
 
 
 def is_pinned(x: Tensor) -> bool:
-    """Whether evaluation of `x` goes by the library's own arithmetic between layers: fp32 on the CPU, without gradients.
+    """Whether evaluation of `x` goes by the library's own arithmetic between layers: fp32 on the CPU, no gradients.
 
     A compiler sees its operations; an export and other tracers see torch's, which others know.
     """

@@ -68,10 +68,10 @@ def attend(
         key: `[B, T, kv_heads * head_dim]`, likewise.
         value: as `key`.
         rotary: cosines and sines `[positions, head_dim / 2]` fp32, or None.
-        cache: the layer's, of `B` sequences or of as many slots as there are; positions from `start` on are written. None:
-            these tokens are all.
-        start: tokens held, `T` less than `room` at most; or, where T is 1, int64 `[B, 2]`, the slot of each sequence in the
-            cache and how many it holds, no slot twice.
+        cache: the layer's, of `B` sequences or of as many slots as there are; positions from `start` on are written.
+            None: these tokens are all.
+        start: tokens held, `T` less than `room` at most; or, where T is 1, int64 `[B, 2]`, the slot of each sequence in
+            the cache and how many it holds, no slot twice.
         head_dim: of attention.
         causal: whether a token sees those before it and itself only.
 

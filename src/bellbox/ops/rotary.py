@@ -1,7 +1,7 @@
 """Cosines and sines of rotary positions, the same bits wherever they are made (`native/layers/rotary.h`).
 
-A library's cosine of an fp32 number differs from another's in the last bit. These are products and sums of fp64 in a fixed
-order, rounded to fp32 once, hence right to its last bit but for one number in some 100 million.
+A library's cosine of an fp32 number differs from another's in the last bit. These are products and sums of fp64 in a
+fixed order, rounded to fp32 once, hence right to its last bit but for one number in some 100 million.
 """
 
 from __future__ import annotations
