@@ -2,7 +2,8 @@
 
 A library's vectors take the last few numbers of a buffer by another routine, and each library its own. Here every step
 is one rounding in fp32, in a fixed order: a value has one result, wherever it lies and whatever runs it
-(`native/runtime` too). Below -87 the exponential stays what it is there, so a magnitude above 1e30 gives no zero. So no code of the next layer depends on that.
+(`native/runtime` too). So no code of the next layer depends on that. Below -87 the exponential stays what it is there,
+so a magnitude above 1e30 gives no zero; no layer takes such numbers.
 """
 
 from __future__ import annotations
