@@ -178,7 +178,7 @@ def test_logits_are_those_of_python_to_the_last_bit(
     library, model = Library(), bb.load(folder)
     opened = library.open(folder)
     ids = [5, 9, 77, 300, 12, 5, *range(100, 140)]
-    size = model.config.vocab_size
+    size = Tokenizer.load(folder).vocab_size
     with torch.no_grad():
         expected = [model(torch.tensor([ids[: i + 1]]), last_only=True)[0, 0] for i in range(len(ids))]
     whole = library.logits(opened, [ids], size)[0]
@@ -224,7 +224,8 @@ def test_logits_of_an_image_are_those_of_python(tmp_path: Path, config: Any, rec
     model = packed_vision(tmp_path / "m", config, recipe)
     library, draw = Library(), torch.Generator().manual_seed(0)
     opened = library.open(tmp_path / "m")
-    sides = [getattr(config, "image_size", None)] if getattr(config, "image_size", None) else [9, 20, 33]
+    fixed = getattr(config, "image_size", None)
+    sides: list[int] = [9, 20, 33] if fixed is None else [fixed]
     for side in sides:
         for _ in range(3):
             image = torch.rand(config.num_channels, side, side, generator=draw)

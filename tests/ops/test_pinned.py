@@ -93,6 +93,10 @@ def test_rotary_positions_are_those_of_float64_and_the_same_in_torch(monkeypatch
     )
 
 
+def are_equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     coded=st.sampled_from(["fp32", "int8", "int4"]),
@@ -153,23 +157,24 @@ def test_tokens_together_attend_as_one_by_one(
         end = start + tokens
         now = [None if t is None else t[:, :, :end] for t in layers[0][:4]]
         for layer in layers[1:]:
-            for a, b in zip(now, layer[:4], strict=True):
-                assert (a is None and b is None) or torch.equal(a, b[:, :, :end])
+            found = [None if t is None else t[:, :, :end] for t in layer[:4]]
+            assert all(map(are_equal, now, found))
         expected, held = (whole, now) if expected is None else (expected, held)
         assert torch.equal(whole, expected)
         assert torch.equal(singly, expected)
         assert torch.equal(torch.cat(pieces, dim=1), expected)
         assert held is not None
-        assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(now, held, strict=True))
+        assert all(map(are_equal, now, held))
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @needs_kernels
 def test_attention_without_a_cache_is_that_of_float64(causal):
     query, key, value = torch.randn(3, 2, 67, 4 * 32, generator=torch.Generator().manual_seed(0)).unbind()
-    parts = (x.view(2, 67, 4, 32).transpose(1, 2).double() for x in (query, key, value))
-    wanted = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal)
+    q, k, v = (x.view(2, 67, 4, 32).transpose(1, 2).double() for x in (query, key, value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
     found = attend(query, key, value, None, None, 0, 32, causal)
     torch.testing.assert_close(found.double(), wanted.transpose(1, 2).flatten(2), atol=2e-6, rtol=1e-5)
-    room = CacheLayer(*torch.empty(2, 2, 4, 90, 32).unbind())
+    keys, values = torch.empty(2, 2, 4, 90, 32).unbind()
+    room = CacheLayer(keys, values)
     assert torch.equal(attend(query, key, value, None, room, 0, 32, causal), found)

@@ -19,6 +19,10 @@ def convolve(layer: nn.Module, x: Tensor) -> Tensor:
     """What a convolution makes of `x`; in full precision and in evaluation, row by row of the window."""
     if type(layer) is not nn.Conv2d or layer._forward_hooks or layer._forward_pre_hooks:
         return layer(x)
+    if (
+        isinstance(layer.padding, str) or layer.groups > 1 or max(layer.dilation) > 1
+    ):  # none of our models has such
+        return layer(x)
     return _convolved(x, layer.weight, layer.bias, layer.stride, layer.padding)
 
 
@@ -41,7 +45,7 @@ def _is_whole(x: Tensor, weight: Tensor) -> bool:
 # One node each to `torch.fx`: whether they are pinned is asked when they run.
 @fx.wrap
 def _convolved(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
     if not _is_whole(x, weight):
         return F.conv2d(x, weight, bias, stride, padding)

@@ -43,7 +43,8 @@ class Attention(nn.Module):
         )
         if attends(parts[0], None):
             head_dim = parts[0].shape[-1] // self.heads
-            return self.o_proj(attend(*parts, None, None, 0, head_dim, causal=False))
+            query, key, value = parts
+            return self.o_proj(attend(query, key, value, None, None, 0, head_dim, causal=False))
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
