@@ -32,7 +32,8 @@ typedef struct bellbox_model bellbox_model;
 typedef struct bellbox_session bellbox_session;
 
 typedef struct {
-    int64_t vocabulary, positions, hidden, blocks;
+    int64_t vocabulary, positions, hidden, blocks; /* of a model of text, else 0 */
+    int64_t labels, channels, image;               /* of one of images; image: its height and width, 0 for any */
 } bellbox_shape;
 
 /* A packed folder, checked and laid out for this processor. `*model` is to be closed with bellbox_close. */
@@ -83,6 +84,13 @@ BELLBOX_API bellbox_status bellbox_start(const bellbox_model* model, const char*
 BELLBOX_API bellbox_status bellbox_next(bellbox_text* text, bellbox_piece piece, void* user, int* more, bellbox_error* error);
 BELLBOX_API void bellbox_timing(const bellbox_text* text, bellbox_times* times);
 BELLBOX_API void bellbox_finish(bellbox_text* text);
+/* Logits [labels] of an image [height, width, channels] of numbers from 0 to 1. */
+BELLBOX_API bellbox_status bellbox_classify(const bellbox_model* model, const float* image, int64_t height, int64_t width, int threads,
+                                float* logits, bellbox_error* error);
+/* A picture in PPM or PGM (P6, P5, up to 8 bits) as such an image, to be given back to bellbox_free_picture. */
+BELLBOX_API bellbox_status bellbox_read_picture(const char* path, float** image, int64_t* height, int64_t* width, int64_t* channels,
+                                    bellbox_error* error);
+BELLBOX_API void bellbox_free_picture(float* image);
 
 #ifdef __cplusplus
 }

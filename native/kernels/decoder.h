@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "kernels/cache_rows.h"
+#include "kernels/exponential.h"
 #include "kernels/float_linear.h"
 #include "kernels/kernels.h"
 
@@ -30,26 +31,6 @@ inline void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end) {
         const float scale = static_cast<float>(1.0 / __builtin_sqrt(lanes[0] / static_cast<double>(a.k) + a.eps));
         for (int64_t j = 0; j < a.k; ++j) out[j] = x[j] * scale * a.weight[j];
     }
-}
-
-// e^x for x <= 0, to about one unit in the last place: 2^n times the Taylor polynomial of the rest.
-inline float exp_of(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-    const float n = (x * 1.44269504f + magic) - magic;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 5040.0f;
-    p = p * r + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof(power));
-    return p * power;
 }
 
 // Rotary positions: channel i is paired with i + d/2; the same products and sums as RotaryEmbedding's.
@@ -89,7 +70,7 @@ inline float round_head(float* x, int64_t d, bool eight_bits) {
     const bool usable = finite && larger >= 1e-30f;
     const float eighth = larger / 8.0f, other = smaller / 7.5f, step = other > eighth ? other : eighth;
     const float scale = eight_bits ? larger / 127.0f : above > below ? -step : step;
-    const float factor = usable ? (eight_bits ? 127.0f / larger : 1.0f / scale) : 0.0f, magic = 12582912.0f;  // as in exp_of
+    const float factor = usable ? (eight_bits ? 127.0f / larger : 1.0f / scale) : 0.0f, magic = 12582912.0f;  // as in exponential.h
     const float most = eight_bits ? 127.0f : 7.0f;
     for (int64_t i = 0; i < d; ++i) {
         const float code = (x[i] * factor + magic) - magic;
@@ -119,20 +100,25 @@ inline float code_row(float* x, int64_t d, uint8_t* row) {
     return scale;
 }
 
-// Softmax of `scores` [length] without the last division, in place; returns the sum.
+// Softmax of `scores` [length] without the last division, in place; returns the sum, of kLanes lanes.
 inline float exponentials(float* scores, int64_t length) {
-    float lanes[kLanes];
-    for (int l = 0; l < kLanes; ++l) lanes[l] = -3.4e38f;
+    Lanes most[kParts], sums[kParts] = {};
+    for (int part = 0; part < kParts; ++part) most[part] = all_lanes(-3.4e38f);
     int64_t s = 0;
     for (; s + kLanes <= length; s += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[l] = scores[s + l] > lanes[l] ? scores[s + l] : lanes[l];
-    for (int l = 0; s + l < length; ++l) lanes[l] = scores[s + l] > lanes[l] ? scores[s + l] : lanes[l];
-    float largest = lanes[0];
-    for (int l = 1; l < kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
-    for (s = 0; s < length; ++s) scores[s] = exp_of(scores[s] - largest);
-    for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
+        for (int part = 0; part < kParts; ++part) {
+            const Lanes x = load_lanes(scores + s + part * kPart);
+            most[part] = where(x > most[part], x, most[part]);
+        }
+    float lanes[kLanes];
+    std::memcpy(lanes, most, sizeof(lanes));
+    float largest = -3.4e38f;
+    for (int l = 0; l < kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
+    for (; s < length; ++s) largest = scores[s] > largest ? scores[s] : largest;
+    map_lanes(scores, scores, 0, length, [&](Lanes x) { return exp_of(x - all_lanes(largest)); });
     for (s = 0; s + kLanes <= length; s += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[l] += scores[s + l];
+        for (int part = 0; part < kParts; ++part) sums[part] += load_lanes(scores + s + part * kPart);
+    std::memcpy(lanes, sums, sizeof(lanes));
     for (int l = 0; s + l < length; ++l) lanes[l] += scores[s + l];
     return sum_lanes(lanes);
 }

@@ -152,6 +152,24 @@ struct RmsNormArgs {
     float* out;                // [rows, k]
 };
 
+// A GPT's: the mean and the sum of squares in fp64.
+struct LayerNormArgs {
+    const float* x;            // [rows, k]
+    const float *weight, *bias;  // [k]; the bias may be null
+    int64_t rows, k;
+    double eps;
+    float* out;                // [rows, k]
+};
+
+enum class Activation : int { silu, gelu_tanh, gelu_erf, relu };
+
+// out = activation(x) [* times]
+struct ActivateArgs {
+    const float *x, *times;    // [count]; times may be null
+    Activation kind;
+    float* out;                // [count], may be x
+};
+
 // Keys and values of `start` tokens, with room for more: rows of fp32 numbers, or of codes that are each times the scale of
 // their row. Of 4 bits, byte i has the code of number i, plus 8, in its low half, and that of i + ceil(head_dim / 2) above.
 // Sequences that come and go have places of their own: a slot of the cache, and how many tokens it holds.
@@ -184,6 +202,31 @@ struct AttendArgs {
 };
 
 constexpr int64_t kCacheRows = 32;  // rows of a cache that `attend` decodes at once, a multiple of 4
+constexpr int64_t kPromptKeys = 64;   // a multiple of the keys whose products with a query lie side by side
+constexpr int64_t kPromptTokens = 16;  // new tokens that go together
+
+// Some new tokens of each sequence: their keys and values into the cache, then attention of each over all before it and
+// itself, or over all. An item of work is up to kPromptTokens tokens of a pair (sequence, key-value head).
+struct PromptArgs {
+    const float* query;        // [batch, tokens, heads, head_dim]
+    const float* key;          // [batch, tokens, kv_heads, head_dim]
+    const float* value;
+    const float* cosine;       // [start + tokens, head_dim / 2], or null
+    const float* sine;
+    int64_t batch, tokens, heads, kv_heads, head_dim;
+    bool causal;
+    CacheView cache;           // without places: sequence i has slot i
+    float* out;                // as query
+
+    int64_t blocks() const { return (tokens + kPromptTokens - 1) / kPromptTokens; }
+    int64_t items() const { return batch * kv_heads * blocks(); }
+    int64_t padded() const { return (cache.start + tokens + kPromptKeys - 1) / kPromptKeys * kPromptKeys; }
+    int64_t scratch() const {  // floats
+        const int64_t rows = kPromptTokens * (heads / kv_heads);
+        const int64_t lanes = (head_dim + 15) / 16 * 16;  // of keys, as they are turned
+        return (2 * rows + kCacheRows) * head_dim + padded() * lanes + rows * (padded() + 1);
+    }
+};
 
 // out[m, n] = the product of row m of x and row n of the weights, in fp32, each by itself: sums of sixteen lanes.
 struct FloatLinearArgs {
@@ -278,29 +321,42 @@ struct PixelArgs {
     bool relu;                 // of that; fp32 too
 };
 
+// The runtime (native/runtime) neither trains nor binarizes, and all its numbers are fp32: with BELLBOX_RUNTIME_ONLY what else
+// there is stays null, or is not compiled.
+#ifdef BELLBOX_RUNTIME_ONLY
+constexpr bool kAllTypes = false;
+#else
+constexpr bool kAllTypes = true;
+#endif
+
 // One instruction set. Row ranges let the caller divide the work among threads.
 struct Kernels {
     const char* name;
     void (*encode)(const EncodeArgs&, int64_t row_begin, int64_t row_end);
-    void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end);
-    void (*forward)(const ForwardArgs&, int64_t row_begin, int64_t row_end);
-    void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end);
-    void (*keep)(const KeepArgs&, int64_t row_begin, int64_t row_end);
-    void (*row_rms)(const RmsArgs&, int64_t row_begin, int64_t row_end);
+    void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*forward)(const ForwardArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*keep)(const KeepArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*row_rms)(const RmsArgs&, int64_t row_begin, int64_t row_end) = nullptr;
     // Columns of the output [16*tile_begin, 16*tile_end) and rows [m_begin, m_end).
     void (*linear)(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
     void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end);
+    void (*layer_norm)(const LayerNormArgs&, int64_t row_begin, int64_t row_end);
+    void (*activate)(const ActivateArgs&, int64_t begin, int64_t end);
     // Pairs (sequence, key-value head) of queries = heads / kv_heads; scratch has room for
     // (queries + kCacheRows + 1) * head_dim + queries * (start + 2) floats.
     void (*attend)(const AttendArgs&, int64_t pair_begin, int64_t pair_end, float* scratch);
+    // Pairs of a prompt, all of them before the first item; scratch has room for head_dim floats.
+    void (*store_prompt)(const PromptArgs&, int64_t pair_begin, int64_t pair_end, float* scratch);
+    void (*attend_prompt)(const PromptArgs&, int64_t item_begin, int64_t item_end, float* scratch);
     void (*float_linear)(const FloatLinearArgs&, int64_t n_begin, int64_t n_end);
     void (*int8_linear)(const Int8LinearArgs&, int64_t n_begin, int64_t n_end);
     void (*int4_linear)(const Int4LinearArgs&, int64_t n_begin, int64_t n_end);
     void (*draw)(const DrawArgs&, int64_t row_begin, int64_t row_end, uint64_t* scratch);
-    int64_t (*integer_peak)(int64_t rounds);   // native/kernels/peak.h
+    int64_t (*integer_peak)(int64_t rounds) = nullptr;   // native/kernels/peak.h
     // A row of x [k] to integers, -most..most, in the order of the steps, and their sums; returns what one is worth.
-    float (*binarized_input)(const Binarized&, const float* x, float most, int8_t* rounded, int8_t* ordered, int32_t* sums);
-    void (*binarized)(const BinarizedArgs&, int64_t tile_begin, int64_t tile_end);
+    float (*binarized_input)(const Binarized&, const float* x, float most, int8_t* rounded, int8_t* ordered, int32_t* sums) = nullptr;
+    void (*binarized)(const BinarizedArgs&, int64_t tile_begin, int64_t tile_end) = nullptr;
     // Whether `linear` takes so many rows as codes (a level that is no code's is wrong there, code_sums is used), or null
     // where it never does.
     bool (*counts)(const LinearArgs&, int64_t rows) = nullptr;

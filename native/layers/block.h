@@ -1,12 +1,13 @@
 // One block of a decoder for one new token of each sequence, in two or three calls.
 //
-// The same kernels in the same order as the layers called one by one, hence the same bits. What is torch's stays with the
-// caller: the activation of the MLP, and a GPT's layer norms.
+// The same kernels in the same order as the layers called one by one, hence the same bits. Where a model is not ours, its
+// activation and its layer norms stay with the caller.
 #pragma once
 
 #include <vector>
 
 #include "layers/layer.h"
+#include "layers/pointwise.h"
 
 namespace bellbox {
 
@@ -19,6 +20,20 @@ inline void run_attend(const AttendArgs& a, int threads) {
         if (scratch.size() < size) scratch.resize(2 * size);
         kernels().attend(a, begin, end, scratch.data());
     });
+}
+
+// Many new tokens of each sequence, or all tokens of one without a cache of its own.
+inline void run_prompt(const PromptArgs& a, int threads) {
+    const int64_t seen = a.cache.start + a.tokens;
+    const int team = useful_threads(a.batch * a.heads * a.head_dim * a.tokens * seen, 8 * kAttendGrain, threads);
+    const auto with_scratch = [&a](const auto& run) {
+        return [&a, &run](int64_t begin, int64_t end) {
+            const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(a.scratch())]);
+            run(a, begin, end, scratch.get());
+        };
+    };
+    share(a.batch * a.kv_heads, team, with_scratch(kernels().store_prompt));
+    share(a.items(), team, with_scratch(kernels().attend_prompt));
 }
 
 // The packed layers of a block; what is between them (norms, the activation of the MLP) stays with the caller.
@@ -95,6 +110,11 @@ class LlamaBlock : public Block {
     // x [batch, hidden] += the MLP's last layer on gate * up, of so many numbers; gate becomes the product.
     void narrow_product(float* x, float* gate, const float* up, int64_t count, int64_t batch, int threads) {
         for (int64_t i = 0; i < count; ++i) gate[i] *= up[i];
+        narrow(x, gate, batch, threads);
+    }
+    // Likewise on silu(gate) * up.
+    void narrow_gated(float* x, float* gate, const float* up, int64_t count, int64_t batch, int threads) {
+        run_activate(ActivateArgs{gate, up, Activation::silu, gate}, count, threads);
         narrow(x, gate, batch, threads);
     }
 

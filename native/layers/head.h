@@ -9,10 +9,6 @@
 
 namespace bellbox {
 
-inline int useful_threads(int64_t work, int64_t grain, int threads) {
-    return static_cast<int>(std::clamp<int64_t>(work / grain, 1, std::clamp(threads, 1, 1024)));
-}
-
 // The nearest of -most..most (ties to even) with the largest magnitude at `most`; returns what one of them is worth.
 template <class Integer>
 float round_row(const float* x, int64_t k, float most, Integer* out) {
@@ -25,7 +21,7 @@ float round_row(const float* x, int64_t k, float most, Integer* out) {
     }
     const bool usable = finite && largest >= 1e-30f;
     const float factor = usable ? most / largest : 0.0f;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, as in exp_of
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, as in exponential.h
     for (int64_t i = 0; i < k; ++i) out[i] = usable ? static_cast<Integer>((x[i] * factor + magic) - magic) : Integer{0};
     return finite ? (usable ? largest / most : 0.0f) : std::numeric_limits<float>::quiet_NaN();
 }

@@ -49,6 +49,10 @@ void share(int64_t count, int threads, const F& f) {
     }
 }
 
+inline int useful_threads(int64_t work, int64_t grain, int threads) {
+    return static_cast<int>(std::clamp<int64_t>(work / grain, 1, std::clamp(threads, 1, 1024)));
+}
+
 constexpr int64_t kPackGrain = 1 << 16;  // codes, below which a second thread costs more than it gives
 
 // A weight matrix as its tensor holds it (src/bellbox/ops/weight_layout.py): tiles, and for 1 and 2 bits the sums of the codes

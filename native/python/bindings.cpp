@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "layers/head.h"
+#include "layers/rotary.h"
 #include "layers/table.h"
 #include "python/plan.h"
 
@@ -87,14 +88,51 @@ void row_rms(nb::handle x, int64_t rows, int64_t k, nb::handle out, int threads)
     share(rows, useful_threads(rows * k, kEncodeGrain, threads), [&](int64_t begin, int64_t end) { kernels().row_rms(a, begin, end); });
 }
 
+// Rows of x, as long as `weight`, of which `out` has as many.
+struct NormRows {
+    int64_t k, numel;
+    const float *x, *weight;
+    float* out;
+
+    NormRows(nb::handle x_, nb::handle weight_, nb::handle out_) : k(numel_of(weight_)), numel(numel_of(x_)) {
+        require(k >= 1 && numel % k == 0, "x does not consist of rows as long as the weight");
+        x = read<float>(x_, "x", {Kind::f32}, numel), weight = read<float>(weight_, "weight", {Kind::f32}, k);
+        out = read<float>(out_, "out", {Kind::f32}, numel);
+    }
+};
+
 void rms_norm(nb::handle x, nb::handle weight, double eps, nb::handle out, int threads) {
-    const int64_t k = numel_of(weight), numel = numel_of(x);
-    require(k >= 1 && numel % k == 0, "x does not consist of rows as long as the weight");
-    const RmsNormArgs a{read<float>(x, "x", {Kind::f32}, numel), read<float>(weight, "weight", {Kind::f32}, k), numel / k, k, eps,
-                        read<float>(out, "out", {Kind::f32}, numel)};
+    const NormRows rows(x, weight, out);
+    const RmsNormArgs a{rows.x, rows.weight, rows.numel / rows.k, rows.k, eps, rows.out};
     nb::gil_scoped_release release;
-    share(a.rows, useful_threads(numel, kEncodeGrain, threads),
-          [&](int64_t begin, int64_t end) { kernels().rms_norm(a, begin, end); });
+    run_rms_norm(a, threads);
+}
+
+void layer_norm(nb::handle x, nb::handle weight, nb::handle bias, double eps, nb::handle out, int threads) {
+    const NormRows rows(x, weight, out);
+    const LayerNormArgs a{rows.x, rows.weight, read_or_null<float>(bias, "bias", {Kind::f32}, rows.k), rows.numel / rows.k, rows.k, eps, rows.out};
+    nb::gil_scoped_release release;
+    run_layer_norm(a, threads);
+}
+
+// out = activation(x) [* times], all of one size; kind is an Activation's number.
+void activate(nb::handle x, nb::handle times, int kind, nb::handle out, int threads) {
+    const int64_t numel = numel_of(x);
+    require(kind >= 0 && kind <= static_cast<int>(Activation::relu), "there is no such activation");
+    const ActivateArgs a{read<float>(x, "x", {Kind::f32}, numel), read_or_null<float>(times, "times", {Kind::f32}, numel),
+                         static_cast<Activation>(kind), read<float>(out, "out", {Kind::f32}, numel)};
+    nb::gil_scoped_release release;
+    run_activate(a, numel, threads);
+}
+
+// cosines and sines [positions, head / 2].
+void rotary(double theta, int64_t head, int64_t positions, nb::handle cosines, nb::handle sines) {
+    require(head >= 2 && head % 2 == 0 && positions >= 1 && positions <= int64_t{1} << 20, "positions or the head are out of range");
+    require_sizes({positions, head});
+    float *const cosine = read<float>(cosines, "cosines", {Kind::f32}, positions * head / 2),
+          *const sine = read<float>(sines, "sines", {Kind::f32}, positions * head / 2);
+    nb::gil_scoped_release release;
+    fill_rotary(theta, head, positions, cosine, sine);
 }
 
 // A cache as Python hands it over: fp32, int8 or uint8 (two codes of 4 bits a byte), the latter two with scales.
@@ -166,6 +204,29 @@ void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle cosin
                        numbers(out, "out", batch * heads * head_dim)};
     nb::gil_scoped_release release;
     run_attend(a, threads);
+}
+
+// Many new tokens: query and out [batch, tokens, heads, head_dim], key and value [batch, tokens, kv_heads, head_dim].
+void attend_prompt(nb::handle query, nb::handle key, nb::handle value, nb::handle cosines, nb::handle sines, nb::handle keys,
+                   nb::handle values, nb::handle key_scales, nb::handle value_scales, int64_t block, int64_t batch, int64_t tokens,
+                   int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t room, int64_t start, bool causal, nb::handle out, int threads) {
+    require_sizes({batch, tokens, heads, head_dim}), require_sizes({batch, kv_heads, room, head_dim});
+    require(head_dim >= 1 && kv_heads >= 1 && heads % kv_heads == 0, "heads are no multiple of the key-value heads");
+    require(tokens >= 1 && start >= 0 && start <= room && tokens <= room - start, "the cache has no room for so many tokens");
+    GivenCache cache = cache_of(keys, values, key_scales, value_scales, block, batch, kv_heads, head_dim, room, nb::int_(room - 1));
+    cache.view.start = start;
+    const int64_t turns = (start + tokens) * (head_dim / 2);
+    const float* const cosine = read_or_null<float>(cosines, "cosines", {Kind::f32}, turns);
+    const float* const sine = read_or_null<float>(sines, "sines", {Kind::f32}, turns);
+    require((cosine == nullptr) == (sine == nullptr) && (cosine == nullptr || head_dim % 2 == 0),
+            "rotary positions need cosines and sines, and an even head");
+    const auto numbers = [&](nb::handle tensor, const char* what, int64_t each) {
+        return read<float>(tensor, what, {Kind::f32}, batch * tokens * each * head_dim);
+    };
+    const PromptArgs a{numbers(query, "query", heads), numbers(key, "key", kv_heads), numbers(value, "value", kv_heads), cosine, sine, batch,
+                       tokens, heads, kv_heads, head_dim, causal, cache.view, numbers(out, "out", heads)};
+    nb::gil_scoped_release release;
+    run_prompt(a, threads);
 }
 
 // x [m, columns] times the rows of weight [n, columns], fp32.
@@ -597,6 +658,13 @@ NB_MODULE(_native, m) {
                   *const b = rows_of(up, "up", batch * self.inner);
             nb::gil_scoped_release release;
             self.block.narrow_product(to, a, b, batch * self.inner, batch, threads);
+        })
+        .def("narrow_gated", [](LlamaDecoderBlock& self, nb::handle x, nb::handle gate, nb::handle up, int64_t batch, int threads) {
+            require_sizes({batch, self.hidden}), require_sizes({batch, self.inner});
+            float *const to = rows_of(x, "x", batch * self.hidden), *const a = rows_of(gate, "gate", batch * self.inner),
+                  *const b = rows_of(up, "up", batch * self.inner);
+            nb::gil_scoped_release release;
+            self.block.narrow_gated(to, a, b, batch * self.inner, batch, threads);
         });
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("use", [](const std::string& name) { use(name.c_str()); });
@@ -606,6 +674,13 @@ NB_MODULE(_native, m) {
     m.def("rotate", &rotate);
     m.def("row_rms", &row_rms);
     m.def("rms_norm", &rms_norm);
+    m.def("layer_norm", &layer_norm, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+    m.def("activate", &activate, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+    m.def("rotary", &rotary);
+    m.def("attend_prompt", &attend_prompt, nb::arg("query"), nb::arg("key"), nb::arg("value"), nb::arg("cosines").none(),
+          nb::arg("sines").none(), nb::arg("keys"), nb::arg("values"), nb::arg("key_scales").none(), nb::arg("value_scales").none(),
+          nb::arg("block"), nb::arg("batch"), nb::arg("tokens"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("room"),
+          nb::arg("start"), nb::arg("causal"), nb::arg("out"), nb::arg("threads"));
     m.def("attend", &attend, nb::arg("query"), nb::arg("key"), nb::arg("value"), nb::arg("cosines").none(), nb::arg("sines").none(),
           nb::arg("keys"), nb::arg("values"), nb::arg("key_scales").none(), nb::arg("value_scales").none(), nb::arg("block"),
           nb::arg("batch"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("room"), nb::arg("start"), nb::arg("out"),

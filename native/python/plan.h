@@ -11,6 +11,7 @@
 
 #include "layers/block.h"
 #include "layers/convolution.h"
+#include "layers/grid.h"
 #include "python/tensors.h"
 
 namespace bellbox {
@@ -28,19 +29,11 @@ struct LayerNumbers {
 constexpr int32_t kMaxLevels = 16;
 constexpr int32_t kMaxInteger = 34;  // of an activation, for which the 16-bit partial sums of AVX2 cannot overflow
 
-// code - n/2 - zero point as multiplier * code - shift over multiplier.
-struct GridNumbers {
-    int32_t multiplier, shift;
-
-    GridNumbers(int32_t n, double zero_point) {
-        const double twice = n + 2 * zero_point;
-        require(twice == static_cast<double>(static_cast<int32_t>(twice)) && twice >= -512 && twice <= 512,
-                "a zero point is no multiple of 1/2");
-        multiplier = static_cast<int32_t>(twice) % 2 == 0 ? 1 : 2;
-        shift = static_cast<int32_t>(twice) * multiplier / 2;
-    }
-    int32_t largest(int32_t n) const { return std::max(std::abs(shift), std::abs(multiplier * (n - 1) - shift)); }
-};
+inline Grid grid_of(int32_t n, double zero_point) {
+    Grid grid;
+    require(grid.set(n, zero_point), "a zero point is no multiple of 1/2");
+    return grid;
+}
 
 class Plan {
   public:
@@ -48,13 +41,13 @@ class Plan {
     Plan(nb::dict buffers, const LayerNumbers& numbers, int64_t features, int64_t places) : buffers_(std::move(buffers)) {
         const int32_t n = numbers.weight_levels;
         require(n >= 2 && n <= kMaxLevels, "the kernels take 2 to 16 levels");
-        const GridNumbers weights(n, numbers.weight_zero_point);
+        const Grid weights = grid_of(n, numbers.weight_zero_point);
         const nb::object scale = hold("weight_scale"), thresholds = hold("act_thresholds");
         const int64_t rows = numel_of(scale), act_n = numel_of(thresholds) + 1;
         require(act_n >= 2 && act_n <= kMaxLevels, "the kernels take 2 to 16 levels");
-        const GridNumbers inputs(static_cast<int32_t>(act_n), numbers.act_zero_point);
-        require(inputs.largest(static_cast<int32_t>(act_n)) <= kMaxInteger, "integers of the input are above 34");
-        require(weights.largest(n) <= 127, "integers of the weight do not fit int8");
+        const Grid inputs = grid_of(static_cast<int32_t>(act_n), numbers.act_zero_point);
+        require(inputs.largest() <= kMaxInteger, "integers of the input are above 34");
+        require(weights.largest() <= 127, "integers of the weight do not fit int8");
         require(numbers.columns >= 1 && rows >= 1, "a layer without weights");
         require_sizes({numbers.columns, rows});
         require(numbers.columns <= (int64_t{1} << 24), "a row has more than 2^24 weights, whose sum may not fit 32 bits");

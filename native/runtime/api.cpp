@@ -8,13 +8,14 @@
 
 #include "bellbox.h"
 #include "runtime/continuation.h"
-#include "runtime/model.h"
+#include "runtime/model/opened.h"
+#include "runtime/ppm.h"
 #include "runtime/text/tokenizer.h"
 
 using namespace bellbox;
 
 struct bellbox_model {
-    Model model;
+    Opened model;
     std::optional<Tokenizer> tokenizer;
 
     explicit bellbox_model(const std::string& folder) : model(folder) {
@@ -28,7 +29,7 @@ struct bellbox_model {
 };
 
 struct bellbox_session {
-    const Model& model;
+    const Language& model;
     Cache cache;
     int threads;
 };
@@ -73,8 +74,14 @@ void bellbox_close(bellbox_model* model) { delete model; }
 
 bellbox_status bellbox_describe(const bellbox_model* model, bellbox_shape* shape, bellbox_error* error) {
     return guarded(error, [&] {
-        const LanguageShape& is = model->model.shape();
-        *shape = {is.vocabulary, is.positions, is.hidden, is.blocks};
+        *shape = {};
+        if (model->model.language) {
+            const LanguageShape& is = model->model.language->shape();
+            shape->vocabulary = is.vocabulary, shape->positions = is.positions, shape->hidden = is.hidden, shape->blocks = is.blocks;
+        } else {
+            const VisionShape& is = model->model.vision->shape();
+            shape->labels = is.labels, shape->channels = is.channels, shape->image = is.image;
+        }
     });
 }
 
@@ -98,7 +105,8 @@ bellbox_status bellbox_begin(const bellbox_model* model, int64_t tokens, int thr
     *session = nullptr;
     return guarded(error, [&] {
         if (tokens < 1) throw Error("a cache of " + std::to_string(tokens) + " tokens; give at least 1");
-        *session = new bellbox_session{model->model, model->model.new_cache(tokens), std::max(1, threads)};
+        const Language& text = model->model.text();
+        *session = new bellbox_session{text, text.new_cache(tokens), std::max(1, threads)};
     });
 }
 
@@ -110,7 +118,7 @@ bellbox_status bellbox_forward(bellbox_session* session, const uint32_t* tokens,
 
 bellbox_status bellbox_start(const bellbox_model* model, const char* prompt, const bellbox_options* options, bellbox_text** text, bellbox_error* error) {
     *text = nullptr;
-    return guarded(error, [&] { *text = new bellbox_text{Continuation(model->model, model->words(), prompt, *options)}; });
+    return guarded(error, [&] { *text = new bellbox_text{Continuation(model->model.text(), model->words(), prompt, *options)}; });
 }
 
 bellbox_status bellbox_next(bellbox_text* text, bellbox_piece piece, void* user, int* more, bellbox_error* error) {
@@ -120,6 +128,22 @@ bellbox_status bellbox_next(bellbox_text* text, bellbox_piece piece, void* user,
 
 void bellbox_timing(const bellbox_text* text, bellbox_times* times) { *times = text->text.times(); }
 void bellbox_finish(bellbox_text* text) { delete text; }
+bellbox_status bellbox_classify(const bellbox_model* model, const float* image, int64_t height, int64_t width, int threads, float* logits,
+                                bellbox_error* error) {
+    return guarded(error, [&] { model->model.images().forward(image, height, width, logits, std::max(1, threads)); });
+}
+
+bellbox_status bellbox_read_picture(const char* path, float** image, int64_t* height, int64_t* width, int64_t* channels, bellbox_error* error) {
+    *image = nullptr;
+    return guarded(error, [&] {
+        const Picture picture = PictureReader(Mapped(path).bytes(), path).read();
+        std::unique_ptr<float[]> values(new float[picture.values.size()]);
+        std::copy(picture.values.begin(), picture.values.end(), values.get());
+        *image = values.release(), *height = picture.height, *width = picture.width, *channels = picture.channels;
+    });
+}
+
+void bellbox_free_picture(float* image) { delete[] image; }
 
 bellbox_status bellbox_generate(const bellbox_model* model, const char* prompt, const bellbox_options* options, bellbox_piece piece, void* user,
                                 bellbox_times* times, bellbox_error* error) {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "bellbox.h"
-#include "runtime/model.h"
+#include "runtime/model/language.h"
 #include "runtime/sampling.h"
 #include "runtime/text/stream.h"
 #include "runtime/text/tokenizer.h"
@@ -17,7 +17,7 @@ namespace bellbox {
 class Continuation {
   public:
     // Model and tokenizer must outlive it.
-    Continuation(const Model& model, const Tokenizer& words, const char* prompt, const bellbox_options& options)
+    Continuation(const Language& model, const Tokenizer& words, const char* prompt, const bellbox_options& options)
         : model_(model), prompt_(words.encode(prompt)), most_(most_tokens(options)), sampler_(sampling(options), options.seed),
           stop_(stop_of(words, options.stop)), threads_(std::max(1, options.threads)), cache_(model.new_cache(times_.prompt_tokens + most_)),
           logits_(static_cast<size_t>(model.shape().vocabulary)), stream_(words, prompt_) {}
@@ -83,7 +83,7 @@ class Continuation {
         return most;
     }
 
-    const Model& model_;
+    const Language& model_;
     std::vector<uint32_t> prompt_;
     bellbox_times times_{};
     int64_t most_;

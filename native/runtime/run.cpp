@@ -1,9 +1,12 @@
-// bellbox-run: continue a prompt with a packed folder, with the flags of `bellbox generate`.
+// bellbox-run: continue a prompt with a packed folder, with the flags of `bellbox generate`; or say what an image shows.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <time.h>
+#include <vector>
 
 #include "bellbox.h"
 
@@ -12,7 +15,10 @@ namespace {
 const char kUsage[] =
     "usage: bellbox-run FOLDER --prompt TEXT [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S]\n"
     "                   [--stop TOKEN] [--threads N] [--bench]\n"
-    "Continue a text with a packed Bellbox model; the same seed gives the text of `bellbox generate`.\n";
+    "       bellbox-run FOLDER --image FILE.ppm [--threads N] [--bench]\n"
+    "Continue a text with a packed Bellbox model; the same seed gives the text of `bellbox generate`.\n"
+    "Or name the likeliest classes of a picture in PPM or PGM, of the size that the model takes.\n"
+    "--bench writes no text, but loading, prefill and decode as JSON.\n";
 
 [[noreturn]] void refuse(const std::string& why) {
     std::fprintf(stderr, "bellbox-run: error: %s\n", why.c_str());
@@ -65,28 +71,33 @@ int write_piece(void* user, const char* text, size_t bytes) {
 
 int drop_piece(void*, const char*, size_t) { return 0; }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-    const char *folder = nullptr, *prompt = nullptr;
+struct Flags {
+    const char *folder = nullptr, *prompt = nullptr, *image = nullptr;
     bellbox_options options{};
+    bool bench = false;
+};
+
+Flags flags_of(int argc, char** argv) {
+    Flags flags;
+    bellbox_options& options = flags.options;
     options.temperature = 1.0, options.threads = 1;
-    bool bench = false, seeded = false;
+    bool seeded = false;
     for (int i = 1; i < argc; ++i) {
         const std::string flag = argv[i];
-        if (flag == "--help" || flag == "-h") return std::fputs(kUsage, stdout), 0;
+        if (flag == "--help" || flag == "-h") std::exit(std::fputs(kUsage, stdout) < 0);
         if (flag == "--bench") {
-            bench = true;
+            flags.bench = true;
             continue;
         }
         if (flag.rfind("--", 0) != 0) {
-            if (folder != nullptr) refuse("there are two folders, '" + std::string(folder) + "' and '" + flag + "'");
-            folder = argv[i];
+            if (flags.folder != nullptr) refuse("there are two folders, '" + std::string(flags.folder) + "' and '" + flag + "'");
+            flags.folder = argv[i];
             continue;
         }
         if (i + 1 == argc) refuse(flag + " has no value");
         const char* const value = argv[++i];
-        if (flag == "--prompt") prompt = value;
+        if (flag == "--prompt") flags.prompt = value;
+        else if (flag == "--image") flags.image = value;
         else if (flag == "--max-new-tokens") options.max_new_tokens = whole("--max-new-tokens", value, 1);
         else if (flag == "--temperature") options.temperature = number("--temperature", value);
         else if (flag == "--top-k") options.top_k = whole("--top-k", value, 1);
@@ -98,35 +109,95 @@ int main(int argc, char** argv) {
         else if (flag == "--threads") options.threads = static_cast<int>(whole("--threads", value, 1));
         else refuse(flag + " is unknown; see bellbox-run --help");
     }
-    if (folder == nullptr) refuse("give the folder of a packed model; see bellbox-run --help");
-    if (prompt == nullptr && bench) prompt = "Once upon a time";
-    if (prompt == nullptr) refuse("give --prompt, the text to continue");
+    if (flags.folder == nullptr) refuse("give the folder of a packed model; see bellbox-run --help");
+    if (flags.prompt != nullptr && flags.image != nullptr) refuse("--prompt and --image are two things; give one");
+    if (flags.prompt == nullptr && flags.image == nullptr && flags.bench) flags.prompt = "Once upon a time";
+    if (flags.prompt == nullptr && flags.image == nullptr) refuse("give --prompt, the text to continue, or --image");
     if (!seeded) {
         timespec time;
         clock_gettime(CLOCK_REALTIME, &time);
         options.seed = static_cast<uint64_t>(time.tv_nsec) * 0x9e3779b97f4a7c15u ^ static_cast<uint64_t>(time.tv_sec);
     }
+    return flags;
+}
+
+double rate(double count, double time) { return time > 0 ? count / time : 0.0; }
+
+int failed(bellbox_status status, const bellbox_error& error) {
+    std::fprintf(stderr, "bellbox-run: error: %s\n", error.text);
+    return status;
+}
+
+int continue_text(const bellbox_model* model, const Flags& flags, double loaded, bellbox_error& error) {
+    bellbox_times times{};
+    const char* unwritten = flags.prompt;
+    const bellbox_status status =
+        bellbox_generate(model, flags.prompt, &flags.options, flags.bench ? drop_piece : write_piece, &unwritten, &times, &error);
+    if (status != BELLBOX_OK) {
+        if (!flags.bench && unwritten == nullptr) std::fputs("\n", stdout);
+        return failed(status, error);
+    }
+    const double prefill = rate(static_cast<double>(times.prompt_tokens), times.prefill_seconds);
+    const double decode = rate(static_cast<double>(times.new_tokens - 1), times.decode_seconds);
+    const auto prompt_tokens = static_cast<long long>(times.prompt_tokens), new_tokens = static_cast<long long>(times.new_tokens);
+    if (flags.bench) {
+        std::printf("{\"kernels\": \"%s\", \"threads\": %d, \"load_seconds\": %.6f, \"first_token_seconds\": %.6f, \"prompt_tokens\": %lld, "
+                    "\"prefill_tokens_per_second\": %.2f, \"new_tokens\": %lld, \"decode_tokens_per_second\": %.2f, \"peak_mb\": %.2f}\n",
+                    bellbox_kernels(), flags.options.threads, loaded, loaded + times.prefill_seconds, prompt_tokens, prefill, new_tokens, decode, peak_memory());
+        return 0;
+    }
+    write_piece(&unwritten, "\n", 1);
+    std::fprintf(stderr, "%s kernels, loaded in %.3f s, prefill %lld tokens at %.0f tokens/s, decode %lld tokens at %.0f tokens/s, peak memory %.1f MB\n",
+                 bellbox_kernels(), loaded, prompt_tokens, prefill, new_tokens, decode, peak_memory());
+    return 0;
+}
+
+// The likeliest classes, one a line: number and probability.
+int name_classes(const bellbox_model* model, const Flags& flags, double loaded, bellbox_error& error) {
+    bellbox_shape shape;
+    float* image = nullptr;
+    int64_t height = 0, width = 0, channels = 0;
+    bellbox_describe(model, &shape, nullptr);
+    if (shape.labels == 0) refuse(std::string(flags.folder) + " is a model of text; give --prompt");
+    if (const bellbox_status status = bellbox_read_picture(flags.image, &image, &height, &width, &channels, &error); status != BELLBOX_OK) return failed(status, error);
+    if (channels != shape.channels)
+        refuse(std::string(flags.image) + " has " + std::to_string(channels) + " channels, but the model takes " + std::to_string(shape.channels));
+    std::vector<float> logits(static_cast<size_t>(shape.labels));
+    const double begun = now();
+    int64_t runs = 0;
+    do {
+        const bellbox_status status = bellbox_classify(model, image, height, width, flags.options.threads, logits.data(), &error);
+        if (status != BELLBOX_OK) return bellbox_free_picture(image), failed(status, error);
+        ++runs;
+    } while (flags.bench && now() - begun < 2.0);
+    const double each = (now() - begun) / static_cast<double>(runs);
+    bellbox_free_picture(image);
+    if (flags.bench) {
+        std::printf("{\"kernels\": \"%s\", \"threads\": %d, \"load_seconds\": %.6f, \"images\": %lld, \"images_per_second\": %.2f, \"peak_mb\": %.2f}\n", bellbox_kernels(),
+                    flags.options.threads, loaded, static_cast<long long>(runs), 1 / each, peak_memory());
+        return 0;
+    }
+    std::vector<size_t> order(logits.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+    double sum = 0;
+    for (const float logit : logits) sum += std::exp(static_cast<double>(logit - logits[order[0]]));
+    for (size_t i = 0; i < std::min<size_t>(5, order.size()); ++i)
+        std::printf("class %zu  %.4f  logit %.6g\n", order[i], std::exp(static_cast<double>(logits[order[i]] - logits[order[0]])) / sum, static_cast<double>(logits[order[i]]));
+    std::fprintf(stderr, "%s kernels, loaded in %.3f s, one image in %.4f s, peak memory %.1f MB\n", bellbox_kernels(), loaded, each, peak_memory());
+    return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const Flags flags = flags_of(argc, argv);
     bellbox_error error;
     bellbox_model* model = nullptr;
     const double begun = now();
-    if (const bellbox_status status = bellbox_open(folder, &model, &error); status != BELLBOX_OK) {
-        std::fprintf(stderr, "bellbox-run: error: %s\n", error.text);
-        return status;
-    }
+    if (const bellbox_status status = bellbox_open(flags.folder, &model, &error); status != BELLBOX_OK) return failed(status, error);
     const double loaded = now() - begun;
-    bellbox_times times{};
-    const char* unwritten = prompt;
-    const bellbox_status status = bellbox_generate(model, prompt, &options, bench ? drop_piece : write_piece, &unwritten, &times, &error);
+    const int code = flags.image != nullptr ? name_classes(model, flags, loaded, error) : continue_text(model, flags, loaded, error);
     bellbox_close(model);
-    if (status != BELLBOX_OK) {
-        if (!bench && unwritten == nullptr) std::fputs("\n", stdout);
-        std::fprintf(stderr, "bellbox-run: error: %s\n", error.text);
-        return status;
-    }
-    if (!bench) write_piece(&unwritten, "\n", 1);
-    const auto rate = [](double count, double time) { return time > 0 ? count / time : 0.0; };
-    std::fprintf(stderr, "%s kernels, loaded in %.3f s, prefill %lld tokens at %.0f tokens/s, decode %lld tokens at %.0f tokens/s, peak memory %.1f MB\n", bellbox_kernels(),
-                 loaded, static_cast<long long>(times.prompt_tokens), rate(static_cast<double>(times.prompt_tokens), times.prefill_seconds), static_cast<long long>(times.new_tokens),
-                 rate(static_cast<double>(times.new_tokens - 1), times.decode_seconds), peak_memory());
-    return 0;
+    return code;
 }

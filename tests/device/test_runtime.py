@@ -18,7 +18,7 @@ import torch
 import bellbox as bb
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.inference.generation import generate_text
-from bellbox.models import build, preset
+from bellbox.models import ResNetConfig, ViTConfig, build, preset
 from bellbox.utils.files import canonical_sha256
 
 ROOT = Path(__file__).parents[2]
@@ -35,17 +35,17 @@ SPLIT = (
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # A text that stays: with other tokens, a value may come to lie on a threshold (docs/device.md, what is exact).
     text = (ROOT / "LICENSE").read_text()
     path = tmp_path_factory.mktemp("words") / "tokenizer.json"
     Tokenizer.train([text], 600).save(path)
     return path
 
 
-def packed(folder: Path, tokenizer: Path, name: str, **recipe: Any) -> Path:
+def packed(folder: Path, tokenizer: Path, name: str, positions: int = 256, **recipe: Any) -> Path:
+    shape = {"activation": recipe.pop("activation")} if "activation" in recipe else {}
     config = preset(name, vocab_size=Tokenizer.load(tokenizer).vocab_size, hidden_size=64, intermediate_size=128,
-                    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
-                    initializer_range=0.2)  # fmt: skip
+                    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=positions,
+                    initializer_range=0.2, **shape)  # fmt: skip
     plain = build(config, seed=0)
     random_gains = torch.Generator().manual_seed(1)
     for each in plain.parameters():
@@ -70,35 +70,68 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    [
-        ("tiny", {"bits": 1}),
-        ("tiny", {"bits": 2, "embedding_bits": 4}),
-        ("tiny", {"bits": 3, "embedding_bits": 8}),
-        ("tiny", {"bits": 4}),
-        ("tiny", {"levels": 3, "embedding_bits": 8}),
-        ("gpt-tiny", {"bits": 2}),
-        ("gpt-tiny", {"bits": 4, "embedding_bits": 8}),
-    ],
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("tiny", {"bits": 1}),
+    ("tiny", {"bits": 2, "embedding_bits": 4}),
+    ("tiny", {"bits": 3, "embedding_bits": 8}),
+    ("tiny", {"bits": 4}),
+    ("tiny", {"levels": 3, "embedding_bits": 8}),
+    ("gpt-tiny", {"bits": 1, "activation": "gelu_erf"}),
+    ("gpt-tiny", {"bits": 2}),
+    ("gpt-tiny", {"bits": 3, "activation": "relu"}),
+    ("gpt-tiny", {"bits": 4, "embedding_bits": 8}),
+    ("gpt-tiny", {"levels": 3, "activation": "gelu_erf"}),
+]
+HOW: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.8, "top_k": 40, "seed": 2**40 + 1},
+    {"temperature": 1.2, "top_p": 0.9, "seed": 5},
 )
+
+
+def the_text_is_that_of_python(folder: Path, prompt: str, count: int, how: dict[str, Any], stop: str) -> None:
+    model, words = bb.load(folder), Tokenizer.load(folder)
+    stop_token = words.backend.token_to_id(stop)
+    stream = generate_text(model, words.backend, prompt, count, stop_token=stop_token, **how)
+    flags = [part for key, value in how.items() for part in ("--" + key.replace("_", "-"), value)]
+    found = run(folder, "--prompt", prompt, "--max-new-tokens", count, "--stop", stop, *flags)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == prompt + "".join(stream) + "\n"
+    assert "kernels, loaded in" in found.stderr
+
+
+def with_a_stop_that_never_comes(folder: Path) -> str:
+    """A token behind the model's vocabulary, so that a text has all tokens that are asked for."""
+    file = folder / "tokenizer.json"
+    words = json.loads(file.read_text())
+    number = max(words["model"]["vocab"].values()) + 1
+    words["added_tokens"].append({**words["added_tokens"][0], "id": number, "content": "<|never|>"})
+    file.write_text(json.dumps(words))
+    seal(folder)
+    return "<|never|>"
+
+
+@pytest.mark.parametrize(("name", "recipe"), KINDS)
 def test_the_text_is_that_of_python(
     tmp_path: Path, tokenizer: Path, name: str, recipe: dict[str, Any]
 ) -> None:
     folder = packed(tmp_path / "m", tokenizer, name, **recipe)
-    model, words = bb.load(folder), Tokenizer.load(tokenizer)
-    for how in (
-        {"temperature": 0.0},
-        {"temperature": 1.0, "seed": 3},
-        {"temperature": 0.8, "top_k": 40, "seed": 2**40 + 1},
-        {"temperature": 1.2, "top_p": 0.9, "seed": 5},
-    ):
-        stream = generate_text(model, words.backend, PROMPT, 60, stop_token=words.end_of_text, **how)  # type: ignore[arg-type]
-        flags = [part for key, value in how.items() for part in ("--" + key.replace("_", "-"), value)]
-        found = run(folder, "--prompt", PROMPT, "--max-new-tokens", 60, *flags)
-        assert found.returncode == 0, found.stderr
-        assert found.stdout == PROMPT + "".join(stream) + "\n"
-        assert "kernels, loaded in" in found.stderr
+    for how in HOW:
+        the_text_is_that_of_python(folder, PROMPT, 60, how, "<|endoftext|>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "recipe"), KINDS)
+def test_a_thousand_tokens_are_those_of_python(
+    tmp_path: Path, tokenizer: Path, name: str, recipe: dict[str, Any]
+) -> None:
+    """A prompt in several pieces first, so that each token looks at up to 1,800 others."""
+    folder = packed(tmp_path / "m", tokenizer, name, positions=2048, **recipe)
+    prompt = (ROOT / "LICENSE").read_text()[:2000]
+    stop = with_a_stop_that_never_comes(folder)
+    for how in HOW[:2]:
+        the_text_is_that_of_python(folder, prompt, 1000, how, stop)
 
 
 class Library:
@@ -137,18 +170,124 @@ class Library:
         return found
 
 
-def test_logits_are_those_of_python_piece_by_piece(folder: Path) -> None:
+@pytest.mark.parametrize(("name", "recipe"), KINDS)
+def test_logits_are_those_of_python_to_the_last_bit(
+    tmp_path: Path, tokenizer: Path, name: str, recipe: dict[str, Any]
+) -> None:
+    folder = packed(tmp_path / "m", tokenizer, name, **recipe)
     library, model = Library(), bb.load(folder)
     opened = library.open(folder)
-    ids = [5, 9, 77, 300, 12, 5]
+    ids = [5, 9, 77, 300, 12, 5, *range(100, 140)]
+    size = Tokenizer.load(folder).vocab_size
     with torch.no_grad():
-        expected = model(torch.tensor([ids]))[0]
-    whole = library.logits(opened, [ids], expected.shape[1])[0]
-    single = library.logits(opened, [[each] for each in ids], expected.shape[1])
-    assert torch.equal(single[-1], whole)
-    for at, each in enumerate(single):
-        assert float((each - expected[at]).abs().max()) <= 1e-5 * float(expected.abs().max())
+        expected = [model(torch.tensor([ids[: i + 1]]), last_only=True)[0, 0] for i in range(len(ids))]
+    whole = library.logits(opened, [ids], size)[0]
+    single = library.logits(opened, [[each] for each in ids], size)
+    pieces = library.logits(opened, [ids[:7], ids[7:8], ids[8:]], size)
+    assert torch.equal(whole, expected[-1])
+    assert all(map(torch.equal, single, expected))
+    assert torch.equal(pieces[0], expected[6])
+    assert torch.equal(pieces[1], expected[7])
+    assert torch.equal(pieces[2], whole)
     library.c.bellbox_close(opened)
+
+
+VISION: list[tuple[Any, dict[str, Any]]] = [
+    (ResNetConfig(7, width=16, stages=3, blocks=2), {"bits": 2}),
+    (ResNetConfig(5, width=8, stages=2, stem_kernel=7, stem_stride=2, max_pool=True), {"bits": 1}),
+    (ResNetConfig(5, num_channels=1, width=8, stages=2), {"levels": 3}),
+    (ResNetConfig(5, width=8, stages=2, image_size=17), {"bits": 4}),
+    (ViTConfig(7, hidden_size=32, intermediate_size=64, num_hidden_layers=2), {"bits": 2}),
+    (ViTConfig(7, image_size=16, hidden_size=32, num_hidden_layers=2, class_token=True), {"bits": 3}),
+]
+
+
+def packed_vision(folder: Path, config: Any, recipe: dict[str, Any]) -> Any:
+    plain = build(config, seed=0)
+    draw = torch.Generator().manual_seed(1)
+    for name, each in plain.named_parameters():
+        if "norm" in name:
+            each.data.add_(0.1 * torch.randn(each.shape, generator=draw))
+    for name, each in plain.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            each.add_(0.2 * torch.rand(each.shape, generator=draw))
+    model = bb.prepare(plain, bb.Recipe.bbq(**recipe)).eval()
+    side = getattr(config, "image_size", None) or 20
+    with torch.no_grad():
+        model(torch.rand(4, config.num_channels, side, side, generator=draw))
+    bb.save(bb.convert(model), folder)
+    return bb.load(folder)
+
+
+@pytest.mark.parametrize(("config", "recipe"), VISION)
+def test_logits_of_an_image_are_those_of_python(tmp_path: Path, config: Any, recipe: dict[str, Any]) -> None:
+    model = packed_vision(tmp_path / "m", config, recipe)
+    library, draw = Library(), torch.Generator().manual_seed(0)
+    opened = library.open(tmp_path / "m")
+    fixed = getattr(config, "image_size", None)
+    sides: list[int] = [9, 20, 33] if fixed is None else [fixed]
+    for side in sides:
+        for _ in range(3):
+            image = torch.rand(config.num_channels, side, side, generator=draw)
+            with torch.no_grad():
+                expected = model(image[None])[0]
+            pixels, found = image.permute(1, 2, 0).contiguous(), torch.empty(config.num_labels)
+            sizes = ctypes.c_int64(side), ctypes.c_int64(side), ctypes.c_int(1)
+            place = ctypes.c_void_p(found.data_ptr())
+            library.call("bellbox_classify", opened, ctypes.c_void_p(pixels.data_ptr()), *sizes, place)
+            assert torch.equal(found, expected)
+    library.c.bellbox_close(opened)
+
+
+def test_a_picture_is_classified_as_in_python(tmp_path: Path, folder: Path) -> None:
+    config = ViTConfig(
+        7, image_size=8, patch_size=4, hidden_size=32, intermediate_size=64, num_hidden_layers=1
+    )
+    model = packed_vision(tmp_path / "m", config, {"bits": 2})
+    pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = tmp_path / "x.ppm"
+    good = b"P6\n# a comment\n8 8\n255\n" + pixels.numpy().tobytes()
+    picture.write_bytes(good)
+    with torch.no_grad():
+        logits = model(torch.div(pixels, 255).permute(2, 0, 1)[None])[0]
+    found = run(tmp_path / "m", "--image", picture)
+    assert found.returncode == 0, found.stderr
+    order = logits.argsort(descending=True, stable=True)[:5].tolist()
+    chances = logits.double().softmax(0)
+    assert found.stdout.splitlines() == [
+        f"class {at}  {float(chances[at]):.4f}  logit {float(logits[at]):.6g}" for at in order
+    ]
+    for content, message in (
+        (b"", "is no picture"),
+        (b"P3 1 1 255 1 1 1", "is no picture"),
+        (good[:-1], "cut short: 191 of 192"),
+        (good.replace(b"8 8", b"8 9", 1), "cut short"),
+        (good.replace(b"8 8", b"4 4", 1), "the model takes 8 x 8"),
+        (good.replace(b"8 8", b"99999999999999999999 8", 1), "a number above 16384"),
+        (good.replace(b"255", b"0", 1), "no number where"),
+        (good.replace(b"255", b"7", 1), "a pixel above 7"),
+        (b"P5 8 8 255 " + bytes(64), "has 1 channels"),
+    ):
+        picture.write_bytes(content)
+        found = run(tmp_path / "m", "--image", picture)
+        assert (found.returncode, found.stderr.count("\n")) == (2, 1), (content[:20], found.stderr)
+        assert message in found.stderr, found.stderr
+    for arguments, message in (
+        ((tmp_path / "m", "--prompt", "x"), "a model of images"),
+        ((folder, "--image", picture), "is a model of text"),
+        ((folder, "--image", picture, "--prompt", "x"), "give one"),
+    ):
+        found = run(*arguments)
+        assert found.returncode == 2
+        assert message in found.stderr, found.stderr
+
+
+def test_a_bench_is_one_line_of_json(folder: Path) -> None:
+    found = run(folder, "--bench", "--prompt", PROMPT, "--max-new-tokens", 5, "--temperature", 0)
+    measured = json.loads(found.stdout)
+    assert 1 <= measured["new_tokens"] <= 5
+    assert measured["peak_mb"] > 1
+    assert measured["first_token_seconds"] > measured["load_seconds"] > 0
 
 
 def texts(count: int) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import bellbox as bb
 from bellbox.errors import BellboxError
 from bellbox.inference.batching import Batcher, Continuation, generate_batch
-from bellbox.inference.decoding import alike_by_rows, steps_for
+from bellbox.inference.decoding import steps_for
 from bellbox.inference.generation import PROMPT_PIECE, evaluate, generate, prompt_pieces
 from bellbox.inference.sampling import Sampling
 from bellbox.inference.slots import SlotDecoder
@@ -239,11 +239,3 @@ def test_what_cannot_be_decoded_is_refused() -> None:
         decoder.prefill(slot, torch.tensor([[token]]))
     with pytest.raises(BellboxError, match="cache is full"):
         decoder.step([slot], [1])
-
-
-@pytest.mark.parametrize("function", [torch.nn.functional.silu, torch.nn.functional.gelu, torch.tanh])
-def test_rows_of_an_activation_are_computed_as_if_alone(function: Any) -> None:
-    for rows, width in ((1, 7), (16, 100), (5, 64), (16, 1344), (3, 20_000), (40, 448)):
-        x = torch.randn(rows, 1, width)
-        parts = torch.cat([function(part) for part in alike_by_rows(x)])
-        assert torch.equal(parts, torch.cat([function(row.clone()) for row in x.split(1)]))

@@ -11,7 +11,7 @@ from torch import nn
 
 from bellbox.errors import BellboxError
 from bellbox.models import GPTConfig, LlamaConfig, build
-from bellbox.models.attention import causal_attention, erf_gelu, silu, tanh_gelu
+from bellbox.models.attention import causal_attention, erf_gelu, gated, tanh_gelu
 from bellbox.models.cache import KVCache
 from bellbox.models.hf_names import to_hf
 
@@ -256,6 +256,10 @@ def test_low_bit_logits_of_a_prefix_are_bit_identical_with_exact_attention(confi
     cache = model.new_cache(3, 150)
     pieces = text.split([50, *[1] * 8, 92], dim=1)
     assert torch.equal(torch.cat([model(piece, cache=cache) for piece in pieces], dim=1), full)
+
+
+def silu(x, *, exact):
+    return gated(x, torch.ones_like(x), exact=exact)
 
 
 @pytest.mark.parametrize("function", [silu, tanh_gelu])

@@ -144,6 +144,11 @@ def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
         ("rms_norm", (f, torch.ones(64), 1e-5), {
             0: (*bad_x, f[:, :63], flat), 1: (None, torch.ones(63), torch.ones(0), torch.ones(2, 64)), 2: (None, "a"),
         }),
+        ("layer_norm", (f, torch.ones(64), torch.ones(64), 1e-5), {
+            0: (*bad_x, f[:, :63], flat), 1: (None, torch.ones(63), torch.ones(0), torch.ones(2, 64)),
+            2: (torch.ones(63), "a"), 3: (None, "a"),
+        }),
+        ("activate", (f, f, "silu"), {0: (*bad_x, f[:, :63], flat), 1: (f[:3], f.double(), 1), 2: (None, "tanh", "")}),
         ("bbq_forward", (f, r, r, [-1.0, 0.0, 1.0], -0.5, 64, dtype), {
             0: (*bad_x, f[:, :63], flat), 1: (None, r[:3], torch.ones(9, 1)), 2: (None, r[:3], torch.ones(9, 1)),
             3: (None, ["a"]), 5: (0, -1, 3, 128, HUGE), 6: ("no",),
@@ -253,7 +258,39 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "rms_norm weight", lambda: module.rms_norm(f, torch.ones(63), 1e-5, f, 1)
     yield "rms_norm none", lambda: module.rms_norm(f, torch.ones(0), 1e-5, f, 1)
     yield "rms_norm out", lambda: module.rms_norm(f, torch.ones(64), 1e-5, f[:1], 1)
+    yield "layer_norm bias", lambda: module.layer_norm(f, torch.ones(64), torch.ones(63), 1e-5, f, 1)
+    yield "layer_norm out", lambda: module.layer_norm(f, torch.ones(64), None, 1e-5, f[:1], 1)
+    yield "activate kind", lambda: module.activate(f, None, 4, f, 1)
+    yield "activate times", lambda: module.activate(f, f[:1], 0, f, 1)
+    yield "rotary size", lambda: module.rotary(1e4, 8, 4, torch.ones(15), torch.ones(16))
+    yield "rotary head", lambda: module.rotary(1e4, 7, 4, torch.ones(16), torch.ones(16))
     small, cache = torch.ones(1, 1, 8), torch.ones(1, 1, 4, 8)
+    for i, (tokens, start) in enumerate(((5, 0), (2, 3), (1, -1), (0, 0), (HUGE, 0), (1, HUGE), (2, 0))):
+        yield (
+            f"attend_prompt {i}",
+            lambda t=tokens, s=start: module.attend_prompt(
+                small,
+                small,
+                small,
+                None,
+                None,
+                cache,
+                cache,
+                None,
+                None,
+                1,
+                1,
+                t,
+                1,
+                1,
+                8,
+                4,
+                s,
+                True,
+                small,
+                1,
+            ),
+        )
     for i, sizes in enumerate(
         ((1, 1, 1, 8, 4, 4), (1, 1, 1, 8, 4, -1), (1, 1, 1, 8, 9, 0), (2, 1, 1, 8, 4, 0), (1, 1, 0, 8, 4, 0),
          (1, 3, 2, 8, 4, 0), (1, -1, 1, 8, 4, 0), (1, 1, 1, 0, 4, 0), (HUGE, HUGE, 1, 8, 4, 0))

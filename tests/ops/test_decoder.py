@@ -79,7 +79,7 @@ def test_attention_of_one_token_is_that_of_float64(batch, kv_heads, groups, half
     results = []
     for isa in SETS:
         with native.use(isa):
-            results.append(attend(query, key, value, tables, CacheLayer(keys, values), start))
+            results.append(attend(query, key, value, tables, CacheLayer(keys, values), start, size))
     assert all(torch.equal(each, results[0]) for each in results)
     assert torch.equal(keys[:, :, start], turn(key))
     assert torch.equal(values[:, :, start], value.view(batch, kv_heads, size))
@@ -133,7 +133,7 @@ def test_attention_over_codes_is_that_of_what_they_stand_for(
     results = []
     for isa, cache in zip(SETS, caches[1:], strict=True):
         with native.use(isa):
-            results.append(attend(query, key, value, tables, cache.layer(0), start))
+            results.append(attend(query, key, value, tables, cache.layer(0), start, size))
         for held, expected in zip(cache.layer(0)[:4], caches[0].layer(0)[:4], strict=True):
             assert torch.equal(held[:, :, : start + 1], expected[:, :, : start + 1])
     assert all(torch.equal(each, results[0]) for each in results)
@@ -174,12 +174,12 @@ def test_sequences_in_slots_attend_as_each_alone(coded, rows, kv_heads, half, ro
     starts = torch.randint(0, room, (rows,), generator=generator)
     for isa in SETS:
         with native.use(isa):
-            found = attend(query, key, value, tables, layer, torch.stack((order, starts), dim=1))
+            found = attend(query, key, value, tables, layer, torch.stack((order, starts), dim=1), size)
             for i, (slot, start) in enumerate(zip(order.tolist(), starts.tolist(), strict=True)):
                 here = slice(slot, slot + 1)
                 one = CacheLayer(keys[here], values[here], *(None if s is None else s[here] for s in scales))
                 part = slice(i, i + 1)
-                alone = attend(query[part], key[part], value[part], tables, one, start)
+                alone = attend(query[part], key[part], value[part], tables, one, start, size)
                 assert torch.equal(found[part], alone)
     for a, b in zip(layer[:4], (keys, values, *scales), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)  # slots that nobody has included

@@ -72,11 +72,11 @@ inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
     const rows::Rotation rotation{a.k, a.block, whole, scratch.data};
     rows::with_coder(a.thresholds, a.n, a.multiplier, a.shift, [&](const auto& coder) {
         const bool fixed = a.normalise == Normalise::fixed && a.r == nullptr;
-        if (a.x_type == Type::kept)  // which comes with r
+        if (kAllTypes && a.x_type == Type::kept)  // which comes with r
             rows::encode_rows<Type::kept, false>(a, coder, rotation, begin, end);
-        else if (a.x_type == Type::f32 && fixed)
+        else if ((!kAllTypes || a.x_type == Type::f32) && fixed)
             rows::encode_rows<Type::f32, true>(a, coder, rotation, begin, end);
-        else if (a.x_type == Type::f32)
+        else if (!kAllTypes || a.x_type == Type::f32)
             rows::encode_rows<Type::f32, false>(a, coder, rotation, begin, end);
         else if (fixed)
             rows::encode_rows<Type::bf16, true>(a, coder, rotation, begin, end);

@@ -97,7 +97,7 @@ inline void encode_rows(const EncodeArgs& a, const Coder shared, float* scratch,
 inline void encode(const EncodeArgs& a, int64_t begin, int64_t end) {
     const Scratch scratch(a.block > rows::kChunk ? a.k : 0);
     rows::with_coder(a.thresholds, a.n, rows::Values{a.multiplier, a.shift}, [&](const auto& coder) {
-        if (a.x_type == Type::f32)
+        if (!kAllTypes || a.x_type == Type::f32)
             rows::encode_rows<Type::f32>(a, coder, scratch.data, begin, end);
         else if (a.x_type == Type::kept)
             rows::encode_rows<Type::kept>(a, coder, scratch.data, begin, end);

@@ -131,7 +131,7 @@ struct Epilogue {
 
     BELLBOX_INLINE void store(const LinearArgs& a, int64_t row, __m512 y) const {
         const int64_t at = row * a.ldo + column;
-        if (a.out_type == Type::f32) {
+        if (!kAllTypes || a.out_type == Type::f32) {
             _mm512_mask_storeu_ps(static_cast<float*>(a.out) + at, mask, y);
             return;
         }

@@ -1,12 +1,14 @@
-// The config.json of a packed folder (docs/format.md), versions 4 and 6, for language models: every field known, every
-// number in its range.
+// The config.json of a packed folder (docs/format.md), versions 4 and 6: every field known, every number in its range.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "kernels/kernels.h"
+#include "layers/grid.h"
 #include "runtime/folder/canonical.h"
 #include "runtime/folder/fields.h"
 #include "runtime/folder/unpack.h"
@@ -14,11 +16,10 @@
 
 namespace bellbox {
 
-// code - n/2 - zero_point as multiplier * code - shift over multiplier.
-struct StoredGrid {
-    int32_t levels = 0, multiplier = 0, shift = 0;
-    int32_t bits() const { return width_of(levels); }
-    int32_t largest() const { return std::max(std::abs(shift), std::abs(multiplier * (levels - 1) - shift)); }
+// A window over images.
+struct StoredWindow {
+    int64_t channels = 0;
+    std::vector<int64_t> kernel, stride, padding, dilation;  // height, width; left, right, top, bottom
 };
 
 struct StoredLayer {
@@ -26,8 +27,10 @@ struct StoredLayer {
     bool bias = false, rescale = false;
     int32_t block = 1;
     std::string normalise, input;
-    StoredGrid weight, activation;
+    Grid weight, activation;
     std::vector<float> thresholds;
+    std::optional<StoredWindow> window;  // of packed_conv2d
+    int64_t places() const { return window ? window->kernel[0] * window->kernel[1] : 1; }
 };
 
 struct StoredTable {
@@ -40,11 +43,21 @@ struct LanguageShape {
     int64_t vocabulary = 0, hidden = 0, inner = 0, blocks = 0, heads = 0, key_heads = 0, head = 0, positions = 0;
     double eps = 0, theta = 0;
     bool tied = false, bias = false;
-    std::string activation;
+    Activation activation = Activation::silu;
+};
+
+struct VisionShape {
+    bool resnet = false;
+    int64_t labels = 0, channels = 0, image = 0;  // image: height and width; 0: any
+    int64_t width = 0, stages = 0, blocks = 0, stem_stride = 0, stem_kernel = 0;
+    bool max_pool = false, class_token = false;
+    int64_t patch = 0, hidden = 0, inner = 0, heads = 0;  // blocks as above
+    double eps = 0;
 };
 
 struct Description {
-    LanguageShape shape;
+    std::optional<LanguageShape> language;
+    std::optional<VisionShape> vision;
     std::map<std::string, StoredLayer> layers;
     std::map<std::string, StoredTable> tables;
     struct File {
@@ -71,25 +84,55 @@ inline std::vector<float> gaussian_thresholds(int32_t levels, const Fields& wher
     return all;
 }
 
-inline StoredGrid read_grid(Fields& fields) {
-    StoredGrid grid;
-    grid.levels = static_cast<int32_t>(fields.integer("levels", 2, 16));
-    const double twice = grid.levels + 2 * fields.number("zero_point");
-    if (twice != static_cast<double>(static_cast<int32_t>(twice)) || std::abs(twice) > 512) fields.refuse("zero_point", "is no multiple of 1/2");
-    grid.multiplier = static_cast<int32_t>(twice) % 2 == 0 ? 1 : 2;
-    grid.shift = static_cast<int32_t>(twice) * grid.multiplier / 2;
+inline Grid read_grid(Fields& fields) {
+    Grid grid;
+    const int32_t levels = static_cast<int32_t>(fields.integer("levels", 2, 16));
+    const double zero = fields.number("zero_point");
+    // twice it by itself: beside the levels a tiny number is lost
+    if (2 * zero != std::nearbyint(2 * zero) || !grid.set(levels, zero)) fields.refuse("zero_point", "is no multiple of 1/2");
     return grid;
+}
+
+inline std::vector<int64_t> read_sizes(Fields& fields, const char* name, size_t count, int64_t least) {
+    const Json& list = fields.any(name);
+    std::vector<int64_t> sizes;
+    if (!list.is_array() || list.size() != count) fields.refuse(name, "must be " + std::to_string(count) + " numbers");
+    for (const Json& each : list) {
+        const bool whole = each.is_number_integer() && !(each.is_number_unsigned() && each.get<uint64_t>() > 1 << 16);
+        if (!whole || each.get<int64_t>() < least || each.get<int64_t>() > 1 << 16) fields.refuse(name, "holds a number that is out of range");
+        sizes.push_back(each.get<int64_t>());
+    }
+    return sizes;
+}
+
+inline StoredWindow read_window(Fields fields) {
+    StoredWindow window;
+    window.channels = fields.integer("channels", 1, 1 << 24);
+    if (fields.integer("groups", 1, 1 << 24) != 1) fields.refuse("groups", "is above 1, which this program does not run");
+    window.kernel = read_sizes(fields, "kernel", 2, 1), window.stride = read_sizes(fields, "stride", 2, 1);
+    window.padding = read_sizes(fields, "padding", 4, 0), window.dilation = read_sizes(fields, "dilation", 2, 1);
+    fields.done();
+    return window;
 }
 
 inline StoredLayer read_layer(Fields fields) {
     StoredLayer layer;
-    if (fields.text("function") != "packed_linear") fields.refuse("function", "is " + shown(fields.text("function")) + ", which this program does not run");
-    fields.text("method");
+    const std::string function = fields.text("function");
+    const bool convolution = function == "packed_conv2d";
+    if (!convolution && function != "packed_linear") fields.refuse("function", "is " + shown(function) + ", which this program does not run");
+    const std::string method = fields.text("method");
+    if (method.size() > 32 || std::any_of(method.begin(), method.end(), [](char c) { return c < 0x20 || c > 0x7e; }))
+        fields.refuse("method", "must be at most 32 printable characters of ASCII");
     layer.inputs = fields.integer("in_features", 1, 1 << 24), layer.outputs = fields.integer("out_features", 1, 1 << 24);
     layer.bias = fields.flag("bias"), layer.rescale = fields.flag("rescale");
     if (fields.flag("signs")) fields.refuse("signs", "is true, which this program does not run");
     layer.block = static_cast<int32_t>(fields.integer("hadamard_block", 1, 1 << 16));
-    if ((layer.block & (layer.block - 1)) != 0 || layer.inputs % layer.block != 0) fields.refuse("hadamard_block", "must be a power of two that divides in_features");
+    if (convolution) {
+        layer.window = read_window(fields.object("convolution"));
+        if (layer.inputs != layer.places() * layer.window->channels) fields.refuse("in_features", "are not the places of the window times channels");
+    }
+    const int64_t rotated = convolution ? layer.window->channels : layer.inputs;
+    if ((layer.block & (layer.block - 1)) != 0 || rotated % layer.block != 0) fields.refuse("hadamard_block", "must be a power of two that divides in_features, or the channels");
     layer.normalise = fields.one_of("normalise", {"rms", "absmax", "norm", "static"});
     if (layer.normalise == "norm") fields.refuse("normalise", "is 'norm', which this program does not run");
     if (layer.normalise == "absmax" && layer.block != 1) fields.refuse("normalise", "'absmax' goes with hadamard_block 1");
@@ -110,7 +153,7 @@ inline StoredLayer read_layer(Fields fields) {
         }
     }
     activation.done();
-    layer.input = fields.text("input");
+    if (!convolution) layer.input = fields.text("input");
     fields.done();
     return layer;
 }
@@ -121,11 +164,36 @@ inline double positive(Fields& fields, const char* name) {
     return value;
 }
 
-inline LanguageShape read_shape(const Json& model, const std::string& path) {
-    if (model.is_null()) throw Error(path + ": is a module of its owner's own, which only its Python code can build");
-    Fields fields(model, path + ": model");
+inline VisionShape read_vision(Fields fields, bool resnet) {
+    VisionShape shape;
+    shape.resnet = resnet;
+    const auto size = [&](const char* name, int64_t most) { return fields.integer(name, 1, most); };
+    const auto flag_later = [&](const char* name) { return fields.has(name) && fields.flag(name); };
+    shape.labels = size("num_labels", 1 << 24), shape.channels = size("num_channels", 1 << 10);
+    const double drop = fields.number("drop_path");
+    if (!(drop >= 0 && drop < 1)) fields.refuse("drop_path", "must be at least 0 and below 1");
+    if (resnet) {
+        shape.width = size("width", 1 << 16), shape.stages = size("stages", 16), shape.blocks = size("blocks", 1024);
+        shape.stem_stride = size("stem_stride", 64), shape.stem_kernel = fields.has("stem_kernel") ? size("stem_kernel", 63) : 3;
+        if (shape.stem_kernel % 2 == 0) fields.refuse("stem_kernel", "must be odd");
+        shape.max_pool = flag_later("max_pool");
+        if (fields.has("image_size") && !fields.any("image_size").is_null()) shape.image = size("image_size", 1 << 14);
+    } else {
+        shape.image = size("image_size", 1 << 14), shape.patch = size("patch_size", 1 << 14), shape.hidden = size("hidden_size", 1 << 16);
+        shape.inner = size("intermediate_size", 1 << 20), shape.blocks = size("num_hidden_layers", 1024), shape.heads = size("num_attention_heads", 1 << 12);
+        shape.eps = positive(fields, "layer_norm_epsilon"), positive(fields, "initializer_range");
+        shape.class_token = flag_later("class_token");
+        if (flag_later("fused_qkv")) fields.refuse("fused_qkv", "is true, which this program does not run");
+        if (shape.image % shape.patch != 0) fields.refuse("patch_size", "does not divide image_size");
+        if (shape.hidden % shape.heads != 0) fields.refuse("num_attention_heads", "does not divide hidden_size");
+    }
+    fields.done();
+    return shape;
+}
+
+inline LanguageShape read_language(Fields fields) {
     LanguageShape shape;
-    shape.llama = fields.one_of("architecture", {"llama", "gpt"}) == "llama";
+    shape.llama = fields.text("architecture") == "llama";
     const auto size = [&](const char* name) { return fields.integer(name, 1, 1 << 24); };
     shape.vocabulary = size("vocab_size"), shape.hidden = size("hidden_size"), shape.inner = size("intermediate_size");
     shape.blocks = fields.integer("num_hidden_layers", 1, 1024), shape.heads = size("num_attention_heads"), shape.key_heads = shape.heads;
@@ -138,7 +206,8 @@ inline LanguageShape read_shape(const Json& model, const std::string& path) {
         if (!fields.any("head_dim").is_null()) shape.head = size("head_dim");
     } else {
         shape.eps = positive(fields, "layer_norm_epsilon"), shape.bias = !fields.has("bias") || fields.flag("bias");
-        shape.activation = fields.has("activation") ? fields.one_of("activation", {"gelu", "gelu_erf", "relu"}) : "gelu";
+        const std::string named = fields.has("activation") ? fields.one_of("activation", {"gelu", "gelu_erf", "relu"}) : "gelu";
+        shape.activation = named == "gelu" ? Activation::gelu_tanh : named == "gelu_erf" ? Activation::gelu_erf : Activation::relu;
     }
     fields.done();
     if (shape.head == 0) {
@@ -148,6 +217,14 @@ inline LanguageShape read_shape(const Json& model, const std::string& path) {
     if (shape.heads % shape.key_heads != 0) fields.refuse("num_key_value_heads", "does not divide num_attention_heads");
     if (shape.llama && (shape.head % 2 != 0 || shape.positions * shape.head > int64_t{1} << 27)) fields.refuse("head_dim", "is odd, or too large for so many positions");
     return shape;
+}
+
+inline void read_shape(const Json& model, const std::string& path, Description& described) {
+    if (model.is_null()) throw Error(path + ": is a module of its owner's own, which only its Python code can build");
+    Fields fields(model, path + ": model");
+    const std::string kind = fields.one_of("architecture", {"llama", "gpt", "resnet", "vit"});
+    if (kind == "resnet" || kind == "vit") described.vision = read_vision(fields, kind == "resnet");
+    else described.language = read_language(fields);
 }
 
 inline Description read_description(std::string_view file, const std::string& path) {
@@ -167,7 +244,7 @@ inline Description read_description(std::string_view file, const std::string& pa
     section.any("quant_method"), section.any("version");
     if (version == 6) section.any("experts");
     Description described;
-    described.shape = read_shape(section.any("model"), path);
+    read_shape(section.any("model"), path, described);
     const Json &layers = section.any("layers"), &tables = section.any("embeddings"), &files = section.any("files");
     if (!layers.is_object() || layers.empty() || !tables.is_object() || !files.is_object()) section.refuse("layers", "is no object");
     section.done();

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <string>
 #include <string_view>
@@ -18,7 +19,8 @@ namespace bellbox {
 class Mapped {
   public:
     explicit Mapped(const std::string& path) {
-        const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+        // O_NONBLOCK: a pipe in the place of a file would be waited for.
+        const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         if (file < 0) throw Error(path + ": cannot be read (" + std::strerror(errno) + ")");
         struct stat about;
         const bool regular = ::fstat(file, &about) == 0 && S_ISREG(about.st_mode);
@@ -34,6 +36,13 @@ class Mapped {
     Mapped(const Mapped&) = delete;
     Mapped& operator=(const Mapped&) = delete;
 
+    // Bytes of this file that are not needed for now: their pages may leave memory, and come back when they are read.
+    void forget(std::string_view some) const {
+        static const uintptr_t page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+        const uintptr_t begin = (reinterpret_cast<uintptr_t>(some.data()) + page - 1) / page * page;
+        const uintptr_t end = (reinterpret_cast<uintptr_t>(some.data()) + some.size()) / page * page;
+        if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    }
     std::string_view bytes() const { return {static_cast<const char*>(data_), size_}; }
 
   private:

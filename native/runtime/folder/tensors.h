@@ -12,13 +12,13 @@
 
 namespace bellbox {
 
-enum class Number { u8, i8, bf16, f16, f32, f64, other };
+enum class Number { u8, i8, bf16, f16, f32, f64, i64 };
 inline int64_t bytes_of(Number number) {
     return number == Number::u8 || number == Number::i8 ? 1 : number == Number::bf16 || number == Number::f16 ? 2 : number == Number::f32 ? 4 : 8;
 }
 
 struct StoredTensor {
-    Number number = Number::other;
+    Number number = Number::u8;
     std::vector<int64_t> shape;
     std::string_view bytes;
 
@@ -29,7 +29,7 @@ struct StoredTensor {
     }
 };
 
-constexpr uint64_t kHeaderLimit = uint64_t{64} << 20;
+constexpr uint64_t kHeaderLimit = kMostJson;
 
 inline std::map<std::string, StoredTensor> read_tensors(std::string_view file, const std::string& path) {
     uint64_t length = 0;
@@ -41,9 +41,10 @@ inline std::map<std::string, StoredTensor> read_tensors(std::string_view file, c
     const Json header = parse_json(file.substr(8, length), path);
     if (!header.is_object()) throw Error(path + ": damaged, its header is no object");
     static const std::map<std::string, Number> kinds = {{"U8", Number::u8},   {"I8", Number::i8},   {"BF16", Number::bf16},
-                                                        {"F16", Number::f16}, {"F32", Number::f32}, {"F64", Number::f64}};
+                                                        {"F16", Number::f16}, {"F32", Number::f32}, {"F64", Number::f64},
+                                                        {"I64", Number::i64}};
     std::map<std::string, StoredTensor> found;
-    uint64_t claimed = 0;
+    std::map<uint64_t, uint64_t> ends;  // by where tensors begin; those of no bytes do not count
     for (const auto& [name, entry] : header.items()) {
         if (name == "__metadata__") continue;
         Fields fields(entry, path + ": tensor " + shown(name));
@@ -63,10 +64,16 @@ inline std::map<std::string, StoredTensor> read_tensors(std::string_view file, c
         if (!offsets[0].is_number_unsigned() || !offsets[1].is_number_unsigned()) fields.refuse("data_offsets", "are no numbers");
         const uint64_t begin = offsets[0].get<uint64_t>(), end = offsets[1].get<uint64_t>();
         if (begin > end || end > data.size() || end - begin != bytes) fields.refuse("data_offsets", "do not fit its shape and the file");
-        tensor.bytes = data.substr(begin, bytes), claimed += bytes;
+        tensor.bytes = data.substr(begin, bytes);
+        if (bytes > 0 && !ends.emplace(begin, end).second) fields.refuse("data_offsets", "are those of another tensor");
         found[name] = std::move(tensor);
     }
-    if (claimed != data.size()) throw Error(path + ": damaged, its tensors are not all of its bytes");
+    uint64_t reached = 0;
+    for (const auto& [begin, end] : ends) {
+        if (begin != reached) throw Error(path + ": damaged, its tensors do not follow one another");
+        reached = end;
+    }
+    if (reached != data.size()) throw Error(path + ": damaged, its tensors are not all of its bytes");
     return found;
 }
 

@@ -4,8 +4,8 @@ One token through a small model is a millisecond of kernels and, layer by layer,
 takes this way where it can; it runs the same kernels in the same order as the layers do, so the logits are the same to
 the last bit.
 
-Sequences that are decoded together get the very numbers that each would get alone: packed layers, norms and attention
-are a row's own, and what torch computes between them is called such that a row is computed alike beside any others.
+Sequences that are decoded together get the very numbers that each would get alone: packed layers, norms, attention and
+activations are a row's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bellbox.models import GPT, KVCache, Llama, SlotCache
 from bellbox.models.gpt import GPTBlock
@@ -28,8 +27,6 @@ from bellbox.nn.packed_linear import bound_groups
 from bellbox.ops.decoder_block import gpt_block, head, last_norm, llama_block
 
 Group = tuple[nn.Module, ...]
-_VECTOR, _ONE_THREAD = 64, 16_384
-"""Numbers that torch's elementwise kernels take in whole vectors, and up to which one thread has them all."""
 
 
 class Steps(ABC):
@@ -90,7 +87,7 @@ class Steps(ABC):
 
 
 class LlamaSteps(Steps):
-    """Of a LLaMA: a block is one call before the SiLU and one after it."""
+    """Of a LLaMA: a block is two calls."""
 
     def __init__(self, model: Llama, cache: KVCache, blocks: Sequence[Any]) -> None:
         super().__init__(cache, blocks, model.lm_head)
@@ -103,20 +100,17 @@ class LlamaSteps(Steps):
     def _logits(self, input_ids: Tensor, start: int | Tensor, threads: int) -> Tensor:
         model, cache, batch = self._model, self._cache, len(input_ids)
         gate, up = self._gate[:batch], self._up[:batch]
-        parts = alike_by_rows(gate)
         rotary = model.model.rotary_emb
         x = model.model.embed_tokens(input_ids).contiguous()
         for layer, block in enumerate(self._blocks):
             places = *cache.layer(layer), cache.max_length, start
             block.attend_and_widen(x, batch, rotary.cos, rotary.sin, *places, gate, up, threads)
-            for part in parts:
-                F.silu(part, inplace=True)
-            block.narrow(x, gate, up, batch, threads)
+            block.narrow_gated(x, gate, up, batch, threads)
         return self._logits_of(self._norm(x))
 
 
 class GPTSteps(Steps):
-    """Of a GPT: its layer norms are torch's, so that a block is three calls between them."""
+    """Of a GPT: a block is three calls, its norms and its activation between them."""
 
     def __init__(self, model: GPT, cache: KVCache, blocks: Sequence[Any]) -> None:
         super().__init__(cache, blocks, model.lm_head)
@@ -126,27 +120,14 @@ class GPTSteps(Steps):
     def _logits(self, input_ids: Tensor, start: int | Tensor, threads: int) -> Tensor:
         body, cache, batch = self._model.transformer, self._cache, len(input_ids)
         wide = self._wide[:batch]
-        parts = alike_by_rows(wide)
         positions = start[:, 1:] if isinstance(start, Tensor) else torch.tensor([start])
         x = body.wte(input_ids) + body.wpe(positions)
         for layer, (block, call) in enumerate(zip(self._plain_blocks, self._blocks, strict=True)):
             places = *cache.layer(layer), cache.max_length, start
             call.attention(x, block.ln_1(x), batch, *places, threads)
             call.widen(block.ln_2(x), batch, wide, threads)
-            for part in parts:
-                part.copy_(block.mlp.activate(part, exact=False))
-            call.narrow(x, wide, batch, threads)
+            call.narrow(x, block.mlp.activate(wide, exact=False), batch, threads)
         return self._logits_of(body.ln_f(x))
-
-
-def alike_by_rows(x: Tensor) -> list[Tensor]:
-    """Views of the rows of `x` `[n, 1, width]` such that an activation of torch computes each row as it would alone.
-
-    Torch takes whole vectors with one routine and the rest of a buffer, or of a thread's share, with another. So some
-    rows go together where they consist of whole vectors and are few enough for one thread; else each by itself.
-    """
-    width = x.shape[-1]
-    return list(x.split(max(1, _ONE_THREAD // width) if width % _VECTOR == 0 else 1))
 
 
 def bound_head(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:

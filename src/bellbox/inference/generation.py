@@ -5,8 +5,9 @@ fills the KV cache, then every token costs one row. `TextStream` turns ids into 
 character may be spread over several tokens, and it comes out when its last byte is there. `generate_text` puts the two
 together with a tokenizer and a clock.
 
-Decoding with the cache is the full forward: to the last code with `model.exact_attention = True`, by default up to
-the order in which PyTorch's attention sums, so that a value beside a threshold may get another code.
+Decoding with the cache is the full forward, to the last bit where the compiled kernels are (fp32, on the CPU).
+Elsewhere it is so to the last code with `model.exact_attention = True`, by default up to the order in which PyTorch's
+attention sums, so that a value beside a threshold may get another code.
 
 A model whose activations' scale looks at the whole batch (`granularity="tensor"`) is no function of the prefix,
 so decoding it token by token would give another model than the trained one; it is refused before anything

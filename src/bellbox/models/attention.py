@@ -1,5 +1,8 @@
 """The arithmetic that both models share: causal attention, fast or exact, and activations likewise.
 
+Evaluation in fp32 on the CPU goes by the compiled kernels (`ops/attend.py`, `ops/activate.py`), where a token has the
+same bits in every company. What follows is of torch's functions, which run elsewhere: in training, on a GPU, compiled.
+
 Why there is an exact way. `F.scaled_dot_product_attention` sums in blocks whose size depends on the number of
 keys and of sequences; a vectorised SiLU or tanh computes the last few elements of a buffer with another
 routine than the rest. So the fp32 result of one token can differ in its last bit with the length of the text
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bellbox.ops.activate import activate, is_pinned
 from bellbox.ops.encode import result_dtype
 
 
@@ -59,9 +63,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, exact: bool) 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def silu(x: Tensor, *, exact: bool) -> Tensor:
-    """x times its sigmoid, in the dtype of `x`; inside in float64 where `exact`."""
-    return F.silu(x.double()).to(x.dtype) if exact else F.silu(x)
+def gated(gate: Tensor, up: Tensor, *, exact: bool) -> Tensor:
+    """SiLU of `gate` times `up`, in their dtype; the SiLU in float64 where `exact`."""
+    if exact:
+        return F.silu(gate.double()).to(gate.dtype) * up
+    if is_pinned(gate) and up.dtype == gate.dtype:
+        return activate(gate, "silu", up)
+    return F.silu(gate) * up
 
 
 def tanh_gelu(x: Tensor, *, exact: bool) -> Tensor:
@@ -71,7 +79,7 @@ def tanh_gelu(x: Tensor, *, exact: bool) -> Tensor:
     negative u, which brings float64's own last bit up to where fp32 sees it.
     """
     if not exact:
-        return F.gelu(x, approximate="tanh")
+        return activate(x, "gelu") if is_pinned(x) else F.gelu(x, approximate="tanh")
     wide = x.double()
     return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
 
@@ -79,7 +87,7 @@ def tanh_gelu(x: Tensor, *, exact: bool) -> Tensor:
 def erf_gelu(x: Tensor, *, exact: bool) -> Tensor:
     """The GELU itself, x Phi(x), in the dtype of `x`; where `exact`, in float64, by erfc, which does not cancel."""
     if not exact:
-        return F.gelu(x)
+        return activate(x, "gelu_erf") if is_pinned(x) else F.gelu(x)
     wide = x.double()
     return (0.5 * wide * torch.erfc(-wide / math.sqrt(2))).to(x.dtype)
 

@@ -17,15 +17,19 @@ from bellbox.models.cache import KVCache
 from bellbox.models.config import GPTConfig
 from bellbox.models.head import next_logits
 from bellbox.models.llama import check_context
+from bellbox.ops.activate import is_pinned
 from bellbox.ops.attend import attend, attends
 from bellbox.ops.cache_codes import CachePrecision
+from bellbox.ops.layer_norm import layer_norm
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, fp32 inside, rounded to autocast's dtype where that is on."""
+    """PyTorch's, fp32 inside, rounded to autocast's dtype where that is on; in evaluation `ops.layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., size]` to the same shape."""
+        if is_pinned(input) and self.weight.dtype == torch.float32:
+            return layer_norm(input, self.weight, self.bias, self.eps)
         return super().forward(input).to(compute_dtype(input))
 
 
@@ -53,8 +57,9 @@ class GPTAttention(nn.Module):
         query, key, value = (
             self.qkv_proj(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        if cache is not None and not exact and attends(query, cache.layer(layer)):
-            return self.c_proj(attend(query, key, value, None, cache.layer(layer), cache.length))
+        held, start = (None, 0) if cache is None else (cache.layer(layer), cache.length)
+        if not exact and attends(query, held):
+            return self.c_proj(attend(query, key, value, None, held, start, self.head_dim))
         query, key, value = (part.view(heads).transpose(1, 2) for part in (query, key, value))
         if cache is not None:
             key, value = cache.append(layer, key, value)
@@ -124,8 +129,8 @@ class GPT(nn.Module):
     Attributes:
         config: its shape.
         exact_attention: set it to True for logits of a prefix that depend neither on what follows nor on the
-            rest of the batch (`attention.py` says why and what it costs). False by default: PyTorch's fused
-            attention.
+            rest of the batch, where the compiled kernels do not run (`attention.py` says why and what it costs).
+            False by default: the kernels, or PyTorch's fused attention.
     """
 
     def __init__(self, config: GPTConfig) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.models import lean
-from bellbox.models.attention import causal_attention, compute_dtype, silu
+from bellbox.models.attention import causal_attention, compute_dtype, gated
 from bellbox.models.cache import KVCache
 from bellbox.models.config import LlamaConfig
 from bellbox.models.head import next_logits
@@ -26,6 +26,7 @@ from bellbox.models.lean import pays, swiglu
 from bellbox.ops.attend import attend, attends
 from bellbox.ops.cache_codes import CachePrecision
 from bellbox.ops.rms_norm import rms_norm
+from bellbox.ops.rotary import rotary_tables
 
 
 class RMSNorm(nn.Module):
@@ -57,7 +58,7 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotates pairs of a head's channels by an angle that grows with the position.
 
-    The cosines and sines of every position are computed once, in fp32 as Hugging Face does, so that a token's
+    The cosines and sines of every position are computed once (`ops/rotary.py`), so that a token's
     rotation cannot depend on the call that it comes in. They follow the module from device to device but not
     into a lower precision: bf16 cannot tell neighbouring positions apart.
     """
@@ -80,10 +81,8 @@ class RotaryEmbedding(nn.Module):
     def _fill(self, device: torch.device) -> None:
         if device.type == "meta":  # nothing to fill, and torch would import its compiler for that
             return
-        channels = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
-        frequency = 1.0 / (self.theta ** (channels / self.head_dim))
-        angle = torch.arange(self.positions, dtype=torch.float32, device=device)[:, None] * frequency
-        self.cos, self.sin = angle.cos(), angle.sin()
+        cos, sin = rotary_tables(self.theta, self.head_dim, self.positions)
+        self.cos, self.sin = cos.to(device), sin.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         super()._apply(fn, recurse)
@@ -130,9 +129,10 @@ class LlamaAttention(nn.Module):
         query, key, value = (
             self.qkv_proj(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        if cache is not None and not exact and attends(query, cache.layer(layer)):
+        held = None if cache is None else cache.layer(layer)
+        if not exact and attends(query, held):
             tables = rotary.cos, rotary.sin
-            return self.o_proj(attend(query, key, value, tables, cache.layer(layer), start))
+            return self.o_proj(attend(query, key, value, tables, held, start, self.head_dim))
         query = rotary(query.view(heads).transpose(1, 2), start)
         key = rotary(key.view(heads).transpose(1, 2), start)
         value = value.view(heads).transpose(1, 2)
@@ -158,7 +158,7 @@ class LlamaMLP(nn.Module):
         """`[B, T, hidden]` to the same."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         kept = not exact and gate.dtype == up.dtype and pays(gate, up)
-        return self.down_proj(swiglu(gate, up) if kept else silu(gate, exact=exact) * up)
+        return self.down_proj(swiglu(gate, up) if kept else gated(gate, up, exact=exact))
 
 
 class LlamaBlock(nn.Module):
@@ -203,8 +203,8 @@ class Llama(nn.Module):
     Attributes:
         config: its shape.
         exact_attention: set it to True for logits of a prefix that depend neither on what follows nor on the
-            rest of the batch (`attention.py` says why and what it costs). False by default: PyTorch's fused
-            attention.
+            rest of the batch, where the compiled kernels do not run (`attention.py` says why and what it costs).
+            False by default: the kernels, or PyTorch's fused attention.
 
     `state_dict()` has the names and shapes of `transformers.LlamaForCausalLM`.
     """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bellbox.models.config import ResNetConfig
-from bellbox.models.image import DropPath, Normalise, rising
+from bellbox.models.image import DropPath, Normalise, classify, convolve, mean_of, rising
 
 
 class ConvNorm(nn.Module):
@@ -26,7 +26,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, inputs, height, width]` to `[batch, outputs, height / stride, width / stride]`."""
-        return self.norm(self.conv(x))
+        return self.norm(convolve(self.conv, x))
 
 
 class BasicBlock(nn.Module):
@@ -78,8 +78,8 @@ class ResNet(nn.Module):
         x = F.relu(self.stem(x), inplace=True)
         if self.config.max_pool:
             x = F.max_pool2d(x, 3, 2, 1)
-        return self.stages(x).mean((2, 3))
+        return mean_of(self.stages(x), (2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.head(self.features(x))
+        return classify(self.head, self.features(x))

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bellbox.models.attention import erf_gelu
 from bellbox.models.config import ViTConfig
-from bellbox.models.image import DropPath, Normalise, rising
+from bellbox.models.gpt import LayerNorm
+from bellbox.models.image import DropPath, Normalise, classify, convolve, mean_of, rising
+from bellbox.ops.attend import attend, attends
 
 
 class Attention(nn.Module):
@@ -38,6 +41,10 @@ class Attention(nn.Module):
         parts = (
             self.qkv_proj(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
+        if attends(parts[0], None):
+            head_dim = parts[0].shape[-1] // self.heads
+            query, key, value = parts
+            return self.o_proj(attend(query, key, value, None, None, 0, head_dim, causal=False))
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -52,7 +59,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, patches, hidden]` to the same."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(erf_gelu(self.fc1(x), exact=False))
 
 
 class Block(nn.Module):
@@ -61,8 +68,8 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, drop_path: float) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_epsilon
-        self.norm1, self.attention = nn.LayerNorm(width, eps), Attention(config)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps), MLP(config)
+        self.norm1, self.attention = LayerNorm(width, eps), Attention(config)
+        self.norm2, self.mlp = LayerNorm(width, eps), MLP(config)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +96,7 @@ class ViT(nn.Module):
         self.class_token = nn.Parameter(torch.empty(1, 1, width)) if config.class_token else None
         chances = rising(config.drop_path, config.num_hidden_layers)
         self.blocks = nn.ModuleList(Block(config, chance) for chance in chances)
-        self.norm = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.norm = LayerNorm(width, config.layer_norm_epsilon)
         self.head = nn.Linear(width, config.num_labels)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -102,15 +109,15 @@ class ViT(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """What the classifier sees: `[batch, hidden]`."""
-        x = self.patch_embed(self.normalise(x)).flatten(2).transpose(1, 2)
+        x = convolve(self.patch_embed, self.normalise(x)).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), 1)
         x = x + self.positions
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return x.mean(1) if self.class_token is None else x[:, 0]
+        return mean_of(x, (1,)) if self.class_token is None else x[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.head(self.features(x))
+        return classify(self.head, self.features(x))

@@ -1,4 +1,4 @@
-"""Attention of one new token over a cache, rotary positions included, in one call of the compiled kernels.
+"""Attention of new tokens over a cache, rotary positions included, in one call of the compiled kernels.
 
 It writes into the cache, so that it is no operation of the registry: who calls it asks `attends` first, and goes on
 with torch where that says no.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bellbox.ops import native
-from bellbox.ops.dispatch import is_direct
+from bellbox.ops.activate import is_pinned
+from bellbox.ops.dispatch import forced, is_direct
 
 
 class CacheLayer(NamedTuple):
@@ -36,17 +37,15 @@ class CacheLayer(NamedTuple):
         return all(t.is_cpu and t.dtype in kinds and t.is_contiguous() for t in tensors)
 
 
-def attends(query: Tensor, cache: CacheLayer) -> bool:
-    """Whether `attend` serves: one token of fp32 on the CPU, the kernels there, no gradient asked for."""
+def attends(query: Tensor, cache: CacheLayer | None) -> bool:
+    """Whether `attend` serves: fp32 on the CPU, the kernels there, no gradient asked for."""
     return (
-        query.shape[1] == 1
-        and not torch.is_grad_enabled()
+        is_pinned(query)
         and is_direct(query)
         and native.available()
-        and query.is_cpu
-        and query.dtype == torch.float32
-        and query.is_contiguous()
-        and cache.is_direct()
+        and forced() in (None, "cpu")
+        and query.numel() > 0
+        and (cache is None or cache.is_direct())
     )
 
 
@@ -55,31 +54,45 @@ def attend(
     key: Tensor,
     value: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
-    cache: CacheLayer,
+    cache: CacheLayer | None,
     start: int | Tensor,
+    head_dim: int,
+    causal: bool = True,
 ) -> Tensor:
-    """One new token of each sequence: rotary positions, key and value into the cache, attention over all so far.
+    """New tokens of each sequence: rotary positions, keys and values into the cache, attention over all so far.
+
+    A token gets the same bits whether it comes alone or with others, before or after it.
 
     Args:
-        query: `[B, 1, heads * head_dim]` fp32, contiguous, not yet rotated.
-        key: `[B, 1, kv_heads * head_dim]`, likewise.
+        query: `[B, T, heads * head_dim]` fp32, not yet rotated.
+        key: `[B, T, kv_heads * head_dim]`, likewise.
         value: as `key`.
         rotary: cosines and sines `[positions, head_dim / 2]` fp32, or None.
-        cache: the layer's, of `B` sequences or of as many slots as there are; position `start` is written.
-        start: tokens held, less than `room`; or int64 `[B, 2]`, the slot of each sequence in the cache and how many it
-            holds, no slot twice.
+        cache: the layer's, of `B` sequences or of as many slots as there are; positions from `start` on are written.
+            None: these tokens are all.
+        start: tokens held, `T` less than `room` at most; or, where T is 1, int64 `[B, 2]`, the slot of each sequence in
+            the cache and how many it holds, no slot twice.
+        head_dim: of attention.
+        causal: whether a token sees those before it and itself only.
 
     Returns:
-        `[B, 1, heads * head_dim]`.
+        `[B, T, heads * head_dim]`.
     """
     module = native.compiled()
     assert module is not None
-    _, kv_heads, room, head_dim = cache.keys.shape
-    if cache.keys.dtype == torch.uint8:
-        head_dim = key.shape[2] // kv_heads
+    batch, tokens, width = query.shape
+    kv_heads = key.shape[2] // head_dim
+    if cache is None:
+        keys, values = query.new_empty(2, batch, kv_heads, tokens, head_dim).unbind()
+        cache = CacheLayer(keys, values)
+    room = cache.keys.shape[2]
     cosines, sines = (None, None) if rotary is None else rotary
-    out = torch.empty_like(query)
-    sizes = len(query), query.shape[2] // head_dim, kv_heads, head_dim, room, start
-    key, value = key.contiguous(), value.contiguous()
-    module.attend(query, key, value, cosines, sines, *cache, *sizes, out, torch.get_num_threads())
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    out, threads = torch.empty_like(query), torch.get_num_threads()
+    given = query, key, value, cosines, sines, *cache
+    if tokens == 1:
+        module.attend(*given, batch, width // head_dim, kv_heads, head_dim, room, start, out, threads)
+    else:
+        sizes = batch, tokens, width // head_dim, kv_heads, head_dim, room
+        module.attend_prompt(*given, *sizes, start, causal, out, threads)
     return out

@@ -22,12 +22,12 @@ Layers = Sequence[Sequence[Bound]]
 def llama_block(layers: Layers, head_dim: int, norms: Sequence[Tensor], eps: float) -> Any:
     """A block of a LLaMA, or None where no backend has one.
 
-    It has two methods, all tensors contiguous and, but for the cache (an `attend.CacheLayer`), fp32:
+    It has three methods, all tensors contiguous and, but for the cache (an `attend.CacheLayer`), fp32:
     `attend_and_widen(x, batch, cosines, sines, *cache, room, start, gate, up, threads)` adds attention of the norm of
     `x` `[batch, 1, hidden]` to it, puts keys and values of position `start` (or `[batch, 2]` of slots
     and positions, see `attend.attend`) into the cache, and fills `gate` and `up`
     `[batch, 1, inner]`; `narrow(x, gate, up, batch, threads)` multiplies `gate` by `up` and adds the MLP's last
-    layer on the product.
+    layer on the product, `narrow_gated` takes the SiLU of `gate` before.
 
     Args:
         layers: packed.

@@ -216,7 +216,9 @@ class _HeadNorms:
         query = self._normed(query, attention.q_norm)
         key = self._normed(key, attention.k_norm)
         places = CacheLayer(keys, values, key_scales, value_scales, rotation)
-        x.add_(attention.o_proj(attend(query, key, value, (cosines, sines), places, start)))
+        x.add_(
+            attention.o_proj(attend(query, key, value, (cosines, sines), places, start, attention.head_dim))
+        )
         read = rms_norm(x, second.weight, second.variance_epsilon)
         gate.copy_(self._mlp.gate_proj(read))
         up.copy_(self._mlp.up_proj(read))

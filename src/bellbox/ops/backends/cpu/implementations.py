@@ -13,6 +13,8 @@ from bellbox.core.grid import Grid
 from bellbox.core.packing import code_width
 from bellbox.errors import BellboxError
 from bellbox.ops import native
+from bellbox.ops.activate import ACTIVATIONS
+from bellbox.ops.activate import check as check_activation
 from bellbox.ops.binarized_linear import MAX_BITS
 from bellbox.ops.decode_bytes import check as check_decode
 from bellbox.ops.draw import OUT_OF_RANGE
@@ -22,11 +24,14 @@ from bellbox.ops.int4_linear import check as check_int4
 from bellbox.ops.int8_linear import INT8_COLUMNS
 from bellbox.ops.int8_linear import check as check_int8
 from bellbox.ops.kept import stepped
+from bellbox.ops.layer_norm import check as check_layer_norm
 from bellbox.ops.packed_linear import TENSORS, check, with_signs
 from bellbox.ops.rms_norm import check_width
 from bellbox.ops.table_rows import check as check_rows
 from bellbox.ops.table_rows import outside
 from bellbox.ops.weight_layout import TILED_LEVELS, check_codes, check_packed, packed_size
+
+_ACTIVATIONS = {kind: number for number, kind in enumerate(ACTIVATIONS)}
 
 
 @dataclass(frozen=True)
@@ -350,6 +355,36 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    check_layer_norm(x, weight, bias)
+    module = native.compiled()
+    assert module is not None
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    given = weight.detach(), None if bias is None else bias.detach()
+    module.layer_norm(x, *given, eps, out, _threads())
+    return out
+
+
+def _why_not_layer_norm(arguments: Mapping[str, Any]) -> str | None:
+    bias = arguments["bias"]
+    return _why_not_plain(arguments, "x", "weight", *(() if bias is None else ("bias",)))
+
+
+def _why_not_activate(arguments: Mapping[str, Any]) -> str | None:
+    return _why_not_plain(arguments, "x")
+
+
+def _activate(x: Tensor, times: Tensor | None, kind: str) -> Tensor:
+    check_activation(x, times, kind)
+    module = native.compiled()
+    assert module is not None
+    x = x.detach().contiguous()
+    out, number = torch.empty_like(x), _ACTIVATIONS[kind]
+    module.activate(x, None if times is None else times.detach().contiguous(), number, out, _threads())
+    return out
+
+
 def _why_not_float(arguments: Mapping[str, Any]) -> str | None:
     return _why_not_plain(arguments, "x", "weight")
 
@@ -577,6 +612,8 @@ TABLE: dict[str, Implementation] = {
     "bbq_backward_kept": Implementation(_why_not_kept, native.bbq_backward_kept),
     "kept_linear": Implementation(_why_not_kept_linear, _kept_linear),
     "rms_norm": Implementation(_why_not_norm, _rms_norm),
+    "layer_norm": Implementation(_why_not_layer_norm, _layer_norm),
+    "activate": Implementation(_why_not_activate, _activate),
     "float_linear": Implementation(_why_not_float, _float_linear),
     "int8_linear": Implementation(_why_not_int8, _int8_linear),
     "int4_linear": Implementation(_why_not_int4, _int4_linear),
