@@ -148,7 +148,7 @@ void bellbox_free_picture(float* image) { delete[] image; }
 bellbox_status bellbox_generate(const bellbox_model* model, const char* prompt, const bellbox_options* options, bellbox_piece piece, void* user,
                                 bellbox_times* times, bellbox_error* error) {
     return guarded(error, [&] {
-        Continuation text(model->model, model->words(), prompt, *options);
+        Continuation text(model->model.text(), model->words(), prompt, *options);
         while (text.next(piece, user)) {}
         if (times != nullptr) *times = text.times();
     });
