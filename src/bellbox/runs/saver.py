@@ -22,22 +22,21 @@ from bellbox.runs.checkpoint import MODEL, OPTIMIZER, Checkpoints, State
 from bellbox.runs.distributed_checkpoint import Piece, Staging, save_pieces
 from bellbox.utils.files import named
 
-_PATIENCE = timedelta(hours=1)
-"""For the slowest rank's disk. A rank that is gone is noticed at once, and one that hangs by training's own timeout."""
-
-
 class Saver:
     """Writes the sharded checkpoints of one run. Made by all ranks at the same point.
 
     Args:
         checkpoints: where they go.
         background: whether `save` returns while the checkpoint is written.
+        patience: seconds to wait for a rank that does not answer, or whose disk is slow.
     """
 
-    def __init__(self, checkpoints: Checkpoints, background: bool = True) -> None:
+    def __init__(self, checkpoints: Checkpoints, background: bool = True, patience: float = 600.0) -> None:
         self.checkpoints, self.background = checkpoints, background
         together = dist.is_available() and dist.is_initialized()
-        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if together else None
+        # No longer than training waits: in `wait` it is training that waits.
+        wait = timedelta(seconds=patience)
+        self._group: Any = dist.new_group(backend="gloo", timeout=wait) if together else None
         self._first = not together or dist.get_rank() == 0
         self._staging = Staging()
         self._thread: threading.Thread | None = None

@@ -156,7 +156,8 @@ class Trainer:
         """What writes sharded checkpoints; None where one process writes whole ones."""
         section = self.config.checkpoint
         sharded = section.kind == "sharded" or (section.kind == "auto" and self.world.size > 1)
-        return Saver(self.checkpoints, section.background) if sharded else None
+        patience = self.config.distributed.timeout
+        return Saver(self.checkpoints, section.background, patience) if sharded else None
 
     def _decided(self, config: TrainConfig, show: bool) -> tuple[TrainConfig, str]:
         """The configuration with what is chosen by machine and folder, and why its precision.
