@@ -148,7 +148,8 @@ void bellbox_free_picture(float* image) { delete[] image; }
 bellbox_status bellbox_generate(const bellbox_model* model, const char* prompt, const bellbox_options* options, bellbox_piece piece, void* user,
                                 bellbox_times* times, bellbox_error* error) {
     return guarded(error, [&] {
-        Continuation text(model->model.text(), model->words(), prompt, *options);
+        const Language& language = model->model.text();  // what a model of images is told, before its missing tokenizer
+        Continuation text(language, model->words(), prompt, *options);
         while (text.next(piece, user)) {}
         if (times != nullptr) *times = text.times();
     });

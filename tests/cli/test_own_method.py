@@ -116,6 +116,7 @@ def test_the_file_is_short():
     assert len(CODE.splitlines()) < 80
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_measured(place: Path, trained: str):
     assert "bellbox eval run --import laplace" in trained
     assert yaml.safe_load((place / "run" / "config.yaml").read_text())["methods_from"] == ["laplace"]

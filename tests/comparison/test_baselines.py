@@ -115,6 +115,7 @@ def decoded(model: nn.Module) -> Llama:
     return plain.eval()
 
 
+@pytest.mark.slow
 def test_a_row_runs_from_the_command_to_the_table_and_is_not_run_twice(place: Path, tmp_path: Path) -> None:
     said = command(*flags(place, tmp_path), "--rows", "rtn", "--only", "quality")
     assert "rtn: perplexity" in said

@@ -15,6 +15,7 @@ from bellbox.errors import BellboxError
 NESTED = {"quantization": {"nested": [4, 1], "nested_schedule": "sum"}}
 
 
+@pytest.mark.slow
 def test_one_run_brings_a_row_for_each_width(grid, tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy, of the extra cli: `bellbox compare` asks for it")
     file, out = grid(rows={"nested": NESTED}, steps=2, bits=[2]), tmp_path / "out"

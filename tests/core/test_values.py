@@ -39,6 +39,7 @@ def test_a_value_is_frozen(value):
 DEFAULTS: dict[str, dict[str, object]] = {
     "bbq": {
         "gamma_init": 1.694, "gamma": "learned", "gamma_lr": 1.0, "rms": True, "zeta": None, "signs": False,
+        "nested": "",
     },
     "cewt": {},
     "kmeans": {"refit_every": 0, "fisher": False},

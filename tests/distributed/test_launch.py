@@ -98,6 +98,7 @@ def test_bad_input_is_one_line_of_the_first_process(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("there", "named"),
     [(0, "rank 1 of 2 did not come"), pytest.param(1, "rank 0 is missing", marks=pytest.mark.slow)],

@@ -49,6 +49,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "summed": {"quantization": QuantizationSection(nested=[3, 1], nested_schedule="sum")},
 }
 
+SELDOM = ("summed", "lsq", "kmeans", "cewt", "quest", "ema")
+"""Methods that take their turn in `make test-slow`: the ways of the processes are those of the others."""
+
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -105,7 +108,7 @@ def assert_same_run(ours: Path, theirs: Path, flips: bool = False) -> None:
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=[pytest.mark.slow] if name == "summed" else []) for name in METHODS],
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in METHODS],
 )
 def test_two_and_four_processes_are_one(
     ranks: Ranks, tokens: Path, runs: Path, alone: Any, method: str, mode: str

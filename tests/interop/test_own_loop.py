@@ -190,6 +190,7 @@ def test_exported_it_gives_the_same_bits(form: str) -> None:
         assert torch.equal(program.module()(IDS).logits, logits(model))
 
 
+@pytest.mark.slow
 def test_compiled_unpacking_of_a_slice_is_eager_unpacking() -> None:
     """Views of bytes with an offset, that inductor has taken for the whole (pytorch 172747)."""
     columns, levels = 37, (2, 3, 4, 8, 16)

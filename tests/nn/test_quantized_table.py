@@ -337,7 +337,7 @@ def test_the_short_decode_step_gives_the_same_bits(bits, group, name) -> None:
             assert torch.equal(steps.step(token), packed(token, cache=caches[1]))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_all_forms_compile_without_graph_breaks_to_the_same_bits(bits) -> None:
     model = prepared(bits)
     expected = model.train()(IDS)

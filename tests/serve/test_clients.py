@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from serving import Server, ask, get, metric, open_stream, read_until, text_of
 
 import waiting
@@ -88,6 +89,7 @@ def hostile(server: Server, number: int) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_hundred_clients(server: Server, folder: Path) -> None:
     opened = open_model(folder)
     tokenizer = opened.load_tokenizer()

@@ -86,7 +86,8 @@ def test_other_widths_and_methods(recipe, transformers, tmp_path) -> None:
     model = packed_model(recipe=recipe)
     bb.save(model, tmp_path / "m")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert torch.equal(logits(loaded), logits(model))
+    # Their SiLU and attention are torch's, ours are pinned: a last bit apart, and more only where a code moves.
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
     assert torch.equal(greedy(loaded, IDS[:, :5]), bellbox_greedy(model, IDS[:, :5]))
 
 
