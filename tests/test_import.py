@@ -80,3 +80,8 @@ def test_loading_a_packed_model_imports_nothing_of_training(tmp_path):
     formats = [name.rpartition(".")[2] for name in modules if name.startswith("bellbox.formats.")]
     assert formats == ["description", "expert_places", "guard", "nested", "packed", "schema"]
     assert "bellbox.models.llama" in modules
+
+
+def test_opening_a_model_for_use_brings_nothing_of_sharding():
+    code = "import sys, bellbox.runs.open, bellbox.formats.auto; print('torch.distributed.tensor' in sys.modules)"
+    assert run(code).strip() == "False"

@@ -17,8 +17,13 @@ import sitting  # noqa: E402
 import threads_on_paper  # noqa: E402
 
 
-def test_the_tables_are_those_of_the_sitting():
-    page, found = PAGE.read_text(encoding="utf-8"), json.loads(FIGURES.read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("path", "figures"),
+    [(PAGE, FIGURES), (FIGURES.with_name("xeon.md"), FIGURES.with_name("xeon.json"))],
+    ids=["zen4", "xeon"],
+)
+def test_the_tables_are_those_of_the_sitting(path: Path, figures: Path):
+    page, found = path.read_text(encoding="utf-8"), json.loads(figures.read_text(encoding="utf-8"))
     assert sitting.filled(page, found) == page
     assert set(re.findall(r"<!-- sitting: (.*?) -->", page)) == set(sitting.TABLES)
 

@@ -16,7 +16,6 @@ from bellbox.runs.checkpoint import MODEL, OPTIMIZER, Checkpoint, Checkpoints
 from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.phases import Phase, phase_after, phases_of
 from bellbox.runs.resolve import load_resolved
-from bellbox.runs.sharded_state import load_model_shards
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -72,6 +71,9 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
     if found.layout is not None:
         averaged = OPTIMIZER + PREFIX
         has_average = OPTIMIZER + COUNT in found.layout
+        # Here, as it brings torch.distributed.tensor: half a second, which only this kind of checkpoint needs.
+        from bellbox.runs.sharded_state import load_model_shards
+
         load_model_shards(model, found, averaged if has_average else MODEL, leave_out=(OPTIMIZER + COUNT,))
     else:
         tensors = averaged_tensors(found.optimizer_tensors()) if config.averaging else {}

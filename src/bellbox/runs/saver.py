@@ -22,6 +22,7 @@ from bellbox.runs.checkpoint import MODEL, OPTIMIZER, Checkpoints, State
 from bellbox.runs.distributed_checkpoint import Piece, Staging, save_pieces
 from bellbox.utils.files import named
 
+
 class Saver:
     """Writes the sharded checkpoints of one run. Made by all ranks at the same point.
 
