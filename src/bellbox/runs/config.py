@@ -337,7 +337,7 @@ class DistributedSection:
     """Keep only the inputs of blocks for the backward and run each block again there: less memory, a third more time.
     In any mode."""
     timeout: Annotated[float, Limits(ge=1, le=86400, says="from 1 to 86400 seconds")] = 600.0
-    """Seconds that a process waits for the others: at the start, in each exchange, and for their disks in a checkpoint."""
+    """Seconds that a process waits for the others: at the start, in each exchange, and for their disks."""
 
 
 @dataclass(frozen=True)
