@@ -39,7 +39,7 @@ def test_a_slurm_script_is_a_script(tmp_path: Path) -> None:
 def test_what_slurm_runs_is_torchrun_with_these_words(tmp_path: Path) -> None:
     """The script itself, with commands of a scheduler that say what they were asked."""
     (tmp_path / "job").write_text(slurm(launch()))
-    (tmp_path / "scontrol").write_text("#!/bin/bash\nprintf 'node7\\nnode8\\n'\n")
+    (tmp_path / "scontrol").write_text("#!/bin/bash\nprintf 'node%s\\n' {7..9999}\n")
     (tmp_path / "srun").write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)

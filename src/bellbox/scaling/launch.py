@@ -95,7 +95,9 @@ def slurm(launch: Launch) -> str:
 # {_GRACE} seconds before the time is up the processes are told, so that the run saves.
 #SBATCH --signal=TERM@{_GRACE}
 set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not through `head`: what it leaves unread would end this script (pipefail).
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${{hosts%%$'\\n'*}}
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-8}}"
 # A process that fails ends the others, and torchrun begins all of them anew from the last checkpoint.
 srun --kill-on-bad-exit=1 {command}
