@@ -120,7 +120,9 @@ def main() -> None:
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
         for _ in range(asked.turns):
             for name, command in commands.items():
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{name}: {done.stderr.strip()} (--prompt-words and --new-tokens say how much is asked)")
                 turns[name].append(json.loads(done.stdout))
     print(f"{folder}: {size:.2f} MB, {asked.threads} threads, {asked.turns} turns; median (quartiles)")
     for field in FIELDS:

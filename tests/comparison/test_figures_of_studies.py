@@ -354,6 +354,17 @@ def embeddings() -> list[Held]:
             )
             for text, names in rows.items()
         ),
+        *(
+            (
+                f"| {text} | {{:.2f}} ± {{:.2f}} |",
+                tuple(each("embeddings-3m", name) for each in (mean, deviation)),
+            )
+            for text, name in (
+                ("in fp32", "embeddings in fp32"),
+                ("of 8 bits a row", "8 bits a row"),
+                ("of 4 bits by 64", "4 bits by 64"),
+            )
+        ),
     ]
 
 
