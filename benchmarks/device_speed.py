@@ -122,7 +122,9 @@ def main() -> None:
             for name, command in commands.items():
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:
-                    sys.exit(f"{name}: {done.stderr.strip()} (--prompt-words and --new-tokens say how much is asked)")
+                    sys.exit(
+                        f"{name}: {done.stderr.strip()} (--prompt-words and --new-tokens say how much is asked)"
+                    )
                 turns[name].append(json.loads(done.stdout))
     print(f"{folder}: {size:.2f} MB, {asked.threads} threads, {asked.turns} turns; median (quartiles)")
     for field in FIELDS:
