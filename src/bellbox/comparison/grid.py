@@ -37,7 +37,7 @@ from typing import Any
 from bellbox.comparison.results import FRAME, frame
 from bellbox.errors import BellboxError
 from bellbox.runs.build import check_quantization
-from bellbox.runs.config import CEWT, QuantizationSection, TrainConfig, hyperball_rate, methods_named
+from bellbox.runs.config import QuantizationSection, TrainConfig, hyperball_rate, methods_named, rule_of
 from bellbox.runs.config_file import config_from_dict, merged, read_layers
 from bellbox.utils.yaml import read_yaml
 
@@ -72,8 +72,8 @@ class Cell:
         if cewt.lr is not None:
             return found
         # Written out, so that a line keeps what it was run with whatever the rule will be.
-        rule = "published" if found.quantization.method == CEWT else cewt.rule
-        written = dataclasses.replace(cewt, lr=hyperball_rate(rule, found.total_steps))
+        rate = hyperball_rate(rule_of(cewt, found.quantization), found.total_steps)
+        written = dataclasses.replace(cewt, lr=rate)
         return dataclasses.replace(found, optimizer=dataclasses.replace(found.optimizer, cewt=written))
 
     @property

@@ -60,6 +60,11 @@ def hyperball_rate(rule: str, steps: int) -> float:
     return 0.01 if rule == "published" else round(0.18 / max(steps, 216) ** (1 / 3), 5)
 
 
+def rule_of(cewt: CewtSection, section: QuantizationSection) -> Literal["ours", "published"]:
+    """`CewtSection.rule` as it holds: the published one always with the method `cewt`."""
+    return "published" if section.recipe is None and section.method == CEWT else cewt.rule
+
+
 @dataclass(frozen=True)
 class ModelSection:
     """Which network."""

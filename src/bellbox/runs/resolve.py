@@ -20,13 +20,13 @@ from bellbox.models import ViTConfig, preset, vision_preset
 from bellbox.quantizers.own import modules_of
 from bellbox.runs.build import make_recipe, pick_device, skeleton
 from bellbox.runs.config import (
-    CEWT,
     CewtSection,
     QuantizationSection,
     ResolvedConfig,
     TrainConfig,
     hyperball_rate,
     methods_named,
+    rule_of,
 )
 from bellbox.runs.config_file import load_config
 from bellbox.runs.planner import quantized_fraction
@@ -162,8 +162,7 @@ def _resolve_cewt(
 ) -> tuple[CewtSection, QuantizationSection]:
     """Write out what is left open: BBQ learns rotated weights on the hyperball, other methods neither."""
     own = section.recipe is None and section.method == "bbq" and section.weight_only is None
-    if section.recipe is None and section.method == CEWT:
-        cewt = dataclasses.replace(cewt, rule="published")
+    cewt = dataclasses.replace(cewt, rule=rule_of(cewt, section))
     every = cewt.every
     if every is None and cewt.rule == "published":
         every = 1
