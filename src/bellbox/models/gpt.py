@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from bellbox.models.attention import causal_attention, compute_dtype, erf_gelu, tanh_gelu
 from bellbox.models.cache import KVCache
+from bellbox.models.causal import CausalLM
 from bellbox.models.config import GPTConfig
-from bellbox.models.head import next_logits
-from bellbox.models.llama import check_context
 from bellbox.ops.activate import is_pinned
 from bellbox.ops.attend import attend, attends
-from bellbox.ops.cache_codes import CachePrecision
 from bellbox.ops.layer_norm import layer_norm
 
 
@@ -123,24 +121,24 @@ class GPTBody(nn.Module):
         return self.ln_f(x[:, -1:] if last_only else x)
 
 
-class GPT(nn.Module):
-    """A GPT-2 language model, without dropout.
+class GPT(CausalLM[GPTConfig]):
+    """A GPT-2 language model, without dropout."""
 
-    Attributes:
-        config: its shape.
-        exact_attention: set it to True for logits of a prefix that depend neither on what follows nor on the
-            rest of the batch, where the compiled kernels do not run (`attention.py` says why and what it costs).
-            False by default: the kernels, or PyTorch's fused attention.
-    """
+    body_name = "transformer"
+    transformer: GPTBody
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.exact_attention = False
-        self.transformer = GPTBody(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_parameters()
-        self.tie_weights()
+        super().__init__(config, GPTBody(config))
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """See `CausalLM`."""
+        return self.transformer.wte
+
+    @property
+    def norm_weight(self) -> Tensor:
+        """See `CausalLM`."""
+        return self.transformer.ln_f.weight
 
     def reset_parameters(self) -> None:
         """Normal weights, zero biases; projections into the residual stream smaller, by sqrt(2 x layers)."""
@@ -153,45 +151,3 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, LayerNorm):
                 module.reset_parameters()
-
-    def tie_weights(self) -> None:
-        """Make the head the embedding matrix, where the configuration says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
-
-    def new_cache(self, batch: int, max_length: int, precision: CachePrecision = "fp32") -> KVCache:
-        """An empty cache on this model's device, for `batch` sequences of up to `max_length` tokens.
-
-        Args:
-            batch: sequences.
-            max_length: tokens of each.
-            precision: int8 and int4 code the rows (`ops/cache_codes.py`); fp32 keeps them in the model's dtype.
-
-        Raises:
-            BellboxError: more tokens than the context, or no such precision.
-        """
-        config, weight = self.config, self.transformer.ln_f.weight
-        check_context(max_length, config.max_position_embeddings)
-        return KVCache(
-            config.num_hidden_layers,
-            batch,
-            config.key_value_heads,
-            max_length,
-            config.head_size,
-            precision=precision,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
-        """Logits for the token after each one; arguments, result and errors are those of `Llama.forward`."""
-        batch, tokens = input_ids.shape
-        before = cache.length if cache is not None else 0
-        check_context(before + tokens, self.config.max_position_embeddings)
-        if cache is not None:
-            cache.check_room(batch, tokens)
-        states = self.transformer(input_ids, cache, last_only, self.exact_attention)
-        logits = next_logits(self.lm_head, states)
-        if cache is not None:
-            cache.advance(tokens)
-        return logits

@@ -16,15 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bellbox.errors import BellboxError
 from bellbox.models import lean
 from bellbox.models.attention import causal_attention, compute_dtype, gated
 from bellbox.models.cache import KVCache
+from bellbox.models.causal import CausalLM
 from bellbox.models.config import LlamaConfig
-from bellbox.models.head import next_logits
 from bellbox.models.lean import pays, swiglu
 from bellbox.ops.attend import attend, attends
-from bellbox.ops.cache_codes import CachePrecision
 from bellbox.ops.rms_norm import rms_norm
 from bellbox.ops.rotary import rotary_tables
 
@@ -197,26 +195,24 @@ class LlamaBody(nn.Module):
         return self.norm(x[:, -1:] if last_only else x)
 
 
-class Llama(nn.Module):
-    """A LLaMA language model.
+class Llama(CausalLM[LlamaConfig]):
+    """A LLaMA language model; `state_dict()` has the names and shapes of `transformers.LlamaForCausalLM`."""
 
-    Attributes:
-        config: its shape.
-        exact_attention: set it to True for logits of a prefix that depend neither on what follows nor on the
-            rest of the batch, where the compiled kernels do not run (`attention.py` says why and what it costs).
-            False by default: the kernels, or PyTorch's fused attention.
-
-    `state_dict()` has the names and shapes of `transformers.LlamaForCausalLM`.
-    """
+    body_name = "model"
+    model: LlamaBody
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.exact_attention = False
-        self.model = LlamaBody(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_parameters()
-        self.tie_weights()
+        super().__init__(config, LlamaBody(config))
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """See `CausalLM`."""
+        return self.model.embed_tokens
+
+    @property
+    def norm_weight(self) -> Tensor:
+        """See `CausalLM`."""
+        return self.model.norm.weight
 
     def reset_parameters(self) -> None:
         """Normal weights; those of projections into the residual stream divided by sqrt(2 x layers)."""
@@ -228,66 +224,3 @@ class Llama(nn.Module):
                 nn.init.normal_(module.weight, std=std * shrink)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-
-    def tie_weights(self) -> None:
-        """Make the head the embedding matrix, where the configuration says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    def new_cache(self, batch: int, max_length: int, precision: CachePrecision = "fp32") -> KVCache:
-        """An empty cache on this model's device, for `batch` sequences of up to `max_length` tokens.
-
-        Args:
-            batch: sequences.
-            max_length: tokens of each.
-            precision: int8 and int4 code the rows (`ops/cache_codes.py`); fp32 keeps them in the model's dtype.
-
-        Raises:
-            BellboxError: more tokens than the context, or no such precision.
-        """
-        config, weight = self.config, self.model.norm.weight
-        check_context(max_length, config.max_position_embeddings)
-        return KVCache(
-            config.num_hidden_layers,
-            batch,
-            config.key_value_heads,
-            max_length,
-            config.head_size,
-            precision=precision,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
-        """Logits for the token after each one.
-
-        Args:
-            input_ids: `[B, T]` int64.
-            cache: holds the tokens before these and takes these in; None where these are all.
-            last_only: the head for the last token only, which is all that sampling needs.
-
-        Returns:
-            `[B, T, vocab_size]`, or `[B, 1, vocab_size]`; fp32, or autocast's dtype where that is on.
-
-        Raises:
-            BellboxError: more tokens than the context or the cache has room for.
-        """
-        batch, tokens = input_ids.shape
-        before = cache.length if cache is not None else 0
-        check_context(before + tokens, self.config.max_position_embeddings)
-        if cache is not None:
-            cache.check_room(batch, tokens)
-        states = self.model(input_ids, cache, last_only, self.exact_attention)
-        logits = next_logits(self.lm_head, states)
-        if cache is not None:
-            cache.advance(tokens)
-        return logits
-
-
-def check_context(tokens: int, context: int) -> None:
-    """Refuse more tokens than a model has positions for."""
-    if tokens > context:
-        raise BellboxError(
-            f"{tokens} tokens exceed the model's context of {context} (max_position_embeddings); "
-            "shorten the text"
-        )
