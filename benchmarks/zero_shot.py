@@ -24,7 +24,7 @@ import lm_eval
 import torch
 import yaml
 
-from bellbox.data.sources import END_OF_TEXT
+from bellbox.data.pieces import END_OF_TEXT
 from bellbox.formats.auto import open_model
 from bellbox.interop.zero_shot import BellboxLM, zero_shot
 

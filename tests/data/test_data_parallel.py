@@ -70,7 +70,7 @@ def test_the_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path, cor
 def test_nor_on_how_the_text_is_cut_into_units_and_parts(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bellbox.data.sources.PIECE_CHARS", 300)
+    monkeypatch.setattr("bellbox.data.pieces.PIECE_CHARS", 300)
     options = {"vocab_size": 300, "valid_fraction": 0.2, "shard_tokens": 900, "deduplicate": "exact"}
     whole = prepare([corpus], tmp_path / "whole", **options)
     for name, value in (("UNIT_BYTES", 1), ("PART_CHARS", 700), ("BATCH_CHARS", 300)):

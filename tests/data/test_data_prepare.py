@@ -74,7 +74,7 @@ def test_a_trained_tokenizer_has_not_seen_the_validation_split(tmp_path: Path, d
 def test_of_a_single_document_the_tail_is_held_out(
     tmp_path: Path, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, piece_chars: int
 ) -> None:
-    monkeypatch.setattr("bellbox.data.sources.PIECE_CHARS", piece_chars)
+    monkeypatch.setattr("bellbox.data.pieces.PIECE_CHARS", piece_chars)
     text = sentences(300)
     file = tmp_path / "book.txt"
     file.write_text(text, encoding="utf-8")
@@ -89,7 +89,7 @@ def test_of_a_single_document_the_tail_is_held_out(
 def test_of_a_few_documents_the_tail_of_the_text_is_held_out(
     tmp_path: Path, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, piece_chars: int
 ) -> None:
-    monkeypatch.setattr("bellbox.data.sources.PIECE_CHARS", piece_chars)
+    monkeypatch.setattr("bellbox.data.pieces.PIECE_CHARS", piece_chars)
     books = [sentences(100 + i) for i in range(6)]
     shelf = tmp_path / "shelf"
     shelf.mkdir()

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bellbox.data import sources
+from bellbox.data import chunks, pieces
+from bellbox.data.pieces import PIECE_CHARS, Piece, split_into_pieces
 from bellbox.data.prepare import prepare
-from bellbox.data.sources import PIECE_CHARS, Piece, Rows, resolve
+from bellbox.data.sources import resolve
+from bellbox.data.tables import Rows
 from bellbox.errors import BellboxError
 
 
@@ -71,8 +73,8 @@ def test_a_byte_order_mark_at_the_beginning_is_dropped(tmp_path: Path) -> None:
 def test_separators_are_found_wherever_they_fall_in_the_read_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int
 ) -> None:
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 64)
-    monkeypatch.setattr(sources, "PIECE_CHARS", 40)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 64)
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 40)
     first = "y " * ((128 + offset) // 2) + "z" * (offset % 2)
     file = write(
         tmp_path / "a.txt", f"{first}\r\n<|endoftext|>\r\n<|endoftext|> not alone\nsecond\n<|endoftext|>"
@@ -83,14 +85,14 @@ def test_separators_are_found_wherever_they_fall_in_the_read_chunks(
 def test_a_separator_after_a_hard_cut_is_still_only_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE_CHARS", 10)
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 10)
     text = "x" * 10 + "<|endoftext|>\n" + "y" * 40
     assert texts(write(tmp_path / "a.txt", text)) == [text]
 
 
 def test_long_documents_come_in_bounded_pieces_cut_before_a_space() -> None:
     text = "several words\n\n on  end. " * 40_000
-    pieces = list(sources.split_into_pieces(text))
+    pieces = list(split_into_pieces(text))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert max(len(piece.text) for piece in pieces) <= PIECE_CHARS
@@ -100,7 +102,7 @@ def test_long_documents_come_in_bounded_pieces_cut_before_a_space() -> None:
 
 
 def test_a_text_without_white_space_is_cut_at_the_limit() -> None:
-    pieces = list(sources.split_into_pieces("x" * (PIECE_CHARS + 5)))
+    pieces = list(split_into_pieces("x" * (PIECE_CHARS + 5)))
     assert pieces == [Piece("x" * PIECE_CHARS, False), Piece("x" * 5, True)]
 
 
@@ -139,7 +141,7 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, ending: 
 def test_bytes_that_are_not_utf8_are_named_by_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, position: int
 ) -> None:
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 64)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 64)
     file = tmp_path / "a.txt"
     file.write_bytes(b"x" * position + b"\xff" + b"y" * 100)
     with pytest.raises(BellboxError, match=rf"a\.txt: not UTF-8 at byte {position};"):
@@ -150,7 +152,7 @@ def test_bytes_that_are_not_utf8_are_named_by_their_place(
 def test_a_character_cut_off_by_the_end_or_broken_over_two_chunks_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, position: int
 ) -> None:
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 64)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 64)
     file = tmp_path / "a.txt"
     for tail in (b"", b"abc"):
         file.write_bytes(b"x" * position + "😀".encode()[:3] + tail)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from bellbox.data.pieces import PIECE_CHARS
 from bellbox.data.prepare import Progress, prepare
-from bellbox.data.sources import PIECE_CHARS, Rows, resolve
+from bellbox.data.sources import resolve
+from bellbox.data.tables import Rows
 from bellbox.errors import BellboxError
 
 TEXTS = ['one, with "quotes"', "two\nlines and a \ttab", "three é 😀 \u2028", "x" * 1000, "[{]}"]
@@ -52,7 +54,7 @@ WAYS: dict[str, Callable[[], str]] = {
 def test_every_row_of_a_table_is_a_document(
     tmp_path: Path, name: str, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bellbox.data.sources._CHUNK_BYTES", 7)  # every border inside something
+    monkeypatch.setattr("bellbox.data.chunks._CHUNK_BYTES", 7)  # every border inside something
     data = WAYS[name]().encode()
     file = tmp_path / (name + ".gz" * packed)
     file.write_bytes(gzip.compress(data) if packed else data)

@@ -11,7 +11,7 @@ from data_prose import sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bellbox.data.sources import split_into_pieces
+from bellbox.data.pieces import split_into_pieces
 from bellbox.data.tokenizer import Tokenizer, token_bytes
 from bellbox.errors import BellboxError
 
@@ -46,7 +46,7 @@ def test_training_is_deterministic_and_keeps_to_the_size_asked_for() -> None:
 
 def test_the_tokens_of_a_long_document_do_not_depend_on_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     text = sentences(300).replace(".", ".  \n\n ")
-    monkeypatch.setattr("bellbox.data.sources.PIECE_CHARS", 50)
+    monkeypatch.setattr("bellbox.data.pieces.PIECE_CHARS", 50)
     pieces = [piece.text for piece in split_into_pieces(text)]
     assert len(pieces) > 100
     assert [one for ids in TRAINED.encode_batch(pieces) for one in ids] == TRAINED.encode(text)

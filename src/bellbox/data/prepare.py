@@ -23,7 +23,8 @@ from bellbox.data import shards, sources, units
 from bellbox.data.assemble import Assembler, Dropped
 from bellbox.data.duplicates import PERMUTATIONS, check_threshold
 from bellbox.data.processes import UnfinishedError, encode_apart, encode_here
-from bellbox.data.sources import Rows, Skipped, Source
+from bellbox.data.sources import Source
+from bellbox.data.tables import Rows, Skipped
 from bellbox.data.tokenizer import FILE_NAME, Tokenizer, check_vocab_size
 from bellbox.data.units import Job, Part, Unit, parts_of, router_of, split_of
 from bellbox.errors import BellboxError, require

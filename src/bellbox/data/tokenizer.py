@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bellbox.data.sources import END_OF_TEXT
+from bellbox.data.pieces import END_OF_TEXT
 from bellbox.errors import BellboxError, require
 from bellbox.utils.files import TOKENIZER_LIMIT, one_line, parsing, read_json, read_text, write_text
 

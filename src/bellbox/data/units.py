@@ -28,9 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from bellbox.data import shards, sources
+from bellbox.data import shards
 from bellbox.data.duplicates import Signatures
-from bellbox.data.sources import Piece, Rows, Skipped, Source
+from bellbox.data.pieces import Piece, cut_point
+from bellbox.data.sources import Source
+from bellbox.data.tables import Rows, Skipped
 from bellbox.data.tokenizer import FILE_NAME, Tokenizer
 from bellbox.utils.files import read_json, sync, write_text
 
@@ -164,7 +166,7 @@ class Router:
                 head -= len(piece.text)
                 yield "train", Piece(piece.text, piece.ends or not head)
             else:
-                cut = sources.cut_point(piece.text, head)
+                cut = cut_point(piece.text, head)
                 head = 0
                 yield "train", Piece(piece.text[:cut], True)
                 yield "valid", Piece(piece.text[cut:], piece.ends)
