@@ -41,7 +41,8 @@ MAY_KNOW = {
     "interop": "errors utils version core ops quantizers nn convert models data inference recipe formats",
     "serve": "errors utils data inference",
     "training": (
-        "errors utils core quantizers recipe nn optim convert calibrate models data objectives evaluation formats runs"
+        "errors utils core ops quantizers recipe nn optim convert calibrate models data objectives evaluation formats "
+        "runs"
     ),
     "scaling": "errors utils recipe convert models",
     "benchmark": "utils core ops recipe nn convert models inference",

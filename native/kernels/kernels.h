@@ -260,6 +260,26 @@ struct Int4LinearArgs {
     float* out;                // [m, n]
 };
 
+// Rows of logits against the class that each is of (native/kernels/cross_entropy.h).
+struct CrossEntropyArgs {
+    const void* logits;        // [rows, n], f32 or bf16
+    Type type;
+    int64_t n;
+    const int64_t* targets;    // [rows], 0 to n - 1
+    float* losses;             // [rows]
+    float* log_sums;           // [rows]
+};
+
+struct CrossEntropyBackwardArgs {
+    const void* logits;        // as above
+    Type type;
+    int64_t n;
+    const int64_t* targets;
+    const float* log_sums;     // of the forward
+    const float* grads;        // [rows], of the losses
+    void* out;                 // [rows, n], of the type of the logits
+};
+
 // The next token of each row of logits (native/kernels/draw.h).
 struct DrawArgs {
     const float* logits;       // [rows, n]
@@ -338,6 +358,8 @@ struct Kernels {
     void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end) = nullptr;
     void (*keep)(const KeepArgs&, int64_t row_begin, int64_t row_end) = nullptr;
     void (*row_rms)(const RmsArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*cross_entropy)(const CrossEntropyArgs&, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*cross_entropy_backward)(const CrossEntropyBackwardArgs&, int64_t row_begin, int64_t row_end) = nullptr;
     // Columns of the output [16*tile_begin, 16*tile_end) and rows [m_begin, m_end).
     void (*linear)(const LinearArgs&, int64_t m_begin, int64_t m_end, int64_t tile_begin, int64_t tile_end);
     void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end);

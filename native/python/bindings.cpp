@@ -115,6 +115,39 @@ void layer_norm(nb::handle x, nb::handle weight, nb::handle bias, double eps, nb
     run_layer_norm(a, threads);
 }
 
+const int64_t* targets_of(nb::handle targets, int64_t rows, int64_t n) {
+    const int64_t* const all = read<int64_t>(targets, "targets", {Kind::i64}, rows);
+    for (int64_t r = 0; r < rows; ++r)
+        require(all[r] >= 0 && all[r] < n, "a target is no class of the logits");
+    return all;
+}
+
+// losses and log_sums [rows] of logits [rows, n] and targets [rows].
+void cross_entropy(nb::handle logits, nb::handle targets, nb::handle losses, nb::handle log_sums, int threads) {
+    const int64_t rows = numel_of(targets), numel = numel_of(logits);
+    require(rows >= 1 && numel >= rows && numel % rows == 0, "logits do not consist of a row for each target");
+    const int64_t n = numel / rows;
+    const CrossEntropyArgs a{read<void>(logits, "logits", kFloats, numel), type_of_tensor(logits, "logits"), n,
+                             targets_of(targets, rows, n), read<float>(losses, "losses", {Kind::f32}, rows),
+                             read<float>(log_sums, "log_sums", {Kind::f32}, rows)};
+    nb::gil_scoped_release release;
+    share(rows, useful_threads(numel, kEncodeGrain, threads), [&](int64_t begin, int64_t end) { kernels().cross_entropy(a, begin, end); });
+}
+
+// out [rows, n]: the gradient of the logits.
+void cross_entropy_backward(nb::handle logits, nb::handle targets, nb::handle log_sums, nb::handle grads, nb::handle out, int threads) {
+    const int64_t rows = numel_of(targets), numel = numel_of(logits);
+    require(rows >= 1 && numel >= rows && numel % rows == 0, "logits do not consist of a row for each target");
+    const Type type = type_of_tensor(logits, "logits");
+    require(type_of_tensor(out, "out") == type, "out is of another dtype than the logits");
+    const int64_t n = numel / rows;
+    const CrossEntropyBackwardArgs a{read<void>(logits, "logits", kFloats, numel), type, n, targets_of(targets, rows, n),
+                                     read<float>(log_sums, "log_sums", {Kind::f32}, rows), read<float>(grads, "grads", {Kind::f32}, rows),
+                                     read<void>(out, "out", kFloats, numel)};
+    nb::gil_scoped_release release;
+    share(rows, useful_threads(numel, kEncodeGrain, threads), [&](int64_t begin, int64_t end) { kernels().cross_entropy_backward(a, begin, end); });
+}
+
 // out = activation(x) [* times], all of one size; kind is an Activation's number.
 void activate(nb::handle x, nb::handle times, int kind, nb::handle out, int threads) {
     const int64_t numel = numel_of(x);
@@ -675,6 +708,8 @@ NB_MODULE(_native, m) {
     m.def("row_rms", &row_rms);
     m.def("rms_norm", &rms_norm);
     m.def("layer_norm", &layer_norm, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+    m.def("cross_entropy", &cross_entropy);
+    m.def("cross_entropy_backward", &cross_entropy_backward);
     m.def("activate", &activate, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
     m.def("rotary", &rotary);
     m.def("attend_prompt", &attend_prompt, nb::arg("query"), nb::arg("key"), nb::arg("value"), nb::arg("cosines").none(),

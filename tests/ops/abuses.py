@@ -76,6 +76,7 @@ def of_tensors() -> dict[str, list[Any]]:
 def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
     """Abuses of every other operation: its arguments as they should be, with one of them spoilt."""
     f, r, one = torch.ones(4, 64), torch.ones(4, 1), torch.ones(1, 1)
+    classes = torch.arange(4)
     u8, thresholds = torch.zeros(4, 64, dtype=torch.uint8), torch.tensor([-1.0, 0, 1])
     i8, words = torch.zeros(5, 64, dtype=torch.int8), prepack(u8, 4)
     i4, places = torch.zeros(5, 32, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
@@ -149,6 +150,12 @@ def of_operations() -> Iterator[tuple[str, Callable[[], object]]]:
             2: (torch.ones(63), "a"), 3: (None, "a"),
         }),
         ("activate", (f, f, "silu"), {0: (*bad_x, f[:, :63], flat), 1: (f[:3], f.double(), 1), 2: (None, "tanh", "")}),
+        ("cross_entropy", (f, classes), {0: (*bad_x, f[:3], flat, f[:, :0]),
+            1: (None, classes[:3], classes.int(), classes + 64, -1 - classes),
+        }),
+        ("cross_entropy_backward", (f, classes, r[:, 0], r[:, 0]), {
+            0: (*bad_x, f[:3], flat), 1: (None, classes[:3], classes + 64), 2: (None, r[:3, 0]), 3: (None, r[:3, 0]),
+        }),
         ("bbq_forward", (f, r, r, [-1.0, 0.0, 1.0], -0.5, 64, dtype), {
             0: (*bad_x, f[:, :63], flat), 1: (None, r[:3], torch.ones(9, 1)), 2: (None, r[:3], torch.ones(9, 1)),
             3: (None, ["a"]), 5: (0, -1, 3, 128, HUGE), 6: ("no",),
@@ -260,6 +267,18 @@ def of_module() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "rms_norm out", lambda: module.rms_norm(f, torch.ones(64), 1e-5, f[:1], 1)
     yield "layer_norm bias", lambda: module.layer_norm(f, torch.ones(64), torch.ones(63), 1e-5, f, 1)
     yield "layer_norm out", lambda: module.layer_norm(f, torch.ones(64), None, 1e-5, f[:1], 1)
+    yield (
+        "cross_entropy targets",
+        lambda: module.cross_entropy(f, torch.full((len(f),), 64), f[:, 0], f[:, 1], 1),
+    )
+    yield (
+        "cross_entropy rows",
+        lambda: module.cross_entropy(f, torch.zeros(7, dtype=torch.int64), f[0], f[1], 1),
+    )
+    yield (
+        "cross_entropy losses",
+        lambda: module.cross_entropy(f, torch.arange(4), f[:1, 0], f[0], 1),
+    )
     yield "activate kind", lambda: module.activate(f, None, 4, f, 1)
     yield "activate times", lambda: module.activate(f, f[:1], 0, f, 1)
     yield "rotary size", lambda: module.rotary(1e4, 8, 4, torch.ones(15), torch.ones(16))

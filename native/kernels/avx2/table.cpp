@@ -10,6 +10,7 @@
 #include "kernels/avx2/pixels.h"
 #include "kernels/avx2/training.h"
 #include "kernels/activations.h"
+#include "kernels/cross_entropy.h"
 #include "kernels/decoder.h"
 #include "kernels/draw.h"
 #include "kernels/peak.h"
@@ -25,6 +26,8 @@ constexpr Kernels avx2_kernels = {
     .backward = avx2::backward,
     .keep = avx2::keep,
     .row_rms = avx2::row_rms,
+    .cross_entropy = avx2::cross_entropy,
+    .cross_entropy_backward = avx2::cross_entropy_backward,
 #endif
     .linear = avx2::linear,
     .rms_norm = avx2::rms_norm,

@@ -10,6 +10,7 @@
 #include "kernels/avx512/pixels.h"
 #include "kernels/avx512/training.h"
 #include "kernels/activations.h"
+#include "kernels/cross_entropy.h"
 #include "kernels/decoder.h"
 #include "kernels/draw.h"
 #include "kernels/int8_linear.h"
@@ -26,6 +27,8 @@ constexpr Kernels avx512_kernels = {
     .backward = avx512::backward,
     .keep = avx512::keep,
     .row_rms = avx512::row_rms,
+    .cross_entropy = avx512::cross_entropy,
+    .cross_entropy_backward = avx512::cross_entropy_backward,
 #endif
     .linear = avx512::linear,
     .rms_norm = avx512::rms_norm,

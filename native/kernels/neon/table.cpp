@@ -6,6 +6,7 @@
 #include "kernels/neon/training.h"
 
 #include "kernels/activations.h"
+#include "kernels/cross_entropy.h"
 #include "kernels/decoder.h"
 #include "kernels/draw.h"
 #include "kernels/portable/binarized.h"
@@ -21,6 +22,8 @@ constexpr Kernels neon_kernels = {
     .backward = portable::backward,
     .keep = neon::keep,
     .row_rms = neon::row_rms,
+    .cross_entropy = neon::cross_entropy,
+    .cross_entropy_backward = neon::cross_entropy_backward,
 #endif
     .linear = neon::linear,
     .rms_norm = neon::rms_norm,

@@ -3,6 +3,7 @@
 
 #define BELLBOX_NAMESPACE portable
 #include "kernels/activations.h"
+#include "kernels/cross_entropy.h"
 #include "kernels/decoder.h"
 #include "kernels/draw.h"
 #include "kernels/int8_linear.h"
@@ -23,6 +24,8 @@ constexpr Kernels portable_kernels = {
     .backward = portable::backward,
     .keep = portable::keep,
     .row_rms = portable::row_rms,
+    .cross_entropy = portable::cross_entropy,
+    .cross_entropy_backward = portable::cross_entropy_backward,
 #endif
     .linear = portable::linear,
     .rms_norm = portable::rms_norm,

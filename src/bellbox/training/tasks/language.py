@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bellbox import data
 from bellbox.data.prefetch import Prefetched
 from bellbox.data.shards import TokenDataset
 from bellbox.evaluation import perplexity
 from bellbox.evaluation.parts import TokenParts
+from bellbox.ops.cross_entropy import cross_entropy
 from bellbox.runs.config import ResolvedConfig
 from bellbox.runs.metrics import perplexity_of
 from bellbox.training.distributed.world import World
@@ -85,7 +85,7 @@ class LanguageTask(Task):
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `Task`."""
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """See `Task`."""

@@ -16,6 +16,8 @@ from bellbox.ops import native
 from bellbox.ops.activate import ACTIVATIONS
 from bellbox.ops.activate import check as check_activation
 from bellbox.ops.binarized_linear import MAX_BITS
+from bellbox.ops.cross_entropy import check as check_cross_entropy
+from bellbox.ops.cross_entropy import check_backward
 from bellbox.ops.decode_bytes import check as check_decode
 from bellbox.ops.draw import OUT_OF_RANGE
 from bellbox.ops.draw import check as check_draw
@@ -385,6 +387,32 @@ def _activate(x: Tensor, times: Tensor | None, kind: str) -> Tensor:
     return out
 
 
+def _why_not_cross_entropy(arguments: Mapping[str, Any]) -> str | None:
+    logits = arguments["logits"]
+    return None if logits.dtype in native.TYPES and logits.numel() else f"the logits are {logits.dtype}"
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    check_cross_entropy(logits, targets)
+    module = native.compiled()
+    assert module is not None
+    losses, log_sums = torch.empty(2, len(logits)).unbind()
+    module.cross_entropy(logits.detach().contiguous(), targets.contiguous(), losses, log_sums, _threads())
+    return losses, log_sums
+
+
+def _cross_entropy_backward(logits: Tensor, targets: Tensor, log_sums: Tensor, grads: Tensor) -> Tensor:
+    check_backward(logits, targets, log_sums, grads)
+    module = native.compiled()
+    assert module is not None
+    logits = logits.detach().contiguous()
+    out = torch.empty_like(logits)
+    module.cross_entropy_backward(
+        logits, targets.contiguous(), log_sums.contiguous(), grads.contiguous(), out, _threads()
+    )
+    return out
+
+
 def _why_not_float(arguments: Mapping[str, Any]) -> str | None:
     return _why_not_plain(arguments, "x", "weight")
 
@@ -613,6 +641,8 @@ TABLE: dict[str, Implementation] = {
     "kept_linear": Implementation(_why_not_kept_linear, _kept_linear),
     "rms_norm": Implementation(_why_not_norm, _rms_norm),
     "layer_norm": Implementation(_why_not_layer_norm, _layer_norm),
+    "cross_entropy": Implementation(_why_not_cross_entropy, _cross_entropy),
+    "cross_entropy_backward": Implementation(_why_not_cross_entropy, _cross_entropy_backward),
     "activate": Implementation(_why_not_activate, _activate),
     "float_linear": Implementation(_why_not_float, _float_linear),
     "int8_linear": Implementation(_why_not_int8, _int8_linear),
