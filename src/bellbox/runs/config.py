@@ -282,6 +282,21 @@ class ScheduleSection:
 
 
 @dataclass(frozen=True)
+class AverageSection:
+    """Weights averaged over the last steps, validated and loaded in place of the trained ones."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    last: Annotated[float, Limits(ge=0, le=1, says="in [0, 1]")] = 0.0
+    """Share of the steps, the last ones, whose weights are averaged; 0 for no average."""
+    decay: Annotated[float, Limits(gt=0, lt=1, says="between 0 and 1")] | None = None
+    """Of a running average over them; their plain mean where null."""
+
+    def begins(self, steps: int) -> int:
+        """The first of a run's steps whose weights count, from 0."""
+        return steps - round(self.last * steps)
+
+
+@dataclass(frozen=True)
 class BatchSection:
     """How much text one optimizer step sees."""
 
@@ -319,7 +334,7 @@ class VisionSection:
     label_smoothing: Fraction = 0.0
     """Share of the target that is spread over all classes."""
     ema: Fraction = 0.0
-    """Decay of the averaged weights that are validated and loaded in place of the trained ones; 0 for none."""
+    """`average: {decay: this, last: 1}` in one word: decay of weights averaged from the first step on; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -374,6 +389,7 @@ class TrainConfig:
     phases: PhasesSection = field(default_factory=PhasesSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    average: AverageSection = field(default_factory=AverageSection)
     distill: DistillSection = field(default_factory=DistillSection)
     mec: MecSection = field(default_factory=MecSection)
     batch: BatchSection = field(default_factory=BatchSection)
@@ -432,9 +448,11 @@ class TrainConfig:
         return self.sequences_per_step // self.batch.micro_sequences
 
     @property
-    def averaging(self) -> float:
-        """Decay of the averaged weights, 0 for none: a vision task's."""
-        return self.vision.ema if self.task == "vision" else 0.0
+    def averaging(self) -> AverageSection | None:
+        """How weights are averaged, `vision.ema` of a vision task counted; None where they are not."""
+        if self.task == "vision" and self.vision.ema:
+            return AverageSection(last=1.0, decay=self.vision.ema)
+        return self.average if self.average.last else None
 
     @property
     def total_steps(self) -> int:
@@ -460,6 +478,7 @@ class TrainConfig:
             _check_vision(self)
         else:
             _check_batch(self)
+        _check_average(self)
         _check_mixture(self)
         _check_known(self.quantization, self.methods_from)
         _check_method(self.quantization)
@@ -510,6 +529,20 @@ def _check_batch(config: TrainConfig) -> None:
             f"batch.tokens {tokens} makes {tokens // context} sequences of {context}, which "
             f"batch.micro_sequences {micro} does not divide; choose one that does"
         )
+
+
+def _check_average(config: TrainConfig) -> None:
+    section = config.average
+    if section.decay is not None and not section.last:
+        raise BellboxError(
+            f"average.decay is {section.decay}, but average.last is 0, so nothing is averaged; give average.last too"
+        )
+    if section.last and not round(section.last * config.total_steps):
+        raise BellboxError(
+            f"average.last is {section.last}: none of the {config.total_steps} steps; give it more of them"
+        )
+    if config.task == "vision" and config.vision.ema and section.last:
+        raise BellboxError("average.last and vision.ema are both given; leave one of them out")
 
 
 def _check_mixture(config: TrainConfig) -> None:

@@ -204,7 +204,9 @@ class Trainer:
         if self.parallel.sharded:
             optimizer = ModelOptimizer(self.model, self.config.optimizer, norms)
         self.optimizer = optimizer
-        self.average = Average(self.model, self.config.averaging)
+        self.average = Average(
+            self.model, self.config.averaging, self.config.optimizer.cewt, self.config.total_steps
+        )
         for module in self.model.modules():
             if isinstance(module, LearnedQuantizer):
                 module.share = self.task.share
@@ -401,7 +403,7 @@ class Trainer:
             load_model_shards(self.model, checkpoint, MODEL)
             tensors = optimizer_shards(self.model, checkpoint)
         try:
-            tensors = self.average.restore(tensors)
+            tensors = self.average.restore(tensors, checkpoint.step)
             self.optimizer.restore(self.model.named_parameters(), tensors)
         except (KeyError, ValueError) as error:
             raise BellboxError(
@@ -468,7 +470,7 @@ class Trainer:
             self.optimizer.step(lr, project=project)
             self.optimizer.refit_codebooks(self.model, state.step + 1)
             self.parallel.agree_on_statistics()
-            self.average.update()
+            self.average.update(state.step)
         else:
             self._skip(kept, project)
 
@@ -624,12 +626,13 @@ class Trainer:
         if self._heard is not None:
             raise Stopped
         state, begun = self.state, time.monotonic()
-        model, inputs = self.average.model.eval(), self.task.counted_inputs()
+        inputs = self.task.counted_inputs()
         if inputs is not None:
             inputs = inputs.to(self.device)
         # Of several processes, none may leave alone.
         interruptible = self.signals.interruptible() if self.world.size == 1 else nullcontext()
-        with interruptible, self.parallel.whole_weights():
+        with interruptible, self.parallel.whole_weights(), self.average.judged() as model:
+            model.eval()
             with SpectrumMeter(model, self.config.mec, self.world) as spectrum:
                 result = self.task.evaluate(model)
             result |= quantization_measures(model, lambda: None if inputs is None else model(inputs))
