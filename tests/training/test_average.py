@@ -158,15 +158,15 @@ def test_an_average_of_steps_that_no_longer_count_is_let_go() -> None:
     assert longer.model is model
 
 
-@pytest.mark.parametrize("rule", ["ours", "published"])
 @pytest.mark.parametrize("hyperball", [True, False])
-def test_what_is_judged_has_the_norms_that_weights_keep_and_gaussian_values(
-    rule: Any, hyperball: bool
+@pytest.mark.parametrize("until", [1.0, 0.9])
+def test_what_is_judged_has_the_norms_that_weights_keep_and_where_these_end_so_gaussian_values(
+    hyperball: bool, until: float
 ) -> None:
     """Of two weights of one norm, the mean is shorter; what the next step goes on from is the mean itself."""
     torch.manual_seed(0)
     model = bb.prepare(nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 16)), Recipe.bbq(2, keep=()))
-    cewt = CewtSection(every=16, rule=rule, hyperball=hyperball)
+    cewt = CewtSection(every=16, hyperball=hyperball, until=until)
     average = Average(model, AverageSection(last=1.0), cewt, 2)
     layers = [layer for _, layer in quantized_layers(model)]
     norms = [layer.stored_weight.detach().double().norm() for layer in layers]
@@ -182,7 +182,9 @@ def test_what_is_judged_has_the_norms_that_weights_keep_and_gaussian_values(
     with average.judged() as judged:
         for (_, layer), norm, mean in zip(quantized_layers(judged), norms, total, strict=True):
             assert mean.norm() < 0.9 * norm
-            wanted = project_(mean.float(), float(norm))
+            wanted = (mean * (norm / mean.norm() if hyperball else 1)).float()
+            if until == 1:
+                wanted = project_(mean.float(), float(norm))
             torch.testing.assert_close(layer.stored_weight.detach(), wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(average.tensors(), kept, rtol=0, atol=0, equal_nan=True)
 

@@ -240,6 +240,33 @@ def test_a_run_in_pieces_equals_a_run_in_one(tiny: Tiny, kind: str, every: int) 
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def test_a_run_in_pieces_whose_projections_stop_and_whose_hyperball_comes_to_rest(tiny: Tiny) -> None:
+    settings = {
+        "steps": 9,
+        "eval_every": 3,
+        "optimizer": section(every=2, until=0.6, end_factor=0.0, warmup=0.3),
+    }
+    whole, pieces = tiny("whole", **settings), tiny("pieces", **settings)
+    trainer = Trainer(whole, show=False)
+    step, moved = trainer._train_step, []
+    weight = trainer.model.get_parameter("model.layers.0.mlp.up_proj.rotated_weight")
+
+    def watch() -> None:
+        before = weight.detach().clone()
+        step()
+        scores = normal_scores(weight.numel(), weight.device) * weight.detach().square().mean().sqrt()
+        gaussian = torch.allclose(weight.detach().flatten().sort().values, scores, atol=1e-6)
+        moved.append((float((weight.detach() - before).norm()), gaussian))
+
+    trainer._train_step = watch  # type: ignore[method-assign]
+    trainer.run()
+    while not Cut(pieces, show=False).run().finished:
+        pass
+    assert records(whole) == records(pieces)
+    assert [number for number, (_, gaussian) in enumerate(moved, 1) if gaussian] == [2, 4]
+    assert moved[-1][0] < 1e-5 < moved[-2][0]
+
+
 def test_when_weights_go_over_into_the_rotated_domain_their_moments_start_anew(tiny: Tiny) -> None:
     phases = PhasesSection(quantized=0.5, bits_before=[3])
     config = tiny(steps=8, log_every=100, optimizer=section(), phases=phases)

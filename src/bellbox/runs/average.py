@@ -128,7 +128,7 @@ def settle(model: nn.Module, section: CewtSection, norms: dict[str, Tensor]) -> 
     """Bring a mean of constrained weights, in place, to where weights are kept.
 
     Points of a sphere have their mean within it. So each constrained weight gets back its norm, and where the run's
-    rule projects, exactly Gaussian values.
+    last weights are projected, exactly Gaussian values.
 
     Args:
         model: whose weights are averages.
@@ -139,7 +139,7 @@ def settle(model: nn.Module, section: CewtSection, norms: dict[str, Tensor]) -> 
     for name, weight in model.named_parameters():
         if weight in constraint.norms:
             constraint.norms[weight] = norms[name]
-    constraint.settle(project=True)
+    constraint.settle(project=section.until == 1)
 
 
 @torch.no_grad()

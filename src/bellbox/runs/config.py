@@ -198,10 +198,16 @@ class CewtSection:
     `published`, else 0."""
     hyperball: bool = True
     """Whether an update is scaled to the weight's norm, in place of weight decay."""
+    until: Share = 1.0
+    """Share of the steps, the first ones, in which weights are projected; below 1 the run's last weights are not."""
     lr: Annotated[float, Limits(gt=0, lt=1)] | None = None
     """Peak learning rate of the hyperball, in units of the weight's norm; it follows `schedule`. `optimizer.lr` is
     then for all other parameters. Where null, 0.18 over the cube root of the steps (at most 0.03), and 0.01 with the
     rule `published`."""
+    end_factor: Annotated[float, Limits(ge=0, le=1, says="in [0, 1]")] | None = None
+    """Last rate of the hyperball, as a fraction of its peak; that of `schedule` where null."""
+    warmup: Fraction | None = None
+    """Fraction of the steps in which its rate rises; that of `schedule` where null."""
     rule: Literal["ours", "published"] = "ours"
     """`published`, always with `method: cewt`: linear layers begin as LeCun's, N(0, 1/in_features); the output layer's
     weight is on the hyperball too, never projected; other weights are first projected by the first step."""
@@ -478,6 +484,7 @@ class TrainConfig:
             _check_vision(self)
         else:
             _check_batch(self)
+        _check_cewt(self.optimizer.cewt)
         _check_average(self)
         _check_mixture(self)
         _check_known(self.quantization, self.methods_from)
@@ -529,6 +536,15 @@ def _check_batch(config: TrainConfig) -> None:
             f"batch.tokens {tokens} makes {tokens // context} sequences of {context}, which "
             f"batch.micro_sequences {micro} does not divide; choose one that does"
         )
+
+
+def _check_cewt(section: CewtSection) -> None:
+    for key in ("end_factor", "warmup"):
+        if getattr(section, key) is not None and not section.hyperball:
+            raise BellboxError(
+                f"optimizer.cewt.{key} is {getattr(section, key)}, but hyperball is False, so there is no rate of its "
+                "own; leave one of them out"
+            )
 
 
 def _check_average(config: TrainConfig) -> None:

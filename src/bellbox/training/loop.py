@@ -67,7 +67,7 @@ from bellbox.training.nested import widths_of_step
 from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.pretrained import pretrained_weights
 from bellbox.training.progress import Progress
-from bellbox.training.schedule import one_cycle
+from bellbox.training.schedule import projects, rates
 from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
 from bellbox.training.text_source import with_prepared_text
@@ -437,11 +437,7 @@ class Trainer:
         if phase != self.phase:
             self.progress.note(f"step {state.step + 1:>6}  from here on: {phase.label}")
             self._enter(phase)
-        schedule = config.schedule
-        lr = one_cycle(
-            state.step, config.total_steps, config.optimizer.lr,
-            warmup=schedule.warmup, start_factor=schedule.start_factor, end_factor=schedule.end_factor,
-        )  # fmt: skip
+        lr, ball = rates(config, state.step)
         self.model.train()
         if state.step == self.phase.start and (self.world.size > 1 or self.parallel.sharded):
             self._set_first_scales()
@@ -463,11 +459,10 @@ class Trainer:
         finite = math.isfinite(objective) and math.isfinite(norm_value)
         if not finite and (config.nonfinite == "stop" or self._skipped_in_a_row >= MOST_SKIPPED):
             raise self._broken_step(parts, objective, norm_value)
-        every = config.optimizer.cewt.every or 0
-        project = state.step + 1 == phase.end or (every > 0 and (state.step + 1) % every == 0)
+        project = projects(config.optimizer.cewt, state.step + 1, phase.end, config.total_steps)
         if finite:
             self._skipped_in_a_row = 0
-            self.optimizer.step(lr, project=project)
+            self.optimizer.step(lr, ball, project)
             self.optimizer.refit_codebooks(self.model, state.step + 1)
             self.parallel.agree_on_statistics()
             self.average.update(state.step)
