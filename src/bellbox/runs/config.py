@@ -189,6 +189,18 @@ class PhasesSection:
 
 
 @dataclass(frozen=True)
+class PullSection:
+    """Weights pulled towards the values of their codes, after CAGE (bellbox.optim.pull). With BBQ."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    weight: NotNegative = 0.0
+    """CAGE's lambda at its peak: a step moves a weight by this times the rate (of the hyperball, where there is one) of
+    the way; 0 for none."""
+    last: Share = 0.2
+    """Share of the steps, the last ones, over which it rises from 0 to its peak."""
+
+
+@dataclass(frozen=True)
 class CewtSection:
     """Constrained weights: of constant norm, made exactly Gaussian from time to time (`optim.cewt`)."""
 
@@ -208,6 +220,8 @@ class CewtSection:
     """Last rate of the hyperball, as a fraction of its peak; that of `schedule` where null."""
     warmup: Fraction | None = None
     """Fraction of the steps in which its rate rises; that of `schedule` where null."""
+    pull: PullSection = field(default_factory=PullSection)
+    """Towards the values of codes."""
     rule: Literal["ours", "published"] = "ours"
     """`published`, always with `method: cewt`: linear layers begin as LeCun's, N(0, 1/in_features); the output layer's
     weight is on the hyperball too, never projected; other weights are first projected by the first step."""
@@ -484,7 +498,7 @@ class TrainConfig:
             _check_vision(self)
         else:
             _check_batch(self)
-        _check_cewt(self.optimizer.cewt)
+        _check_cewt(self)
         _check_average(self)
         _check_mixture(self)
         _check_known(self.quantization, self.methods_from)
@@ -538,13 +552,27 @@ def _check_batch(config: TrainConfig) -> None:
         )
 
 
-def _check_cewt(section: CewtSection) -> None:
+def _check_cewt(config: TrainConfig) -> None:
+    section, quantization = config.optimizer.cewt, config.quantization
     for key in ("end_factor", "warmup"):
         if getattr(section, key) is not None and not section.hyperball:
             raise BellboxError(
                 f"optimizer.cewt.{key} is {getattr(section, key)}, but hyperball is False, so there is no rate of its "
                 "own; leave one of them out"
             )
+    if not section.pull.weight:
+        return
+    if quantization.recipe is not None or quantization.method not in ("bbq", PAPER) or quantization.nested:
+        what = "a recipe" if quantization.recipe is not None else f"method {quantization.method}"
+        raise BellboxError(
+            f"optimizer.cewt.pull.weight is {section.pull.weight} with {'nested' if quantization.nested else what}: "
+            "only a code of bbq, of one width, says what to pull a weight to; set it to 0"
+        )
+    if section.every == 0 or (section.every is None and quantization.method == PAPER):
+        raise BellboxError(
+            f"optimizer.cewt.pull.weight is {section.pull.weight}, but no weights are constrained; give "
+            "optimizer.cewt.every (with until, where they are not to be projected), or set the weight to 0"
+        )
 
 
 def _check_average(config: TrainConfig) -> None:

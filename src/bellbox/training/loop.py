@@ -32,6 +32,7 @@ from bellbox.calibrate import calibrate
 from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
 from bellbox.nn import nested_widths, quantized_layers, using_bits, weights_quantized_once
+from bellbox.optim import pull_to_codes
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.quantizers.running import running_scales_once
 from bellbox.runs.average import Average
@@ -67,7 +68,7 @@ from bellbox.training.nested import widths_of_step
 from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.pretrained import pretrained_weights
 from bellbox.training.progress import Progress
-from bellbox.training.schedule import projects, rates
+from bellbox.training.schedule import projects, pull_share, rates
 from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
 from bellbox.training.text_source import with_prepared_text
@@ -462,6 +463,9 @@ class Trainer:
         project = projects(config.optimizer.cewt, state.step + 1, phase.end, config.total_steps)
         if finite:
             self._skipped_in_a_row = 0
+            share = pull_share(config, state.step)
+            if share > 0 and self.optimizer.cewt is not None:
+                pull_to_codes(self.model, share)
             self.optimizer.step(lr, ball, project)
             self.optimizer.refit_codebooks(self.model, state.step + 1)
             self.parallel.agree_on_statistics()

@@ -31,6 +31,22 @@ def rates(config: ResolvedConfig, step: int) -> tuple[float, float]:
     return lr, one_cycle(step, config.total_steps, cewt.lr, **{**both, **own})
 
 
+def pull_share(config: ResolvedConfig, step: int) -> float:
+    """Share of the way to the values of their codes by which a step of a run pulls weights; 0 where it does not.
+
+    Args:
+        config: of the run.
+        step: 0 .. total_steps - 1.
+    """
+    cewt, total = config.optimizer.cewt, config.total_steps
+    stretch = round(cewt.pull.last * total)
+    risen = step + 1 - (total - stretch)
+    if not cewt.pull.weight or risen <= 0:
+        return 0.0
+    lr, ball = rates(config, step)
+    return min(1.0, (ball if cewt.hyperball else lr) * cewt.pull.weight * risen / stretch)
+
+
 def projects(section: CewtSection, done: int, phase_end: int, total: int) -> bool:
     """Whether weights are projected by a step: every so many, and at the end of a phase, until a share of the steps.
 
