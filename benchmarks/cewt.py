@@ -94,8 +94,8 @@ def main() -> None:
     cewt = ModelOptimizer(constrained, OptimizerSection(cewt=CewtSection(every=1)))
     ways: dict[str, Callable[[], None]] = {
         "AdamW": lambda: adamw.step(1e-3),
-        "AdamW, hyperball": lambda: cewt.step(1e-3, project=False),
-        "AdamW, hyperball and projection": lambda: cewt.step(1e-3),
+        "AdamW, hyperball": lambda: cewt.step(1e-3, 0.02, project=False),
+        "AdamW, hyperball and projection": lambda: cewt.step(1e-3, 0.02),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(args.rounds + 1):

@@ -35,7 +35,7 @@ MAY_KNOW = {
     "data": "errors utils",
     "inference": "errors ops nn models data convert",
     "evaluation": "errors core nn data",
-    "runs": "errors utils version core ops quantizers recipe nn convert models data",
+    "runs": "errors utils version core ops quantizers recipe nn optim convert models data",
     "ptq": "errors utils core nn models data formats",
     "formats": "errors utils core nn models data runs",
     "interop": "errors utils version core ops quantizers nn convert models data inference recipe formats",

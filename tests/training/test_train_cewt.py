@@ -13,12 +13,14 @@ from torch import nn
 
 from bellbox.convert import convert, prepare
 from bellbox.core.entropy import code_counts
+from bellbox.core.grid import Levels
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
+from bellbox.optim import bin_means
 from bellbox.optim.cewt import CEWT, constrained_weights, head_weights, normal_scores, project_
 from bellbox.quantizers import build_quantizer
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
-from bellbox.runs.config import CewtSection, OptimizerSection, PhasesSection, QuantizationSection
+from bellbox.runs.config import CewtSection, OptimizerSection, PhasesSection, PullSection, QuantizationSection
 from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
 
@@ -238,6 +240,55 @@ def test_a_run_in_pieces_equals_a_run_in_one(tiny: Tiny, kind: str, every: int) 
     ours, theirs = load_run(whole.folder).model.state_dict(), load_run(pieces.folder).model.state_dict()
     for name in theirs:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_run_in_pieces_whose_projections_stop_and_whose_hyperball_comes_to_rest(tiny: Tiny) -> None:
+    settings = {
+        "steps": 9,
+        "eval_every": 3,
+        "optimizer": section(every=2, until=0.6, end_factor=0.0, warmup=0.3),
+    }
+    whole, pieces = tiny("whole", **settings), tiny("pieces", **settings)
+    trainer = Trainer(whole, show=False)
+    step, moved = trainer._train_step, []
+    weight = trainer.model.get_parameter("model.layers.0.mlp.up_proj.rotated_weight")
+
+    def watch() -> None:
+        before = weight.detach().clone()
+        step()
+        scores = normal_scores(weight.numel(), weight.device) * weight.detach().square().mean().sqrt()
+        gaussian = torch.allclose(weight.detach().flatten().sort().values, scores, atol=1e-6)
+        moved.append((float((weight.detach() - before).norm()), gaussian))
+
+    trainer._train_step = watch  # type: ignore[method-assign]
+    trainer.run()
+    while not Cut(pieces, show=False).run().finished:
+        pass
+    assert records(whole) == records(pieces)
+    assert [number for number, (_, gaussian) in enumerate(moved, 1) if gaussian] == [2, 4]
+    assert moved[-1][0] < 1e-5 < moved[-2][0]
+
+
+@pytest.mark.parametrize("hyperball", [True, False])
+def test_a_run_in_pieces_whose_weights_are_pulled_to_their_codes(tiny: Tiny, hyperball: bool) -> None:
+    pull = PullSection(weight=5.0, last=0.6)
+    with_pull = section(every=4, until=0.4, pull=pull, hyperball=hyperball)
+    whole, pieces = (tiny(name, steps=8, eval_every=8, optimizer=with_pull) for name in ("whole", "pieces"))
+    free = tiny("free", steps=8, eval_every=8, optimizer=section(every=4, until=0.4, hyperball=hyperball))
+    for config in (whole, free):
+        train(config, show=False)
+    while not Cut(pieces, show=False).run().finished:
+        pass
+    assert records(whole) == records(pieces)
+
+    def distance(config: TrainConfig) -> float:
+        layer = load_run(config.folder).model.get_submodule("model.layers.0.mlp.up_proj")
+        rows: torch.Tensor = layer.stored_weight.detach()  # pyright: ignore[reportAssignmentType, reportCallIssue, reportAttributeAccessIssue]
+        v = rows / rows.square().mean(1, keepdim=True).sqrt()
+        values = torch.tensor(bin_means(Levels.gaussian(4)))[layer.weight_codes().long()]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        return float((v - values).square().mean())
+
+    assert distance(whole) < distance(free)
 
 
 def test_when_weights_go_over_into_the_rotated_domain_their_moments_start_anew(tiny: Tiny) -> None:

@@ -93,17 +93,17 @@ def test_weight_decay_pulls_pacts_alpha_down_unless_it_is_told_not_to(
     assert alpha.item() == pytest.approx(before * (0.95 if decays else 1.0))
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
-def test_the_hyperballs_rate_follows_the_schedule(share: float) -> None:
+def test_the_hyperball_moves_a_weight_by_the_rate_that_it_is_given() -> None:
     torch.manual_seed(0)
     model = prepare(nn.Sequential(nn.Linear(64, 64)), Recipe.bbq(bits=2))
     optimizer = ModelOptimizer(model, OptimizerSection(lr=1e-3, cewt=CewtSection(every=16, lr=0.02)))
     weight = model[0].rotated_weight  # pyright: ignore[reportIndexIssue]
-    before = weight.detach().clone()
-    weight.grad = torch.randn(64, 64)
-    optimizer.step(share * 1e-3, project=False)
-    moved = float((weight.detach() - before).norm() / before.norm())
-    assert moved == pytest.approx(share * 0.02, rel=0.02)
+    for rate in (0.02, 0.005, 0.0):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(64, 64)
+        optimizer.step(1e-3, rate, project=False)
+        moved = float((weight.detach() - before).norm() / before.norm())
+        assert moved == pytest.approx(rate, rel=0.02, abs=1e-6)
 
 
 def test_any_optimizer_and_scheduler_takes_the_groups_with_their_rates() -> None:

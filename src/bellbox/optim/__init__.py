@@ -13,6 +13,7 @@ bb.optim.refit_codebooks(model, bb.optim.second_moments(optimizer), step)     # 
 - `hyperball`: the weights keep their norm and become exactly Gaussian now and then (`cewt.py` says why), around any
   optimizer of torch, which stays the object that it is.
 - `CEWT`: the same around several optimizers at once, with the rate given at each step.
+- `pull_to_codes`: before a step, weights a share of the way to what their codes stand for.
 - `refit_codebooks`: codebooks fitted to the weights as they are now.
 """
 
@@ -20,10 +21,12 @@ from bellbox.optim.cewt import CEWT, constrained_weights, head_weights, normal_s
 from bellbox.optim.codebooks import add_squared_gradients, refit_codebooks, second_moments
 from bellbox.optim.groups import multiplies, parameter_groups, scale_gradients_by_row
 from bellbox.optim.hyperball import hyperball, project_weights
+from bellbox.optim.pull import bin_means, pull_to_codes
 
 __all__ = [
     "CEWT",
     "add_squared_gradients",
+    "bin_means",
     "constrained_weights",
     "head_weights",
     "hyperball",
@@ -32,6 +35,7 @@ __all__ = [
     "parameter_groups",
     "project_",
     "project_weights",
+    "pull_to_codes",
     "refit_codebooks",
     "scale_gradients_by_row",
     "second_moments",

@@ -173,6 +173,19 @@ class CEWT:
                 self._project(weight)
 
     @torch.no_grad()
+    def settle(self, project: bool) -> None:
+        """Bring weights that were changed outside of a step back to the norms that they keep.
+
+        Args:
+            project: whether to make them Gaussian too; without it, and without hyperball, nothing is done.
+        """
+        for weight, norm in self.norms.items():
+            if project and weight in self._turns:
+                self._project(weight)
+            elif self.hyperball:
+                local(weight.detach()).mul_((norm / _norm(weight)).float())
+
+    @torch.no_grad()
     def before(self) -> dict[Tensor, Tensor | None]:
         """What comes before the optimizers' step: weights become zero, so that the step leaves its update there.
 

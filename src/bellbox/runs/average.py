@@ -1,19 +1,30 @@
-"""A running average of the weights (`torch.optim.swa_utils`), validated and loaded in place of the trained ones.
+"""Averages of the weights (`torch.optim.swa_utils`), validated and loaded in place of the trained ones.
 
     average <- decay * average + (1 - decay) * weight        after every step; buffers are those of the model
 
-It is saved with the optimizer's state, under the names of the model's tensors and a prefix of its own.
+or, without a decay, the plain mean of the last steps. It is saved with the optimizer's state, under the names of the
+model's tensors and a prefix of its own.
+
+**On the hyperball** all the weights that are averaged have one norm, and their mean a smaller one. BBQ divides each row
+by its RMS: the norm of a row changes no code and no output. Other methods compare weights with a learned scale, and to
+them a mean that shrank is another function. The mean is not exactly Gaussian either. So it is kept as it is, for the
+next step to go on from, and what is validated and loaded is settled: see `settle`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bellbox.nn.tools import unique_tensors
+from bellbox.optim import CEWT, constrained_weights, head_weights
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.runs.build import load_model_tensors
+from bellbox.runs.config import AverageSection, CewtSection
 
 PREFIX = "average:"
 COUNT = PREFIX + "updates"
@@ -24,21 +35,46 @@ class Average:
 
     Args:
         model: what is trained.
-        decay: in [0, 1); 0 for no averaging: the average is then the model itself.
+        section: how it is averaged; None: not at all, the average is then the model itself.
+        cewt: how its weights are constrained.
+        steps: of the whole run.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._trained, self._decay = model, decay
+    def __init__(
+        self, model: nn.Module, section: AverageSection | None, cewt: CewtSection, steps: int
+    ) -> None:
+        self._trained, self._section, self._cewt = model, section, cewt
+        self._begins = steps if section is None else section.begins(steps)
         self._averaged: AveragedModel | None = None
 
     @property
     def model(self) -> nn.Module:
-        """What is to be judged."""
+        """The average as it is kept; the trained model where there is none (yet)."""
         return self._trained if self._averaged is None else self._averaged.module
 
-    def update(self) -> None:
-        """Take in the weights after a step; the first time, all of them (scales are set by then)."""
-        if not self._decay:
+    @contextmanager
+    def judged(self) -> Iterator[nn.Module]:
+        """What is to be validated: the average, its constrained weights settled (`settle`) within."""
+        if self._averaged is None:
+            yield self._trained
+            return
+        averaged = self._averaged.module
+        raw = [(weight, weight.detach().clone()) for weight in _constraint(averaged, self._cewt).norms]
+        settle(averaged, self._cewt, kept_norms(self._trained, self._cewt))
+        try:
+            yield averaged
+        finally:
+            with torch.no_grad():
+                for weight, was in raw:
+                    weight.copy_(was)
+
+    def update(self, step: int) -> None:
+        """Take in the weights after a step; the first time, all of them (scales are set by then).
+
+        Args:
+            step: its number, from 0.
+        """
+        if self._section is None or step < self._begins:
             return
         if self._averaged is None:
             self._averaged = self._make()
@@ -54,17 +90,56 @@ class Average:
         }
         return {**found, COUNT: self._averaged.n_averaged.detach().clone()}
 
-    def restore(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take out what `tensors` has put in; returns the rest."""
-        if self._decay and COUNT in tensors:
+    def restore(self, tensors: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """Take out what `tensors` has put in, of a run that has done `steps`; returns the rest.
+
+        An average of steps that no longer count, since the run now goes on for longer, is let go.
+        """
+        if COUNT in tensors and steps > self._begins:
             self._averaged = self._make()
             load_model_tensors(self._averaged.module, averaged_tensors(tensors), "the averaged model")
             self._averaged.n_averaged.copy_(tensors[COUNT])
         return {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
 
     def _make(self) -> AveragedModel:
+        assert self._section is not None
+        decay = self._section.decay
         with torch.no_grad():
-            return AveragedModel(self._trained, multi_avg_fn=get_ema_multi_avg_fn(self._decay))
+            return AveragedModel(
+                self._trained, multi_avg_fn=None if decay is None else get_ema_multi_avg_fn(decay)
+            )
+
+
+def _constraint(model: nn.Module, section: CewtSection) -> CEWT:
+    """CEWT of a model as it is, without an optimizer; of no weight where nothing is constrained."""
+    if not section.every:
+        return CEWT([], {})
+    heads = head_weights(model) if section.rule == "published" else []
+    return CEWT([], constrained_weights(model), section.hyperball, norms_only=heads, at_once=False)
+
+
+def kept_norms(model: nn.Module, section: CewtSection) -> dict[str, Tensor]:
+    """The norms of the constrained weights of a model, fp64 `[]`, by the parameter's name."""
+    norms = _constraint(model, section).norms
+    return {name: norms[weight] for name, weight in model.named_parameters() if weight in norms}
+
+
+def settle(model: nn.Module, section: CewtSection, norms: dict[str, Tensor]) -> None:
+    """Bring a mean of constrained weights, in place, to where weights are kept.
+
+    Points of a sphere have their mean within it. So each constrained weight gets back its norm, and where the run's
+    last weights are projected, exactly Gaussian values.
+
+    Args:
+        model: whose weights are averages.
+        section: how those were constrained that were averaged.
+        norms: `kept_norms` of the model that was trained.
+    """
+    constraint = _constraint(model, section)
+    for name, weight in model.named_parameters():
+        if weight in constraint.norms:
+            constraint.norms[weight] = norms[name]
+    constraint.settle(project=section.until == 1)
 
 
 @torch.no_grad()

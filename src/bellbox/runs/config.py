@@ -189,6 +189,18 @@ class PhasesSection:
 
 
 @dataclass(frozen=True)
+class PullSection:
+    """Weights pulled towards the values of their codes, after CAGE (bellbox.optim.pull). With BBQ."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    weight: NotNegative = 0.0
+    """CAGE's lambda at its peak: a step moves a weight by this times the rate (of the hyperball, where there is one) of
+    the way; 0 for none."""
+    last: Share = 0.2
+    """Share of the steps, the last ones, over which it rises from 0 to its peak."""
+
+
+@dataclass(frozen=True)
 class CewtSection:
     """Constrained weights: of constant norm, made exactly Gaussian from time to time (`optim.cewt`)."""
 
@@ -198,10 +210,18 @@ class CewtSection:
     `published`, else 0."""
     hyperball: bool = True
     """Whether an update is scaled to the weight's norm, in place of weight decay."""
+    until: Share = 1.0
+    """Share of the steps, the first ones, in which weights are projected; below 1 the run's last weights are not."""
     lr: Annotated[float, Limits(gt=0, lt=1)] | None = None
     """Peak learning rate of the hyperball, in units of the weight's norm; it follows `schedule`. `optimizer.lr` is
     then for all other parameters. Where null, 0.18 over the cube root of the steps (at most 0.03), and 0.01 with the
     rule `published`."""
+    end_factor: Annotated[float, Limits(ge=0, le=1, says="in [0, 1]")] | None = None
+    """Last rate of the hyperball, as a fraction of its peak; that of `schedule` where null."""
+    warmup: Fraction | None = None
+    """Fraction of the steps in which its rate rises; that of `schedule` where null."""
+    pull: PullSection = field(default_factory=PullSection)
+    """Towards the values of codes."""
     rule: Literal["ours", "published"] = "ours"
     """`published`, always with `method: cewt`: linear layers begin as LeCun's, N(0, 1/in_features); the output layer's
     weight is on the hyperball too, never projected; other weights are first projected by the first step."""
@@ -282,6 +302,21 @@ class ScheduleSection:
 
 
 @dataclass(frozen=True)
+class AverageSection:
+    """Weights averaged over the last steps, validated and loaded in place of the trained ones."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+    last: Annotated[float, Limits(ge=0, le=1, says="in [0, 1]")] = 0.0
+    """Share of the steps, the last ones, whose weights are averaged; 0 for no average."""
+    decay: Annotated[float, Limits(gt=0, lt=1, says="between 0 and 1")] | None = None
+    """Of a running average over them; their plain mean where null."""
+
+    def begins(self, steps: int) -> int:
+        """The first of a run's steps whose weights count, from 0."""
+        return steps - round(self.last * steps)
+
+
+@dataclass(frozen=True)
 class BatchSection:
     """How much text one optimizer step sees."""
 
@@ -319,7 +354,7 @@ class VisionSection:
     label_smoothing: Fraction = 0.0
     """Share of the target that is spread over all classes."""
     ema: Fraction = 0.0
-    """Decay of the averaged weights that are validated and loaded in place of the trained ones; 0 for none."""
+    """`average: {decay: this, last: 1}` in one word: decay of weights averaged from the first step on; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -374,6 +409,7 @@ class TrainConfig:
     phases: PhasesSection = field(default_factory=PhasesSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    average: AverageSection = field(default_factory=AverageSection)
     distill: DistillSection = field(default_factory=DistillSection)
     mec: MecSection = field(default_factory=MecSection)
     batch: BatchSection = field(default_factory=BatchSection)
@@ -432,9 +468,11 @@ class TrainConfig:
         return self.sequences_per_step // self.batch.micro_sequences
 
     @property
-    def averaging(self) -> float:
-        """Decay of the averaged weights, 0 for none: a vision task's."""
-        return self.vision.ema if self.task == "vision" else 0.0
+    def averaging(self) -> AverageSection | None:
+        """How weights are averaged, `vision.ema` of a vision task counted; None where they are not."""
+        if self.task == "vision" and self.vision.ema:
+            return AverageSection(last=1.0, decay=self.vision.ema)
+        return self.average if self.average.last else None
 
     @property
     def total_steps(self) -> int:
@@ -460,6 +498,8 @@ class TrainConfig:
             _check_vision(self)
         else:
             _check_batch(self)
+        _check_cewt(self)
+        _check_average(self)
         _check_mixture(self)
         _check_known(self.quantization, self.methods_from)
         _check_method(self.quantization)
@@ -510,6 +550,43 @@ def _check_batch(config: TrainConfig) -> None:
             f"batch.tokens {tokens} makes {tokens // context} sequences of {context}, which "
             f"batch.micro_sequences {micro} does not divide; choose one that does"
         )
+
+
+def _check_cewt(config: TrainConfig) -> None:
+    section, quantization = config.optimizer.cewt, config.quantization
+    for key in ("end_factor", "warmup"):
+        if getattr(section, key) is not None and not section.hyperball:
+            raise BellboxError(
+                f"optimizer.cewt.{key} is {getattr(section, key)}, but hyperball is False, so there is no rate of its "
+                "own; leave one of them out"
+            )
+    if not section.pull.weight:
+        return
+    if quantization.recipe is not None or quantization.method not in ("bbq", PAPER) or quantization.nested:
+        what = "a recipe" if quantization.recipe is not None else f"method {quantization.method}"
+        raise BellboxError(
+            f"optimizer.cewt.pull.weight is {section.pull.weight} with {'nested' if quantization.nested else what}: "
+            "only a code of bbq, of one width, says what to pull a weight to; set it to 0"
+        )
+    if section.every == 0 or (section.every is None and quantization.method == PAPER):
+        raise BellboxError(
+            f"optimizer.cewt.pull.weight is {section.pull.weight}, but no weights are constrained; give "
+            "optimizer.cewt.every (with until, where they are not to be projected), or set the weight to 0"
+        )
+
+
+def _check_average(config: TrainConfig) -> None:
+    section = config.average
+    if section.decay is not None and not section.last:
+        raise BellboxError(
+            f"average.decay is {section.decay}, but average.last is 0, so nothing is averaged; give average.last too"
+        )
+    if section.last and not round(section.last * config.total_steps):
+        raise BellboxError(
+            f"average.last is {section.last}: none of the {config.total_steps} steps; give it more of them"
+        )
+    if config.task == "vision" and config.vision.ema and section.last:
+        raise BellboxError("average.last and vision.ema are both given; leave one of them out")
 
 
 def _check_mixture(config: TrainConfig) -> None:

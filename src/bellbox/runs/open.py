@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from bellbox.errors import BellboxError
-from bellbox.runs.average import COUNT, PREFIX, averaged_tensors
+from bellbox.runs.average import COUNT, PREFIX, averaged_tensors, kept_norms, settle
 from bellbox.runs.binding import refuse_changed, refuse_other_tokenizer
 from bellbox.runs.build import load_model_tensors, make_model
 from bellbox.runs.checkpoint import MODEL, OPTIMIZER, Checkpoint, Checkpoints
@@ -69,15 +69,21 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
     phase = phase_after(phases_of(config), found.step)
     model = make_model(config, phase.quantization)
     if found.layout is not None:
-        averaged = OPTIMIZER + PREFIX
-        has_average = OPTIMIZER + COUNT in found.layout
         # Here, as it brings torch.distributed.tensor: half a second, which only this kind of checkpoint needs.
         from bellbox.runs.sharded_state import load_model_shards
 
-        load_model_shards(model, found, averaged if has_average else MODEL, leave_out=(OPTIMIZER + COUNT,))
+        load_model_shards(model, found, MODEL)
+        if OPTIMIZER + COUNT in found.layout:
+            norms = kept_norms(model, config.optimizer.cewt)
+            load_model_shards(model, found, OPTIMIZER + PREFIX, leave_out=(OPTIMIZER + COUNT,))
+            settle(model, config.optimizer.cewt, norms)
     else:
-        tensors = averaged_tensors(found.optimizer_tensors()) if config.averaging else {}
-        load_model_tensors(model, tensors or found.model_tensors(), str(found.path))
+        load_model_tensors(model, found.model_tensors(), str(found.path))
+        tensors = averaged_tensors(found.optimizer_tensors()) if config.averaging is not None else {}
+        if tensors:
+            norms = kept_norms(model, config.optimizer.cewt)
+            load_model_tensors(model, tensors, str(found.path))
+            settle(model, config.optimizer.cewt, norms)
     return LoadedRun(
         folder=root,
         model=model.eval(),

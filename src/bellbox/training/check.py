@@ -50,7 +50,8 @@ def refuse_unsharded(config: ResolvedConfig, phases: int) -> None:
             "distributed.mode is fsdp, and phases prepare layers anew, which sharded ones cannot be; take ddp, or "
             "train each phase as a run of its own (--model.from)"
         )
-    if config.averaging:
+    if config.averaging is not None:
+        key = "vision.ema" if config.task == "vision" and config.vision.ema else "average.last"
         raise BellboxError(
-            "distributed.mode is fsdp, and vision.ema keeps a second model whole; take ddp, or vision.ema 0"
+            f"distributed.mode is fsdp, and {key} keeps a second model whole; take ddp, or {key} 0"
         )

@@ -114,7 +114,9 @@ def dry_run(config: TrainConfig) -> DryRun:
         quantized=quantized,
         levels=tuple(sorted({levels for _, levels in layers}, key=str)),
         first_batch=shape,
-        memory=Memory(held * (2 if resolved.averaging else 1), _FP32 * parameters + shared, moments, saved),
+        memory=Memory(
+            held * (1 if resolved.averaging is None else 2), _FP32 * parameters + shared, moments, saved
+        ),
         operations=times * (counted.layers + counted.attention),
         attention=times * counted.attention,
     )

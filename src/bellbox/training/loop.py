@@ -32,6 +32,7 @@ from bellbox.calibrate import calibrate
 from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
 from bellbox.nn import nested_widths, quantized_layers, using_bits, weights_quantized_once
+from bellbox.optim import pull_to_codes
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.quantizers.running import running_scales_once
 from bellbox.runs.average import Average
@@ -67,7 +68,7 @@ from bellbox.training.nested import widths_of_step
 from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.pretrained import pretrained_weights
 from bellbox.training.progress import Progress
-from bellbox.training.schedule import one_cycle
+from bellbox.training.schedule import projects, pull_share, rates
 from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
 from bellbox.training.text_source import with_prepared_text
@@ -204,7 +205,9 @@ class Trainer:
         if self.parallel.sharded:
             optimizer = ModelOptimizer(self.model, self.config.optimizer, norms)
         self.optimizer = optimizer
-        self.average = Average(self.model, self.config.averaging)
+        self.average = Average(
+            self.model, self.config.averaging, self.config.optimizer.cewt, self.config.total_steps
+        )
         for module in self.model.modules():
             if isinstance(module, LearnedQuantizer):
                 module.share = self.task.share
@@ -401,7 +404,7 @@ class Trainer:
             load_model_shards(self.model, checkpoint, MODEL)
             tensors = optimizer_shards(self.model, checkpoint)
         try:
-            tensors = self.average.restore(tensors)
+            tensors = self.average.restore(tensors, checkpoint.step)
             self.optimizer.restore(self.model.named_parameters(), tensors)
         except (KeyError, ValueError) as error:
             raise BellboxError(
@@ -435,11 +438,7 @@ class Trainer:
         if phase != self.phase:
             self.progress.note(f"step {state.step + 1:>6}  from here on: {phase.label}")
             self._enter(phase)
-        schedule = config.schedule
-        lr = one_cycle(
-            state.step, config.total_steps, config.optimizer.lr,
-            warmup=schedule.warmup, start_factor=schedule.start_factor, end_factor=schedule.end_factor,
-        )  # fmt: skip
+        lr, ball = rates(config, state.step)
         self.model.train()
         if state.step == self.phase.start and (self.world.size > 1 or self.parallel.sharded):
             self._set_first_scales()
@@ -461,14 +460,16 @@ class Trainer:
         finite = math.isfinite(objective) and math.isfinite(norm_value)
         if not finite and (config.nonfinite == "stop" or self._skipped_in_a_row >= MOST_SKIPPED):
             raise self._broken_step(parts, objective, norm_value)
-        every = config.optimizer.cewt.every or 0
-        project = state.step + 1 == phase.end or (every > 0 and (state.step + 1) % every == 0)
+        project = projects(config.optimizer.cewt, state.step + 1, phase.end, config.total_steps)
         if finite:
             self._skipped_in_a_row = 0
-            self.optimizer.step(lr, project=project)
+            share = pull_share(config, state.step)
+            if share > 0 and self.optimizer.cewt is not None:
+                pull_to_codes(self.model, share)
+            self.optimizer.step(lr, ball, project)
             self.optimizer.refit_codebooks(self.model, state.step + 1)
             self.parallel.agree_on_statistics()
-            self.average.update()
+            self.average.update(state.step)
         else:
             self._skip(kept, project)
 
@@ -624,12 +625,13 @@ class Trainer:
         if self._heard is not None:
             raise Stopped
         state, begun = self.state, time.monotonic()
-        model, inputs = self.average.model.eval(), self.task.counted_inputs()
+        inputs = self.task.counted_inputs()
         if inputs is not None:
             inputs = inputs.to(self.device)
         # Of several processes, none may leave alone.
         interruptible = self.signals.interruptible() if self.world.size == 1 else nullcontext()
-        with interruptible, self.parallel.whole_weights():
+        with interruptible, self.parallel.whole_weights(), self.average.judged() as model:
+            model.eval()
             with SpectrumMeter(model, self.config.mec, self.world) as spectrum:
                 result = self.task.evaluate(model)
             result |= quantization_measures(model, lambda: None if inputs is None else model(inputs))

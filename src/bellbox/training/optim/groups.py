@@ -70,20 +70,19 @@ class ModelOptimizer:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def step(self, lr: float, project: bool = True) -> None:
+    def step(self, lr: float, ball: float | None = None, project: bool = True) -> None:
         """Update all parameters.
 
         Args:
-            lr: learning rate of this step; each group's is this times its own `lr_scale`. CEWT's is `cewt.lr` in the
-                same proportion.
+            lr: learning rate of this step; each group's is this times its own `lr_scale`.
+            ball: rate of CEWT's hyperball in this step; needed with CEWT.
             project: whether CEWT sorts in this step.
         """
         for group in self.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.cewt is not None:
-            rate = self.section.cewt.lr
-            assert rate is not None  # a run's configuration is resolved before its optimizer is made
-            self.cewt.step(rate * lr / self.section.lr, project)
+            assert ball is not None
+            self.cewt.step(ball, project)
             return
         for part in self.parts:
             part.step()
