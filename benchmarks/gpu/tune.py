@@ -22,7 +22,9 @@ import torch
 from bench import FULL, TINY, Bench
 
 from bellbox.core.grid import Levels
-from bellbox.ops.backends.triton import launch, plan
+from bellbox.ops.backends.triton import plan
+from bellbox.ops.backends.triton.launch.coding import Rows, Weights, code_rows
+from bellbox.ops.backends.triton.launch.products import multiply, multiply_by_library
 from bellbox.ops.backends.triton.plan import Gpu, Table, Tiles
 
 FILE = Path(plan.__file__).parent / "tiles.json"
@@ -59,29 +61,27 @@ def reasoned(on: Gpu) -> Table:
     return Table(False, plan.PLANE_ROWS, None, tiles)
 
 
-def weights_of(bench: Bench, outputs: int, columns: int, bits: int) -> launch.Weights:
+def weights_of(bench: Bench, outputs: int, columns: int, bits: int) -> Weights:
     """Packed weights of random codes."""
     layer = bench.layer(outputs, columns, bits)
-    return launch.Weights(layer.packed, layer.weight_scale, None, layer.weight_levels, columns)
+    return Weights(layer.packed, layer.weight_scale, None, layer.weight_levels, columns)
 
 
-def coded(bench: Bench, rows: int, weights: launch.Weights, bits: int) -> launch.Rows:
+def coded(bench: Bench, rows: int, weights: Weights, bits: int) -> Rows:
     """Random rows, coded for them."""
     levels = Levels.gaussian(2**bits)
     thresholds = torch.tensor(levels.thresholds, device=bench.device)
     one = torch.ones(1, device=bench.device)
     x = bench.randn(rows, weights.columns)
-    return launch.code_rows(x, weights, levels.grid, one, thresholds, None, None, 128, "rms", False)
+    return code_rows(x, weights, levels.grid, one, thresholds, None, None, 128, "rms", False)
 
 
-def fastest(
-    bench: Bench, rows: launch.Rows, weights: launch.Weights, tried: list[Tiles]
-) -> tuple[float, Tiles]:
+def fastest(bench: Bench, rows: Rows, weights: Weights, tried: list[Tiles]) -> tuple[float, Tiles]:
     """Seconds and tiles of the fastest; what does not compile on this GPU is passed over, with a word."""
     found: list[tuple[float, int]] = []
     for number, tiles in enumerate(tried):
         try:
-            took = bench.seconds(lambda _, t=tiles: launch.multiply(rows, weights, torch.bfloat16, t))
+            took = bench.seconds(lambda _, t=tiles: multiply(rows, weights, torch.bfloat16, t))
         except Exception as error:  # too much shared memory, too many registers: many names
             print(f"  {tiles}: {type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
             continue
@@ -126,9 +126,7 @@ def plane_rows(bench: Bench, on: Gpu, known: Table) -> int:
             table = replace(known, plane_rows=rows if planes else 0)
             plan.tables()[f"sm_{on.capability[0]}{on.capability[1]}"] = table
             given = coded(bench, rows, weights, 2)
-            times.append(
-                bench.seconds(lambda _, given=given: launch.multiply(given, weights, torch.bfloat16))
-            )
+            times.append(bench.seconds(lambda _, given=given: multiply(given, weights, torch.bfloat16)))
         if times[0] >= times[1]:
             break
         most = rows
@@ -142,14 +140,34 @@ def library_rows(bench: Bench, known: Table) -> int | None:
     for rows in (512, 2048, 8192, 32_768):
         given = coded(bench, rows, weights, 4)
 
-        def fused(_: int, given: launch.Rows = given) -> object:
-            return launch.multiply(given, weights, torch.bfloat16, own)
+        def fused(_: int, given: Rows = given) -> object:
+            return multiply(given, weights, torch.bfloat16, own)
 
-        def library(_: int, given: launch.Rows = given) -> object:
-            return launch.multiply_by_library(given, weights, torch.bfloat16)
+        def library(_: int, given: Rows = given) -> object:
+            return multiply_by_library(given, weights, torch.bfloat16)
 
         if bench.seconds(library) < bench.seconds(fused):
             return rows
+    return None
+
+
+def packed_rows(bench: Bench, known: Table) -> int | None:
+    """Rows from which coding to 4 bits, and the product that unpacks them, are faster together than by int8."""
+    weights, unpacked = weights_of(bench, 4096, 4096, 4), plan.packs_rows
+    try:
+        for rows in (512, 2048, 8192, 32_768):
+            times = []
+            for packs in (True, False):
+                plan.packs_rows = lambda *_, packs=packs: packs  # type: ignore[assignment]
+
+                def both(_: int, rows: int = rows) -> object:
+                    return multiply(coded(bench, rows, weights, 4), weights, torch.bfloat16)
+
+                times.append(bench.seconds(both))
+            if times[0] < times[1]:
+                return rows
+    finally:
+        plan.packs_rows = unpacked
     return None
 
 
@@ -163,11 +181,11 @@ def fp4(bench: Bench, on: Gpu, known: Table) -> bool:
         torch.manual_seed(0)
         given = coded(bench, 2048, weights, 2)
         try:
-            found.append(launch.multiply(given, weights, torch.bfloat16))
+            found.append(multiply(given, weights, torch.bfloat16))
         except Exception as error:  # does not compile, or not run: untested until seen
             print(f"  e2m1: {type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
             return False
-        times.append(bench.seconds(lambda _, given=given: launch.multiply(given, weights, torch.bfloat16)))
+        times.append(bench.seconds(lambda _, given=given: multiply(given, weights, torch.bfloat16)))
     bench.note("tune", what="e2m1", same=torch.equal(*found), over_int8=times[1] / times[0])
     return torch.equal(*found) and times[1] < times[0]
 

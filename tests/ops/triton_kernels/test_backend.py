@@ -38,7 +38,7 @@ def packed(bits: int) -> tuple[nn.Module, torch.Tensor]:
 def test_a_packed_model_gives_the_same_logits_and_codes_a_shared_input_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from bellbox.ops.backends.triton import launch
+    from bellbox.ops.backends.triton.launch import linear
 
     monkeypatch.setenv("BELLBOX_BACKEND", "reference")
     model, tokens = packed(4)
@@ -48,13 +48,13 @@ def test_a_packed_model_gives_the_same_logits_and_codes_a_shared_input_once(
     lines = bb.backend_report(model).splitlines()
     assert len(lines) == 7
     assert all(line.endswith("packed_linear: triton") for line in lines)
-    code_rows, coded = launch.code_rows, list[int]()
+    code_rows, coded = linear.code_rows, list[int]()
 
     def counted(*arguments: Any) -> Any:
         coded.append(1)
         return code_rows(*arguments)
 
-    monkeypatch.setattr(launch, "code_rows", counted)
+    monkeypatch.setattr(linear, "code_rows", counted)
     with torch.no_grad():
         assert torch.equal(model(tokens), expected)
     assert len(coded) == 4  # q, k, v; o; gate, up; down

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bellbox.ops.backends.triton.kernels.fp4 import store_e2m1
-from bellbox.ops.backends.triton.kernels.steps import butterfly, cuts_of, planes, reached, store_integers
+from bellbox.ops.backends.triton.kernels.fp4 import e2m1
+from bellbox.ops.backends.triton.kernels.steps import butterfly, cuts_of, planes, reached, store_fields
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _values(x, signs, row, column, columns, SIGNED: tl.constexpr):
 def _coded(
     v, row, first, cuts, out, columns, padded,
     SIZE: tl.constexpr, EVEN: tl.constexpr, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, FP4: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr, FP4: tl.constexpr,
 ):  # fmt: skip
     """Writes the codes of SIZE normalised values from column `first` on; their integers, zero behind the row."""
     integer = reached(v, cuts, LEVELS, MULTIPLIER, SHIFT)
@@ -37,10 +37,9 @@ def _coded(
         integer, code = tl.where(inside, integer, 0), tl.where(inside, code, 0)
     if PLANES:
         planes(code, row, first, out, padded // 32 * BITS, SIZE, BITS, PLANES)
-    elif FP4:
-        store_e2m1(out + row * (padded // 2), first, integer, padded, SIZE, BITS, GROUP)
     else:
-        store_integers(out + row * padded, first, integer, padded, SIZE, BITS, GROUP)
+        value = e2m1(integer) if FP4 else (integer if WIDTH == 8 else code)
+        store_fields(out + row * (padded * WIDTH // 8), first, value, padded, SIZE, BITS, GROUP, WIDTH)
     return integer
 
 
@@ -105,13 +104,14 @@ def code_rows(
     SIZE: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DOUBLE: tl.constexpr,
     STAGES: tl.constexpr, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
     NORMALISE: tl.constexpr, RESCALE: tl.constexpr, SIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    PLANES: tl.constexpr, FP4: tl.constexpr,
+    PLANES: tl.constexpr, WIDTH: tl.constexpr, FP4: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of x `[rows, columns]` from `ROWS * program_id(0)` on, one after the other.
 
-    Writes `out`, int8 `[rows, padded]` integers `MULTIPLIER * code - SHIFT` in the order of `place` and zeros behind
-    them, with PLANES uint8 `[rows, PLANES, padded / 8 * BITS]`, with FP4 e2m1 `[rows, padded / 2]`; int32
-    `sums [rows]` of the integers; fp32 `scales [rows]`. NORMALISE is rms, absmax, norm or static. WHOLE: SIZE numbers
+    Writes `out`, in the order of `place` and zeros behind the row: with WIDTH 8 int8 `[rows, padded]` integers
+    `MULTIPLIER * code - SHIFT`; with WIDTH 4, 2 or 1 uint8 `[rows, padded * WIDTH / 8]` codes, with FP4 integers as
+    e2m1; with PLANES uint8 `[rows, PLANES, padded / 8 * BITS]`. And int32 `sums [rows]` of the integers; fp32
+    `scales [rows]`. NORMALISE is rms, absmax, norm or static. WHOLE: SIZE numbers
     are the row, else it comes in pieces. EVEN: pieces have no tail. DOUBLE: see `_squares`. `constants` fp64:
     1 / columns, and the inverse root of a block; `at_floor`: the normaliser of the least sigma.
     """
@@ -175,6 +175,7 @@ def code_rows(
                 BITS,
                 GROUP,
                 PLANES,
+                WIDTH,
                 FP4,
             )
             total += tl.sum(integer)
@@ -186,7 +187,7 @@ def code_rows(
                 v = butterfly(some, SIZE, STAGES) * r
                 integer = _coded(
                     v, row, first, cuts, out, columns, padded,
-                    SIZE, EVEN, LEVELS, MULTIPLIER, SHIFT, BITS, GROUP, PLANES, FP4,
+                    SIZE, EVEN, LEVELS, MULTIPLIER, SHIFT, BITS, GROUP, PLANES, WIDTH, FP4,
                 )  # fmt: skip
                 total += tl.sum(integer)
                 if NORMALISE == "norm":
@@ -219,5 +220,5 @@ def arrange(
         step = tl.load(kept + row * columns + column, mask=inside, other=0).to(tl.float32)
         integer = tl.where(inside, reached(step * 0.03125, cuts, LEVELS, MULTIPLIER, SHIFT), 0)
         total += tl.sum(integer)
-        store_integers(out + row * padded, first, integer, padded, SIZE, BITS, GROUP)
+        store_fields(out + row * padded, first, integer, padded, SIZE, BITS, GROUP, 8)
     tl.store(sums + row, total)
