@@ -47,7 +47,7 @@ def row_warps(size: int) -> int:
 def coding_warps(size: int, whole: bool = True, double: bool = True, few: bool = False) -> int:
     """Of a program that codes rows: 32 numbers a thread, over which what does not grow with them is shared out.
 
-    Sixteen where there are `few` rows, since most of the GPU is idle then and a row is to be done soon. Two at least:
+    Sixteen where there are `few` rows, no more than multiprocessors: most of the GPU is idle then. Two at least:
     one alone holds too much of the table of buckets, and spills. So does a piece of a row (not `whole`) whose squares
     are not summed in fp64 (`double`), at 32 numbers.
     """

@@ -120,7 +120,7 @@ def code_rows(
     sums, scales = x.new_empty(count, dtype=torch.int32), x.new_empty(count, dtype=torch.float32)
     size, whole = plan.whole_row(columns, max(64 * group, block), plan.WHOLE_CODED_ROW)
     double = x.dtype == torch.float32 or on.fast_double
-    warps = plan.coding_warps(size, whole, double, few=count <= plan.DECODE_ROWS)
+    warps = plan.coding_warps(size, whole, double, few=count <= on.processors)
     each = plan.rows_each(count, warps, on.processors)
     root = math.sqrt(block)
     activation.code_rows[(-(-count // each),)](
