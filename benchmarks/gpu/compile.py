@@ -28,11 +28,15 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from bellbox.core.grid import Grid, Levels
-from bellbox.ops.backends.triton import launch, plan
+from bellbox.ops.backends.triton import plan
+from bellbox.ops.backends.triton.launch import coding, layout, linear, products, rows
 from bellbox.ops.weight_layout import packed_size
 
+MANY = 2048
+"""Rows of a prompt."""
 RECORD = Path(__file__).with_name("compiled.md")
 ARCHITECTURES = (80, 90, 100, 120)
 GPUS = {
@@ -41,7 +45,6 @@ GPUS = {
 """A100, H100, B200 and RTX 5090, which tiles and pieces depend on."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
-MODULES = ("activation", "fp4", "product", "row_kernels", "layout")
 PRODUCTS = ("multiply", "multiply_planes", "multiply_fp4", "finish")
 TENSOR = ("IMMA", "IGMMA", "UTCIMMA")
 FP4 = ("OMMA", "QMMA", "UTCOMMA", "UTCQMMA")
@@ -106,33 +109,20 @@ class Launch:
 
 @dataclass
 class Recorder:
-    """Stands for the modules of kernels: takes launches down in place of launching."""
+    """Takes launches down in place of launching."""
 
     what: str = ""
     found: list[Launch] = field(default_factory=list)
 
-    def of(self, module: Any) -> Any:
-        recorder = self
+    def launcher(self, function: Any) -> Any:
+        """What a function subscripted by a grid is to be."""
 
-        class Module:
-            def __getattr__(self, name: str) -> Any:
-                return _Launcher(getattr(module, name), recorder)
-
-        return Module()
-
-
-@dataclass
-class _Launcher:
-    function: Any
-    recorder: Recorder
-
-    def __getitem__(self, grid: Any) -> Any:
         def take_down(*positional: Any, **named: Any) -> None:
-            names = self.function.arg_names
+            names = function.arg_names
             arguments = dict(zip(names, positional, strict=False))
             arguments |= {name: value for name, value in named.items() if name in names}
             options = {name: value for name, value in named.items() if name not in names}
-            self.recorder.found.append(Launch(self.recorder.what, self.function, arguments, options))
+            self.found.append(Launch(self.what, function, arguments, options))
 
         return take_down
 
@@ -140,15 +130,17 @@ class _Launcher:
 def recorded(on: plan.Gpu) -> list[Launch]:
     """Every kernel at the shapes of a LLaMA 7B: hidden 4096, intermediate 11008, prompts of 2048 rows, single rows."""
     recorder = Recorder()
-    for name in MODULES:
-        module = getattr(launch, name)
-        setattr(launch, name, recorder.of(module))
+    JITFunction.__getitem__ = lambda function, _: recorder.launcher(function)  # type: ignore[method-assign]
     plan.gpu = lambda _: on  # type: ignore[assignment]
     with torch.device("meta"):
         for what, call in _calls():
             recorder.what = what
             call()
-            if on.takes_fp4 and what.startswith("2048 rows, weights"):
+            if what.startswith(f"{MANY} rows, weights"):
+                recorder.what, plan.packs_rows = f"{what}, packed", lambda *_: True  # type: ignore[assignment]
+                call()
+                plan.packs_rows = lambda *_: False  # type: ignore[assignment]
+            if on.takes_fp4 and what.startswith(f"{MANY} rows, weights"):
                 recorder.what, plan.fp4 = f"{what}, e2m1", lambda _: True  # type: ignore[assignment]
                 call()
                 plan.fp4 = lambda _: False  # type: ignore[assignment]
@@ -160,9 +152,8 @@ def _calls() -> Iterator[tuple[str, Any]]:
         return torch.empty(shape, dtype=dtype)
 
     columns, outputs, block = 4096, 4096, 128
-    rows = 2048
     for weight_bits, act_bits, count in (
-        *((bits, bits, rows) for bits in (4, 3, 2, 1)),
+        *((bits, bits, MANY) for bits in (4, 3, 2, 1)),
         *((bits, 4, 1) for bits in (4, 3, 2, 1)),
         (4, 4, 64),
         (2, 2, 1),
@@ -170,14 +161,14 @@ def _calls() -> Iterator[tuple[str, Any]]:
     ):
         weights, inputs = Levels.gaussian(2**weight_bits), Levels.gaussian(2**act_bits)
 
-        def linear(
+        def layer(
             weights: Levels = weights,
             inputs: Levels = inputs,
             count: int = count,
             columns: int = columns,
             outputs: int = outputs,
         ) -> None:
-            launch.packed_linear(
+            linear.packed_linear(
                 floats(count, columns),
                 torch.empty(packed_size(outputs, columns, weights.n), dtype=torch.uint8),
                 floats(outputs, dtype=torch.float32), None, floats(1, dtype=torch.float32),
@@ -186,53 +177,53 @@ def _calls() -> Iterator[tuple[str, Any]]:
                 False, torch.bfloat16,
             )  # fmt: skip
 
-        yield f"{count} rows, weights {weight_bits} bits, activations {act_bits}", linear
-        if (weight_bits, count) == (4, rows):
-            yield f"{count} rows of 11008", lambda linear=linear: linear(columns=11008)
-            yield f"{count} rows of 1024", lambda linear=linear: linear(columns=1024)
-            yield f"{count} rows of 24576", lambda linear=linear: linear(columns=24576)
+        yield f"{count} rows, weights {weight_bits} bits, activations {act_bits}", layer
+        if (weight_bits, count) == (4, MANY):
+            yield f"{count} rows of 11008", lambda layer=layer: layer(columns=11008)
+            yield f"{count} rows of 1024", lambda layer=layer: layer(columns=1024)
+            yield f"{count} rows of 24576", lambda layer=layer: layer(columns=24576)
         if weight_bits in (4, 1):  # numbers that are 1 are no variables when a kernel is compiled
-            yield f"a column, {act_bits} bits", lambda linear=linear: linear(count=1, columns=1, outputs=1)
+            yield f"a column, {act_bits} bits", lambda layer=layer: layer(count=1, columns=1, outputs=1)
     levels = Levels.gaussian(16)
-    x, r = floats(rows, columns), floats(rows, 1, dtype=torch.float32)
-    yield "row_rms of a column", lambda: launch.row_rms(floats(1, 1))
+    x, r = floats(MANY, columns), floats(MANY, 1, dtype=torch.float32)
+    yield "row_rms of a column", lambda: rows.row_rms(floats(1, 1))
     one = floats(1, 1, dtype=torch.float32)
     thresholds, offset = levels.thresholds, levels.offset
-    kept = torch.empty((rows, columns), dtype=torch.int8)
-    yield "row_rms", lambda: launch.row_rms(x)
-    yield "rotate", lambda: launch.rotate(x, block**-0.5, block, torch.bfloat16)
-    yield "encode", lambda: launch.encode(x, r, thresholds, block)
-    yield "keep", lambda: launch.keep(x, r, thresholds, block)
-    yield "kept_codes", lambda: launch.kept_codes(kept, thresholds)
-    yield "decode_kept", lambda: launch.decode_kept(kept, r, thresholds, offset, torch.bfloat16)
-    yield "bbq_forward", lambda: launch.bbq_forward(x, r, one, thresholds, offset, block, torch.bfloat16)
-    yield "bbq_backward", lambda: launch.bbq_backward(x, x, x, r, one, r, block, False)
+    kept = torch.empty((MANY, columns), dtype=torch.int8)
+    yield "row_rms", lambda: rows.row_rms(x)
+    yield "rotate", lambda: rows.rotate(x, block**-0.5, block, torch.bfloat16)
+    yield "encode", lambda: rows.encode(x, r, thresholds, block)
+    yield "keep", lambda: rows.keep(x, r, thresholds, block)
+    yield "kept_codes", lambda: rows.kept_codes(kept, thresholds)
+    yield "decode_kept", lambda: rows.decode_kept(kept, r, thresholds, offset, torch.bfloat16)
+    yield "bbq_forward", lambda: rows.bbq_forward(x, r, one, thresholds, offset, block, torch.bfloat16)
+    yield "bbq_backward", lambda: rows.bbq_backward(x, x, x, r, one, r, block, False)
     yield (
         "bbq_backward_kept",
-        lambda: launch.bbq_backward_kept(x, kept, r, one, r, thresholds, offset, block, torch.bfloat16),
+        lambda: rows.bbq_backward_kept(x, kept, r, one, r, thresholds, offset, block, torch.bfloat16),
     )
     packed = torch.empty(packed_size(outputs, columns, 16), dtype=torch.uint8)
     scale = floats(outputs, dtype=torch.float32)
     yield (
         "kept_linear",
-        lambda: launch.kept_linear(
+        lambda: linear.kept_linear(
             kept, r, packed, scale, None, one, thresholds, 16, Grid(16, 0.0).zero_point, 0.0, torch.bfloat16
         ),
     )
     for bits in (4, 3, 2, 1):
         levels = Levels.gaussian(2**bits)
         held = torch.empty(packed_size(outputs, columns, levels.n), dtype=torch.uint8)
-        weights = launch.Weights(held, scale, None, levels.grid, columns)
-        sums = torch.empty(rows, dtype=torch.int32)
-        coded = launch.Rows(kept, columns, sums, scale[:rows], one, Grid(16, 0.0), 0)
+        weights = coding.Weights(held, scale, None, levels.grid, columns)
+        sums = torch.empty(MANY, dtype=torch.int32)
+        coded = coding.Rows(kept, columns, sums, scale[:MANY], one, Grid(16, 0.0))
         yield (
             f"library, {bits} bits",
-            lambda weights=weights, coded=coded: launch.multiply_by_library(coded, weights, torch.bfloat16),
+            lambda weights=weights, coded=coded: products.multiply_by_library(coded, weights, torch.bfloat16),
         )
     codes = torch.empty((outputs, columns), dtype=torch.uint8)
     for bits in (4, 3, 2, 1):
-        yield f"prepack, {bits} bits", lambda bits=bits: launch.prepack(codes, 2**bits, 1)
-        yield f"unpack, {bits} bits", lambda bits=bits: launch.unpack(packed, outputs, columns, 2**bits)
+        yield f"prepack, {bits} bits", lambda bits=bits: layout.prepack(codes, 2**bits, 1)
+        yield f"unpack, {bits} bits", lambda bits=bits: layout.unpack(packed, outputs, columns, 2**bits)
 
 
 TYPES = {
@@ -399,11 +390,8 @@ def main() -> None:
         "--record", type=Path, nargs="?", const=RECORD, help="write the table of all architectures"
     )
     arguments = parser.parse_args()
-    rows: list[Row] = []
-    modules = {name: getattr(launch, name) for name in MODULES}
+    found: list[Row] = []
     for architecture in arguments.arch:
-        for name, module in modules.items():
-            setattr(launch, name, module)
         seen: set[str] = set()
         for launched in recorded(GPUS[architecture]):
             label = f"{launched.function.__name__}: {launched.what}"
@@ -411,9 +399,9 @@ def main() -> None:
                 continue
             seen.add(label)
             row = read(launched, architecture)
-            rows.append(row)
+            found.append(row)
             if arguments.markdown:  # as it comes: a run that is cut short leaves what it had
-                arguments.markdown.write_text(table(rows), encoding="utf-8")
+                arguments.markdown.write_text(table(found), encoding="utf-8")
             print(
                 f"sm_{architecture} {label}: {row.registers} registers, {row.stack} stack, "
                 f"tensor {row.count('tensor')} of {sum(row.instructions.values())}"
@@ -421,10 +409,10 @@ def main() -> None:
                 flush=True,
             )
         if arguments.record:
-            own = [row for row in rows if row.architecture == architecture]
+            own = [row for row in found if row.architecture == architecture]
             record(arguments.record, {(row.kernel, row.what): row.cell for row in own}, architecture)
-    print(table(rows))
-    wrong = [row for row in rows if row.wrong()]
+    print(table(found))
+    wrong = [row for row in found if row.wrong()]
     for row in wrong:
         print(f"sm_{row.architecture} {row.kernel} ({row.what}): {row.wrong()}", file=sys.stderr)
     raise SystemExit(1 if wrong else 0)

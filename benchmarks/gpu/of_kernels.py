@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from bellbox.core.grid import Levels
 from bellbox.core.hadamard import block_size
 from bellbox.ops import dispatch
-from bellbox.ops.backends.triton import launch
+from bellbox.ops.backends.triton.launch.coding import Weights, code_rows
+from bellbox.ops.backends.triton.launch.products import multiply
 from bellbox.ops.encode import encode, normaliser, row_rms
 from bellbox.ops.kept import bbq_backward_kept, keep, stepped
 from bellbox.ops.packed_linear import operation as packed_linear
@@ -82,22 +83,20 @@ def kernels(bench: Bench) -> None:
             levels = Levels.gaussian(2**bits)
             for rows in (bench.sizes.rows, 1):
                 layer, x = bench.layer(width, width, bits), bench.randn(rows, width)
-                weights = launch.Weights(layer.packed, layer.weight_scale, None, levels.grid, width)
+                weights = Weights(layer.packed, layer.weight_scale, None, levels.grid, width)
                 coding = layer.act_scale, layer.act_thresholds, None, None, layer.coding.block, "rms", False
 
                 def code(
                     _: int, x: Tensor = x, weights: Any = weights, coding: Any = coding, levels: Any = levels
                 ) -> Any:
-                    return launch.code_rows(x, weights, levels.grid, *coding)
+                    return code_rows(x, weights, levels.grid, *coding)
 
                 coded = code(0)
                 floors = {
                     "code_rows": (3 * rows * width / copy, code),
                     "multiply": (
                         max(2 * rows * width**2 / int8, (width**2 * bits / 8 + 3 * rows * width) / copy),
-                        lambda _, coded=coded, weights=weights: launch.multiply(
-                            coded, weights, torch.bfloat16
-                        ),
+                        lambda _, coded=coded, weights=weights: multiply(coded, weights, torch.bfloat16),
                     ),
                 }
                 for name, (floor, call) in floors.items():

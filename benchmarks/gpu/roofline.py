@@ -40,6 +40,8 @@ INSTRUCTIONS = {
 }
 """Of the coding kernel for a number, by whether squares are summed in fp64: the loop over rows of 4096 (32 numbers a
 thread), and what is before it over four rows (benchmarks/gpu/compile.py, sm_90 and sm_120). Without rare branches."""
+ROTATION = 11.2
+"""Instructions a number of them, at 4 bits and blocks of 128: the loop has 1007 on sm_90, and 648 at blocks of 1."""
 PROMPT = 64 * 512
 MODELS = {"700M": (24, 1536, 4096), "2.4B": (30, 2560, 6912)}
 """Layers, hidden and intermediate size of LLaMAs of about that size."""
@@ -50,6 +52,18 @@ def coding(gpu: Gpu, rows: int, columns: int, bits: int) -> tuple[float, float]:
     numbers, wide = rows * columns, gpu.double > 5e12
     double = 2 * numbers / gpu.double if wide else 0.0
     return 3 * numbers / gpu.bandwidth, max(numbers * INSTRUCTIONS[wide][bits] / gpu.issue, double)
+
+
+def free_rotation(gpu: Gpu, rows: int, columns: int, bits: int) -> float:
+    """Times that coding would be faster at most if rotating cost no instruction: memory stays."""
+    numbers, (memory, now) = rows * columns, coding(gpu, rows, columns, bits)
+    left = now - numbers * ROTATION / gpu.issue
+    return max(memory, now) / max(memory, left)
+
+
+def dense_rotation(gpu: Gpu, rows: int, columns: int, pieces: int, block: int = 128) -> float:
+    """Seconds of a product with a matrix of +-1 for each block, of bf16 `pieces` that an input is the sum of."""
+    return 2 * rows * columns * block * pieces / gpu.bf16
 
 
 def product(gpu: Gpu, rows: int, outputs: int, columns: int, bits: float, rate: float, act: int) -> float:
@@ -109,6 +123,13 @@ def main() -> None:
     print("Coding of rows, 4 bits, 2048 rows, in microseconds: by memory / by instructions\n")
     print(table(("columns", *names), (
         (str(n), *(" / ".join(map(micro, coding(gpu, 2048, n, 4))) for gpu in GPUS)) for n in (1024, 2048, 4096, 8192)
+    )))  # fmt: skip
+    print("A rotation on tensor cores, 2048 rows of 4096, blocks of 128\n")
+    print(table(("", *names), (
+        ("coding, now (us)", *(micro(max(coding(gpu, 2048, 4096, 4))) for gpu in GPUS)),
+        ("times faster, were rotating free", *(f"{free_rotation(gpu, 2048, 4096, 4):.2f}" for gpu in GPUS)),
+        ("product with +-1, inputs of bf16 (us)", *(micro(dense_rotation(gpu, 2048, 4096, 1)) for gpu in GPUS)),
+        ("the same of fp32 in three pieces (us)", *(micro(dense_rotation(gpu, 2048, 4096, 3)) for gpu in GPUS)),
     )))  # fmt: skip
     print("A packed layer, N x N, 2048 rows: microseconds, and times bf16\n")
     print(table(("N", "bits", *names), (

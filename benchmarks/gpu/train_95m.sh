@@ -14,7 +14,8 @@ ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 OUT=${OUT:-gpu-95m}
 MINUTES=${MINUTES:-25}
 TOKENS=${TOKENS:-100000000}
-BATCH=${BATCH:-65536}
+BATCH=${BATCH:-65536}  # tokens of a step
+MICRO=${MICRO:-32}     # sequences of a pass; fewer where memory is short
 PRESET=${PRESET:-95M}
 VOCAB=${VOCAB:-32000} # null where SOURCE holds tokens already
 DEVICE=${DEVICE:-cuda}
@@ -26,7 +27,7 @@ base: $ROOT/configs/paper/llama-95M.yaml
 folder: $OUT/run
 model: {preset: $PRESET}
 data: {source: "$SOURCE", vocab_size: $VOCAB}
-batch: {tokens: $BATCH, micro_sequences: 32}
+batch: {tokens: $BATCH, micro_sequences: $MICRO}
 quantization: {method: bbq, share: true}
 tokens: $TOKENS
 device: $DEVICE

@@ -14,15 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench import FULL, TINY, Bench
+from torch import Tensor
 
 from bellbox.core.grid import Levels
-from bellbox.ops.backends.triton import launch, plan
+from bellbox.ops.backends.triton import plan
+from bellbox.ops.backends.triton.launch.coding import Rows, Weights, code_rows
+from bellbox.ops.backends.triton.launch.products import multiply, multiply_by_library
 from bellbox.ops.backends.triton.plan import Gpu, Table, Tiles
 
 FILE = Path(plan.__file__).parent / "tiles.json"
@@ -59,29 +64,27 @@ def reasoned(on: Gpu) -> Table:
     return Table(False, plan.PLANE_ROWS, None, tiles)
 
 
-def weights_of(bench: Bench, outputs: int, columns: int, bits: int) -> launch.Weights:
+def weights_of(bench: Bench, outputs: int, columns: int, bits: int) -> Weights:
     """Packed weights of random codes."""
     layer = bench.layer(outputs, columns, bits)
-    return launch.Weights(layer.packed, layer.weight_scale, None, layer.weight_levels, columns)
+    return Weights(layer.packed, layer.weight_scale, None, layer.weight_levels, columns)
 
 
-def coded(bench: Bench, rows: int, weights: launch.Weights, bits: int) -> launch.Rows:
-    """Random rows, coded for them."""
+def rows_of(bench: Bench, rows: int, weights: Weights, bits: int) -> Callable[[], Rows]:
+    """Codes random rows for these weights; the numbers are drawn once."""
     levels = Levels.gaussian(2**bits)
     thresholds = torch.tensor(levels.thresholds, device=bench.device)
     one = torch.ones(1, device=bench.device)
-    x = bench.randn(rows, weights.columns)
-    return launch.code_rows(x, weights, levels.grid, one, thresholds, None, None, 128, "rms", False)
+    x, block = bench.randn(rows, weights.columns), min(128, weights.columns)
+    return lambda: code_rows(x, weights, levels.grid, one, thresholds, None, None, block, "rms", False)
 
 
-def fastest(
-    bench: Bench, rows: launch.Rows, weights: launch.Weights, tried: list[Tiles]
-) -> tuple[float, Tiles]:
+def fastest(bench: Bench, rows: Rows, weights: Weights, tried: list[Tiles]) -> tuple[float, Tiles]:
     """Seconds and tiles of the fastest; what does not compile on this GPU is passed over, with a word."""
     found: list[tuple[float, int]] = []
     for number, tiles in enumerate(tried):
         try:
-            took = bench.seconds(lambda _, t=tiles: launch.multiply(rows, weights, torch.bfloat16, t))
+            took = bench.seconds(lambda _, t=tiles: multiply(rows, weights, torch.bfloat16, t))
         except Exception as error:  # too much shared memory, too many registers: many names
             print(f"  {tiles}: {type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
             continue
@@ -108,7 +111,7 @@ def tune(bench: Bench, on: Gpu, known: Table, deadline: float, dry: bool) -> Tab
             print("the minutes are over: the rest stays as it was", flush=True)
             break
         weights = weights_of(bench, *shape, bits)
-        given = coded(bench, rows, weights, bits if bits > 2 else 4)  # of four bits: never on planes
+        given = rows_of(bench, rows, weights, bits if bits > 2 else 4)()  # of four bits: never on planes
         tried = candidates(rows, bits, on) if not dry else [Tiles(32, 32, 1, 4, 1), Tiles(32, 32, 2, 4, 1)]
         took, tiles[bits, rows, *shape] = fastest(bench, given, weights, tried)
         bench.note(
@@ -117,59 +120,96 @@ def tune(bench: Bench, on: Gpu, known: Table, deadline: float, dry: bool) -> Tab
     return replace(known, measured=True, tiles=tiles)
 
 
-def plane_rows(bench: Bench, on: Gpu, known: Table) -> int:
+@contextmanager
+def decided(**answers: Any) -> Iterator[None]:
+    """Functions of `plan` that say which kernels run, answering so for a while."""
+    before = {name: getattr(plan, name) for name in answers}
+    for name, answer in answers.items():
+        setattr(plan, name, lambda *_, answer=answer: answer)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(plan, name, function)
+
+
+def decide(bench: Bench, on: Gpu, known: Table, dry: bool) -> Table:
+    """The table with which kernels win from how many rows on."""
+    square, few, many = (64, (1, 2), (17, 20)) if dry else (4096, (1, 2, 4, 8, 16), (512, 2048, 8192, 32_768))
+    with decided(table=known):
+        plan.tiles.cache_clear()
+        found = replace(
+            known,
+            plane_rows=plane_rows(bench, square, few),
+            library_rows=library_rows(bench, square, many),
+            packed_rows=packed_rows(bench, square, many),
+            fp4=(on.takes_fp4 or dry) and fp4(bench, square, many[1]) and not dry,
+        )
+    plan.tiles.cache_clear()
+    answers = {
+        name: str(getattr(found, name)) for name in ("plane_rows", "library_rows", "packed_rows", "fp4")
+    }
+    bench.note("tune", what="decided", **answers)
+    return found
+
+
+def plane_rows(bench: Bench, square: int, few: Sequence[int]) -> int:
     """Rows up to which 2-bit codes are faster on bit planes."""
-    weights, most = weights_of(bench, 4096, 4096, 2), 0
-    for rows in (1, 2, 4, 8, 16):
-        times = []
-        for planes in (True, False):
-            table = replace(known, plane_rows=rows if planes else 0)
-            plan.tables()[f"sm_{on.capability[0]}{on.capability[1]}"] = table
-            given = coded(bench, rows, weights, 2)
-            times.append(
-                bench.seconds(lambda _, given=given: launch.multiply(given, weights, torch.bfloat16))
-            )
+    weights, most = weights_of(bench, square, square, 2), 0
+    for rows in few:
+        code, times = rows_of(bench, rows, weights, 2), list[float]()
+        for limit in (rows, 0):
+            with decided(plane_rows=limit):
+                given = code()
+                times.append(bench.seconds(lambda _, given=given: multiply(given, weights, torch.bfloat16)))
         if times[0] >= times[1]:
             break
         most = rows
     return most
 
 
-def library_rows(bench: Bench, known: Table) -> int | None:
+def library_rows(bench: Bench, square: int, many: Sequence[int]) -> int | None:
     """Rows from which torch's own product of unpacked weights is faster, at 4 bits."""
-    weights = weights_of(bench, 4096, 4096, 4)
-    own = known.tiles.get((4, 2048, 4096, 4096))
-    for rows in (512, 2048, 8192, 32_768):
-        given = coded(bench, rows, weights, 4)
-
-        def fused(_: int, given: launch.Rows = given) -> object:
-            return launch.multiply(given, weights, torch.bfloat16, own)
-
-        def library(_: int, given: launch.Rows = given) -> object:
-            return launch.multiply_by_library(given, weights, torch.bfloat16)
-
-        if bench.seconds(library) < bench.seconds(fused):
+    weights = weights_of(bench, square, square, 4)
+    for rows in many:
+        given = rows_of(bench, rows, weights, 4)()
+        with decided(library_rows=None):
+            fused = bench.seconds(lambda _, given=given: multiply(given, weights, torch.bfloat16))
+        library = bench.seconds(lambda _, given=given: multiply_by_library(given, weights, torch.bfloat16))
+        if library < fused:
             return rows
     return None
 
 
-def fp4(bench: Bench, on: Gpu, known: Table) -> bool:
+def packed_rows(bench: Bench, square: int, many: Sequence[int]) -> int | None:
+    """Rows from which coding to 4 bits, and the product that unpacks them, are faster together than by int8."""
+    weights = weights_of(bench, square, square, 4)
+    for rows in many:
+        code, times = rows_of(bench, rows, weights, 4), list[float]()
+        for packs in (True, False):
+            with decided(packs_rows=packs):
+                times.append(bench.seconds(lambda _, code=code: multiply(code(), weights, torch.bfloat16)))
+        if times[0] < times[1]:
+            return rows
+    return None
+
+
+def fp4(bench: Bench, square: int, rows: int) -> bool:
     """Whether products of e2m1 run here, give the bits of int8, and are faster: 2 bits by 2."""
-    if not on.takes_fp4:
-        return False
-    name, weights, found, times = "sm_{}{}".format(*on.capability), weights_of(bench, 4096, 4096, 2), [], []
+    weights, found, times = weights_of(bench, square, square, 2), list[Tensor](), list[float]()
+    code = rows_of(bench, rows, weights, 2)
     for pairs in (False, True):
-        plan.tables()[name] = replace(known, fp4=pairs)
-        torch.manual_seed(0)
-        given = coded(bench, 2048, weights, 2)
-        try:
-            found.append(launch.multiply(given, weights, torch.bfloat16))
-        except Exception as error:  # does not compile, or not run: untested until seen
-            print(f"  e2m1: {type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
-            return False
-        times.append(bench.seconds(lambda _, given=given: launch.multiply(given, weights, torch.bfloat16)))
-    bench.note("tune", what="e2m1", same=torch.equal(*found), over_int8=times[1] / times[0])
-    return torch.equal(*found) and times[1] < times[0]
+        with decided(fp4=pairs):
+            given = code()
+            try:
+                found.append(multiply(given, weights, torch.bfloat16))
+            except Exception as error:  # does not compile, or not run: untested until seen
+                print(f"  e2m1: {type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
+                return False
+            times.append(bench.seconds(lambda _, given=given: multiply(given, weights, torch.bfloat16)))
+    same = torch.equal(*found)
+    bench.note("tune", what="e2m1", same=same, over_int8=times[1] / times[0])
+    return same and times[1] < times[0]
 
 
 def write(out: Path, name: str, table: Table) -> None:
@@ -216,10 +256,7 @@ def main(given: list[str] | None = None) -> None:
     known = plan.table(on) or replace(reasoned(on), tiles={})
     deadline = time.monotonic() + 60 * arguments.minutes
     found = tune(bench, on, known, deadline, arguments.dry)
-    if not arguments.dry:
-        found = replace(
-            found, plane_rows=plane_rows(bench, on, found), library_rows=library_rows(bench, found)
-        )
+    found = decide(bench, on, found, arguments.dry)
     write(arguments.out, "sm_{}{}".format(*on.capability), found)
     print(f"written: {arguments.out}")
 

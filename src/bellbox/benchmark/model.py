@@ -13,7 +13,7 @@ from torch import nn
 from bellbox.benchmark.timing import Spread, take_turns
 from bellbox.convert import convert, prepare
 from bellbox.inference.decoding import steps_for
-from bellbox.models import ModelConfig, build
+from bellbox.models import AnyConfig, ModelConfig, ResNetConfig, ViTConfig, build
 from bellbox.nn.compact import Precision
 from bellbox.ops.cache_codes import CachePrecision
 from bellbox.recipe import Recipe
@@ -52,11 +52,20 @@ class ModelResult:
         }
 
 
-def random_model(config: ModelConfig, bits: int, embeddings: Precision = "fp32") -> nn.Module:
+def images_of(config: ResNetConfig | ViTConfig, count: int = 1, side: int | None = None) -> tuple[int, ...]:
+    """Shape of images that a model takes; of its own size, or that of its stem's data, where none is named."""
+    own = config.image_size or (224 if isinstance(config, ResNetConfig) and config.max_pool else 32)
+    return count, config.num_channels, side or own, side or own
+
+
+def random_model(config: AnyConfig, bits: int, embeddings: Precision = "fp32") -> nn.Module:
     """A packed model of random weights, as loading leaves one; its activation scales come from one forward."""
     model = prepare(build(config, seed=0), Recipe.bbq(bits)).eval()
     with torch.no_grad():
-        model(torch.randint(0, config.vocab_size, (1, 16)))
+        if isinstance(config, ResNetConfig | ViTConfig):
+            model(torch.randn(images_of(config)))
+        else:
+            model(torch.randint(0, config.vocab_size, (1, 16)))
     return convert(model, embeddings)
 
 

@@ -2,7 +2,8 @@
 
 A packed layer is one call, so its parts are told apart by size. Layers that share an input are timed together, with all
 of their outputs and once more with the first 16 of each. Coding the input costs the same in both, and what grows with
-the outputs is the product. Products and element-wise operations of torch are timed one by one as they pass; the rest is
+the outputs is the product; packed convolutions likewise, but for those in groups, which count as products whole.
+Products and element-wise operations of torch are timed one by one as they pass; the rest is
 what is left of the whole forward: attention, embeddings, copies, Python.
 """
 
@@ -21,14 +22,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bellbox.nn import PackedLinear
 from bellbox.nn.input_cache import PackedGroup
+from bellbox.nn.packed_conv import PackedConv
 from bellbox.ops.weight_layout import prepack
 
+_Packed = PackedLinear | PackedConv
 CLASSES = ("product", "quantization", "element-wise", "rest")
 _FEW = 16
-_PRODUCTS = {"mm", "addmm", "linear", "_int_mm", "int8_linear", "int4_linear", "float_linear"}
+_PRODUCTS = {
+    "mm", "addmm", "linear", "_int_mm", "int8_linear", "int4_linear", "float_linear", "convolution",
+    "mkldnn_convolution", "mkldnn_linear",
+}  # fmt: skip
 _ELEMENTWISE = {
     "add", "add_", "sub", "mul", "mul_", "div", "neg", "silu", "silu_", "gelu", "relu", "relu_", "sigmoid", "pow",
     "rsqrt", "mean", "exp", "native_layer_norm", "rms_norm", "_fused_rms_norm", "layer_norm", "sqrt", "square", "sum",
+    "native_batch_norm", "_native_batch_norm_legit_no_training", "hardtanh", "hardtanh_", "clamp", "tanh", "where",
+    "addcmul", "div_",
 }  # fmt: skip
 
 
@@ -97,19 +105,17 @@ class _Clock(TorchDispatchMode):
 
 
 @contextmanager
-def _inputs(model: nn.Module) -> Iterator[dict[int, tuple[list[PackedLinear], Tensor]]]:
+def _inputs(model: nn.Module) -> Iterator[dict[int, tuple[list[_Packed], Tensor]]]:
     """Packed layers by the tensor that they read, each once; the dictionary is filled by a forward."""
-    found: dict[int, tuple[list[PackedLinear], Tensor]] = {}
+    found: dict[int, tuple[list[_Packed], Tensor]] = {}
 
     def note(layer: nn.Module, given: tuple[Any, ...]) -> None:
-        assert isinstance(layer, PackedLinear)
+        assert isinstance(layer, _Packed)
         found.setdefault(id(given[0]), ([], given[0]))[0].append(
             layer
         )  # the tensor stays alive, so does its id
 
-    hooks = [
-        each.register_forward_pre_hook(note) for each in model.modules() if isinstance(each, PackedLinear)
-    ]
+    hooks = [each.register_forward_pre_hook(note) for each in model.modules() if isinstance(each, _Packed)]
     try:
         yield found
     finally:
@@ -117,33 +123,39 @@ def _inputs(model: nn.Module) -> Iterator[dict[int, tuple[list[PackedLinear], Te
             hook.remove()
 
 
-def _first_outputs(layers: list[PackedLinear]) -> list[PackedLinear]:
+def _first_outputs(layers: list[_Packed]) -> list[_Packed]:
     """The layers with their first outputs alone, sharing an input as they do."""
-    group, made = PackedGroup(), []
+    group, made = PackedGroup(), list[_Packed]()
     for layer in layers:
         few = min(_FEW, layer.row_count)
-        bias = layer.bias is not None
-        small = PackedLinear(layer.row_length, few, layer.weight_levels, layer.coding, bias=bias)
+        grid, coding, bias = layer.weight_levels, layer.coding, layer.bias is not None
+        if isinstance(layer, PackedConv):
+            small = type(layer)(layer.in_channels, few, layer.geometry, grid, coding, bias)
+        else:
+            small = PackedLinear(layer.row_length, few, grid, coding, bias=bias)
         small = small.to(layer.packed.device).eval()
-        small.packed = prepack(layer.weight_codes()[:few], layer.weight_levels.n)
+        small.packed = prepack(layer.weight_codes()[:few], grid.n, layer.places)
         for name in ("weight_scale", "bias"):
             given = getattr(layer, name)
             if given is not None:
                 setattr(small, name, given[:few].clone())
         for name in ("act_scale", "act_thresholds", "act_rstd", "act_signs"):
             setattr(small, name, getattr(layer, name))
-        if len(layer.group.layers) > 1:
+        if (
+            isinstance(layer, PackedLinear)
+            and isinstance(small, PackedLinear)
+            and len(layer.group.layers) > 1
+        ):
             small.group = group
             group.layers.append(small)
         made.append(small)
     return made
 
 
-def _split(layers: list[PackedLinear], x: Tensor, seconds: float) -> tuple[float, float]:
+def _split(layers: list[_Packed], x: Tensor, seconds: float) -> tuple[float, float]:
     """Seconds of product and coding of layers that read one tensor."""
-    small = _first_outputs(layers)
 
-    def run(each: list[PackedLinear]) -> Callable[[], None]:
+    def run(each: list[_Packed]) -> Callable[[], None]:
         def call() -> None:
             for layer in each:
                 layer(x)
@@ -151,6 +163,9 @@ def _split(layers: list[PackedLinear], x: Tensor, seconds: float) -> tuple[float
         return call
 
     whole = _median(run(layers), x.device, seconds)
+    if any(isinstance(each, PackedConv) and each.geometry.groups > 1 for each in layers):
+        return whole, 0.0  # no output has the input of all: none alone would code all of it
+    small = _first_outputs(layers)
     least = min(whole, _median(run(small), x.device, seconds))
     share = sum(each.row_count for each in small) / sum(each.row_count for each in layers)
     product = (whole - least) / (1 - share) if share < 1 else 0.0
@@ -159,21 +174,25 @@ def _split(layers: list[PackedLinear], x: Tensor, seconds: float) -> tuple[float
 
 
 @torch.no_grad()
-def profile(name: str, model: nn.Module, tokens: Tensor, seconds: float = 2.0) -> Profile:
+def profile(name: str, model: nn.Module, given: Tensor, seconds: float = 2.0) -> Profile:
     """Split a forward into classes.
 
     Args:
         name: of the model, for people.
         model: in evaluation; packed, or of floats.
-        tokens: what it is called with, `[batch, length]` int64, on its device.
+        given: what it is called with, on its device: tokens `[batch, length]` int64, or images.
         seconds: of measuring each part, at least.
     """
-    device = tokens.device
+    device = given.device
     with _inputs(model) as shared:
-        model(tokens)
-    kinds: dict[tuple[Any, ...], list[tuple[list[PackedLinear], Tensor]]] = {}
+        model(given)
+    kinds: dict[tuple[Any, ...], list[tuple[list[_Packed], Tensor]]] = {}
     for layers, x in shared.values():
-        key = tuple((each.row_count, each.row_length, each.weight_levels) for each in layers), x.shape
+        alike_layers = tuple(
+            (each.row_count, each.row_length, each.weight_levels, getattr(each, "geometry", None))
+            for each in layers
+        )
+        key = alike_layers, x.shape
         kinds.setdefault(key, []).append((layers, x))
     product = quantization = 0.0
     for alike in kinds.values():
@@ -181,11 +200,11 @@ def profile(name: str, model: nn.Module, tokens: Tensor, seconds: float = 2.0) -
         product, quantization = product + one * len(alike), quantization + coding * len(alike)
     kinds.clear()
     shared.clear()
-    whole = _median(lambda: model(tokens), device, seconds)
+    whole = _median(lambda: model(given), device, seconds)
     clocks = []
     for _ in range(3):
         with _Clock(device) as clock:
-            model(tokens)
+            model(given)
         clocks.append(clock.seconds)
     product += statistics.median(each["product"] for each in clocks)
     elementwise = statistics.median(each["element-wise"] for each in clocks)

@@ -6,6 +6,7 @@ bellbox bench model --preset 95M
 bellbox bench model --preset 300M --bits 2 --threads 2 --json model.json
 bellbox bench profile 95M --rows 8x128 --picture profile.svg
 bellbox bench profile runs/mine-2bit --device cuda
+bellbox bench profile resnet-18 --rows 4x224
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bellbox.benchmark import Machine, bench_kernels, bench_model, measure_machine
 from bellbox.benchmark.kernels import ROWS, SHAPES
-from bellbox.benchmark.model import random_model
+from bellbox.benchmark.model import images_of, random_model
 from bellbox.benchmark.profile import CLASSES, Profile, profile
 from bellbox.cli.output import parse_flags, require_writable, write_file
 from bellbox.errors import BellboxError, require
 from bellbox.formats.auto import open_model
-from bellbox.models import PRESETS, build, preset
+from bellbox.models import (
+    PRESETS,
+    VISION_PRESETS,
+    AnyConfig,
+    ResNetConfig,
+    ViTConfig,
+    build,
+    preset,
+    vision_preset,
+)
 from bellbox.report.profile import profile_picture
 from bellbox.report.sheet import standalone
 from bellbox.utils.processor import MAX_THREADS
@@ -87,9 +97,9 @@ class Parts(Common):
     """Where the time of a forward goes: products, quantization, element-wise operations, the rest."""
 
     model: tyro.conf.Positional[str] = "95M"
-    """A named size, with random weights, or the folder of a language model."""
-    rows: str = "1x256"
-    """Sequences x tokens of the forward."""
+    """A named size, with random weights, or the folder of a model."""
+    rows: str | None = None
+    """Sequences x tokens of the forward, 1x256 where not given; of a vision model images x their side, 4 of its own."""
     device: str = "cpu"
     """Where: cpu or cuda."""
     picture: Path | None = None
@@ -212,23 +222,22 @@ def _model(command: Model) -> list[dict[str, Any]]:
 
 def _models_of(command: Parts) -> dict[str, Callable[[], nn.Module]]:
     """What makes each model, by name: that of a folder, or a named size in floats and in each width."""
-    _shape(command.rows, "--rows", "SEQUENCESxTOKENS, such as 1x256")
+    if command.rows is not None:
+        _shape(command.rows, "--rows", "SEQUENCESxTOKENS, such as 1x256")
     if command.device.partition(":")[0] not in ("cpu", "cuda"):
         raise BellboxError(f"--device {command.device!r}: cpu or cuda")
     if command.device != "cpu" and not torch.cuda.is_available():
         raise BellboxError(f"--device {command.device}: torch sees no CUDA device here; use cpu")
     if Path(command.model).is_dir():
         opened = open_model(command.model)
-        if opened.is_vision:
-            raise BellboxError(
-                f"{command.model}: is a vision model; language models are split into parts here"
-            )
         return {Path(command.model).name: lambda: opened.model}
-    if command.model not in PRESETS:
-        raise BellboxError(
-            f"{command.model}: neither a folder nor a named size; sizes are {', '.join(sorted(PRESETS))}"
-        )
-    config = preset(command.model, vocab_size=_VOCABULARY)
+    if command.model in VISION_PRESETS:
+        config: AnyConfig = vision_preset(command.model)
+    elif command.model in PRESETS:
+        config = preset(command.model, vocab_size=_VOCABULARY)
+    else:
+        sizes = ", ".join(sorted((*PRESETS, *VISION_PRESETS)))
+        raise BellboxError(f"{command.model}: neither a folder nor a named size; sizes are {sizes}")
     floats = "fp32" if command.device == "cpu" else "bf16"
     dtype = torch.float32 if command.device == "cpu" else torch.bfloat16
     made: dict[str, Callable[[], nn.Module]] = {floats: lambda: build(config, seed=0).to(dtype)}
@@ -237,27 +246,42 @@ def _models_of(command: Parts) -> dict[str, Callable[[], nn.Module]]:
     return made
 
 
+def _given(model: nn.Module, rows: str | None) -> tuple[Tensor, str]:
+    """Random tokens or images for a model, and what they are in words."""
+    config: Any = model.config
+    if isinstance(config, ResNetConfig | ViTConfig):
+        images, side = (4, None) if rows is None else _shape(rows, "--rows")
+        shape = images_of(config, images, side)
+        if isinstance(config, ViTConfig) and shape[-1] != config.image_size:
+            raise BellboxError(
+                f"--rows {rows}: the model takes images of {config.image_size} x {config.image_size}"
+            )
+        dtype = next((each.dtype for each in model.parameters()), torch.float32)
+        return torch.randn(shape, dtype=dtype), f"{images} images of {shape[-1]} x {shape[-1]}"
+    batch, length = (
+        (1, min(_PROMPT, config.max_position_embeddings)) if rows is None else _shape(rows, "--rows")
+    )
+    if length > config.max_position_embeddings:
+        raise BellboxError(f"--rows {rows}: the model takes {config.max_position_embeddings} tokens")
+    return torch.randint(0, config.vocab_size, (batch, length)), f"{batch} x {length} tokens"
+
+
 def _parts(command: Parts, models: dict[str, Callable[[], nn.Module]]) -> list[dict[str, Any]]:
-    batch, length = _shape(command.rows, "--rows")
-    found: list[Profile] = []
+    found, called = list[Profile](), ""
     for name, make in models.items():
         model = make().eval().to(command.device)
-        config: Any = model.config
-        longest = config.max_position_embeddings
-        if length > longest:
-            raise BellboxError(f"--rows {command.rows}: the model takes {longest} tokens")
-        tokens = torch.randint(0, config.vocab_size, (batch, length), device=command.device)
+        given, called = _given(model, command.rows)
         print(f"  ... {name}", file=sys.stderr)
-        found.append(profile(name, model, tokens, command.seconds))
+        found.append(profile(name, model, given.to(command.device), command.seconds))
         del model
     width = max(len(each.name) for each in found)
-    print(f"\n{command.model}, {batch} x {length} tokens on {command.device}; milliseconds of a forward")
+    print(f"\n{command.model}, {called} on {command.device}; milliseconds of a forward")
     print(f"  {'':{width}} {'all':>10}" + "".join(f"{kind:>16}" for kind in CLASSES))
     for each in found:
         parts = "".join(f"{1e3 * s:9,.2f} ({s / each.total:4.0%})" for s in each.seconds)
         print(f"  {each.name:{width}} {1e3 * each.total:10,.2f}{parts}")
     if command.picture is not None:
         bars = {each.name: [1e3 * s for s in each.seconds] for each in found}
-        title = f"{Path(command.model).name}, {batch} x {length} tokens on {command.device}"
+        title = f"{Path(command.model).name}, {called} on {command.device}"
         write_file(command.picture, standalone(profile_picture(bars, CLASSES, title)))
     return [each.to_dict() for each in found]

@@ -38,7 +38,7 @@ def packed(bits: int) -> tuple[nn.Module, torch.Tensor]:
 def test_a_packed_model_gives_the_same_logits_and_codes_a_shared_input_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from bellbox.ops.backends.triton import launch
+    from bellbox.ops.backends.triton.launch import linear
 
     monkeypatch.setenv("BELLBOX_BACKEND", "reference")
     model, tokens = packed(4)
@@ -48,13 +48,13 @@ def test_a_packed_model_gives_the_same_logits_and_codes_a_shared_input_once(
     lines = bb.backend_report(model).splitlines()
     assert len(lines) == 7
     assert all(line.endswith("packed_linear: triton") for line in lines)
-    code_rows, coded = launch.code_rows, list[int]()
+    code_rows, coded = linear.code_rows, list[int]()
 
     def counted(*arguments: Any) -> Any:
         coded.append(1)
         return code_rows(*arguments)
 
-    monkeypatch.setattr(launch, "code_rows", counted)
+    monkeypatch.setattr(linear, "code_rows", counted)
     with torch.no_grad():
         assert torch.equal(model(tokens), expected)
     assert len(coded) == 4  # q, k, v; o; gate, up; down
@@ -131,15 +131,22 @@ def test_what_keeps_the_kernels_from_a_gpu(machine: Any, reason: str | None) -> 
     assert availability.lacking(*machine) == reason
 
 
-@pytest.mark.parametrize("machine", [(False, (9, 0)), (True, (7, 5)), (True, (9, 0))])
+NO_COMPILER = "Triton does not start: Failed to find C compiler."
+
+
+@pytest.mark.parametrize(
+    ("machine", "trouble"),
+    [((False, (9, 0)), None), ((True, (7, 5)), None), ((True, (9, 0)), None), ((True, (9, 0)), NO_COMPILER)],
+)
 def test_a_gpu_without_kernels_runs_the_reference_and_says_so_once(
-    machine: tuple[bool, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    machine: tuple[bool, tuple[int, int]], trouble: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BELLBOX_BACKEND", "")
     monkeypatch.setattr(availability, "installed", lambda: machine[0])
     monkeypatch.setattr(availability, "_capability", lambda index: machine[1])
     availability._tell.cache_clear()
-    reason = availability.lacking(*machine, None)
+    monkeypatch.setattr(availability, "trouble", lambda: trouble)
+    reason = availability.lacking(*machine, None) or trouble
     with FakeTensorMode(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         x, r = torch.empty(2, 64, device="cuda"), torch.empty(2, 1, device="cuda")
@@ -151,6 +158,61 @@ def test_a_gpu_without_kernels_runs_the_reference_and_says_so_once(
     told = [str(each.message) for each in said if "Bellbox" in str(each.message)]
     assert len(told) == (reason is not None)
     assert reason is None or (reason in told[0] and "\n" not in told[0])
+
+
+class _Driver:
+    """Of a Triton whose first launch fails, as `triton.runtime.driver`."""
+
+    @property
+    def active(self) -> Any:
+        raise RuntimeError("Failed to find C compiler.\nSecond line")
+
+
+def test_a_triton_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.runtime
+
+    monkeypatch.setattr(triton.runtime, "driver", _Driver())
+    assert availability.trouble.__wrapped__() == NO_COMPILER
+    monkeypatch.setitem(sys.modules, "triton.runtime", None)
+    why = availability.trouble.__wrapped__()
+    assert why is not None
+    assert why.startswith("Triton does not start: import of triton.runtime halted")
+
+
+@pytest.mark.parametrize("machine", [(False, (9, 0)), (True, (7, 5))])
+def test_a_model_on_such_a_gpu_answers_as_the_reference(
+    machine: tuple[bool, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way through layers and operations, here with tensors of the CPU taken for those of such a GPU."""
+    model, tokens = packed(2)
+    with torch.no_grad():
+        monkeypatch.setenv("BELLBOX_BACKEND", "reference")
+        expected = model(tokens)
+        monkeypatch.setenv("BELLBOX_BACKEND", "")
+        reason = availability.lacking(*machine, None)
+        assert reason is not None
+
+        def told(device: torch.device) -> str | None:
+            assert device.type == "cpu"
+            availability._tell(reason)
+            return reason
+
+        availability._tell.cache_clear()
+        monkeypatch.setattr(availability, "why_not_on", told)
+        others = [each for each in dispatch._backends if each.name != "triton"]
+        for each in others:
+            dispatch.unregister(each.name)
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                assert torch.equal(model(tokens), expected)
+                assert torch.equal(model(tokens), expected)
+            lines = bb.backend_report(model).splitlines()
+        finally:
+            for each in others:
+                dispatch.register(each)
+    assert all(f"packed_linear: reference (not triton: {reason})" in line for line in lines)
+    assert sum("no Bellbox kernels on this GPU" in str(each.message) for each in said) == 1
 
 
 def test_tensors_elsewhere_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

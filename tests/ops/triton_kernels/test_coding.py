@@ -58,12 +58,12 @@ def test_any_thresholds_that_rise_give_the_codes_of_the_reference(name: str) -> 
 
 
 def coded(x: torch.Tensor, levels: Levels, block: int, normalise: str = "rms", rescale: bool = False) -> Any:
-    from bellbox.ops.backends.triton import launch
+    from bellbox.ops.backends.triton.launch import coding
 
-    weights = launch.Weights(torch.empty(0), torch.ones(8), None, Grid(16, 0.0), x.shape[1])
+    weights = coding.Weights(torch.empty(0), torch.ones(8), None, Grid(16, 0.0), x.shape[1])
     thresholds = torch.tensor(levels.thresholds)
     grid = levels.grid
-    return launch.code_rows(
+    return coding.code_rows(
         x, weights, grid, torch.ones(1), thresholds, torch.tensor([0.7]), None, block, normalise, rescale
     )
 
@@ -79,7 +79,7 @@ def test_rows_that_share_a_program_are_coded_as_alone(
     alone = coded(x, levels, 128, normalise, normalise == "rms")
     monkeypatch.setattr(plan, "rows_each", lambda rows, warps, processors: 3)
     together = coded(x, levels, 128, normalise, normalise == "rms")
-    for name in ("integers", "sums", "scales"):
+    for name in ("numbers", "sums", "scales"):
         assert torch.equal(getattr(alone, name).nan_to_num(7), getattr(together, name).nan_to_num(7))
 
 
@@ -96,7 +96,7 @@ def test_squares_in_two_floats_give_the_same_codes_and_scales(
     monkeypatch.setattr(plan, "gpu", lambda x: plan.Gpu((12, 0), 1))
     found = coded(x, levels, 32, "rms", True)
     assert bool(found.scales.isfinite().all())
-    for name in ("integers", "sums", "scales"):
+    for name in ("numbers", "sums", "scales"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 

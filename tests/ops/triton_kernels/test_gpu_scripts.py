@@ -53,6 +53,12 @@ def test_tiles_are_tuned_in_a_dry_run_and_read_back(tune: Any, tmp_path: Path) -
     found = plan.Table.of(json.loads(table.read_text())["sm_80"])
     assert found.measured
     assert {key[:2] for key in found.tiles} == {(4, 1), (4, 40)}
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    asked = {row.get("what") for row in rows}
+    assert asked == {None, "e2m1", "decided"}
+    assert all(row["same"] for row in rows if row.get("what") == "e2m1")
+    assert found.plane_rows in (0, 1, 2)
+    assert found.packed_rows in (None, 17, 20)
 
 
 def test_the_tiles_that_are_shipped_are_those_of_the_rule(tune: Any, tmp_path: Path) -> None:

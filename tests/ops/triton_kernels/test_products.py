@@ -88,29 +88,31 @@ def test_many_rows_take_larger_tiles() -> None:
 
 @pytest.mark.parametrize("levels", [2, 4, 8, 16])
 def test_pieces_of_the_columns_change_no_bit(levels: int) -> None:
-    from bellbox.ops.backends.triton import launch, plan
+    from bellbox.ops.backends.triton import plan
+    from bellbox.ops.backends.triton.launch import coding, products
 
     arguments = layer(4, 40, 600, levels, 16, "rms", True)
     x, weight, scale, bias, act_scale, thresholds, *_ = arguments
-    weights = launch.Weights(weight, scale, bias, Grid(levels, arguments[10]), 600)
-    rows = launch.code_rows(
+    weights = coding.Weights(weight, scale, bias, Grid(levels, arguments[10]), 600)
+    rows = coding.code_rows(
         x, weights, Grid(16, 0.0), act_scale, thresholds, None, None, arguments[12], "rms", True
     )
     expected = packed_linear.operation.reference(*arguments)
     for splits in (1, 2, 3):
         tiles = plan.Tiles(16, 32, splits, 4, 1)
-        assert same(launch.multiply(rows, weights, torch.float32, tiles), expected)
+        assert same(products.multiply(rows, weights, torch.float32, tiles), expected)
 
 
 @pytest.mark.parametrize(("weights", "inputs"), [(2, 2), (2, 4), (4, 2), (4, 4), (3, 3)])
 def test_bit_planes_serve_few_rows_of_few_levels(
     weights: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bellbox.ops.backends.triton import launch, plan
+    from bellbox.ops.backends.triton import plan
+    from bellbox.ops.backends.triton.launch import coding
 
     arguments = layer(4, 37, 330, weights, inputs)
     expected = packed_linear.operation.reference(*arguments)
-    assert launch.on_planes(4, weights, inputs)
+    assert coding.on_planes(4, weights, inputs)
     assert same(packed_linear.operation(*arguments), expected)
     monkeypatch.setattr(plan, "PLANE_ROWS", 0)
     assert same(packed_linear.operation(*arguments), expected)
@@ -201,29 +203,80 @@ def test_the_product_of_torchs_library_gives_the_same_bits(
 def test_products_of_e2m1_give_the_same_bits(
     weights: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bellbox.ops.backends.triton import launch, plan
+    from bellbox.ops.backends.triton import plan
+    from bellbox.ops.backends.triton.launch import products
 
     arguments = layer(17, 21, 330, weights, inputs, "rms", True)
     expected = packed_linear.operation.reference(*arguments)
     monkeypatch.setattr(plan, "fp4", lambda on: True)
     monkeypatch.setattr(plan, "fp4_tiles", lambda rows: plan.Tiles(32, 32, 1, 4, 1))
-    multiply, used = launch._multiply_fp4, list[int]()
-    monkeypatch.setattr(launch, "_multiply_fp4", lambda *a: used.append(1) or multiply(*a))
+    multiply, used = products._multiply_fp4, list[int]()
+    monkeypatch.setattr(products, "_multiply_fp4", lambda *a: used.append(1) or multiply(*a))
     assert same(packed_linear.operation(*arguments), expected)
     assert used
 
 
 def test_what_e2m1_cannot_hold_multiplies_as_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bellbox.ops.backends.triton import launch, plan
+    from bellbox.ops.backends.triton import plan
+    from bellbox.ops.backends.triton.launch import coding
 
     grid = {n: Levels.gaussian(n).grid for n in (2, 4, 8, 16)}
     blackwell, hopper = plan.Gpu((12, 0), 170), plan.Gpu((9, 0), 132)
-    assert not launch.on_fp4(64, grid[4], grid[4], blackwell)  # nobody has seen it run yet
+    assert not coding.on_fp4(64, grid[4], grid[4], blackwell)  # nobody has seen it run yet
     known = plan.tables()["sm_90"]
     monkeypatch.setattr(plan, "table", lambda on: plan.replace(known, fp4=True))
-    assert launch.on_fp4(64, grid[8], grid[8], blackwell)
-    assert not launch.on_fp4(64, grid[8], Grid(8, -0.5), blackwell)  # 5 and 7
-    assert not launch.on_fp4(64, grid[8], grid[16], blackwell)
-    assert not launch.on_fp4(64, grid[16], grid[4], blackwell)
-    assert not launch.on_fp4(16, grid[4], grid[4], blackwell)
-    assert not launch.on_fp4(64, grid[4], grid[4], hopper)
+    assert coding.on_fp4(64, grid[8], grid[8], blackwell)
+    assert not coding.on_fp4(64, grid[8], Grid(8, -0.5), blackwell)  # 5 and 7
+    assert not coding.on_fp4(64, grid[8], grid[16], blackwell)
+    assert not coding.on_fp4(64, grid[16], grid[4], blackwell)
+    assert not coding.on_fp4(16, grid[4], grid[4], blackwell)
+    assert not coding.on_fp4(64, grid[4], grid[4], hopper)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "width"),
+    [
+        (2, 2, 1),
+        (2, 4, 2),
+        (2, 16, 4),
+        (3, 3, 2),
+        (4, 2, 2),
+        (4, 4, 2),
+        (8, 8, 4),
+        (8, 3, 2),
+        (16, 16, 4),
+        (13, 2, 4),
+    ],
+)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_inputs_packed_as_the_weights_are_give_the_same_bits(
+    weights: int, inputs: int, width: int, splits: int, guards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bellbox.ops.backends.triton import plan
+    from bellbox.ops.backends.triton.launch import coding, linear
+
+    arguments = layer(18, 21, 330, weights, inputs, "rms", True)
+    expected = packed_linear.operation.reference(*arguments)
+    monkeypatch.setattr(plan, "packs_rows", lambda rows, on: True)
+    monkeypatch.setattr(plan, "tiles", lambda *shape: plan.Tiles(32, 32, splits, 4, 1))
+    code_rows, coded = linear.code_rows, list[coding.Rows]()
+    monkeypatch.setattr(linear, "code_rows", lambda *a: coded.append(code_rows(*a)) or coded[-1])
+    assert same(packed_linear.operation(*arguments), expected)
+    assert coded[0].form == coding.Form("packed", width)
+    assert coded[0].numbers.shape == (18, coded[0].padded * width // 8)
+    guards()
+
+
+def test_packed_inputs_are_one_choice_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bellbox.ops.backends.triton import plan
+    from bellbox.ops.backends.triton.launch import coding
+
+    weights = coding.Weights(torch.empty(0), torch.ones(8), None, Levels.gaussian(16).grid, 128)
+    on, grid = plan.Gpu((8, 9), 128), Levels.gaussian(4).grid
+    assert coding.form_of(4096, weights, grid, on).kind == "int8"  # nobody has measured it
+    known = plan.tables()["sm_80"]
+    monkeypatch.setattr(plan, "table", lambda on: plan.replace(known, packed_rows=1024))
+    assert coding.form_of(4096, weights, grid, on) == coding.Form("packed", 4)
+    assert coding.form_of(64, weights, grid, on).kind == "int8"
+    assert coding.form_of(4096, weights, Grid(4, 1.5), on) == coding.Form("packed", 4)
+    assert coding.form_of(4096, weights, Grid(4, -8.0), on).kind == "int8"  # integers all above zero

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import sys
 import warnings
+from typing import Any
 
 import torch
 
@@ -39,10 +41,30 @@ def why_not_on(device: torch.device) -> str | None:
         return None if installed() else "Triton is not installed"
     if device.type != "cuda":
         return f"a tensor is on {device}: Triton's kernels are for CUDA"
-    reason = lacking(installed(), _capability(device.index) if installed() else OLDEST, torch.version.hip)
+    reason = _why_not(device.index)
     if reason is not None:
         _tell(reason)
     return reason
+
+
+def _why_not(index: int | None) -> str | None:
+    reason = lacking(installed(), _capability(index) if installed() else OLDEST, torch.version.hip)
+    return trouble() if reason is None else reason
+
+
+@functools.cache
+def trouble() -> str | None:
+    """Why Triton, though installed, launches nothing here, or None: the first launch builds a module in C.
+
+    Machines without a C compiler, or without Python's headers, are told by that; so is a Triton that does not import.
+    """
+    try:
+        runtime: Any = importlib.import_module("triton.runtime")
+        runtime.driver.active.get_current_device()
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        return f"Triton does not start: {lines[0]}"
+    return None
 
 
 def lacking(triton: bool, capability: tuple[int, int], hip: str | None) -> str | None:
@@ -79,5 +101,5 @@ def describe() -> str:
     if not torch.cuda.is_available():
         return "no CUDA device" + ("" if installed() else ", and Triton is not installed")
     index = torch.cuda.current_device()
-    reason = lacking(installed(), _capability(index), torch.version.hip)
+    reason = _why_not(index)
     return reason or f"on {torch.cuda.get_device_name(index)}"

@@ -44,13 +44,14 @@ def row_warps(size: int) -> int:
     return min(16, max(1, size // 256))
 
 
-def coding_warps(size: int, whole: bool = True, double: bool = True) -> int:
+def coding_warps(size: int, whole: bool = True, double: bool = True, few: bool = False) -> int:
     """Of a program that codes rows: 32 numbers a thread, over which what does not grow with them is shared out.
 
-    Two at least: one alone holds too much of the table of buckets, and spills. So does a piece of a row (not `whole`)
-    whose squares are not summed in fp64 (`double`), at 32 numbers.
+    Sixteen where there are `few` rows, no more than multiprocessors: most of the GPU is idle then. Two at least:
+    one alone holds too much of the table of buckets, and spills. So does a piece of a row (not `whole`) whose squares
+    are not summed in fp64 (`double`), at 32 numbers.
     """
-    return min(16, max(2, size // (1024 if whole or double else 512)))
+    return min(16, max(2, size // (512 if few or not (whole or double) else 1024)))
 
 
 def whole_row(columns: int, least: int, longest: int | None = None) -> tuple[int, bool]:
@@ -234,6 +235,8 @@ class Table:
     """Rows from which `torch._int_mm` multiplies unpacked weights; None: never."""
     tiles: Mapping[tuple[int, int, int, int], Tiles]
     """By bits, rows, outputs and columns."""
+    packed_rows: int | None = None
+    """Rows from which inputs are coded to 1, 2 or 4 bits instead of int8; None: never."""
     fp4: bool = False
     """Whether few levels multiply as e2m1: said by benchmarks/gpu/tune.py, which has seen it run and give the bits."""
 
@@ -241,7 +244,14 @@ class Table:
     def of(given: Mapping[str, Any]) -> Table:
         """From what stands in the file."""
         tiles = {tuple(key): Tiles(*value) for key, value in given["tiles"]}
-        return Table(given["measured"], given["plane_rows"], given["library_rows"], tiles, given["fp4"])  # type: ignore[arg-type]
+        return Table(
+            given["measured"],
+            given["plane_rows"],
+            given["library_rows"],
+            tiles,
+            given["packed_rows"],
+            given["fp4"],
+        )  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the file."""
@@ -253,6 +263,7 @@ class Table:
             "measured": self.measured,
             "plane_rows": self.plane_rows,
             "library_rows": self.library_rows,
+            "packed_rows": self.packed_rows,
             "fp4": self.fp4,
             "tiles": tiles,
         }
@@ -290,6 +301,12 @@ def library_rows(on: Gpu) -> int | None:
     """Rows from which torch's own int8 product multiplies unpacked weights; None: never."""
     known = table(on)
     return None if known is None else known.library_rows
+
+
+def packs_rows(rows: int, on: Gpu) -> bool:
+    """Whether so many rows are coded to the bits of their codes, which the product unpacks as it does the weights."""
+    known = table(on)
+    return known is not None and known.packed_rows is not None and rows >= known.packed_rows
 
 
 def fp4(on: Gpu) -> bool:

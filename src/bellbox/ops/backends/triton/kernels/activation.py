@@ -10,14 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bellbox.ops.backends.triton.kernels.fp4 import store_e2m1
-from bellbox.ops.backends.triton.kernels.steps import butterfly, cuts_of, planes, reached, store_integers
+from bellbox.ops.backends.triton.kernels.fp4 import e2m1
+from bellbox.ops.backends.triton.kernels.steps import butterfly, cuts_of, planes, reached, store_fields
 
 
 @triton.jit
-def _values(x, signs, row, column, columns, SIGNED: tl.constexpr):
+def _values(x, signs, column, columns, SIGNED: tl.constexpr):
+    """fp32 numbers of the row at x."""
     inside = column < columns
-    v = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
     if SIGNED:
         v = v * tl.load(signs + column, mask=inside, other=1).to(tl.float32)
     return v
@@ -25,22 +26,24 @@ def _values(x, signs, row, column, columns, SIGNED: tl.constexpr):
 
 @triton.jit
 def _coded(
-    v, row, first, cuts, out, columns, padded,
+    v, first, cuts, out, columns, padded,
     SIZE: tl.constexpr, EVEN: tl.constexpr, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, FP4: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr, FP4: tl.constexpr,
 ):  # fmt: skip
-    """Writes the codes of SIZE normalised values from column `first` on; their integers, zero behind the row."""
+    """Writes the codes of SIZE normalised values from column `first` on to the row at `out`; returns their integers.
+
+    Behind the row both are zero.
+    """
     integer = reached(v, cuts, LEVELS, MULTIPLIER, SHIFT)
     code = (integer + SHIFT) // MULTIPLIER
     if not EVEN:
         inside = first + tl.arange(0, SIZE) < columns
         integer, code = tl.where(inside, integer, 0), tl.where(inside, code, 0)
     if PLANES:
-        planes(code, row, first, out, padded // 32 * BITS, SIZE, BITS, PLANES)
-    elif FP4:
-        store_e2m1(out + row * (padded // 2), first, integer, padded, SIZE, BITS, GROUP)
+        planes(code, first, out, padded // 32 * BITS, SIZE, BITS, PLANES)
     else:
-        store_integers(out + row * padded, first, integer, padded, SIZE, BITS, GROUP)
+        value = e2m1(integer) if FP4 else (integer if WIDTH == 8 else code)
+        store_fields(out, first, value, padded, SIZE, BITS, GROUP, WIDTH)
     return integer
 
 
@@ -105,33 +108,38 @@ def code_rows(
     SIZE: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DOUBLE: tl.constexpr,
     STAGES: tl.constexpr, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
     NORMALISE: tl.constexpr, RESCALE: tl.constexpr, SIGNED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    PLANES: tl.constexpr, FP4: tl.constexpr,
+    PLANES: tl.constexpr, WIDTH: tl.constexpr, FP4: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of x `[rows, columns]` from `ROWS * program_id(0)` on, one after the other.
 
-    Writes `out`, int8 `[rows, padded]` integers `MULTIPLIER * code - SHIFT` in the order of `place` and zeros behind
-    them, with PLANES uint8 `[rows, PLANES, padded / 8 * BITS]`, with FP4 e2m1 `[rows, padded / 2]`; int32
-    `sums [rows]` of the integers; fp32 `scales [rows]`. NORMALISE is rms, absmax, norm or static. WHOLE: SIZE numbers
-    are the row, else it comes in pieces. EVEN: pieces have no tail. DOUBLE: see `_squares`. `constants` fp64:
-    1 / columns, and the inverse root of a block; `at_floor`: the normaliser of the least sigma.
+    Writes `out`, in the order of `place` and zeros behind the row: with WIDTH 8 int8 `[rows, padded]` integers
+    `MULTIPLIER * code - SHIFT`; with WIDTH 4, 2 or 1 uint8 `[rows, padded * WIDTH / 8]` codes, with FP4 integers as
+    e2m1; with PLANES uint8 `[rows, PLANES, padded / 8 * BITS]`. And int32 `sums [rows]` of the integers; fp32
+    `scales [rows]`. NORMALISE is rms, absmax, norm or static. WHOLE: SIZE numbers are the row, else it comes in
+    pieces. EVEN: pieces have no tail. DOUBLE: see `_squares`. `constants` fp64: 1 / columns, and the inverse root of a
+    block; `at_floor`: the normaliser of the least sigma.
     """
     cuts = cuts_of(thresholds, LEVELS, MULTIPLIER, SHIFT)
     one_of_columns, inverse_root = tl.load(constants), tl.load(constants + 1)
     start = tl.program_id(0).to(tl.int64) * ROWS
     piece = tl.arange(0, SIZE)
+    # In 64 bits: all rows together may be more than 2^31 numbers.
+    to_next = tl.zeros([], tl.int64) + columns
+    out_to_next = tl.zeros([], tl.int64) + (padded // 8 * (PLANES * BITS if PLANES else WIDTH))
     for row in range(start, tl.minimum(start + ROWS, rows)):
+        begin, target = x + row * to_next, out + row * out_to_next
         x0 = tl.zeros([SIZE], tl.float32)
         # 1. The statistic, of squares in fp64. A comparison would swallow a NaN, so it is looked for.
         squares = tl.zeros([], tl.float64)
         most = tl.zeros([], tl.float32)
         if WHOLE:
-            x0 = _values(x, signs, row, piece, columns, SIGNED)
+            x0 = _values(begin, signs, piece, columns, SIGNED)
             squares += _squares(x0, SIZE, DOUBLE)
             if NORMALISE == "absmax":
                 most = tl.max(tl.abs(x0))
         else:
             for first in range(0, columns, SIZE):
-                some = _values(x, signs, row, first + piece, columns, SIGNED)
+                some = _values(begin, signs, first + piece, columns, SIGNED)
                 squares += _squares(some, SIZE, DOUBLE)
                 if NORMALISE == "absmax":
                     most = tl.maximum(most, tl.max(tl.abs(some)))
@@ -160,33 +168,19 @@ def code_rows(
         if WHOLE:
             v = butterfly(x0, SIZE, STAGES) * r
             integer = _coded(
-                v,
-                row,
-                0,
-                cuts,
-                out,
-                columns,
-                padded,
-                SIZE,
-                EVEN,
-                LEVELS,
-                MULTIPLIER,
-                SHIFT,
-                BITS,
-                GROUP,
-                PLANES,
-                FP4,
-            )
+                v, 0, cuts, target, columns, padded,
+                SIZE, EVEN, LEVELS, MULTIPLIER, SHIFT, BITS, GROUP, PLANES, WIDTH, FP4,
+            )  # fmt: skip
             total += tl.sum(integer)
             if NORMALISE == "norm":
                 levels += tl.sum((integer * integer).to(tl.int64))
         else:
             for first in range(0, padded, SIZE):
-                some = _values(x, signs, row, first + piece, columns, SIGNED)
+                some = _values(begin, signs, first + piece, columns, SIGNED)
                 v = butterfly(some, SIZE, STAGES) * r
                 integer = _coded(
-                    v, row, first, cuts, out, columns, padded,
-                    SIZE, EVEN, LEVELS, MULTIPLIER, SHIFT, BITS, GROUP, PLANES, FP4,
+                    v, first, cuts, target, columns, padded,
+                    SIZE, EVEN, LEVELS, MULTIPLIER, SHIFT, BITS, GROUP, PLANES, WIDTH, FP4,
                 )  # fmt: skip
                 total += tl.sum(integer)
                 if NORMALISE == "norm":
@@ -219,5 +213,5 @@ def arrange(
         step = tl.load(kept + row * columns + column, mask=inside, other=0).to(tl.float32)
         integer = tl.where(inside, reached(step * 0.03125, cuts, LEVELS, MULTIPLIER, SHIFT), 0)
         total += tl.sum(integer)
-        store_integers(out + row * padded, first, integer, padded, SIZE, BITS, GROUP)
+        store_fields(out + row * padded, first, integer, padded, SIZE, BITS, GROUP, 8)
     tl.store(sums + row, total)

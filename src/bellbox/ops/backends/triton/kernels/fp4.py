@@ -12,25 +12,14 @@ import triton
 import triton.language as tl
 
 from bellbox.ops.backends.triton.kernels.product import four_bytes, scaled, tile_of, words_of
+from bellbox.ops.backends.triton.kernels.steps import tile_at
 
 
 @triton.jit
-def store_e2m1(out, first, integer, padded, SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """`SIZE` integers of -4 to 4 from column `first` on, two in a byte of the row `out`, which has `padded / 2`.
-
-    Fields 2p and 2p + 1 of the layout of weights of BITS bits make the halves of a byte, low and high.
-    """
-    SPAN: tl.constexpr = 8 * BITS
-    PAIRS: tl.constexpr = 4 // BITS
+def e2m1(integer):
+    """The four bits of integers of -4 to 4."""
     size = tl.abs(integer)
-    nibble = tl.where(size <= 1, 2 * size, size + 2) + tl.where(integer < 0, 8, 0)
-    nibble = tl.reshape(nibble, [SIZE // (64 * GROUP), GROUP, PAIRS, 2, SPAN])
-    byte = tl.sum(nibble << (4 * tl.arange(0, 2))[None, None, None, :, None], 3)
-    group = tl.arange(0, SIZE // (64 * GROUP))[:, None, None, None] * (32 * GROUP)
-    block = tl.arange(0, GROUP)[None, :, None, None] * SPAN
-    pair = tl.arange(0, PAIRS)[None, None, :, None] * (GROUP * SPAN)
-    at = first // 2 + group + block + pair + tl.arange(0, SPAN)[None, None, None, :]
-    tl.store(out + at, byte.to(tl.uint8), mask=at < padded // 2)
+    return tl.where(size <= 1, 2 * size, size + 2) + tl.where(integer < 0, 8, 0)
 
 
 @triton.jit
@@ -72,13 +61,7 @@ def multiply_fp4(
     PAIRS: tl.constexpr = 4 // FIELD
     DEPTH: tl.constexpr = GROUP * 8 * FIELD
     WORDS: tl.constexpr = 32 * BITS
-    tiles_n = tl.cdiv(outputs, OUTPUTS)
-    tiles_m = tl.cdiv(rows, ROWS)
-    tile = tl.program_id(0)
-    band = tile // (BAND * tiles_m)
-    wide = tl.minimum(tiles_n - band * BAND, BAND)
-    tile_n = band * BAND + tile % (BAND * tiles_m) % wide
-    tile_m = tile % (BAND * tiles_m) // wide
+    tile_m, tile_n = tile_at(tl.program_id(0), rows, outputs, ROWS, OUTPUTS, BAND)
     n = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tile_m * ROWS + tl.arange(0, ROWS)
     first = tile_n * (OUTPUTS // 16)

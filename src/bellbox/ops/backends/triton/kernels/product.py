@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bellbox.ops.backends.triton.kernels.steps import tile_at
+
 
 @triton.jit
 def scaled(total, weight_scale, act_scale, row_scale, bias, BIAS: tl.constexpr):
@@ -67,13 +69,31 @@ def four_bytes(words, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
+def _integers(
+    words, field, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """int8 `[DEPTH, ROWS]` of one field of the bytes of coded rows `[ROWS, DEPTH / 4]`, four at once.
+
+    A shift is 0 to 127, so no byte borrows from the next one.
+    """
+    code = (words >> (WIDTH * field)) & (0x01010101 * ((1 << WIDTH) - 1))
+    integer = ((code * MULTIPLIER | ~0x7F7F7F7F) - 0x01010101 * SHIFT) ^ ~0x7F7F7F7F
+    return tl.trans(four_bytes(integer, ROWS, DEPTH))
+
+
+@triton.jit
 def multiply(
     act, weight, sums, row_scale, weight_scale, act_scale, bias, out, rows, outputs, blocks, padded, row_step,
     BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SPLITS: tl.constexpr,
-    BAND: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr, WEIGHT_WORTH: tl.constexpr,
-    ACT_WORTH: tl.constexpr, BIAS: tl.constexpr,
+    BAND: tl.constexpr, WIDTH: tl.constexpr, MULTIPLIER: tl.constexpr, SHIFT: tl.constexpr,
+    ACT_MULTIPLIER: tl.constexpr, ACT_SHIFT: tl.constexpr, WEIGHT_WORTH: tl.constexpr, ACT_WORTH: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Tile of ROWS x OUTPUTS of act `[rows, padded]` int8 times the weights, `[outputs, 64 blocks]`, read as int32.
+
+    With WIDTH 4, 2 or 1 act is int32 words of `[rows, padded * WIDTH / 8]` bytes of codes, whose integers are
+    `ACT_MULTIPLIER * code - ACT_SHIFT`.
 
     Program ids: tile, piece of the columns. `out` is `[rows, outputs]`, or with SPLITS above 1 the pieces' int32 sums,
     `[SPLITS, rows, outputs]`. A weight's integer is `MULTIPLIER * code - SHIFT`.
@@ -83,15 +103,8 @@ def multiply(
     FIELDS: tl.constexpr = 8 // FIELD
     DEPTH: tl.constexpr = GROUP * SPAN
     WORDS: tl.constexpr = 32 * BITS
-    # Tiles that read the same weights run beside each other, BAND columns of tiles at a time.
-    tiles_n = tl.cdiv(outputs, OUTPUTS)
-    tiles_m = tl.cdiv(rows, ROWS)
-    tile, piece = tl.program_id(0), tl.program_id(1)
-    band = tile // (BAND * tiles_m)
-    wide = tl.minimum(tiles_n - band * BAND, BAND)
-    tile_n = band * BAND + tile % (BAND * tiles_m) % wide
-    tile_m = tile % (BAND * tiles_m) // wide
-
+    piece = tl.program_id(1)
+    tile_m, tile_n = tile_at(tl.program_id(0), rows, outputs, ROWS, OUTPUTS, BAND)
     n = tile_n * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tile_m * ROWS + tl.arange(0, ROWS)
     first = tile_n * (OUTPUTS // 16)
@@ -99,8 +112,12 @@ def multiply(
     high = low
     if BITS == 3:
         high = tile_of(weight + 64, first, outputs, blocks, OUTPUTS, GROUP, WORDS, 2)
-    columns = act + m.to(tl.int64)[None, :] * padded + tl.arange(0, DEPTH)[:, None]
+    SHARED: tl.constexpr = 8 // WIDTH
     real = (m < rows)[None, :]
+    if SHARED == 1:
+        columns = act + m.to(tl.int64)[None, :] * padded + tl.arange(0, DEPTH)[:, None]
+    else:
+        columns = act + m.to(tl.int64)[:, None] * (padded // (4 * SHARED)) + tl.arange(0, DEPTH // 4)[None, :]
 
     steps = tl.cdiv(blocks, GROUP)
     each = tl.cdiv(steps, SPLITS)
@@ -116,7 +133,12 @@ def multiply(
             thirds = tl.reshape(thirds, [OUTPUTS, GROUP * 4])
         for field in tl.static_range(0, FIELDS):
             codes = _unpacked(words, thirds, field, OUTPUTS, DEPTH, BITS)
-            given = tl.load(columns + step * (64 * GROUP) + field * DEPTH, mask=real, other=0)
+            if SHARED == 1:
+                given = tl.load(columns + step * (64 * GROUP) + field * DEPTH, mask=real, other=0)
+            else:
+                part = step * (16 * GROUP // SHARED) + field // SHARED * (DEPTH // 4)
+                held = tl.load(columns + part, mask=(m < rows)[:, None], other=0)
+                given = _integers(held, field % SHARED, ROWS, DEPTH, WIDTH, ACT_MULTIPLIER, ACT_SHIFT)
             total = tl.dot(codes, given, total, out_dtype=tl.int32)
 
     mask = (n < outputs)[:, None] & real

@@ -1,4 +1,4 @@
-"""What kernels of rows are made of: the rotation in registers, the search among thresholds, places of codes.
+"""What kernels are made of: the rotation in registers, the search among thresholds, places of codes and of tiles.
 
 Sizes in capitals are known when a kernel is compiled.
 """
@@ -123,17 +123,35 @@ def reached(v, cuts, LEVELS: tl.constexpr, MULTIPLIER: tl.constexpr = 1, SHIFT: 
 
 
 @triton.jit
-def store_integers(out, first, integer, padded, SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """`SIZE` integers from column `first` on as int8, each at its `place` in the row `out`."""
+def store_fields(
+    out,
+    first,
+    value,
+    padded,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """`SIZE` numbers of WIDTH bits (1, 2, 4 or 8) from column `first` on, each at its `place` in the row `out`.
+
+    `8 / WIDTH` fields share a byte, the first one lowest; BITS is at most WIDTH. A row has `padded * WIDTH / 8` bytes.
+    """
     SPAN: tl.constexpr = 8 * BITS
-    FIELDS: tl.constexpr = 8 // BITS
+    SHARED: tl.constexpr = 8 // WIDTH
+    PARTS: tl.constexpr = WIDTH // BITS
     # Written as sums of ranges: the compiler sees that SPAN numbers stand together, and stores them as one.
-    group = tl.arange(0, SIZE // (64 * GROUP))[:, None, None, None] * (64 * GROUP)
+    group = tl.arange(0, SIZE // (64 * GROUP))[:, None, None, None] * (64 * GROUP // SHARED)
     block = tl.arange(0, GROUP)[None, :, None, None] * SPAN
-    field = tl.arange(0, FIELDS)[None, None, :, None] * (GROUP * SPAN)
-    at = first + group + field + block + tl.arange(0, SPAN)[None, None, None, :]
-    given = tl.reshape(integer.to(tl.int8), [SIZE // (64 * GROUP), GROUP, FIELDS, SPAN])
-    tl.store(out + at, given, mask=at < padded)
+    part = tl.arange(0, PARTS)[None, None, :, None] * (GROUP * SPAN)
+    at = first // SHARED + group + part + block + tl.arange(0, SPAN)[None, None, None, :]
+    if SHARED > 1:
+        fields = tl.reshape(value, [SIZE // (64 * GROUP), GROUP, PARTS, SHARED, SPAN])
+        given = tl.sum(fields << (WIDTH * tl.arange(0, SHARED))[None, None, None, :, None], 3)
+    else:
+        # Bytes before they move: a quarter of what passes between threads.
+        given = tl.reshape(value.to(tl.int8), [SIZE // (64 * GROUP), GROUP, PARTS, SPAN])
+    tl.store(out + at, given.to(out.dtype.element_ty), mask=at < padded // SHARED)
 
 
 @triton.jit
@@ -151,10 +169,10 @@ def place(column, BITS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def planes(code, row, first, out, words, SIZE: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr):
+def planes(code, first, out, words, SIZE: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr):
     """Bits of `SIZE` codes from column `first` on, one plane after the other, into words that meet the weights'.
 
-    `out` uint8 `[rows, PLANES, 4 * words]`: bit `f * BITS` of byte i of a block is the plane's bit of column
+    `out` uint8 `[PLANES, 4 * words]` of a row: bit `f * BITS` of byte i of a block is the plane's bit of column
     `f * 8 BITS + i`.
     """
     SPAN: tl.constexpr = 8 * BITS
@@ -164,5 +182,19 @@ def planes(code, row, first, out, words, SIZE: tl.constexpr, BITS: tl.constexpr,
     at = first // 64 * SPAN + tl.arange(0, SIZE // 64 * SPAN)
     for plane in tl.static_range(0, PLANES):
         byte = tl.sum(((fields >> plane) & 1) << shift, 1)
-        begin = out + (row * PLANES + plane) * (4 * words)
+        begin = out + plane * (4 * words)
         tl.store(begin + at, tl.reshape(byte, [SIZE // 64 * SPAN]).to(tl.uint8), mask=at < 4 * words)
+
+
+@triton.jit
+def tile_at(number, rows, outputs, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BAND: tl.constexpr):
+    """Which tile of a product a program makes: its places along the rows and along the outputs.
+
+    Tiles that read the same rows run beside each other, BAND columns of tiles at a time.
+    """
+    tiles_n = tl.cdiv(outputs, OUTPUTS)
+    tiles_m = tl.cdiv(rows, ROWS)
+    band = number // (BAND * tiles_m)
+    wide = tl.minimum(tiles_n - band * BAND, BAND)
+    inside = number % (BAND * tiles_m)
+    return inside // wide, band * BAND + inside % wide
