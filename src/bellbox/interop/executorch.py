@@ -1,7 +1,8 @@
-"""Packed language models as programs of ExecuTorch, which is PyTorch's own way onto devices.
+"""Packed models as programs of ExecuTorch, which is PyTorch's own way onto devices.
 
-The program has standard operators and four of Bellbox's (`native/executorch` has their kernels). So packed layers, RMS
-norms and rounded heads keep their bits; attention, rotary positions and activations are ExecuTorch's own.
+The program has standard operators and six of Bellbox's (`native/executorch` has their kernels). So packed layers, RMS
+norms, rounded embeddings and heads keep their bits; attention, rotary positions, activations and what is in full
+precision are ExecuTorch's own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,10 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError, require
-from bellbox.ops import int4_linear, int8_linear, packed_linear, rms_norm
+from bellbox.nn.compact import CompactEmbedding
+from bellbox.nn.packed_conv import PackedConv
+from bellbox.nn.tools import replace_layer
+from bellbox.ops import int4_linear, int8_linear, packed_conv2d, packed_linear, rms_norm, table_rows
 from bellbox.utils.files import new_file, one_line
 
-_OPERATIONS = (packed_linear.operation, rms_norm.operation, int8_linear.operation, int4_linear.operation)
+_OPERATIONS = tuple(
+    each.operation for each in (packed_linear, packed_conv2d, table_rows, rms_norm, int8_linear, int4_linear)
+)
 _NEAR = 1e-5
 """Relative to the largest logit: what other sums make of it, where no code moved."""
 
@@ -41,25 +48,29 @@ class Lowered:
 class Agreement:
     """ExecuTorch's runtime against the packed model."""
 
-    sequences: int
+    samples: int
+    """Sequences, or images."""
     near: int
-    """Sequences all of whose logits are within 1e-5 of the largest."""
+    """Samples all of whose logits are within 1e-5 of the largest."""
     difference: float
     """The largest one of those, relative."""
-    same_token: float
-    """Share of positions whose likeliest token is the same, of all sequences."""
+    same_choice: float
+    """Share of positions whose likeliest token is the same, or of images whose likeliest class is."""
 
     @property
     def holds(self) -> bool:
         """Whether it is the same function but for codes that lie on a threshold."""
-        return 2 * self.near >= self.sequences
+        return 2 * self.near >= self.samples
 
 
 def export_executorch(model: nn.Module, path: Path) -> Lowered:
-    """Write a packed LLaMA or GPT as a program: tokens `[1, length]` int64 to logits `[1, length, vocabulary]` fp32.
+    """Write a packed model as a program.
+
+    A LLaMA or GPT takes tokens `[1, length]` int64 and gives logits `[1, length, vocabulary]` fp32; a ResNet or ViT
+    takes an image `[1, channels, size, size]` fp32 in [0, 1] and gives logits `[1, labels]`.
 
     Args:
-        model: packed, with `config.max_position_embeddings`.
+        model: packed, with a `config` of a kind of `bellbox.models`.
         path: of the `.pte` file.
 
     Raises:
@@ -67,13 +78,12 @@ def export_executorch(model: nn.Module, path: Path) -> Lowered:
     """
     exir: Any = require("executorch.exir", "executorch")
     _define_outputs()
-    config: Any = model.config
-    longest = torch.export.Dim("length", min=2, max=config.max_position_embeddings)
-    example = torch.zeros(1, min(8, config.max_position_embeddings), dtype=torch.int64)
+    example, shapes = _example(model)
+    _refuse_groups(model)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _own_tables(model):
             warnings.simplefilter("ignore")
-            program = torch.export.export(model.eval(), (example,), dynamic_shapes=({1: longest},))
+            program = torch.export.export(model.eval(), (example,), dynamic_shapes=shapes)
             _refuse_others(program)
             # Operations of our own are not in the list of those that its verifier knows.
             edge = exir.to_edge(program, compile_config=exir.EdgeCompileConfig(_check_ir_validity=False))
@@ -90,6 +100,60 @@ def export_executorch(model: nn.Module, path: Path) -> Lowered:
     plan = made.executorch_program.execution_plan[0]
     names = (f"{each.name}.{each.overload}" if each.overload else each.name for each in plan.operators)
     return Lowered(len(made.buffer), tuple(sorted(names)))
+
+
+def image_shape(config: Any) -> tuple[int, int, int, int]:
+    """`[1, channels, size, size]` of a vision model's images.
+
+    Raises:
+        BellboxError: it takes images of any size, and a program has one.
+    """
+    size = getattr(config, "image_size", None)
+    if not size:
+        raise BellboxError("a program takes images of one size, and the model's config.json names none")
+    return 1, config.num_channels, size, size
+
+
+def _example(model: nn.Module) -> tuple[Tensor, Any]:
+    """An input, and which of its sizes may be others."""
+    config: Any = model.config
+    if not hasattr(config, "max_position_embeddings"):
+        return torch.zeros(image_shape(config)), None
+    longest = torch.export.Dim("length", min=2, max=config.max_position_embeddings)
+    return torch.zeros(1, min(8, config.max_position_embeddings), dtype=torch.int64), ({1: longest},)
+
+
+class _Rows(nn.Module):
+    """A rounded embedding whose rows one operation of ours reads, where tracing would show torch's own operations."""
+
+    def __init__(self, table: CompactEmbedding) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return table_rows.operation.call(ids, *self.table.codes())
+
+
+@contextmanager
+def _own_tables(model: nn.Module) -> Iterator[None]:
+    """While it lasts, rounded embeddings are `_Rows`."""
+    found = [m for m in model.modules() if isinstance(m, CompactEmbedding) and m.coding is not None]
+    swapped = [(table, _Rows(table)) for table in found]
+    for table, rows in swapped:
+        replace_layer(model, table, rows)
+    try:
+        yield
+    finally:
+        for table, rows in swapped:
+            replace_layer(model, rows, table)
+
+
+def _refuse_groups(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, PackedConv) and module.geometry.groups > 1:
+            raise BellboxError(
+                f"{name}: a convolution of {module.geometry.groups} groups, which native/executorch has no kernel for"
+            )
 
 
 @cache
@@ -112,7 +176,7 @@ def _refuse_others(program: Any) -> None:
 
 
 def agreement(
-    model: nn.Module, path: Path, operators: Iterable[str], kernels: Path, sequences: Iterable[Tensor]
+    model: nn.Module, path: Path, operators: Iterable[str], kernels: Path, samples: Iterable[Tensor]
 ) -> Agreement:
     """Run a program in ExecuTorch's runtime beside the model.
 
@@ -121,7 +185,7 @@ def agreement(
         path: the program.
         operators: that it needs (`Lowered.operators`).
         kernels: the library of `native/executorch`, which this process loads and keeps.
-        sequences: int64 `[1, length]` each.
+        samples: int64 `[1, length]` each, or fp32 images `[1, channels, size, size]`.
 
     Raises:
         BellboxError: ExecuTorch is not installed, its runtime lacks an operator, or the kernels cannot be loaded.
@@ -140,14 +204,15 @@ def agreement(
     method = runtime.load_program(path).load_method("forward")
     count = near = same = positions = 0
     largest = 0.0
-    for ids in sequences:
+    for sample in samples:
         with torch.no_grad():
-            expected: Tensor = model(ids)
-        found: Tensor = method.execute([ids])[0]
+            expected: Tensor = model(sample)
+        found: Tensor = method.execute([sample])[0]
         difference = float((found - expected).abs().max() / expected.abs().max())
+        chosen = expected.argmax(-1)
         count += 1
-        same += int((found.argmax(-1) == expected.argmax(-1)).sum())
-        positions += ids.numel()
+        same += int((found.argmax(-1) == chosen).sum())
+        positions += chosen.numel()
         if difference <= _NEAR:
             near += 1
             largest = max(largest, difference)
