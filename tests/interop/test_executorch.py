@@ -13,7 +13,7 @@ import torch
 import bellbox as bb
 from bellbox.cli import export_executorch
 from bellbox.errors import BellboxError
-from bellbox.models import ModelConfig, ResNetConfig, ViTConfig, build, preset
+from bellbox.models import ResNetConfig, ViTConfig, build, preset
 
 KERNELS = Path(__file__).parents[2] / "build" / "executorch" / "libbellbox_executorch.so"
 INSTALLED = importlib.util.find_spec("executorch") is not None
@@ -24,7 +24,7 @@ TEXT: dict[str, Any] = {**SMALL, "vocab_size": 300, "max_position_embeddings": 6
 IMAGES: dict[str, Any] = {"image_size": 16, "num_labels": 5}
 
 
-def shape(kind: str) -> ModelConfig:
+def shape(kind: str) -> Any:
     if kind == "resnet":
         return ResNetConfig(width=16, stages=2, blocks=1, **IMAGES)
     if kind == "vit":
@@ -76,6 +76,17 @@ def test_a_program_is_the_packed_model(
 
 
 @pytest.mark.skipif(not INSTALLED, reason="executorch is not installed")
+@pytest.mark.parametrize("kind", ["tiny", "gpt-tiny"])
+def test_a_program_with_a_cache_goes_on_with_a_text(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--kernels", str(KERNELS)] if KERNELS.is_file() else []
+    folder = packed(kind, {"bits": 2, "embedding_bits": 8}, tmp_path / "packed")
+    export_executorch.main([str(folder), str(tmp_path / "out"), "--cache", *flags])
+    assert ("of them within 1e-5" in capsys.readouterr().out) == bool(flags)
+
+
+@pytest.mark.skipif(not INSTALLED, reason="executorch is not installed")
 def test_what_the_kernels_do_not_run_is_one_line(tmp_path: Path) -> None:
     any_size = build(ResNetConfig(width=16, stages=2, blocks=1, num_labels=5), seed=0)
     model = bb.prepare(any_size, bb.Recipe.bbq(2)).eval()
@@ -83,6 +94,8 @@ def test_what_the_kernels_do_not_run_is_one_line(tmp_path: Path) -> None:
     bb.save(bb.convert(model), tmp_path / "any")
     with pytest.raises(BellboxError, match="images of one size"):
         export_executorch.main([str(tmp_path / "any"), str(tmp_path / "out")])
+    with pytest.raises(BellboxError, match="a cache is of language models"):
+        export_executorch.main([str(tmp_path / "any"), str(tmp_path / "out"), "--cache"])
     assert not (tmp_path / "out").exists()
 
 

@@ -42,6 +42,8 @@ class ExportExecutorch:
     """The folder to make; an earlier export there is replaced."""
     kernels: Path | None = None
     """The library of native/executorch: run the program with it and compare its logits with the packed model's."""
+    cache: bool = False
+    """Of a language model: the program keeps keys and values; it takes new tokens and the place of the first one."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
     embeddings: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
@@ -70,12 +72,13 @@ def main(argv: list[str]) -> None:
     model: Any = opened.model if opened.kind == "packed" else convert(opened.model, command.embeddings)
     found = None
     with new_folder(command.out, FILE) as folder:
-        lowered = export_executorch(model, folder / FILE)
+        lowered = export_executorch(model, folder / FILE, cache=command.cache)
         if not opened.is_vision and opened.tokenizer is not None:
             opened.load_tokenizer().backend.save(os.fspath(folder / "tokenizer.json"))
         if command.kernels is not None:
             samples = _samples(model.config, opened.is_vision)
-            found = agreement(model, folder / FILE, lowered.operators, command.kernels, samples)
+            kernels = command.kernels
+            found = agreement(model, folder / FILE, lowered.operators, kernels, samples, cache=command.cache)
     ours = ", ".join(name for name in lowered.operators if name.startswith("bellbox::"))
     print(
         f"{opened.description}\nwritten to {command.out / FILE}, {lowered.bytes:,} bytes\n"

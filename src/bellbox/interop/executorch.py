@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError, require
+from bellbox.inference.fixed import forward_at
 from bellbox.nn.compact import CompactEmbedding
 from bellbox.nn.packed_conv import PackedConv
 from bellbox.nn.tools import replace_layer
@@ -63,7 +64,7 @@ class Agreement:
         return 2 * self.near >= self.samples
 
 
-def export_executorch(model: nn.Module, path: Path) -> Lowered:
+def export_executorch(model: nn.Module, path: Path, *, cache: bool = False) -> Lowered:
     """Write a packed model as a program.
 
     A LLaMA or GPT takes tokens `[1, length]` int64 and gives logits `[1, length, vocabulary]` fp32; a ResNet or ViT
@@ -72,18 +73,21 @@ def export_executorch(model: nn.Module, path: Path) -> Lowered:
     Args:
         model: packed, with a `config` of a kind of `bellbox.models`.
         path: of the `.pte` file.
+        cache: of a language model, keep keys and values in the program's own memory. It then takes a second input, the
+            place of the first of these tokens in the text, int64 `[1]`; a text begins at 0.
 
     Raises:
         BellboxError: ExecuTorch is not installed, or the model has what the kernels do not run.
     """
     exir: Any = require("executorch.exir", "executorch")
     _define_outputs()
-    example, shapes = _example(model)
+    inputs, shapes = _example(model, cache)
     _refuse_groups(model)
+    whole = _Continued(model) if cache else model
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _own_tables(model):
+        with torch.no_grad(), warnings.catch_warnings(), _lowerable(model):
             warnings.simplefilter("ignore")
-            program = torch.export.export(model.eval(), (example,), dynamic_shapes=shapes)
+            program = torch.export.export(whole.eval(), inputs, dynamic_shapes=shapes)
             _refuse_others(program)
             # Operations of our own are not in the list of those that its verifier knows.
             edge = exir.to_edge(program, compile_config=exir.EdgeCompileConfig(_check_ir_validity=False))
@@ -114,13 +118,38 @@ def image_shape(config: Any) -> tuple[int, int, int, int]:
     return 1, config.num_channels, size, size
 
 
-def _example(model: nn.Module) -> tuple[Tensor, Any]:
-    """An input, and which of its sizes may be others."""
+def _example(model: nn.Module, cache: bool) -> tuple[tuple[Tensor, ...], Any]:
+    """Inputs, and which of their sizes may be others."""
     config: Any = model.config
     if not hasattr(config, "max_position_embeddings"):
-        return torch.zeros(image_shape(config)), None
-    longest = torch.export.Dim("length", min=2, max=config.max_position_embeddings)
-    return torch.zeros(1, min(8, config.max_position_embeddings), dtype=torch.int64), ({1: longest},)
+        if cache:
+            raise BellboxError("a cache is of language models, and this one takes images")
+        return (torch.zeros(image_shape(config)),), None
+    longest = torch.export.Dim("length", min=1 if cache else 2, max=config.max_position_embeddings)
+    ids = torch.zeros(1, min(8, config.max_position_embeddings), dtype=torch.int64)
+    if cache:
+        return (ids, torch.zeros(1, dtype=torch.int64)), ({1: longest}, None)
+    return (ids,), ({1: longest},)
+
+
+class _Continued(nn.Module):
+    """A language model and the keys and values of its whole context."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, config = model, model.config
+        shape = 1, config.key_value_heads, config.max_position_embeddings, config.head_size
+        self._blocks: int = config.num_hidden_layers
+        for block in range(self._blocks):
+            self.register_buffer(f"keys_{block}", torch.zeros(shape))
+            self.register_buffer(f"values_{block}", torch.zeros(shape))
+
+    def forward(self, input_ids: Tensor, first: Tensor) -> Tensor:
+        places = first + torch.arange(input_ids.shape[1])
+        keys, values = (
+            [getattr(self, f"{kind}_{block}") for block in range(self._blocks)] for kind in ("keys", "values")
+        )
+        return forward_at(self.model, input_ids, places, keys, values)
 
 
 class _Rows(nn.Module):
@@ -134,18 +163,33 @@ class _Rows(nn.Module):
         return table_rows.operation.call(ids, *self.table.codes())
 
 
+class _InOrder(nn.Module):
+    """A batch norm of an image that lies channel by channel, the one order that ExecuTorch's takes."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.contiguous())
+
+
 @contextmanager
-def _own_tables(model: nn.Module) -> Iterator[None]:
-    """While it lasts, rounded embeddings are `_Rows`."""
-    found = [m for m in model.modules() if isinstance(m, CompactEmbedding) and m.coding is not None]
-    swapped = [(table, _Rows(table)) for table in found]
-    for table, rows in swapped:
-        replace_layer(model, table, rows)
+def _lowerable(model: nn.Module) -> Iterator[None]:
+    """While it lasts, rounded embeddings are `_Rows` and batch norms `_InOrder`."""
+    swapped: list[tuple[nn.Module, nn.Module]] = []
+    for module in list(model.modules()):
+        if isinstance(module, CompactEmbedding) and module.coding is not None:
+            swapped.append((module, _Rows(module)))
+        elif isinstance(module, nn.BatchNorm2d):
+            swapped.append((module, _InOrder(module)))
+    for module, other in swapped:
+        replace_layer(model, module, other)
     try:
         yield
     finally:
-        for table, rows in swapped:
-            replace_layer(model, rows, table)
+        for module, other in swapped:
+            replace_layer(model, other, module)
 
 
 def _refuse_groups(model: nn.Module) -> None:
@@ -176,7 +220,13 @@ def _refuse_others(program: Any) -> None:
 
 
 def agreement(
-    model: nn.Module, path: Path, operators: Iterable[str], kernels: Path, samples: Iterable[Tensor]
+    model: nn.Module,
+    path: Path,
+    operators: Iterable[str],
+    kernels: Path,
+    samples: Iterable[Tensor],
+    *,
+    cache: bool = False,
 ) -> Agreement:
     """Run a program in ExecuTorch's runtime beside the model.
 
@@ -186,6 +236,7 @@ def agreement(
         operators: that it needs (`Lowered.operators`).
         kernels: the library of `native/executorch`, which this process loads and keeps.
         samples: int64 `[1, length]` each, or fp32 images `[1, channels, size, size]`.
+        cache: whether the program has one. Half of a sequence is then given at once, the rest token by token.
 
     Raises:
         BellboxError: ExecuTorch is not installed, its runtime lacks an operator, or the kernels cannot be loaded.
@@ -207,7 +258,7 @@ def agreement(
     for sample in samples:
         with torch.no_grad():
             expected: Tensor = model(sample)
-        found: Tensor = method.execute([sample])[0]
+        found = _continued(method, sample) if cache else method.execute([sample])[0]
         difference = float((found - expected).abs().max() / expected.abs().max())
         chosen = expected.argmax(-1)
         count += 1
@@ -217,3 +268,17 @@ def agreement(
             near += 1
             largest = max(largest, difference)
     return Agreement(count, near, largest, same / max(positions, 1))
+
+
+def _continued(method: Any, ids: Tensor) -> Tensor:
+    """Logits `[1, length, vocabulary]`, the first half of the tokens at once."""
+    half = max(ids.shape[1] // 2, 1)
+    parts = [ids[:, :half], *ids[:, half:].split(1, 1)]
+    places = [0, *range(half, ids.shape[1])]
+    return torch.cat(
+        [
+            method.execute([part.contiguous(), torch.tensor([place])])[0].clone()
+            for part, place in zip(parts, places, strict=True)
+        ],
+        1,
+    )
