@@ -2,11 +2,12 @@
 
     python benchmarks/device_speed.py demo/packed --turns 7 --new-tokens 200
     python benchmarks/device_speed.py --preset 95M --bits 2 --turns 7          # random weights, int8 embeddings
-    python benchmarks/device_speed.py --preset 95M --bits 4 2 1 --peers Q4_0 Q2_K   # needs gguf and llama.cpp
+    python benchmarks/device_speed.py --preset 95M --vocabulary 32000 --bits 4 2 1 --no-python --peers Q4_0 Q2_K
 
 Each turn is a process of its own, one after the other, on as many threads as asked. Medians and quartiles. With
 --preset folders with random weights are packed first, which takes some minutes for the large ones; --keep says where.
-llama.cpp gets the same shape, and as many tokens of prompt and text (benchmarks/peers/llama_library.py finds it).
+llama.cpp gets the same shape, and as many tokens of prompt and text. It needs the package gguf, and libraries that
+benchmarks/peers/llama_library.py finds.
 """
 
 from __future__ import annotations
@@ -62,36 +63,41 @@ def python_turn(folder: Path, prompt: str, new_tokens: int) -> dict[str, Any]:
     }
 
 
-def packed(folder: Path, preset_name: str, bits: int, embedding_bits: int) -> None:
-    """A folder of a preset with random weights, rounded embeddings, and a tokenizer of the licence's words."""
+def shape_of(asked: argparse.Namespace) -> Any:
+    """The preset, with the vocabulary that was asked for."""
+    from bellbox.models import preset
+
+    return preset(asked.preset, **({} if asked.vocabulary is None else {"vocab_size": asked.vocabulary}))
+
+
+def packed(folder: Path, shape: Any, bits: int, embedding_bits: int) -> None:
+    """A folder of a shape with random weights, rounded embeddings, and a tokenizer of the licence's words."""
     import torch
 
     import bellbox as bb
     from bellbox.data.tokenizer import Tokenizer
-    from bellbox.models import build, preset
+    from bellbox.models import build
 
     words = Tokenizer.train([Path(__file__).parents[1].joinpath("LICENSE").read_text()], 600)
     words.save(folder.parent / "tokenizer.json")
     recipe = bb.Recipe.bbq(bits, embedding_bits=embedding_bits)
-    model = bb.prepare(build(preset(preset_name), seed=0), recipe).eval()
+    model = bb.prepare(build(shape, seed=0), recipe).eval()
     with torch.no_grad():
         model(torch.arange(64)[None])
     bb.save(bb.convert(model), folder, tokenizer=str(folder.parent / "tokenizer.json"))
 
 
-def peer_files(place: Path, preset_name: str, types: list[str]) -> dict[str, Path]:
+def peer_files(place: Path, name: str, shape: Any, types: list[str]) -> dict[str, Path]:
     """The same shape as GGUF files, quantized by llama.cpp."""
     sys.path.insert(0, str(PEERS))
     import llama_model
 
-    from bellbox.models import preset
-
-    found = {kind: place / f"{preset_name}-{kind}.gguf" for kind in types}
-    plain = place / f"{preset_name}-fp16.gguf"
+    found = {kind: place / f"{name}-{kind}.gguf" for kind in types}
+    plain = place / f"{name}-fp16.gguf"
     for kind, path in found.items():
         if not path.exists():
             if not plain.exists():
-                llama_model.write(plain, preset(preset_name))
+                llama_model.write(plain, shape)
             llama_model.quantize(plain, path, kind)
     return found
 
@@ -109,18 +115,21 @@ def contenders(asked: argparse.Namespace, place: Path, prompt: str) -> dict[str,
     """By name and size of the file."""
     folders: dict[str, Path] = {"": asked.folder}
     if asked.preset is not None:
+        shape = shape_of(asked)
+        name = f"{asked.preset}-{shape.vocab_size}"
         folders = {}
         for bits in asked.bits:
-            folder = place / f"{asked.preset}-{bits}-{asked.embedding_bits}"
-            if not folder.exists():
-                packed(folder, asked.preset, bits, asked.embedding_bits)
-            folders[f" {bits} bit{'s' if bits > 1 else ''}"] = folder
+            for rounded in asked.embedding_bits:
+                folder = place / f"{name}-{bits}-{rounded}"
+                if not folder.exists():
+                    packed(folder, shape, bits, rounded)
+                folders[f" {bits} bit{'s' if bits > 1 else ''}, embeddings of {rounded}"] = folder
     found: dict[str, Turn] = {}
     again = [sys.executable, __file__, "--python-turn", "--new-tokens", str(asked.new_tokens)]
     again += ["--prompt-words", str(asked.prompt_words)]
     for kind, folder in folders.items():
         size = sum(each.stat().st_size for each in folder.iterdir()) / 1e6
-        found[f"bellbox-run{kind}, {size:.2f} MB"] = functools.partial(
+        found[f"bellbox-run{kind}, {size:.1f} MB"] = functools.partial(
             native_run.bench,
             folder,
             prompt,
@@ -129,16 +138,18 @@ def contenders(asked: argparse.Namespace, place: Path, prompt: str) -> dict[str,
             threads=asked.threads,
             program=asked.program,
         )
-        found[f"Python{kind}"] = functools.partial(process, [*again, str(folder)], asked.threads)
+        if not asked.no_python:
+            found[f"Python{kind}"] = functools.partial(process, [*again, str(folder)], asked.threads)
     if asked.peers:
         from bellbox.data.tokenizer import Tokenizer
 
         length = len(Tokenizer.load(next(iter(folders.values()))).backend.encode(prompt).ids)
-        for kind, path in peer_files(place, asked.preset, asked.peers).items():
+        for kind, path in peer_files(place, name, shape, asked.peers).items():
             command = [sys.executable, str(PEERS / "llama_model.py"), str(path), "--prompt", str(length)]
+            command += ["--vocabulary", str(shape.vocab_size)]
             command += ["--new-tokens", str(asked.new_tokens), "--threads", str(asked.threads)]
-            name = f"llama.cpp {kind}, {path.stat().st_size / 1e6:.2f} MB"
-            found[name] = functools.partial(process, command, asked.threads)
+            peer = f"llama.cpp {kind}, {path.stat().st_size / 1e6:.1f} MB"
+            found[peer] = functools.partial(process, command, asked.threads)
     return found
 
 
@@ -149,13 +160,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--preset")
     parser.add_argument("--bits", type=int, nargs="+", default=[2])
-    parser.add_argument("--embedding-bits", type=int, default=8)
+    parser.add_argument("--embedding-bits", type=int, nargs="+", default=[8], choices=(4, 8))
+    parser.add_argument("--vocabulary", type=int, help="of a preset; its own where not given")
     parser.add_argument("--peers", nargs="*", default=[], help="llama.cpp's types, beside a preset")
     parser.add_argument("--program", type=Path, default=native_run.PROGRAM)
     parser.add_argument("--prompt-words", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-python", action="store_true", help="bellbox-run and the peers alone")
     parser.add_argument("--keep", type=Path, help="a folder for what --preset makes, taken again if there")
     parser.add_argument("--python-turn", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -183,7 +196,7 @@ def main() -> None:
                 low, middle, high = statistics.quantiles(
                     [each[field] for each in found], n=4, method="inclusive"
                 )
-                print(f"  {name:32} {middle:9.4g} ({low:.4g} to {high:.4g})")
+                print(f"  {name:42} {middle:9.4g} ({low:.4g} to {high:.4g})")
 
 
 if __name__ == "__main__":

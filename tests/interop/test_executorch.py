@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def test_what_the_kernels_do_not_run_is_one_line(tmp_path: Path) -> None:
     model = bb.prepare(any_size, bb.Recipe.bbq(2)).eval()
     bb.calibrate(model, [torch.rand(2, 3, 16, 16)])
     bb.save(bb.convert(model), tmp_path / "any")
+    for recipe, words in (
+        (
+            {"bits": 4, "block": 1, "weight_only": "float"},
+            "q_proj is or has a layer of low-bit weights alone",
+        ),
+        ({"bits": 2, "options": {"signs": True}}, "q_proj is or has random signs before its rotation"),
+    ):
+        folder = packed("tiny", recipe, tmp_path / "packed")
+        with pytest.raises(BellboxError, match=words):
+            export_executorch.main([str(folder), str(tmp_path / "out")])
+        shutil.rmtree(folder)
     with pytest.raises(BellboxError, match="images of one size"):
         export_executorch.main([str(tmp_path / "any"), str(tmp_path / "out")])
     with pytest.raises(BellboxError, match="a cache is of language models"):

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from bellbox.errors import BellboxError, require
 from bellbox.inference.fixed import forward_at
+from bellbox.nn.coded import CodedLayer
 from bellbox.nn.compact import CompactEmbedding
+from bellbox.nn.packed import PackedLayer
 from bellbox.nn.packed_conv import PackedConv
 from bellbox.nn.tools import replace_layer
 from bellbox.ops import int4_linear, int8_linear, packed_conv2d, packed_linear, rms_norm, table_rows
@@ -82,7 +84,7 @@ def export_executorch(model: nn.Module, path: Path, *, cache: bool = False) -> L
     exir: Any = require("executorch.exir", "executorch")
     _define_outputs()
     inputs, shapes = _example(model, cache)
-    _refuse_groups(model)
+    _refuse_layers(model)
     whole = _Continued(model) if cache else model
     try:
         with torch.no_grad(), warnings.catch_warnings(), _lowerable(model):
@@ -192,12 +194,18 @@ def _lowerable(model: nn.Module) -> Iterator[None]:
             replace_layer(model, other, module)
 
 
-def _refuse_groups(model: nn.Module) -> None:
+def _refuse_layers(model: nn.Module) -> None:
+    """What would be lowered, and then run nowhere."""
     for name, module in model.named_modules():
-        if isinstance(module, PackedConv) and module.geometry.groups > 1:
-            raise BellboxError(
-                f"{name}: a convolution of {module.geometry.groups} groups, which native/executorch has no kernel for"
-            )
+        lacking = None
+        if isinstance(module, CodedLayer) and not isinstance(module, PackedLayer):
+            lacking = "a layer of low-bit weights alone (weight_only)"
+        elif isinstance(module, PackedLayer) and module.act_signs is not None:
+            lacking = "random signs before its rotation"
+        elif isinstance(module, PackedConv) and module.geometry.groups > 1:
+            lacking = f"a convolution of {module.geometry.groups} groups"
+        if lacking is not None:
+            raise BellboxError(f"{name} is or has {lacking}, which native/executorch has no kernel for")
 
 
 @cache
