@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import functools
 import http.server
-import json
-import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,13 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import native_run
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from chromium import BROWSER, Chromium  # noqa: E402  (of the tests)
 
 PROMPT = "Once upon a time"
-RUN = ROOT / "build" / "runtime" / "bellbox-run"
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -64,25 +62,6 @@ def in_browser(browser: Chromium, tokens: int, seed: int) -> dict[str, float]:
     return {"decode": float(browser.value("document.getElementById('figures').dataset.rate")), **numbers}
 
 
-def natively(folder: Path, tokens: int, seed: int, kernels: str) -> float:
-    """Tokens a second of bellbox-run's decoding."""
-    command = [
-        RUN,
-        folder,
-        "--prompt",
-        PROMPT,
-        "--max-new-tokens",
-        str(tokens),
-        "--seed",
-        str(seed),
-        "--bench",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "BELLBOX_ISA": kernels}
-    )
-    return float(json.loads(done.stdout)["decode_tokens_per_second"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -110,14 +89,15 @@ def main() -> None:
 
 
 def compare(asked: argparse.Namespace, browse: Callable[[int, int], dict[str, float]], kernels: str) -> None:
-    native = ("portable", "") if RUN.is_file() else ()
+    native = ("portable", "") if native_run.PROGRAM.is_file() else ()
     texts: list[dict[str, float]] = []
     rates: dict[str, list[float]] = {each: [] for each in native}
     browse(asked.tokens, 0)  # the compiler of the browser has seen it all
     for seed in range(asked.rounds):
         texts.append(browse(asked.tokens, seed))
         for each in native:
-            rates[each].append(natively(asked.folder, asked.tokens, seed, each))
+            run = native_run.bench(asked.folder, PROMPT, asked.tokens, seed=seed, kernels=each)
+            rates[each].append(float(run["decode_tokens_per_second"]))
 
     def row(name: str, values: list[float], unit: str) -> float:
         middle = statistics.median(values)

@@ -1,4 +1,4 @@
-"""llama.cpp's products, through the shared libraries that llama-cpp-python was built with.
+"""llama.cpp's products, through the shared libraries of a build for one processor (llama-cpp-python compiles one).
 
 Weights go where llama.cpp would put them: into the repacked buffer where the CPU back end has one for the type, else
 into its plain one.
@@ -8,57 +8,47 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
-from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import torch
+from llama_library import Log, declare, load
 from torch import Tensor
 
 TYPES = {"Q4_0": 2, "Q4_K": 12, "Q2_K": 10, "TQ2_0": 35}
 FP32 = 0
 
-_folder = Path(llama_cpp.__file__).parent / "lib"
-_base = ctypes.CDLL(str(_folder / "libggml-base.so"))
-_cpu = ctypes.CDLL(str(_folder / "libggml-cpu.so"))
+_base = load("ggml-base")
+_cpu = load("ggml-cpu")
 
 
 class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
 
-def _declare(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
-    function = getattr(library, name)
-    function.restype, function.argtypes = result, arguments
-    return function
-
-
-_init = _declare(_base, "ggml_init", c_void_p, _InitParams)
-_tensor = _declare(_base, "ggml_new_tensor_2d", c_void_p, c_void_p, c_int, c_int64, c_int64)
-_mul_mat = _declare(_base, "ggml_mul_mat", c_void_p, c_void_p, c_void_p, c_void_p)
-_graph = _declare(_base, "ggml_new_graph", c_void_p, c_void_p)
-_expand = _declare(_base, "ggml_build_forward_expand", None, c_void_p, c_void_p)
-_row_size = _declare(_base, "ggml_row_size", c_size_t, c_int, c_int64)
-_quantize = _declare(
+_init = declare(_base, "ggml_init", c_void_p, _InitParams)
+_tensor = declare(_base, "ggml_new_tensor_2d", c_void_p, c_void_p, c_int, c_int64, c_int64)
+_mul_mat = declare(_base, "ggml_mul_mat", c_void_p, c_void_p, c_void_p, c_void_p)
+_graph = declare(_base, "ggml_new_graph", c_void_p, c_void_p)
+_expand = declare(_base, "ggml_build_forward_expand", None, c_void_p, c_void_p)
+_row_size = declare(_base, "ggml_row_size", c_size_t, c_int, c_int64)
+_quantize = declare(
     _base, "ggml_quantize_chunk", c_size_t, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p
 )
-_alloc = _declare(_base, "ggml_backend_alloc_ctx_tensors_from_buft", c_void_p, c_void_p, c_void_p)
-_set = _declare(_base, "ggml_backend_tensor_set", None, c_void_p, c_void_p, c_size_t, c_size_t)
-_get = _declare(_base, "ggml_backend_tensor_get", None, c_void_p, c_void_p, c_size_t, c_size_t)
-_compute = _declare(_base, "ggml_backend_graph_compute", c_int, c_void_p, c_void_p)
-_device = _declare(_base, "ggml_backend_reg_dev_get", c_void_p, c_void_p, c_size_t)
-_address = _declare(_base, "ggml_backend_reg_get_proc_address", c_void_p, c_void_p, c_char_p)
-_supports = _declare(_base, "ggml_backend_dev_supports_op", c_bool, c_void_p, c_void_p)
-_default = _declare(_base, "ggml_backend_get_default_buffer_type", c_void_p, c_void_p)
-_backend_init = _declare(_cpu, "ggml_backend_cpu_init", c_void_p)
-_reg = _declare(_cpu, "ggml_backend_cpu_reg", c_void_p)
-_threads = _declare(_cpu, "ggml_backend_cpu_set_n_threads", None, c_void_p, c_int)
+_alloc = declare(_base, "ggml_backend_alloc_ctx_tensors_from_buft", c_void_p, c_void_p, c_void_p)
+_set = declare(_base, "ggml_backend_tensor_set", None, c_void_p, c_void_p, c_size_t, c_size_t)
+_get = declare(_base, "ggml_backend_tensor_get", None, c_void_p, c_void_p, c_size_t, c_size_t)
+_compute = declare(_base, "ggml_backend_graph_compute", c_int, c_void_p, c_void_p)
+_device = declare(_base, "ggml_backend_reg_dev_get", c_void_p, c_void_p, c_size_t)
+_address = declare(_base, "ggml_backend_reg_get_proc_address", c_void_p, c_void_p, c_char_p)
+_supports = declare(_base, "ggml_backend_dev_supports_op", c_bool, c_void_p, c_void_p)
+_default = declare(_base, "ggml_backend_get_default_buffer_type", c_void_p, c_void_p)
+_backend_init = declare(_cpu, "ggml_backend_cpu_init", c_void_p)
+_reg = declare(_cpu, "ggml_backend_cpu_reg", c_void_p)
+_threads = declare(_cpu, "ggml_backend_cpu_set_n_threads", None, c_void_p, c_int)
 
-
-_Log = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
-_silent = _Log(lambda *_: None)
-_declare(_base, "ggml_log_set", None, _Log, c_void_p)(_silent, None)
+_silent = Log(lambda *_: None)
+declare(_base, "ggml_log_set", None, Log, c_void_p)(_silent, None)
 
 
 def _context() -> int:

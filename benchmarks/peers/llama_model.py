@@ -1,20 +1,30 @@
-"""A LLaMA of random weights in llama.cpp: written as GGUF, quantized by llama.cpp, run through its C interface."""
+"""A LLaMA of random weights in llama.cpp: written as GGUF, quantized by llama.cpp, run through its C interface.
+
+python benchmarks/peers/llama_model.py 95M-Q4_0.gguf --prompt 256 --new-tokens 100      # its times, as JSON
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
+import resource
+import time
+from functools import cache
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import torch
+from llama_library import Llama
 
 from bellbox.models import LlamaConfig
 
-_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-_silent = _Log(lambda *_: None)
-llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+
+@cache
+def llama() -> Llama:
+    """Loaded where it is first asked for."""
+    return Llama()
 
 
 def write(path: Path, config: LlamaConfig) -> None:
@@ -62,46 +72,79 @@ def write(path: Path, config: LlamaConfig) -> None:
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
-    """As `llama-quantize` does it: the head of Q2_K in Q6_K, and so on; rows that do not fit get another type."""
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    parameters.nthread = 2
-    status = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(target).encode(), ctypes.byref(parameters)
-    )
-    if status:
-        raise RuntimeError(f"llama_model_quantize returned {status}")
+    """`kind` as `llama-quantize` names it, such as Q2_K."""
+    llama().quantize(source, target, gguf.LlamaFileType[f"MOSTLY_{kind}"])
 
 
 class Decoding:
     """The model with a prompt in its cache, so that steps can be repeated from the same place."""
 
-    def __init__(self, path: Path, vocabulary: int, prompt: int) -> None:
-        settings = llama_cpp.llama_model_default_params()
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
-        context = llama_cpp.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = prompt + 8, prompt, prompt
-        context.n_threads = context.n_threads_batch = torch.get_num_threads()
-        self._context = llama_cpp.llama_init_from_model(self._model, context)
+    def __init__(self, path: Path, vocabulary: int, prompt: int, more: int = 8) -> None:
+        library = llama()
+        self._model = library.load(str(path).encode(), library.model_params())
+        settings = library.context_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = prompt + more, prompt, prompt
+        self._context = library.context(self._model, settings)
         if not self._context:
             raise RuntimeError("llama.cpp made no context")
-        self._memory = llama_cpp.llama_get_memory(self._context)
+        library.set_threads(self._context, torch.get_num_threads(), torch.get_num_threads())
+        self._memory = library.memory(self._context)
+        self._vocabulary = vocabulary
         self._length = prompt
-        self._tokens = (llama_cpp.llama_token * prompt)(
-            *np.random.default_rng(0).integers(0, vocabulary, prompt)
-        )
+        self._tokens = (ctypes.c_int32 * prompt)(*np.random.default_rng(0).integers(0, vocabulary, prompt))
         self.prefill(0)
 
     def prefill(self, _turn: int) -> None:
-        llama_cpp.llama_memory_clear(self._memory, True)
+        llama().clear(self._memory, True)
         self._run(self._tokens, self._length)
 
     def decode(self, _turn: int) -> None:
-        llama_cpp.llama_memory_seq_rm(self._memory, 0, self._length, -1)
+        llama().remove(self._memory, 0, self._length, -1)
         self._run(self._tokens, 1)
 
+    def greedy(self, count: int) -> None:
+        """The prompt's continuation by `count` tokens, each the likeliest."""
+        for _ in range(count):
+            logits = np.ctypeslib.as_array(llama().logits(self._context, -1), (self._vocabulary,))
+            self._run((ctypes.c_int32 * 1)(int(logits.argmax())), 1)
+
     def _run(self, tokens: ctypes.Array, count: int) -> None:
-        status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(tokens, count))
-        llama_cpp.llama_synchronize(self._context)
+        status = llama().decode(self._context, llama().batch(tokens, count))
+        llama().synchronize(self._context)
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--prompt", type=int, default=256, help="tokens")
+    parser.add_argument("--new-tokens", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    llama()
+    begun = time.perf_counter()
+    model = Decoding(asked.file, asked.vocabulary, asked.prompt, asked.new_tokens + 8)
+    first = time.perf_counter()
+    model.prefill(0)
+    read = time.perf_counter()
+    model.greedy(asked.new_tokens)
+    ended = time.perf_counter()
+    print(
+        json.dumps(
+            {
+                "first_token_seconds": first - begun,
+                "prefill_tokens_per_second": asked.prompt / (read - first),
+                "decode_tokens_per_second": asked.new_tokens / (ended - read),
+                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

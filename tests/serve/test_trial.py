@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from serving import Server, get
 
+import bellbox as bb
+from bellbox.data.tokenizer import Tokenizer
 from bellbox.formats.auto import open_model
 from bellbox.inference.generation import generate_text
+from bellbox.models import build, preset
 from bellbox.serve.trial import is_built
 from chromium import Chromium
 
@@ -111,6 +116,54 @@ def test_damaged_folders_are_refused_and_whole_ones_are_opened(
     browser.value("document.getElementById('halt').click()")
     ended("Stopped after|tokens are written", browser)
     assert browser.value("document.images.length") == 0
+
+
+@needs_build
+def test_what_is_no_model_of_text_is_one_line(
+    browser: Chromium, server: Server, folder: Path, tmp_path: Path
+) -> None:
+    opened(browser, f"{server.url}/try/")
+    mute = tmp_path / "mute"
+    shutil.copytree(folder, mute)
+    (mute / "tokenizer.json").unlink()
+    give(browser, "files", *sorted(mute.iterdir()))
+    ended("there is no tokenizer.json; give the whole folder", browser)
+
+    pictures = tmp_path / "pictures"
+    shutil.copytree(folder, pictures)
+    described = json.loads((pictures / "config.json").read_text(encoding="utf-8"))
+    described["quantization_config"]["model"]["architecture"] = "vit"
+    (pictures / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    give(browser, "folder", pictures)
+    ended("a vit names what is on a picture", browser)
+    assert "undefined" not in shown(browser, "card")
+
+
+@needs_build
+def test_once_it_is_there_it_needs_no_network(
+    browser: Chromium, server: Server, folder: Path, tmp_path: Path
+) -> None:
+    """A folder with embeddings of 4 bits, given and read without a server."""
+    small = tmp_path / "small"
+    words = Tokenizer.load(folder / "tokenizer.json")
+    shape = preset("tiny", vocab_size=words.vocab_size, max_position_embeddings=512, hidden_size=64)
+    model = bb.prepare(build(shape, seed=2), bb.Recipe.bbq(1, embedding_bits=4)).eval()
+    bb.calibrate(model, [torch.arange(64).view(4, 16)])
+    bb.save(bb.convert(model), small)
+    words.save(small / "tokenizer.json")
+    opened(browser, f"{server.url}/try/")
+    away = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.call("Network.enable")
+    browser.call("Network.emulateNetworkConditions", offline=True, **away)
+    try:
+        give(browser, "folder", small)
+        ended("small is open", browser)
+        assert "4 bits in groups of 64" in shown(browser, "facts")
+        filled(browser, prompt=PROMPT, tokens=40, temperature=0.0)
+        ended("tokens are written", browser)
+        assert shown(browser, "text") == expected(small, 40, temperature=0.0)
+    finally:
+        browser.call("Network.emulateNetworkConditions", offline=False, **away)
 
 
 @needs_build

@@ -1,10 +1,10 @@
-"""Write a packed language model as a program of ExecuTorch, PyTorch's own runtime for devices.
+"""Write a packed model as a program of ExecuTorch, PyTorch's own runtime for devices.
 
 bellbox export executorch small-packed small-executorch
 bellbox export executorch small-packed small-executorch --kernels build/executorch/libbellbox_executorch.so
 
-The folder gets model.pte and tokenizer.json. Whatever runs it needs the kernels of native/executorch (make executorch);
-with --kernels the program is run here, beside the packed model.
+The folder gets model.pte and, of a language model, tokenizer.json. Whatever runs it needs the kernels of
+native/executorch (make executorch); with --kernels the program is run here, beside the packed model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from torch import Tensor
 
 from bellbox.cli.output import parse_flags, refuse_file_name
 from bellbox.convert import convert
@@ -28,19 +29,21 @@ require("tyro", "cli")
 import tyro  # noqa: E402  (named before, so that its absence is one line; this file is imported by its command only)
 
 FILE = "model.pte"
-_SEQUENCES, _TOKENS = 8, 64
+_SAMPLES, _TOKENS = 8, 64
 
 
 @dataclass(frozen=True)
 class ExportExecutorch:
-    """Write a packed language model as a program of ExecuTorch."""
+    """Write a packed model as a program of ExecuTorch."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run folder of a low-bit LLaMA or GPT, or a packed folder."""
+    """A run of a low-bit model, or a packed folder: LLaMA, GPT, ResNet or ViT."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder to make; an earlier export there is replaced."""
     kernels: Path | None = None
     """The library of native/executorch: run the program with it and compare its logits with the packed model's."""
+    cache: bool = False
+    """Of a language model: the program keeps keys and values; it takes new tokens and the place of the first one."""
     checkpoint: str = "last"
     """Of a run: last, best, or a step."""
     embeddings: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
@@ -64,21 +67,18 @@ def main(argv: list[str]) -> None:
     rounded = None if command.embeddings == "fp32" else command.embeddings
     is_run = (Path(command.model) / "config.yaml").is_file()
     opened = open_model(command.model, command.checkpoint, None if is_run else rounded)
-    if opened.kind not in ("run", "packed") or opened.is_vision:
-        raise BellboxError(
-            f"{opened.path}: export executorch takes a run or a packed folder of a LLaMA or GPT"
-        )
+    if opened.kind not in ("run", "packed"):
+        raise BellboxError(f"{opened.path}: export executorch takes a run or a packed folder")
     model: Any = opened.model if opened.kind == "packed" else convert(opened.model, command.embeddings)
     found = None
     with new_folder(command.out, FILE) as folder:
-        lowered = export_executorch(model, folder / FILE)
-        if opened.tokenizer is not None:
+        lowered = export_executorch(model, folder / FILE, cache=command.cache)
+        if not opened.is_vision and opened.tokenizer is not None:
             opened.load_tokenizer().backend.save(os.fspath(folder / "tokenizer.json"))
         if command.kernels is not None:
-            length = min(_TOKENS, model.config.max_position_embeddings)
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(model.config.vocab_size, (_SEQUENCES, 1, length), generator=generator)
-            found = agreement(model, folder / FILE, lowered.operators, command.kernels, ids)
+            samples = _samples(model.config, opened.is_vision)
+            kernels = command.kernels
+            found = agreement(model, folder / FILE, lowered.operators, kernels, samples, cache=command.cache)
     ours = ", ".join(name for name in lowered.operators if name.startswith("bellbox::"))
     print(
         f"{opened.description}\nwritten to {command.out / FILE}, {lowered.bytes:,} bytes\n"
@@ -88,11 +88,26 @@ def main(argv: list[str]) -> None:
     if found is None:
         print("not run: give --kernels (make executorch) to compare it with the packed model")
         return
+    kind = "random images" if opened.is_vision else "sequences of random tokens"
+    choice = (
+        "the likeliest class is the same for" if opened.is_vision else "the likeliest token is the same at"
+    )
     print(
-        f"ExecuTorch's runtime against the packed model, {found.sequences} sequences of random tokens:\n"
+        f"ExecuTorch's runtime against the packed model, {found.samples} {kind}:\n"
         f"  {found.near} of them within 1e-5 of the largest logit (at most {found.difference:.2g})\n"
-        f"  the likeliest token is the same at {found.same_token:.2%} of positions"
+        f"  {choice} {found.same_choice:.2%} of {'them' if opened.is_vision else 'positions'}"
     )
     if not found.holds:
         print(f"bellbox: {command.out} is not the packed model: do not use it", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _samples(config: Any, is_vision: bool) -> Tensor:
+    """Random inputs of a program, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    if is_vision:
+        from bellbox.interop.executorch import image_shape
+
+        return torch.rand(_SAMPLES, *image_shape(config), generator=generator)
+    length = min(_TOKENS, config.max_position_embeddings)
+    return torch.randint(config.vocab_size, (_SAMPLES, 1, length), generator=generator)

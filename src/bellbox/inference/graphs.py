@@ -1,20 +1,19 @@
 """The decode step with fixed shapes, recorded once as a CUDA graph and replayed: not tried on a GPU yet.
 
 At one token a step a GPU waits for Python. A graph has no Python, but it replays the same addresses and shapes. So
-token and position lie in tensors that are written before each replay, and attention reads the whole cache behind a
-mask. The step itself (`StaticSteps`) runs anywhere; recording it (`GraphSteps`) takes CUDA. `generate` takes this way
-when asked (`fixed_shapes`), not by itself before somebody has seen it run; benchmarks/gpu does.
+token and position lie in tensors that are written before each replay (`fixed.py`). The step itself (`StaticSteps`) runs
+anywhere; recording it (`GraphSteps`) takes CUDA. `generate` takes this way when asked (`fixed_shapes`), not by itself
+before somebody has seen it run; benchmarks/gpu does.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bellbox.errors import BellboxError
+from bellbox.inference.fixed import forward_at
 from bellbox.models import KVCache, Llama
-from bellbox.models.llama import LlamaBlock
 
 
 class StaticSteps:
@@ -39,7 +38,6 @@ class StaticSteps:
         device = cache.keys[0].device
         self._token = torch.zeros((cache.batch, 1), dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._places = torch.arange(cache.max_length, device=device)
 
     def _forget_what_follows(self) -> None:
         """Attention multiplies what the mask hides by zero, and a NaN left there would stay one."""
@@ -73,41 +71,8 @@ class StaticSteps:
         return self._forward()
 
     def _forward(self) -> Tensor:
-        model = self._model
-        rotary = model.model.rotary_emb
-        cos, sin = (table.index_select(0, self._position) for table in (rotary.cos, rotary.sin))
-        seen = (self._places <= self._position).view(1, 1, 1, -1)
-        x = model.model.embed_tokens(self._token)
-        for layer, block in enumerate(model.model.layers):
-            assert isinstance(block, LlamaBlock)
-            x = x + self._attention(block, layer, block.input_layernorm(x), (cos, sin), seen)
-            x = x + block.mlp(block.post_attention_layernorm(x), False)
-        return model.lm_head(model.model.norm(x))
-
-    def _attention(
-        self, block: LlamaBlock, layer: int, x: Tensor, rotary: tuple[Tensor, Tensor], seen: Tensor
-    ) -> Tensor:
-        attention = block.self_attn
-        heads = (len(x), 1, -1, attention.head_dim)
-        query, key, value = (
-            projection(x).view(heads).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.index_copy_(2, self._position, _rotated(key, *rotary).to(keys.dtype))
-        values.index_copy_(2, self._position, value.to(values.dtype))
-        query, groups = _rotated(query, *rotary), query.shape[1] // keys.shape[1]
-        if groups > 1:
-            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        mixed = F.scaled_dot_product_attention(
-            query, keys.to(query.dtype), values.to(query.dtype), attn_mask=seen
-        )
-        return attention.o_proj(mixed.transpose(1, 2).flatten(2))
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        cache = self._cache
+        return forward_at(self._model, self._token, self._position, cache.keys, cache.values)
 
 
 class GraphSteps(StaticSteps):

@@ -1,7 +1,8 @@
-"""Packed language models as programs of ExecuTorch, which is PyTorch's own way onto devices.
+"""Packed models as programs of ExecuTorch, which is PyTorch's own way onto devices.
 
-The program has standard operators and four of Bellbox's (`native/executorch` has their kernels). So packed layers, RMS
-norms and rounded heads keep their bits; attention, rotary positions and activations are ExecuTorch's own.
+The program has standard operators and six of Bellbox's (`native/executorch` has their kernels). So packed layers, RMS
+norms, rounded embeddings and heads keep their bits; attention, rotary positions, activations and what is in full
+precision are ExecuTorch's own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,10 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from bellbox.errors import BellboxError, require
-from bellbox.ops import int4_linear, int8_linear, packed_linear, rms_norm
+from bellbox.inference.fixed import forward_at
+from bellbox.nn.coded import CodedLayer
+from bellbox.nn.compact import CompactEmbedding
+from bellbox.nn.packed import PackedLayer
+from bellbox.nn.packed_conv import PackedConv
+from bellbox.nn.tools import replace_layer
+from bellbox.ops import int4_linear, int8_linear, packed_conv2d, packed_linear, rms_norm, table_rows
 from bellbox.utils.files import new_file, one_line
 
-_OPERATIONS = (packed_linear.operation, rms_norm.operation, int8_linear.operation, int4_linear.operation)
+_OPERATIONS = tuple(
+    each.operation for each in (packed_linear, packed_conv2d, table_rows, rms_norm, int8_linear, int4_linear)
+)
 _NEAR = 1e-5
 """Relative to the largest logit: what other sums make of it, where no code moved."""
 
@@ -41,39 +51,45 @@ class Lowered:
 class Agreement:
     """ExecuTorch's runtime against the packed model."""
 
-    sequences: int
+    samples: int
+    """Sequences, or images."""
     near: int
-    """Sequences all of whose logits are within 1e-5 of the largest."""
+    """Samples all of whose logits are within 1e-5 of the largest."""
     difference: float
     """The largest one of those, relative."""
-    same_token: float
-    """Share of positions whose likeliest token is the same, of all sequences."""
+    same_choice: float
+    """Share of positions whose likeliest token is the same, or of images whose likeliest class is."""
 
     @property
     def holds(self) -> bool:
         """Whether it is the same function but for codes that lie on a threshold."""
-        return 2 * self.near >= self.sequences
+        return 2 * self.near >= self.samples
 
 
-def export_executorch(model: nn.Module, path: Path) -> Lowered:
-    """Write a packed LLaMA or GPT as a program: tokens `[1, length]` int64 to logits `[1, length, vocabulary]` fp32.
+def export_executorch(model: nn.Module, path: Path, *, cache: bool = False) -> Lowered:
+    """Write a packed model as a program.
+
+    A LLaMA or GPT takes tokens `[1, length]` int64 and gives logits `[1, length, vocabulary]` fp32; a ResNet or ViT
+    takes an image `[1, channels, size, size]` fp32 in [0, 1] and gives logits `[1, labels]`.
 
     Args:
-        model: packed, with `config.max_position_embeddings`.
+        model: packed, with a `config` of a kind of `bellbox.models`.
         path: of the `.pte` file.
+        cache: of a language model, keep keys and values in the program's own memory. It then takes a second input, the
+            place of the first of these tokens in the text, int64 `[1]`; a text begins at 0.
 
     Raises:
         BellboxError: ExecuTorch is not installed, or the model has what the kernels do not run.
     """
     exir: Any = require("executorch.exir", "executorch")
     _define_outputs()
-    config: Any = model.config
-    longest = torch.export.Dim("length", min=2, max=config.max_position_embeddings)
-    example = torch.zeros(1, min(8, config.max_position_embeddings), dtype=torch.int64)
+    inputs, shapes = _example(model, cache)
+    _refuse_layers(model)
+    whole = _Continued(model) if cache else model
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _lowerable(model):
             warnings.simplefilter("ignore")
-            program = torch.export.export(model.eval(), (example,), dynamic_shapes=({1: longest},))
+            program = torch.export.export(whole.eval(), inputs, dynamic_shapes=shapes)
             _refuse_others(program)
             # Operations of our own are not in the list of those that its verifier knows.
             edge = exir.to_edge(program, compile_config=exir.EdgeCompileConfig(_check_ir_validity=False))
@@ -90,6 +106,106 @@ def export_executorch(model: nn.Module, path: Path) -> Lowered:
     plan = made.executorch_program.execution_plan[0]
     names = (f"{each.name}.{each.overload}" if each.overload else each.name for each in plan.operators)
     return Lowered(len(made.buffer), tuple(sorted(names)))
+
+
+def image_shape(config: Any) -> tuple[int, int, int, int]:
+    """`[1, channels, size, size]` of a vision model's images.
+
+    Raises:
+        BellboxError: it takes images of any size, and a program has one.
+    """
+    size = getattr(config, "image_size", None)
+    if not size:
+        raise BellboxError("a program takes images of one size, and the model's config.json names none")
+    return 1, config.num_channels, size, size
+
+
+def _example(model: nn.Module, cache: bool) -> tuple[tuple[Tensor, ...], Any]:
+    """Inputs, and which of their sizes may be others."""
+    config: Any = model.config
+    if not hasattr(config, "max_position_embeddings"):
+        if cache:
+            raise BellboxError("a cache is of language models, and this one takes images")
+        return (torch.zeros(image_shape(config)),), None
+    longest = torch.export.Dim("length", min=1 if cache else 2, max=config.max_position_embeddings)
+    ids = torch.zeros(1, min(8, config.max_position_embeddings), dtype=torch.int64)
+    if cache:
+        return (ids, torch.zeros(1, dtype=torch.int64)), ({1: longest}, None)
+    return (ids,), ({1: longest},)
+
+
+class _Continued(nn.Module):
+    """A language model and the keys and values of its whole context."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, config = model, model.config
+        shape = 1, config.key_value_heads, config.max_position_embeddings, config.head_size
+        self._blocks: int = config.num_hidden_layers
+        for block in range(self._blocks):
+            self.register_buffer(f"keys_{block}", torch.zeros(shape))
+            self.register_buffer(f"values_{block}", torch.zeros(shape))
+
+    def forward(self, input_ids: Tensor, first: Tensor) -> Tensor:
+        places = first + torch.arange(input_ids.shape[1])
+        keys, values = (
+            [getattr(self, f"{kind}_{block}") for block in range(self._blocks)] for kind in ("keys", "values")
+        )
+        return forward_at(self.model, input_ids, places, keys, values)
+
+
+class _Rows(nn.Module):
+    """A rounded embedding whose rows one operation of ours reads, where tracing would show torch's own operations."""
+
+    def __init__(self, table: CompactEmbedding) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return table_rows.operation.call(ids, *self.table.codes())
+
+
+class _InOrder(nn.Module):
+    """A batch norm of an image that lies channel by channel, the one order that ExecuTorch's takes."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.contiguous())
+
+
+@contextmanager
+def _lowerable(model: nn.Module) -> Iterator[None]:
+    """While it lasts, rounded embeddings are `_Rows` and batch norms `_InOrder`."""
+    swapped: list[tuple[nn.Module, nn.Module]] = []
+    for module in list(model.modules()):
+        if isinstance(module, CompactEmbedding) and module.coding is not None:
+            swapped.append((module, _Rows(module)))
+        elif isinstance(module, nn.BatchNorm2d):
+            swapped.append((module, _InOrder(module)))
+    for module, other in swapped:
+        replace_layer(model, module, other)
+    try:
+        yield
+    finally:
+        for module, other in swapped:
+            replace_layer(model, other, module)
+
+
+def _refuse_layers(model: nn.Module) -> None:
+    """What would be lowered, and then run nowhere."""
+    for name, module in model.named_modules():
+        lacking = None
+        if isinstance(module, CodedLayer) and not isinstance(module, PackedLayer):
+            lacking = "a layer of low-bit weights alone (weight_only)"
+        elif isinstance(module, PackedLayer) and module.act_signs is not None:
+            lacking = "random signs before its rotation"
+        elif isinstance(module, PackedConv) and module.geometry.groups > 1:
+            lacking = f"a convolution of {module.geometry.groups} groups"
+        if lacking is not None:
+            raise BellboxError(f"{name} is or has {lacking}, which native/executorch has no kernel for")
 
 
 @cache
@@ -112,7 +228,13 @@ def _refuse_others(program: Any) -> None:
 
 
 def agreement(
-    model: nn.Module, path: Path, operators: Iterable[str], kernels: Path, sequences: Iterable[Tensor]
+    model: nn.Module,
+    path: Path,
+    operators: Iterable[str],
+    kernels: Path,
+    samples: Iterable[Tensor],
+    *,
+    cache: bool = False,
 ) -> Agreement:
     """Run a program in ExecuTorch's runtime beside the model.
 
@@ -121,7 +243,8 @@ def agreement(
         path: the program.
         operators: that it needs (`Lowered.operators`).
         kernels: the library of `native/executorch`, which this process loads and keeps.
-        sequences: int64 `[1, length]` each.
+        samples: int64 `[1, length]` each, or fp32 images `[1, channels, size, size]`.
+        cache: whether the program has one. Half of a sequence is then given at once, the rest token by token.
 
     Raises:
         BellboxError: ExecuTorch is not installed, its runtime lacks an operator, or the kernels cannot be loaded.
@@ -140,15 +263,30 @@ def agreement(
     method = runtime.load_program(path).load_method("forward")
     count = near = same = positions = 0
     largest = 0.0
-    for ids in sequences:
+    for sample in samples:
         with torch.no_grad():
-            expected: Tensor = model(ids)
-        found: Tensor = method.execute([ids])[0]
+            expected: Tensor = model(sample)
+        found = _continued(method, sample) if cache else method.execute([sample])[0]
         difference = float((found - expected).abs().max() / expected.abs().max())
+        chosen = expected.argmax(-1)
         count += 1
-        same += int((found.argmax(-1) == expected.argmax(-1)).sum())
-        positions += ids.numel()
+        same += int((found.argmax(-1) == chosen).sum())
+        positions += chosen.numel()
         if difference <= _NEAR:
             near += 1
             largest = max(largest, difference)
     return Agreement(count, near, largest, same / max(positions, 1))
+
+
+def _continued(method: Any, ids: Tensor) -> Tensor:
+    """Logits `[1, length, vocabulary]`, the first half of the tokens at once."""
+    half = max(ids.shape[1] // 2, 1)
+    parts = [ids[:, :half], *ids[:, half:].split(1, 1)]
+    places = [0, *range(half, ids.shape[1])]
+    return torch.cat(
+        [
+            method.execute([part.contiguous(), torch.tensor([place])])[0].clone()
+            for part, place in zip(parts, places, strict=True)
+        ],
+        1,
+    )

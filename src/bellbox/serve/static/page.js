@@ -1,6 +1,7 @@
 // The page: a folder in, text out. The model runs in worker.js.
 
 const FILES = ["config.json", "model.safetensors", "tokenizer.json"];
+const IMAGES = ["resnet", "vit"]; // architectures that the library runs and this page does not
 const MOST = 2 ** 30; // bytes of a folder: a browser's library has 2 GB in all
 const at = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
@@ -120,14 +121,16 @@ function hand(name, files) {
   const sum = files.reduce((all, file) => all + file.bytes.byteLength, 0);
   const described = files.find((file) => file.name === "config.json");
   if (!described) throw new Error("there is no config.json; give the folder of a packed model (bellbox convert)");
-  if (!files.some((file) => file.name === "model.safetensors"))
-    throw new Error("there is no model.safetensors; give the whole folder");
+  for (const each of FILES)
+    if (!files.some((file) => file.name === each)) throw new Error(`there is no ${each}; give the whole folder, its tokenizer included`);
   let config = {};
   try {
     config = JSON.parse(new TextDecoder().decode(described.bytes));
   } catch {
     // The library says what is wrong with it.
   }
+  const kind = config.quantization_config?.model?.architecture;
+  if (IMAGES.includes(kind)) throw new Error(`a ${kind} names what is on a picture, and this page writes text; use bellbox-run --image`);
   pending = { name, config, bytes: sum };
   say("Checking the folder.");
   work("checking");
@@ -176,7 +179,9 @@ async function dropped(transfer) {
 
 // One file of the server's, with its progress: a part of `share`, after `before`.
 async function fetched(name, before, share) {
-  const response = await fetch(`model/${name}`, { cache: "no-cache" });
+  const response = await fetch(`model/${name}`, { cache: "no-cache" }).catch(() => {
+    throw new Error("the server does not answer; give a folder of your own, or load the page again");
+  });
   if (!response.ok) throw Object.assign(new Error(`the server answers ${response.status} for ${name}`), { status: response.status });
   const total = Number(response.headers.get("content-length")) || 0, parts = [];
   if (total > MOST) throw tooLarge(total);
@@ -194,16 +199,17 @@ async function fetched(name, before, share) {
 
 // The model that lies beside the page, where there is one.
 async function offered() {
+  const files = [];
   work("reading");
   say("Asking the server for its model.");
   try {
-    const files = [await fetched("config.json", 0, 0)];
+    files.push(await fetched("config.json", 0, 0));
     say("Reading the server's model.");
     files.push(await fetched("tokenizer.json", 0, 0.1), await fetched("model.safetensors", 0.1, 0.9));
     hand("the server's model", files);
   } catch (error) {
     work(null);
-    if (error.status === 404) say("The server has no packed model; give one of your own.");
+    if (error.status === 404 && files.length === 0) say("The server has no packed model; give one of your own.");
     else if (error.status === 401) say("The server's model needs a key; give a folder of your own.");
     else refuse(`Refused: ${error.message}.`);
   }
