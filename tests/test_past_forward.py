@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -80,6 +81,46 @@ def test_where_all_are_read_so_prepare_changes_nothing_and_convert_says_why(kind
         torch.testing.assert_close(model(x), before)
     with pytest.raises(bb.BellboxError, match="read never ran, and the model reads the weight past"):
         bb.convert(model)
+
+
+class TiedDecoder(nn.Module):
+    """Calls a layer and multiplies with its weight as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.middle = nn.Linear(64, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.middle(torch.relu(self.encode(x))), self.encode.weight.T)
+
+
+class Nicknamed(TiedDecoder):
+    """Likewise, by a name that no source shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.encode
+        return F.linear(self.middle(torch.relu(layer(x))), layer.weight.T)
+
+
+@pytest.mark.parametrize(("kind", "rotated"), [(TiedDecoder, True), (TiedDecoder, False), (Nicknamed, True)])
+def test_a_weight_that_is_read_besides_a_call_is_named_by_convert(kind: type[nn.Module], rotated: bool):
+    recipe = bb.Recipe.bbq(2, keep_ends=False, weights_rotated=rotated)
+    x = torch.randn(4, 64)
+    model = bb.prepare(kind(), recipe)
+    model(x).square().sum().backward()
+    with pytest.warns(UserWarning, match="encode: the model reads the weight for itself besides calling"):
+        bb.convert(model.eval())
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_a_weight_that_is_looked_at_from_outside_or_asked_for_its_dtype_is_not(rotated: bool):
+    recipe = bb.Recipe.bbq(2, keep_ends=False, weights_rotated=rotated)
+    model = bb.prepare(Functional(), recipe)
+    model(torch.randn(4, 32))
+    assert model.called.weight.norm() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bb.convert(model.eval())
 
 
 def test_an_expert_that_was_never_chosen_is_packed_all_the_same():

@@ -50,9 +50,10 @@ from bellbox.nn.huge_pages import gather_in_huge_pages
 from bellbox.nn.integer_product import coding_of
 from bellbox.nn.own_forward import forget_forwards_of
 from bellbox.nn.pretrained import have_plain_weights_saved, refuse_plain_saving, stop_saving_plain_weights
+from bellbox.nn.quantized import ROTATED
 from bellbox.nn.quantized_table import QuantizedTable, quantized_table
 from bellbox.nn.state import look_before_loading, look_no_more
-from bellbox.past_forward import WHY, read_past_forward, tables_read_past_forward
+from bellbox.past_forward import WHY, read_besides, read_past_forward, tables_read_past_forward
 from bellbox.quantizers import METHODS, Quantizer, build_quantizer
 from bellbox.recipe import INPUT_GROUPS, QuantizerSpec, Recipe, Rule
 from bellbox.structure import ends, widths
@@ -348,6 +349,7 @@ def convert(model: Model, embeddings: Precision = "fp32", nested: bool = True) -
         require_unrounded(model)
     memo: dict[int, Any] = _left_whole(layers)
     layers = {name: layer for name, layer in layers.items() if id(layer) not in memo}
+    _warn_of_weights_read_besides(model, layers)
     groups = _hinted_groups(layers)
     _give_scales_to_idle(layers)
     for name, layer in layers.items():
@@ -415,6 +417,27 @@ def _left_whole(layers: Mapping[str, QuantizedLayer]) -> dict[int, Any]:
         )
     warnings.warn(f"left in full precision: {some} ({WHY})", stacklevel=3)
     return {id(layers[name]): _plain_copy(layers[name]) for name in names}
+
+
+def _warn_of_weights_read_besides(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Say so where the model computes with a weight for itself too, as a decoder tied to its encoder does.
+
+    It trained with the full weight there, and the packed layer has only the one that its codes stand for.
+    """
+    shown = read_besides(model)
+    names = [
+        name
+        for name, layer in layers.items()
+        if layer.has_run and layer.read_in_forward and (ROTATED in layer._parameters or id(layer) in shown)
+    ]
+    if names:
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"{some}: the model reads the weight for itself besides calling the layer. It gets the weight that the "
+            "codes stand for now, so its outputs are not those of the trained model; a recipe with keep=(...) leaves "
+            "such layers in full precision",
+            stacklevel=3,
+        )
 
 
 def _is_set(layer: QuantizedLayer) -> bool:

@@ -14,6 +14,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -31,6 +32,19 @@ _SET_UP = ("__init__", "_init", "init_", "reset_parameters", "extra_repr")
 def read_past_forward(model: nn.Module) -> set[int]:
     """Ids of linear layers and convolutions that nn.MultiheadAttention, or a module's own code, reads so."""
     found = inside_attention(model)
+    for layers, read, used in _readings(model):
+        lines = {name for name, child in layers.items() if isinstance(child, nn.Conv1d)}
+        found.update(id(layers[name]) for name in ((read - used) | (read & lines)) & set(layers))
+    return found
+
+
+def read_besides(model: nn.Module) -> set[int]:
+    """Ids of layers that a module's own code calls and whose weight it reads too, as far as its source shows."""
+    return {id(layers[name]) for layers, read, used in _readings(model) for name in read & used & set(layers)}
+
+
+def _readings(model: nn.Module) -> Iterator[tuple[dict[str, nn.Module], frozenset[str], frozenset[str]]]:
+    """The layers of each module, and the attributes that its code reads the weight of, and uses otherwise."""
     for holder in model.modules():
         layers = {
             name: child
@@ -38,10 +52,7 @@ def read_past_forward(model: nn.Module) -> set[int]:
             if isinstance(child, nn.Linear | nn.Conv1d | nn.Conv2d) or is_transposed_linear(child)
         }
         if layers and not type(holder).__module__.startswith("torch.nn."):
-            read, used = _names_read(type(holder))
-            lines = {name for name, child in layers.items() if isinstance(child, nn.Conv1d)}
-            found.update(id(layers[name]) for name in ((read - used) | (read & lines)) & set(layers))
-    return found
+            yield layers, *_names_read(type(holder))
 
 
 def tables_read_past_forward(model: nn.Module) -> set[str]:

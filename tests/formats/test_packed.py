@@ -253,6 +253,44 @@ def test_into_a_prepared_or_packed_module(original):
         assert torch.equal(loaded(IDS), expected)
 
 
+class Tagged(nn.Linear):
+    """A layer of somebody's own class."""
+
+    def twice(self) -> int:
+        return 2 * self.out_features
+
+
+def test_what_hangs_on_a_layer_stays_there_when_it_is_read(tmp_path):
+    """Hooks, attributes, the class, and whoever holds the layer past the module's own dictionary."""
+
+    def network() -> nn.Sequential:
+        return nn.Sequential(Tagged(32, 16), nn.ReLU(), nn.Linear(16, 16), nn.Conv1d(16, 4, 1))
+
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        return model[3](model[:3](x)[..., None])
+
+    torch.manual_seed(0)
+    recipe, x = bb.Recipe.bbq(2, keep_ends=False), torch.randn(3, 32)
+    model = bb.prepare(network(), recipe)
+    run(model, x)
+    packed = bb.convert(model.eval())
+    bb.save(packed, tmp_path / "m")
+    prepared = bb.prepare(network(), recipe)
+    for target in (network(), prepared, copy.deepcopy(packed)):
+        held, ran = [target[0], target[3]], list[nn.Module]()
+        for layer in held:
+            layer.register_forward_hook(lambda layer, *_, ran=ran: ran.append(layer))
+            layer.tag = "mine"
+        loaded = bb.load(tmp_path / "m", into=target)
+        assert torch.equal(run(loaded, x), run(packed, x))
+        assert ran == held == [loaded[0], loaded[3]]
+        assert [layer.tag for layer in held] == ["mine", "mine"]
+        assert loaded[0].twice() == 32
+        assert isinstance(loaded[0], Tagged)
+        assert isinstance(loaded[0], PackedLinear)
+        assert torch.equal(run(copy.deepcopy(loaded), x), run(packed, x))
+
+
 def snapshot(module: nn.Module) -> tuple:
     state = module.state_dict(keep_vars=True)
     return [type(m) for m in module.modules()], {k: (id(v), v.detach().clone()) for k, v in state.items()}

@@ -240,6 +240,21 @@ def test_an_empty_batch_gives_an_empty_one(kernel_size: int) -> None:
     assert packed(empty).shape == (0, layer.out_channels, size, size)
 
 
+def test_an_image_may_come_without_a_batch() -> None:
+    layer = prepared(Recipe.bbq(), kernel_size=3)
+    images = some_images()
+    layer(images)
+    layer.eval()
+    packed = bb.convert(nn.Sequential(layer))
+    with torch.no_grad():
+        assert torch.equal(layer(images[0]), layer(images)[0])
+        assert torch.equal(packed(images[0]), packed(images)[0])
+        assert torch.equal(torch.func.vmap(packed)(images), packed(images))
+        beside = torch.randn(packed(images[0]).shape)
+        added = packed[0](images[0], beside, relu=True)  # type: ignore[operator]
+        assert torch.equal(added, (packed(images[0]) + beside).relu())
+
+
 @pytest.mark.parametrize(
     ("conv", "x", "message"),
     [
@@ -248,7 +263,7 @@ def test_an_empty_batch_gives_an_empty_one(kernel_size: int) -> None:
             None,
             "padding_mode 'reflect': only convolutions",
         ),
-        ({}, torch.zeros(16, 8, 8), r"has shape \(16, 8, 8\): \[batch, channels, height, width\] is needed"),
+        ({}, torch.zeros(16, 8), r"has shape \(16, 8\): \[batch, channels, height, width\] is needed"),
         ({}, torch.zeros(1, 8, 8, 8), "has 8 channels, 16 are needed"),
         (
             {},

@@ -153,13 +153,25 @@ def test_what_cannot_be_a_packed_line_is_left_and_named() -> None:
         assert any(re.search(part, str(each.message)) for each in heard), part
 
 
-@pytest.mark.parametrize("shape", [(16, 21), (3, 8, 21), (3, 16, 2), (1, 3, 16, 21)])
+@pytest.mark.parametrize("shape", [(21,), (8, 21), (3, 8, 21), (3, 16, 2), (1, 3, 16, 21)])
 def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     model = bb.prepare(line(kernel_size=3), RECIPES["bbq"])
     model(some_lines())
     for layer in (model, model.eval(), bb.convert(model)):
         with pytest.raises(BellboxError, match=r"needed|smaller"):
             layer(torch.randn(shape))
+
+
+def test_a_line_may_come_without_a_batch() -> None:
+    model = bb.prepare(line(kernel_size=3), RECIPES["bbq"])
+    model(some_lines())
+    model.eval()
+    whole, one = some_lines(), some_lines()[0]
+    with torch.no_grad():
+        for layer in (model, bb.convert(model)):
+            assert torch.equal(layer(one), layer(whole)[0])
+        model.train()
+        assert torch.equal(model(one), model(one[None])[0])
 
 
 class Causal(nn.Module):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -374,3 +375,15 @@ def test_evaluation_gives_fp32_with_gradients_and_without(dtype: torch.dtype) ->
     assert torch.equal(found.detach(), expected)
     found.sum().backward()
     assert grad_of(model.words.weight).dtype == dtype
+
+
+def test_a_table_that_gives_way_to_one_in_full_precision_is_named():
+    """As transformers makes one where it resizes an untied head."""
+    model = bb.prepare(Small(), bb.Recipe.bbq(2, embedding_bits=8))
+    model(IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bb.convert(copy.deepcopy(model).eval())
+        model.another = nn.Linear(64, 60)
+    with pytest.warns(UserWarning, match="to_logits: a table of 8 bits gives way to one in full precision"):
+        model.to_logits = nn.Linear(64, 60)

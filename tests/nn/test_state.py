@@ -163,6 +163,42 @@ def test_a_state_without_records_is_that_of_the_same_recipe(rotated: bool) -> No
     assert_equal(snapshot(target), snapshot(source))
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_model_without_memory_takes_the_tensors_of_a_state(rotated: bool) -> None:
+    """`load_state_dict(assign=True)`, as large models are opened: nothing of it may stay on the meta device."""
+    source = made(1, rotated).eval()
+    for inside in (False, True):
+        with torch.device("meta"):
+            empty = plain()
+            if inside:
+                bb.prepare(
+                    empty, Recipe.of("lsq", levels=4, block=8, weights_rotated=rotated, keep_ends=False)
+                )
+        if not inside:
+            bb.prepare(empty, Recipe.of("lsq", levels=4, block=8, weights_rotated=rotated, keep_ends=False))
+        empty.load_state_dict(snapshot(source), assign=True)
+        assert not any(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+        torch.testing.assert_close(empty.eval()(an_input()), source(an_input()))
+        empty.train()(an_input()).sum().backward()
+
+
+def test_a_weight_assigned_from_another_layer_is_tied_to_it() -> None:
+    model = bb.prepare(
+        nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)), Recipe.bbq(2, keep_ends=False)
+    )
+    first, last = model[0], model[2]
+    last.weight = first.weight
+    assert last.stored_weight is first.stored_weight
+    assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
+    model(an_input()).square().sum().backward()
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(bb.convert(model)(an_input()), model(an_input()))
+    other = bb.prepare(nn.Linear(32, 32), Recipe.bbq(2, keep_ends=False, block=8))
+    with pytest.raises(BellboxError, match="another shape or rotation; tie them before prepare"):
+        other.weight = first.weight
+
+
 def test_a_plain_model_does_not_take_a_rotated_weight_for_its_own() -> None:
     with pytest.raises(RuntimeError, match=r"0\.rotated_weight"):
         plain().load_state_dict(made().state_dict())

@@ -241,6 +241,11 @@ def test_the_gradient_of_an_output_factor_follows_the_codes(s2: float):
 def test_what_a_transform_cannot_do_is_said():
     with pytest.raises(BellboxError, match="no forward-mode derivative"):
         jvp(network("lsq"), (X,), (X,))
+    for model in (nn.Linear(64, 8), nn.Sequential(nn.Unflatten(-1, (16, 2, 2)), nn.Conv2d(16, 4, 1))):
+        bb.prepare(model := nn.Sequential(model), bb.Recipe.bbq(2, keep_ends=False))(X)
+        packed = bb.convert(model.eval())
+        with pytest.raises(BellboxError, match="no forward-mode derivative"):
+            jvp(packed, (X,), (X,))
     with pytest.raises(BellboxError, match=r"0\.input: its scale is not set, and within torch\.func"):
         vmap(network("bbq", seen=False))(X[:, None])
     running = bb.prepare(

@@ -38,7 +38,10 @@ NO_SUCH_FILE = "pip-install-bellbox--and--import-bellbox.interop.transformers--t
 """What stands there. Without Bellbox, transformers skips packed layers with a warning, and has random weights in their
 places; a file that is not there it refuses, and says its name. With Bellbox the entry is taken away first."""
 RMS_NORM = "rms_norm"
-"""Key under which the configuration of a LLaMA says whose norm it was trained with: `bellbox`, or transformers'."""
+"""Key under which the configuration of a LLaMA says whose norm it was trained with: `bellbox`, or transformers'. With
+ours go our activation, rotary positions and attention."""
+LAYER_NORM = "layer_norm"
+"""Likewise of a GPT."""
 FILE_OF_WIDTHS = r"^(model\.safetensors|tokenizer\.json|bits-[1-7]\.safetensors)$"
 """Files of a folder of version 7: a `bits-B.safetensors` is what B bits need beyond the next narrower width."""
 METHOD_NAME = r"[\x20-\x7e]{0,32}"

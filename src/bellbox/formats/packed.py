@@ -21,14 +21,7 @@ from bellbox.formats import BINARIZED, description, nested, schema
 from bellbox.formats.description import CONFIG, TENSORS, TOKENIZER
 from bellbox.formats.expert_places import packed_projections
 from bellbox.formats.guard import guard, guards_in
-from bellbox.nn import (
-    CodedLayer,
-    PackedConv2d,
-    PackedLayer,
-    QuantizedLayer,
-    replace_layer,
-    without_fused_paths,
-)
+from bellbox.nn import CodedLayer, PackedConv2d, PackedLayer, QuantizedLayer, without_fused_paths
 from bellbox.nn.compact import Compact, Precision, compact
 from bellbox.nn.huge_pages import gather_in_huge_pages, own_copy
 from bellbox.nn.pretrained import refuse_plain_saving
@@ -205,13 +198,12 @@ def load(
     replaced = schema.all_replaced(root, layers, schema.compact_tables(root, model, config["embeddings"]))
     schema.check_fit(root, model, replaced, experts, tensors)
     experts.put_into(model)
-    for name, layer in replaced.items():
-        model = replace_layer(model, model.get_submodule(name), layer)
+    model, replaced = schema.put_into(model, replaced)
     without_fused_paths(model)
     schema.assign(model, replaced, tensors, device, several.codes)
     for name, scales in several.narrower.items():
         own = {key: own_copy(value, device) for key, value in scales.items()}
-        _keep_narrower(layers[name], config["layers"][name]["nested"], own)
+        _keep_narrower(replaced[name], config["layers"][name]["nested"], own)
     del tensors, several
     gather_in_huge_pages(model)
     if embeddings is not None:
@@ -368,7 +360,7 @@ def _joined(root: Path, common: dict[str, Tensor], of_width: dict[str, Tensor]) 
     return {**common, **of_width}
 
 
-def _keep_narrower(layer: CodedLayer, said: dict[str, Any], scales: dict[str, Tensor]) -> None:
+def _keep_narrower(layer: nn.Module, said: dict[str, Any], scales: dict[str, Tensor]) -> None:
     assert isinstance(layer, PackedLayer)
     if len(said["widths"]) > 1:
         layer.keep_narrower(said["widths"], said["inputs"], scales)

@@ -38,7 +38,7 @@ from bellbox.nn import (
 from bellbox.nn.adopted import class_for, owners_class
 from bellbox.nn.compact import Compact, empty_like
 from bellbox.nn.huge_pages import may_leave_memory, own_copy
-from bellbox.nn.tools import unique_tensors
+from bellbox.nn.tools import replace_layer, unique_tensors
 from bellbox.nn.transposed import transposed_sizes
 from bellbox.utils.skeleton import give_memory
 
@@ -397,6 +397,24 @@ def _check_inputs(root: Path, coded: Mapping[str, CodedLayer], tensors: Mapping[
         )
         if coding != layer.coding or not all(same):
             raise BellboxError(f"{root}: layer {name!r} shares an input that it codes differently")
+
+
+def put_into(
+    model: nn.Module, replaced: Mapping[str, CodedLayer | Compact]
+) -> tuple[nn.Module, dict[str, CodedLayer | Compact]]:
+    """Put layers of codes and compact tables in their places, those of experts being there already.
+
+    Returns:
+        The model, or what stands for it where it is itself such a table, and what is in the places now.
+    """
+    placed: dict[str, CodedLayer | Compact] = {}
+    for name, layer in replaced.items():
+        place = model.get_submodule(name)
+        if isinstance(layer, CodedLayer):
+            placed[name] = layer if place is layer else layer.move_into(place)
+        else:
+            model, placed[name] = replace_layer(model, place, layer), layer
+    return model, placed
 
 
 def assign(

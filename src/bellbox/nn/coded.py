@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from bellbox.core.grid import Grid
 from bellbox.errors import BellboxError
 from bellbox.nn.adapters import refuse_as_modules_to_save
-from bellbox.nn.adopted import class_for, plain_class_of
+from bellbox.nn.adopted import become, class_for, owners_class, plain_class_of
 from bellbox.nn.lazy_weight import LazyWeight, WeightSource
 from bellbox.nn.quantized import OF_LAYER, QuantizedLayer
 
-_OF_TRAINING = frozenset(
-    {*OF_LAYER, "_bellbox_looks", "activation_quantizer", "geometry", "weight_quantizer"}
-)
+_OURS = frozenset(
+    {
+        *OF_LAYER, "_bellbox_looks", "activation_quantizer", "geometry", "weight_quantizer",  # of a trained layer
+        "widths", "nested_inputs", "_in_parts",  # of a packed one
+    }
+)  # fmt: skip
+"""Attributes that are not the owner's."""
 
 
 class _DecodedWeight(WeightSource):
@@ -111,24 +115,42 @@ class CodedLayer(nn.Module, ABC):
     def _weight_shape(self) -> tuple[int, ...]:
         """Of the float weight."""
 
-    def take_over(self, layer: QuantizedLayer, memo: dict[int, Any]) -> None:
-        """Be the owner's layer: copies of its hooks, attributes, further modules and tensors, and its class.
+    def take_over(self, layer: nn.Module, memo: dict[int, Any] | None = None) -> None:
+        """Be the owner's layer: its hooks, attributes, further modules and tensors, and its class.
 
         Args:
-            layer: that this one was packed from.
-            memo: of the deep copy that it is part of.
+            layer: that this one was packed from, or in whose place it is read from a file.
+            memo: of the deep copy that this layer is part of; where None, all is the owner's own, not copied.
         """
+
+        def taken(value: Any) -> Any:
+            return value if memo is None else copy.deepcopy(value, memo)
+
         own = set(self.__dict__)
         for name, value in layer.__dict__.items():
             if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
                 continue
-            if name not in _OF_TRAINING and (name not in own or name.endswith(("hooks", "kwargs", "called"))):
-                object.__setattr__(self, name, copy.deepcopy(value, memo))
+            if name not in _OURS and (name not in own or name.endswith(("hooks", "kwargs", "called"))):
+                object.__setattr__(self, name, taken(value))
         for name, module in layer._modules.items():
-            if name not in _OF_TRAINING:
-                self._modules[name] = copy.deepcopy(module, memo)
-        for kind in ("_parameters", "_buffers"):
+            if name not in _OURS:
+                self._modules[name] = taken(module)
+        for kind in () if isinstance(layer, CodedLayer) else ("_parameters", "_buffers"):
             for name, value in getattr(layer, kind).items():
                 if name not in ("weight", "rotated_weight", "bias"):
-                    getattr(self, kind)[name] = copy.deepcopy(value, memo)
-        self.__class__ = class_for(type(self), layer.plain_class)
+                    getattr(self, kind)[name] = taken(value)
+        self.__class__ = class_for(type(self), owners_class(layer))
+
+    def move_into(self, place: nn.Module) -> CodedLayer:
+        """Turn a layer of a model into this one, which is not to be used afterwards.
+
+        The layer stays the same object, with its hooks and attributes: whoever holds it runs the codes. Where a hook or
+        a parametrization made its weight, that one goes, as the codes are the weight now.
+
+        Returns:
+            `place`.
+        """
+        if "weight" in place._parameters or isinstance(place, QuantizedLayer | CodedLayer):
+            self.take_over(place)
+        become(place, self)
+        return cast(CodedLayer, place)

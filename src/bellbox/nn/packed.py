@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bellbox.core import packing
 from bellbox.core.grid import Grid, Levels
@@ -229,6 +229,12 @@ class PackedLayer(CodedLayer):
     @abstractmethod
     def like(cls, layer: QuantizedLayer, weight_levels: Grid, coding: InputCoding) -> Self:
         """An empty packed layer of the shape of a trained one."""
+
+    def move_into(self, place: nn.Module) -> CodedLayer:
+        """See `CodedLayer.move_into`; a group knows the layer by where it is now."""
+        moved = super().move_into(place)
+        self.group.layers = [moved if each is self else each for each in self.group.layers]
+        return moved
 
     def join(self, group: PackedGroup) -> None:
         """Be one of the layers that are expected to read the same input."""

@@ -120,13 +120,16 @@ class PackedConv2d(PackedConv, nn.Conv2d):  # pyright: ignore[reportIncompatible
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, add: Tensor | float | None = None, relu: bool = False
     ) -> Tensor:
-        """`[batch, in_channels, height, width]` to `[batch, out_channels, out height, out width]`, without gradient.
+        """`[batch, in_channels, height, width]` to `[batch, out_channels, out height, out width]`.
 
         Args:
-            x: the input.
+            x: the input; one sample may come without the batch, and goes so.
             add: added to the result, in the same call where it has its shape and both are fp32.
             relu: whether a ReLU comes last, likewise.
         """
+        if x.dim() == 3:
+            beside = add.unsqueeze(0) if isinstance(add, Tensor) and add.dim() == 3 else add
+            return self.forward(x.unsqueeze(0), beside, relu).squeeze(0)
         self._check(x)
         dtype = result_dtype(x)
         if add is None or (isinstance(add, Tensor) and not (add.requires_grad and torch.is_grad_enabled())):
@@ -147,7 +150,9 @@ class PackedConv1d(PackedConv, nn.Conv1d):  # pyright: ignore[reportIncompatible
         self._reversed_padding_repeated_twice = list(geometry.padding[:2])
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`[batch, in_channels, length]` to `[batch, out_channels, out length]`, without gradient."""
+        """`[batch, in_channels, length]` to `[batch, out_channels, out length]`, or one sample without the batch."""
+        if x.dim() == 2:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         image = lines_as_images(x, "")
         self._check(image)
         return self.bound(image, result_dtype(x)).squeeze(2)

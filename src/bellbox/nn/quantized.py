@@ -7,10 +7,11 @@ the same arguments that `convert` would store: that is what makes the prepared a
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,8 @@ from bellbox.quantizers.coded import Coded
 ROTATED = "rotated_weight"
 """Name of a weight that is stored rotated: no reader of a state dict takes it for the plain one."""
 OF_LAYER = (
-    "plain_class", "weights_rotated", "integer_forward", "held_weight", "has_run", "weight_was_read", "_call",
-    "_keeps_call",
+    "plain_class", "weights_rotated", "integer_forward", "held_weight", "has_run", "weight_was_read",
+    "read_in_forward", "_call", "_keeps_call",
 )  # fmt: skip
 """Attributes that a plain layer does not have."""
 EXTRA_STATE = "_extra_state"
@@ -103,34 +104,34 @@ class _RotatedWeight(WeightSource):
     """The plain weight of a layer that stores it rotated."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
-        self._layer = layer
+        self.layer = layer
 
     def decode(self) -> Tensor:
         """See `WeightSource`."""
-        return self._layer.turned(self.stored, back=True)
+        return self.layer.turned(self.stored, back=True)
 
     def was_used(self) -> None:
         """See `WeightSource`."""
-        self._layer.weight_was_read = True
+        self.layer.note_reading()
 
     def write(self, weight: Tensor) -> None:
         """See `WeightSource`."""
         with torch.no_grad():
-            self.stored.copy_(self._layer.turned(weight.detach().to(self.stored)))
+            self.stored.copy_(self.layer.turned(weight.detach().to(self.stored)))
 
     @property
     def stored(self) -> Tensor:
         """See `WeightSource`."""
-        return self._layer.stored_weight
+        return self.layer.stored_weight
 
     def gradient(self) -> Tensor | None:
         """See `WeightSource`."""
         grad = self.stored.grad
-        return None if grad is None else self._layer.turned(grad, back=True)
+        return None if grad is None else self.layer.turned(grad, back=True)
 
     def set_gradient(self, gradient: Tensor | None) -> None:
         """See `WeightSource`."""
-        self.stored.grad = None if gradient is None else self._layer.turned(gradient)
+        self.stored.grad = None if gradient is None else self.layer.turned(gradient)
 
 
 class QuantizedLayer(nn.Module, ABC):
@@ -165,6 +166,8 @@ class QuantizedLayer(nn.Module, ABC):
     """Whether its forward was called since it was prepared, as far as no compiler hid that."""
     weight_was_read: bool
     """Whether somebody computed with `weight`, or took it where it is not stored rotated."""
+    read_in_forward: bool
+    """Whether that was in the forward of some module, so that what the model gives depends on it."""
     _call: tuple[Any, dict[str, Tensor | None], Callable[..., Tensor]] | None
     """The packed layer's call of the last evaluation: what it was made from, its buffers, itself."""
     _keeps_call: bool
@@ -198,7 +201,7 @@ class QuantizedLayer(nn.Module, ABC):
             # Past nn.Module's own bookkeeping: a borrowed quantizer must not be registered twice.
             object.__setattr__(self, "activation_quantizer", activation_quantizer)
         self._start()
-        self.has_run = self.weight_was_read = False
+        self.has_run = self.weight_was_read = self.read_in_forward = False
         _require_same_widths(weight_quantizer, activation_quantizer)
         if weights_rotated:
             _require_no_rotation(weight_quantizer, activation_quantizer)
@@ -245,12 +248,17 @@ class QuantizedLayer(nn.Module, ABC):
         """The plain weight, whoever asks: where it is stored rotated, a `LazyWeight` that reads and writes through."""
         stored = self.stored_weight
         if ROTATED not in self._parameters:
-            if not self.weight_was_read and is_unwatched(stored):
-                self.weight_was_read = True
+            if not self.read_in_forward and is_unwatched(stored):
+                self.note_reading()
             return stored
         if not is_unwatched(stored):
             return self.turned(stored, back=True)
         return LazyWeight.of(_RotatedWeight(self), stored.shape, stored.dtype)
+
+    def note_reading(self) -> None:
+        """Remember that somebody reads the weight for itself."""
+        self.weight_was_read = True
+        self.read_in_forward = self.read_in_forward or _within_a_forward()
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -267,6 +275,8 @@ class QuantizedLayer(nn.Module, ABC):
             super().__setattr__("weight", value)
         elif isinstance(value, LazyWeight) and value._source.stored is self.stored_weight:
             return
+        elif isinstance(value, LazyWeight) and value._is_param and isinstance(value._source, _RotatedWeight):
+            self._parameters[ROTATED] = self._tied_to(value._source.layer)
         elif not isinstance(value, Tensor):
             raise BellboxError("the weight of a low-bit layer can only be set to a tensor")
         else:
@@ -274,6 +284,26 @@ class QuantizedLayer(nn.Module, ABC):
             with torch.no_grad():
                 turned = self.turned(plain)
             self._parameters[ROTATED] = nn.Parameter(turned, getattr(value, "requires_grad", True))
+
+    def _tied_to(self, other: QuantizedLayer) -> nn.Parameter:
+        """The parameter of another layer, to be this one's too.
+
+        Raises:
+            BellboxError: it is stored in another domain than this layer's input is rotated into.
+        """
+        mine, its = self.rotating_quantizer, other.rotating_quantizer
+        assert mine is not None
+        assert its is not None
+        signs = mine.signs, its.signs
+        alike = all(each is None for each in signs) or (
+            signs[0] is not None and signs[1] is not None and torch.equal(signs[0], signs[1])
+        )
+        if mine.block != its.block or not alike or other.stored_weight.shape != self.stored_weight.shape:
+            raise BellboxError(
+                f"{mine.name.removesuffix('.input')} cannot be tied to {its.name.removesuffix('.input')} now: one of "
+                "them stores its weight in another shape or rotation; tie them before prepare"
+            )
+        return cast(nn.Parameter, other.stored_weight)
 
     def rotate_stored_weight(self) -> None:
         """Turn the stored weight into the domain of the input, under the name `rotated_weight`; once."""
@@ -536,6 +566,19 @@ class QuantizedLayer(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._call = None
         return super()._apply(fn, recurse)
+
+
+def _within_a_forward() -> bool:
+    """Whether a module of torch is being called now."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALLING:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_CALLING = nn.Module._call_impl.__code__
 
 
 def record_of(layer: QuantizedLayer) -> Record:

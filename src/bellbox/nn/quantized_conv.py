@@ -110,6 +110,10 @@ class QuantizedConv(QuantizedLayer):
     def _bind(self, buffers: dict[str, Tensor | None]) -> Callable[..., Tensor]:
         return BoundConv(buffers, self.packed_numbers(), self.in_channels, geometry_numbers(self.geometry))
 
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`[batch, in_channels, height, width]`, or one sample without the batch, to likewise the outputs."""
+        return super().forward(x.unsqueeze(0)).squeeze(0) if x.dim() == 3 else super().forward(x)
+
     def _integer(self, x: Tensor) -> Tensor:
         assert self.activation_quantizer is not None
         self.vectors_of(x)  # refuses other shapes
@@ -146,5 +150,7 @@ class QuantizedConv1d(QuantizedConv, nn.Conv1d):  # pyright: ignore[reportIncomp
         return super().vectors_of(x if x.dim() == 4 else lines_as_images(x, self._name))
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`[batch, in_channels, length]` to `[batch, out_channels, out length]`."""
+        """`[batch, in_channels, length]` to `[batch, out_channels, out length]`, or one sample without the batch."""
+        if x.dim() == 2:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         return super().forward(lines_as_images(x, self._name)).squeeze(2)

@@ -7,11 +7,14 @@ The parameter `weight` stays in full precision under its own name, tied or not.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from bellbox.core.table import TableCodes, TableCoding
 from bellbox.errors import BellboxError
@@ -202,6 +205,7 @@ def quantized_table(
         BellboxError: bits or a group that the table cannot have, weights that are not fp32, `max_norm`, or rows that
             are too long for the sums of a head.
     """
+    _heed_replacements()
     columns = table.weight.shape[1]
     try:
         coding = TableCoding.of(bits, group, columns)
@@ -217,6 +221,23 @@ def quantized_table(
     if columns > (longest := INT8_COLUMNS if bits == 8 else INT4_COLUMNS):
         raise BellboxError(f"{name}: a head of {bits} bits takes at most {longest} inputs, not {columns}")
     return cast(QuantizedTable, QuantizedHead(table, coding))
+
+
+@cache
+def _heed_replacements() -> None:
+    """Tell, from the first call on, where a rounded table is replaced by one in full precision."""
+    register_module_module_registration_hook(_say_what_is_lost)
+
+
+def _say_what_is_lost(holder: nn.Module, name: str, module: nn.Module | None) -> None:
+    """The hook: transformers makes a new head where an untied one is resized, which is not rounded."""
+    old = holder._modules.get(name)
+    if isinstance(old, QuantizedTable) and type(module) in _PLAIN.values():
+        warnings.warn(
+            f"{name}: a table of {old.coding.bits} bits gives way to one in full precision (resizing makes such a "
+            "head); resize before prepare",
+            stacklevel=4,
+        )
 
 
 def check_max_norm(table: nn.Embedding, what: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bellbox.errors import BellboxError
 from bellbox.nn.quantized import EXTRA_STATE, ROTATED, QuantizedLayer, record_of
@@ -75,6 +75,11 @@ def adopt(layer: QuantizedLayer, state: MutableMapping[str, Any], prefix: str, n
         state[key] = mine.pack()
 
 
+def _beside(stored: Tensor, given: Tensor) -> Tensor:
+    """A weight of a state in the dtype and on the device of a layer, unless that has no memory yet."""
+    return given.to(given.device if stored.is_meta else stored.device, stored.dtype)
+
+
 def _adopt_recorded(
     layer: QuantizedLayer,
     mine: Record,
@@ -100,7 +105,7 @@ def _adopt_recorded(
     if there in state:
         stored = layer.stored_weight
         with torch.no_grad():
-            state[here] = layer.turned(state.pop(there).to(stored.device, stored.dtype), back=given.rotated)
+            state[here] = layer.turned(_beside(stored, state.pop(there)), back=given.rotated)
 
 
 def _adopt_plain(layer: QuantizedLayer, mine: Record, state: MutableMapping[str, Any], prefix: str) -> None:
@@ -108,8 +113,7 @@ def _adopt_plain(layer: QuantizedLayer, mine: Record, state: MutableMapping[str,
     if mine.rotated:
         stored = layer.stored_weight
         with torch.no_grad():
-            weight = state.pop(prefix + "weight").to(stored.device, stored.dtype)
-            state[prefix + ROTATED] = layer.turned(weight)
+            state[prefix + ROTATED] = layer.turned(_beside(stored, state.pop(prefix + "weight")))
     owned = layer._modules.get("activation_quantizer")
     for part, module in (("weight_quantizer", layer.weight_quantizer), ("activation_quantizer", owned)):
         if module is None:

@@ -23,6 +23,7 @@ from bellbox.ops.packed_linear import (
     check,
     encode_input,
     input_gradient,
+    is_differentiated,
     with_gradient,
     with_signs,
 )
@@ -166,9 +167,7 @@ class BoundConv:
                 self._plan, self._circumstances = bind("packed_conv2d", self._buffers, fixed), Circumstances()
                 if self._plan is None:
                     break
-        if (
-            x.requires_grad and torch.is_grad_enabled()
-        ):  # what follows the convolution has a gradient of its own
+        if is_differentiated(x):  # what follows the convolution has a gradient of its own
             out = with_gradient(lambda given: self._run(given, dtype, None, False), self._gradient, x)
             out = out if add is None else out + add
             return out.relu() if relu else out

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bellbox.core.grid import Grid
 from bellbox.core.hadamard import butterfly
@@ -29,6 +30,7 @@ from bellbox.ops.encode import (
     static_normaliser,
 )
 from bellbox.ops.integer import scaled_product
+from bellbox.ops.transforms import TransformableFunction, apply
 from bellbox.ops.weight_layout import packed_size, unpack, unpack_operation
 
 SCHEMA = (
@@ -172,14 +174,12 @@ def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor
 operation = Operation(f"packed_linear({SCHEMA}, ScalarType dtype) -> Tensor", _reference, _fake)
 
 
-class _WithGradient(torch.autograd.Function):
+class _WithGradient(TransformableFunction):
     """A packed operation with the gradient of its input, for what is trained in front of it (adapters, prompts).
 
     Straight-through: the staircase of the codes counts as the line through its steps, flat beyond the outermost
     ones, and sigma as a constant. The weights are codes and have no gradient.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -203,9 +203,14 @@ def with_gradient(
     run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor], x: Tensor
 ) -> Tensor:
     """`run(x)` whose gradient to `x` is `back(x, gradient of the result)`; `run` itself has none."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not is_differentiated(x):
         return run(x)
-    return _WithGradient.apply(run, back, x)  # type: ignore[return-value]
+    return apply(_WithGradient, run, back, x)
+
+
+def is_differentiated(x: Tensor) -> bool:
+    """Whether somebody may ask for a derivative of what is done with a tensor now, in reverse or forward mode."""
+    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def input_gradient(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bellbox.formats.description import RMS_NORM
-from bellbox.interop.transformers.decoding import ShortDecoding, with_bellbox_norms
+from bellbox.interop.transformers.arithmetic import with_bellbox_arithmetic
+from bellbox.interop.transformers.decoding import ShortDecoding
 from bellbox.interop.transformers.saving import SavedByBellbox
 from bellbox.interop.transformers.steps import FAMILIES, why_no_steps
 from bellbox.nn import CodedLayer
@@ -41,5 +41,5 @@ def adopt(model: Any) -> None:
     made = class_for(kind, own)
     made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
     model.__class__ = made
-    if packed and getattr(model.config, RMS_NORM, None) == "bellbox" and model.config.model_type == "llama":
-        with_bellbox_norms(model)
+    if packed:
+        with_bellbox_arithmetic(model)

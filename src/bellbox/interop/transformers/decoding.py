@@ -5,9 +5,6 @@ as a small packed model needs. So where nothing is asked for that needs transfor
 the same prompt pass, then two or three calls a block (`steps.py`) that write into the very cache of `generate`, be it
 static or dynamic. Everything else (padding, beams, hooks, other dtypes, a cache that holds something already, outputs
 beside the tokens) goes the ordinary way, through transformers' modules with packed layers in them.
-
-A LLaMA that `bellbox.models` trained computes its norms as it was trained: in one call, whose last bits are not those
-of transformers' six. Its folder says so (`"rms_norm": "bellbox"` in `config.json`).
 """
 
 from __future__ import annotations
@@ -22,8 +19,6 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from bellbox.interop.transformers.steps import Steps, steps_for
-from bellbox.nn.adopted import class_for
-from bellbox.ops.rms_norm import rms_norm
 
 _ASKED = {
     "attention_mask",
@@ -34,17 +29,6 @@ _ASKED = {
     "cache_position",
 }
 """What the short loop knows of the arguments of a forward."""
-
-
-class BellboxNorm(nn.Module):
-    """An RMS norm of transformers that, in evaluation in fp32, computes as `bellbox.models` does."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[..., size]` to the same shape."""
-        norm: Any = self
-        if hidden_states.dtype == norm.weight.dtype == torch.float32 and not torch.is_grad_enabled():
-            return rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
-        return super().forward(hidden_states)
 
 
 class ShortDecoding(nn.Module):
@@ -81,13 +65,6 @@ class ShortDecoding(nn.Module):
         choose = _sampled if generation_config.do_sample else _likeliest
         pad = generation_config._pad_token_tensor
         return _loop(steps, input_ids, logits_processor, limits, choose, pad, streamer)
-
-
-def with_bellbox_norms(model: Any) -> None:
-    """Have the norms of a LLaMA that `bellbox.models` trained compute as there."""
-    for module in list(model.modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.__class__ = class_for(BellboxNorm, type(module))
 
 
 # --- whether ---

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bellbox.errors import BellboxError
 from bellbox.formats import description
 from bellbox.formats.companions import copy_companions
-from bellbox.formats.description import RMS_NORM, TENSORS, TOKENIZER
+from bellbox.formats.description import LAYER_NORM, RMS_NORM, TENSORS, TOKENIZER
 from bellbox.formats.guard import guard
 from bellbox.formats.packed import tensors_of
 from bellbox.formats.schema import stored_buffers
@@ -84,8 +84,9 @@ def export_packed(
         BellboxError: another model, layers that transformers' class cannot have, or the folder cannot be used.
     """
     parts = parts_of(model)
-    if parts.kind == "llama":
-        parts.config[RMS_NORM] = "bellbox"
+    norm = {"llama": RMS_NORM, "gpt2": LAYER_NORM}.get(parts.kind)
+    if norm is not None:
+        parts.config[norm] = "bellbox"
     if end_of_text is not None:
         parts.config["eos_token_id"] = end_of_text
     autos = auto_classes(parts.kind, _CLASSES[parts.kind])

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
 from bellbox.inference.decoding import bound_head
@@ -117,6 +116,9 @@ class LlamaSteps(Steps):
 
     def __init__(self, model: Any, cache: Any, calls: Sequence[Any], batch: int, room: int) -> None:
         super().__init__(model, cache, calls, batch, room)
+        self._acts: list[Callable[[Tensor], Tensor]] = [
+            _activation(block.mlp) for block in self.blocks(model)
+        ]
         self._gate, self._up = torch.empty(2, batch, 1, model.config.intermediate_size).unbind()
         cos, sin = model.model.rotary_emb(torch.empty(1, room, 1), torch.arange(room)[None])
         half = cos.shape[-1] // 2
@@ -167,11 +169,15 @@ class LlamaSteps(Steps):
     def _logits(self, tokens: Tensor, threads: int) -> Tensor:
         body, gate, up, batch = self._model.model, self._gate, self._up, self._batch
         x = body.embed_tokens(tokens).contiguous()
-        for call, layer in zip(self._calls, self._layers, strict=True):
+        for call, act, layer in zip(self._calls, self._acts, self._layers, strict=True):
             call.attend_and_widen(x, batch, self._cos, self._sin, *self._places(layer), gate, up, threads)
-            F.silu(gate, inplace=True)
-            call.narrow(x, gate, up, batch, threads)
+            call.narrow(x, act(gate), up, batch, threads)
         return self._head(self._norm(x))
+
+
+def _activation(mlp: Any) -> Callable[[Tensor], Tensor]:
+    """The module of an MLP that stands between its layers."""
+    return mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
 
 
 class Phi3Steps(LlamaSteps):
