@@ -38,7 +38,14 @@ typedef struct {
 
 /* A packed folder, checked and laid out for this processor. `*model` is to be closed with bellbox_close. */
 BELLBOX_API bellbox_status bellbox_open(const char* folder, bellbox_model** model, bellbox_error* error);
+/* The same of a folder of several widths (docs/nested.md), at one of them: `bits`, or 0 for its widest. Files of wider ones
+ * are not opened and may be missing. A folder of one width takes 0 alone. */
+BELLBOX_API bellbox_status bellbox_open_at(const char* folder, int bits, bellbox_model** model, bellbox_error* error);
 BELLBOX_API void bellbox_close(bellbox_model* model);
+/* Bits of the widths that its folder has, the widest first: at most `room` are written, `*count` is how many there are, 0
+ * for a folder of one width. `*used` is the one that was opened, or 0. */
+BELLBOX_API bellbox_status bellbox_widths(const bellbox_model* model, int* widths, size_t room, size_t* count, int* used,
+                              bellbox_error* error);
 BELLBOX_API bellbox_status bellbox_describe(const bellbox_model* model, bellbox_shape* shape, bellbox_error* error);
 /* The instruction set whose kernels run: "avx512", "avx2", "portable" and so on. */
 BELLBOX_API const char* bellbox_kernels(void);

@@ -18,7 +18,7 @@ struct bellbox_model {
     Opened model;
     std::optional<Tokenizer> tokenizer;
 
-    explicit bellbox_model(const std::string& folder) : model(folder) {
+    bellbox_model(const std::string& folder, int bits) : model(folder, bits) {
         const std::string path = folder + "/tokenizer.json";
         if (is_file(path)) tokenizer.emplace(Mapped(path).bytes());
     }
@@ -65,9 +65,22 @@ bellbox_status guarded(bellbox_error* error, const F& run) {
 
 extern "C" {
 
-bellbox_status bellbox_open(const char* folder, bellbox_model** model, bellbox_error* error) {
+bellbox_status bellbox_open(const char* folder, bellbox_model** model, bellbox_error* error) { return bellbox_open_at(folder, 0, model, error); }
+
+bellbox_status bellbox_open_at(const char* folder, int bits, bellbox_model** model, bellbox_error* error) {
     *model = nullptr;
-    return guarded(error, [&] { *model = new bellbox_model(folder); });
+    return guarded(error, [&] {
+        if (bits < 0) throw Error("a width of " + std::to_string(bits) + " bits; give one of the folder's, or 0 for its widest");
+        *model = new bellbox_model(folder, bits);
+    });
+}
+
+bellbox_status bellbox_widths(const bellbox_model* model, int* widths, size_t room, size_t* count, int* used, bellbox_error* error) {
+    return guarded(error, [&] {
+        const std::vector<int>& choices = model->model.choices;
+        std::copy_n(choices.begin(), std::min(room, choices.size()), widths);
+        *count = choices.size(), *used = model->model.bits;
+    });
 }
 
 void bellbox_close(bellbox_model* model) { delete model; }

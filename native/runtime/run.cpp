@@ -1,5 +1,6 @@
 // bellbox-run: continue a prompt with a packed folder, with the flags of `bellbox generate`; or say what an image shows.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,10 +15,11 @@ namespace {
 
 const char kUsage[] =
     "usage: bellbox-run FOLDER --prompt TEXT [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S]\n"
-    "                   [--stop TOKEN] [--threads N] [--bench]\n"
-    "       bellbox-run FOLDER --image FILE.ppm [--threads N] [--bench]\n"
+    "                   [--stop TOKEN] [--bits N] [--threads N] [--bench]\n"
+    "       bellbox-run FOLDER --image FILE.ppm [--bits N] [--threads N] [--bench]\n"
     "Continue a text with a packed Bellbox model; the same seed gives the text of `bellbox generate`.\n"
     "Or name the likeliest classes of a picture in PPM or PGM, of the size that the model takes.\n"
+    "--bits: of a folder of several widths, the one to use; its widest where not given.\n"
     "--bench writes no text, but loading, prefill and decode as JSON.\n";
 
 [[noreturn]] void refuse(const std::string& why) {
@@ -32,10 +34,11 @@ double number(const char* flag, const char* text) {
     return value;
 }
 
-long long whole(const char* flag, const char* text, long long least) {
+long long whole(const char* flag, const char* text, long long least, long long most = LLONG_MAX) {
     char* end = nullptr;
     const long long value = std::strtoll(text, &end, 10);
     if (end == text || *end != '\0' || value < least) refuse(std::string(flag) + " is " + text + "; it must be a whole number of at least " + std::to_string(least));
+    if (value > most) refuse(std::string(flag) + " is " + text + "; it must be at most " + std::to_string(most));
     return value;
 }
 
@@ -75,6 +78,7 @@ struct Flags {
     const char *folder = nullptr, *prompt = nullptr, *image = nullptr;
     bellbox_options options{};
     bool bench = false;
+    int bits = 0;
 };
 
 Flags flags_of(int argc, char** argv) {
@@ -106,7 +110,8 @@ Flags flags_of(int argc, char** argv) {
             if (!(options.top_p > 0 && options.top_p <= 1)) refuse(std::string("top_p is ") + value + "; it must be above 0 and at most 1");
         } else if (flag == "--seed") options.seed = static_cast<uint64_t>(whole("--seed", value, -9223372036854775807LL - 1)), seeded = true;
         else if (flag == "--stop") options.stop = value;
-        else if (flag == "--threads") options.threads = static_cast<int>(whole("--threads", value, 1));
+        else if (flag == "--bits") flags.bits = static_cast<int>(whole("--bits", value, 1, INT_MAX));
+        else if (flag == "--threads") options.threads = static_cast<int>(whole("--threads", value, 1, INT_MAX));
         else refuse(flag + " is unknown; see bellbox-run --help");
     }
     if (flags.folder == nullptr) refuse("give the folder of a packed model; see bellbox-run --help");
@@ -195,7 +200,7 @@ int main(int argc, char** argv) {
     bellbox_error error;
     bellbox_model* model = nullptr;
     const double begun = now();
-    if (const bellbox_status status = bellbox_open(flags.folder, &model, &error); status != BELLBOX_OK) return failed(status, error);
+    if (const bellbox_status status = bellbox_open_at(flags.folder, flags.bits, &model, &error); status != BELLBOX_OK) return failed(status, error);
     const double loaded = now() - begun;
     const int code = flags.image != nullptr ? name_classes(model, flags, loaded, error) : continue_text(model, flags, loaded, error);
     bellbox_close(model);
