@@ -30,7 +30,7 @@ PROMPT = "The naïve city was 12 miles away,"
 
 
 def packed(folder: Path, tokenizer: Path, name: str, positions: int = 256, **recipe: Any) -> Path:
-    shape = {"activation": recipe.pop("activation")} if "activation" in recipe else {}
+    shape = {key: recipe.pop(key) for key in ("activation", "tie_word_embeddings") if key in recipe}
     config = preset(name, vocab_size=Tokenizer.load(tokenizer).vocab_size, hidden_size=64, intermediate_size=128,
                     num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=positions,
                     initializer_range=0.2, **shape)  # fmt: skip
@@ -51,6 +51,11 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Its output as it is: in text mode, Python makes other line ends of some."""
     done = subprocess.run([RUN, *map(str, arguments)], capture_output=True, timeout=60, check=False)
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def choices(bits: int = 0, embedding_bits: int = 0) -> ctypes.Array[ctypes.c_int]:
+    """A `bellbox_choices`."""
+    return (ctypes.c_int * 2)(bits, embedding_bits)
 
 
 class Library:

@@ -18,6 +18,7 @@ from built_runtime import (
     PROMPT,
     ROOT,
     Library,
+    choices,
     needs_runtime,
     packed,
     packed_vision,
@@ -58,7 +59,7 @@ HOW: tuple[dict[str, Any], ...] = (
 )
 
 
-def the_text_is_that_of_python(folder: Path, prompt: str, count: int, how: dict[str, Any], stop: str) -> None:
+def the_text_is_that_of_python(folder: Path, prompt: str, count: int, how: dict[str, Any], stop: str) -> str:
     model, words = bb.load(folder), Tokenizer.load(folder)
     stop_token = words.backend.token_to_id(stop)
     stream = generate_text(model, words.backend, prompt, count, stop_token=stop_token, **how)
@@ -67,6 +68,7 @@ def the_text_is_that_of_python(folder: Path, prompt: str, count: int, how: dict[
     assert found.returncode == 0, found.stderr
     assert found.stdout == prompt + "".join(stream) + "\n"
     assert "kernels, loaded in" in found.stderr
+    return found.stdout
 
 
 def with_a_stop_that_never_comes(folder: Path) -> str:
@@ -87,6 +89,41 @@ def test_the_text_is_that_of_python(
     folder = packed(tmp_path / "m", tokenizer, name, **recipe)
     for how in HOW:
         the_text_is_that_of_python(folder, PROMPT, 60, how, "<|endoftext|>")
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+def test_a_coded_cache_gives_the_text_of_python(
+    tmp_path: Path, tokenizer: Path, name: str, kv_cache: Any
+) -> None:
+    folder = packed(tmp_path / "m", tokenizer, name, bits=2)
+    plain = run(folder, "--prompt", PROMPT, "--max-new-tokens", 60, "--seed", 3)
+    how = {"temperature": 1.0, "seed": 3, "kv_cache": kv_cache}
+    found = the_text_is_that_of_python(folder, PROMPT, 60, how, "<|endoftext|>")
+    assert found != plain.stdout  # it is rounded
+
+
+@pytest.mark.parametrize("embeddings", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_rounded_while_loading_are_those_of_python(
+    tmp_path: Path, tokenizer: Path, name: str, embeddings: Any, tied: bool
+) -> None:
+    folder = packed(tmp_path / "m", tokenizer, name, bits=2, tie_word_embeddings=tied)
+    library, opened, ids = Library(), ctypes.c_void_p(), [5, 9, 77]
+    chosen = choices(0, {"bf16": 16, "int8": 8, "int4": 4}[embeddings])
+    library.call("bellbox_open_with", str(folder).encode(), chosen, ctypes.byref(opened))
+    model = bb.load(folder, embeddings=embeddings)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]), last_only=True)[0, 0]
+    found = library.logits(opened, [ids], len(expected))[0]
+    library.c.bellbox_close(opened)
+    if embeddings == "bf16":  # whose product is torch's
+        assert float((found - expected).abs().max() / expected.abs().max()) < 0.01
+        return
+    assert torch.equal(found, expected)
+    found = run(folder, "--prompt", PROMPT, "--embeddings", embeddings, "--temperature", 0)
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.slow
@@ -265,6 +302,14 @@ def test_what_cannot_be_run_is_one_line(tmp_path: Path, folder: Path) -> None:
         ((folder, "--prompt", "x", "--seed", "one"), "--seed is one"),
         ((folder, "--prompt", "x", "--stop", "two words"), "it must be exactly one"),
         ((folder, "--prompt", "x", "--speed"), "--speed has no value"),
+        ((folder, "--prompt", "x", "--threads", 2**32 + 1), "--threads is 4294967297; it must be at most"),
+        (
+            (folder, "--prompt", "x", "--kv-cache", "int2"),
+            "--kv-cache is int2; it must be fp32, int8 or int4",
+        ),
+        ((folder, "--prompt", "x", "--embeddings", "fp32"), "--embeddings is fp32; it must be bf16"),
+        ((folder, "--prompt", "x", "--embeddings", "int8"), "no fp32 embedding that could be rounded"),
+        ((folder, "--prompt", "x", "--checkpoint", "best"), "--checkpoint is of a run"),
     ):
         found = run(*arguments)
         assert (found.returncode, found.stderr.count("\n")) == (2, 1), (arguments, found.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from built_runtime import PROMPT, Library, needs_runtime, packed, packed_vision, run, seal
+from built_runtime import PROMPT, Library, choices, needs_runtime, packed, packed_vision, run, seal
 from safetensors.torch import load_file, save_file
 
 import bellbox as bb
@@ -57,7 +57,7 @@ def test_logits_and_the_widths_through_the_c_interface(tmp_path: Path, tokenizer
     library, ids = Library(), [5, 9, 77, 12]
     for wanted, used in ((0, 4), (4, 4), (2, 2), (1, 1)):
         opened = ctypes.c_void_p()
-        library.call("bellbox_open_at", str(folder).encode(), ctypes.c_int(wanted), ctypes.byref(opened))
+        library.call("bellbox_open_with", str(folder).encode(), choices(wanted), ctypes.byref(opened))
         widths, count, at = (ctypes.c_int * 2)(), ctypes.c_size_t(), ctypes.c_int()
         library.call(
             "bellbox_widths", opened, widths, ctypes.c_size_t(2), ctypes.byref(count), ctypes.byref(at)
@@ -73,8 +73,8 @@ def test_logits_and_the_widths_through_the_c_interface(tmp_path: Path, tokenizer
         (-1, "a width of -1"),
     ):
         assert (
-            library.c.bellbox_open_at(
-                str(folder).encode(), ctypes.c_int(wanted), ctypes.byref(opened), library.error
+            library.c.bellbox_open_with(
+                str(folder).encode(), choices(wanted), ctypes.byref(opened), library.error
             )
             == 2
         )
@@ -89,9 +89,7 @@ def test_images_at_each_width(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = bb.load(tmp_path / "m", bits=bits)(image[None])[0]
         opened, found, side = ctypes.c_void_p(), torch.empty(5), ctypes.c_int64(20)
-        library.call(
-            "bellbox_open_at", str(tmp_path / "m").encode(), ctypes.c_int(bits), ctypes.byref(opened)
-        )
+        library.call("bellbox_open_with", str(tmp_path / "m").encode(), choices(bits), ctypes.byref(opened))
         place = ctypes.c_void_p(found.data_ptr())
         library.call(
             "bellbox_classify", opened, ctypes.c_void_p(pixels.data_ptr()), side, side, ctypes.c_int(1), place
@@ -244,5 +242,5 @@ def test_bits_beyond_the_end_of_a_row(tmp_path: Path, tokenizer: Path) -> None:
     path = str(tmp_path / "m").encode()
     assert library.c.bellbox_open(path, ctypes.byref(opened), library.error) == 2
     assert "has bits beyond the ends of its rows" in library.error.value.decode()
-    library.call("bellbox_open_at", path, ctypes.c_int(1), ctypes.byref(opened))
+    library.call("bellbox_open_with", path, choices(1), ctypes.byref(opened))
     library.c.bellbox_close(opened)

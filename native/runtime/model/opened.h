@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bellbox.h"
 #include "runtime/folder/mapped.h"
 #include "runtime/model/language.h"
 #include "runtime/model/vision.h"
@@ -32,8 +33,13 @@ struct Opened {
     std::vector<int> choices;  // bits of the widths that the folder has, the widest first; empty: one
     int bits;                  // of the one that it was read at; 0 where it has one
 
-    // bits: 0 for the widest.
-    Opened(const std::string& folder, int wanted) : bits(wanted) {
+    Opened(const std::string& folder, const bellbox_choices& wanted) : bits(wanted.bits) {
+        if (bits < 0) throw Error("a width of " + std::to_string(bits) + " bits; give one of the folder's, or 0 for its widest");
+        try {
+            kernels();
+        } catch (const std::runtime_error& refused) {  // of BELLBOX_ISA, or of this processor
+            throw Error(refused.what());
+        }
         const std::string config_path = folder + "/config.json", path = folder + "/model.safetensors";
         const Mapped config(config_path);
         const Description described = read_description(config.bytes(), config_path, bits);
@@ -50,7 +56,8 @@ struct Opened {
         Store store(content, path);
         std::deque<Mapped> more;
         for (const int width : widths) store.add_width(width, more.emplace_back(folder + "/" + file_of_width(width)), folder + "/" + file_of_width(width));
-        if (described.language) language.emplace(described, store, config_path);
+        if (described.language) language.emplace(described, store, config_path, wanted.embedding_bits);
+        else if (wanted.embedding_bits != 0) throw Error(folder + ": a model of images has no embeddings to round");
         else vision.emplace(described, store, config_path);
         store.done();
     }
