@@ -44,6 +44,7 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
            __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg");
 }
+#ifndef BELLBOX_ONLY
 bool amx_agrees() {
     static const bool agrees = [] {
         if (same_products(amx_kernels, avx512_kernels)) return true;
@@ -61,6 +62,7 @@ bool has_amx() {
            amx_agrees();
 #endif
 }
+#endif
 #endif
 
 #ifdef BELLBOX_ARM
@@ -83,6 +85,12 @@ bool has_i8mm() { return false; }
 #endif
 #endif
 
+#ifdef BELLBOX_ONLY  // one instruction set, by its name (CMake's BELLBOX_ISA)
+[[maybe_unused]] constexpr auto has_portable = always, has_neon = always;
+#define BELLBOX_JOIN(a, b) a##b
+#define BELLBOX_JOINED(a, b) BELLBOX_JOIN(a, b)
+const Candidate kCandidates[] = {{&BELLBOX_JOINED(BELLBOX_ONLY, _kernels), BELLBOX_JOINED(has_, BELLBOX_ONLY)}};
+#else
 const Candidate kCandidates[] = {
 #ifdef BELLBOX_ARM
     {&i8mm_kernels, has_i8mm},
@@ -99,6 +107,7 @@ const Candidate kCandidates[] = {
 #endif
     {&portable_kernels, always},
 };
+#endif
 
 const Kernels* choose(const char* wanted) {
     const bool any = wanted == nullptr || *wanted == '\0';
@@ -109,6 +118,7 @@ const Kernels* choose(const char* wanted) {
                                      available());
         }
     }
+    if (any) throw std::runtime_error(std::string("this processor cannot run ") + kCandidates[0].kernels->name + ", which this program was built for alone");
     throw std::runtime_error(std::string("BELLBOX_ISA=") + wanted + ": unknown; this processor runs: " + available());
 }
 
@@ -151,7 +161,7 @@ void pack_field(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, int64_t
 
 }  // namespace
 
-#ifdef BELLBOX_ARM
+#if defined(BELLBOX_ARM) && !defined(BELLBOX_ONLY)
 // Copies are made at run time: here, where every processor has the instructions for it.
 namespace {
 Kernels neon_with(const char* name, const Products& products) {
@@ -166,7 +176,7 @@ const Kernels dotprod_kernels = neon_with("dotprod", dotprod_products);
 const Kernels i8mm_kernels = neon_with("i8mm", i8mm_products);
 #endif
 
-#ifdef BELLBOX_X86
+#if defined(BELLBOX_X86) && !defined(BELLBOX_ONLY)
 // A copy is made at run time: here, where every processor has the instructions for it.
 const Kernels amx_kernels = [] {
     Kernels kernels = avx512_kernels;

@@ -78,6 +78,8 @@ def specimens(room: Path) -> list[Path]:
         lambda to: _language(to, gpt, bb.Recipe.of("lsq", 3), tokenizer),
         lambda to: _vision(to, ResNetConfig(4, width=8, stages=2, max_pool=True), bb.Recipe.bbq(2)),
         lambda to: _vision(to, vit, bb.Recipe.bbq(4)),
+        lambda to: _language(to, llama, bb.Recipe.bbq(nested=(4, 3, 1), embedding_bits=8), tokenizer),
+        lambda to: _language(to, gpt, bb.Recipe.bbq(nested=(2, 1), activation_levels=4), tokenizer),
     ]  # fmt: skip
     for number, make in enumerate(made):
         make(room / f"good-{number}")

@@ -38,7 +38,19 @@ typedef struct {
 
 /* A packed folder, checked and laid out for this processor. `*model` is to be closed with bellbox_close. */
 BELLBOX_API bellbox_status bellbox_open(const char* folder, bellbox_model** model, bellbox_error* error);
+/* The same with choices. Members that are 0 leave things as they are stored. */
+typedef struct {
+    int bits;           /* of a folder of several widths (docs/nested.md): the one to use, its widest where 0. Files of wider
+                           ones are not opened and may be missing. A folder of one width takes 0 alone. */
+    int embedding_bits; /* of embeddings and head of a model of text, if they are fp32: 16 (bf16), 8 or 4; this rounds */
+} bellbox_choices;
+BELLBOX_API bellbox_status bellbox_open_with(const char* folder, const bellbox_choices* choices, bellbox_model** model,
+                                 bellbox_error* error);
 BELLBOX_API void bellbox_close(bellbox_model* model);
+/* Bits of the widths that its folder has, the widest first: at most `room` are written, `*count` is how many there are, 0
+ * for a folder of one width. `*used` is the one that was opened, or 0. */
+BELLBOX_API bellbox_status bellbox_widths(const bellbox_model* model, int* widths, size_t room, size_t* count, int* used,
+                              bellbox_error* error);
 BELLBOX_API bellbox_status bellbox_describe(const bellbox_model* model, bellbox_shape* shape, bellbox_error* error);
 /* The instruction set whose kernels run: "avx512", "avx2", "portable" and so on. */
 BELLBOX_API const char* bellbox_kernels(void);
@@ -50,6 +62,9 @@ BELLBOX_API bellbox_status bellbox_encode(const bellbox_model* model, const char
 /* A sequence and its cache of at most `tokens` tokens. */
 BELLBOX_API bellbox_status bellbox_begin(const bellbox_model* model, int64_t tokens, int threads, bellbox_session** session,
                              bellbox_error* error);
+/* Likewise; keys and values are kept in fp32 (32), or coded in 8 or 4 bits: less memory, and rounded. */
+BELLBOX_API bellbox_status bellbox_begin_coded(const bellbox_model* model, int64_t tokens, int cache_bits, int threads,
+                                   bellbox_session** session, bellbox_error* error);
 BELLBOX_API void bellbox_end(bellbox_session* session);
 /* Logits [vocabulary] for the token after these, which go into the cache. */
 BELLBOX_API bellbox_status bellbox_forward(bellbox_session* session, const uint32_t* tokens, size_t count, float* logits,
@@ -63,6 +78,7 @@ typedef struct {
     uint64_t seed;          /* the same seed gives the same text */
     const char* stop;       /* a token, written as text; NULL: the tokenizer's end of text */
     int threads;            /* 0: 1 */
+    int cache_bits;         /* what keys and values are kept in: 32 or 0 (fp32), 8 or 4 */
 } bellbox_options;
 
 typedef struct {

@@ -18,7 +18,7 @@ struct bellbox_model {
     Opened model;
     std::optional<Tokenizer> tokenizer;
 
-    explicit bellbox_model(const std::string& folder) : model(folder) {
+    bellbox_model(const std::string& folder, const bellbox_choices& choices) : model(folder, choices) {
         const std::string path = folder + "/tokenizer.json";
         if (is_file(path)) tokenizer.emplace(Mapped(path).bytes());
     }
@@ -66,8 +66,21 @@ bellbox_status guarded(bellbox_error* error, const F& run) {
 extern "C" {
 
 bellbox_status bellbox_open(const char* folder, bellbox_model** model, bellbox_error* error) {
+    const bellbox_choices none{};
+    return bellbox_open_with(folder, &none, model, error);
+}
+
+bellbox_status bellbox_open_with(const char* folder, const bellbox_choices* choices, bellbox_model** model, bellbox_error* error) {
     *model = nullptr;
-    return guarded(error, [&] { *model = new bellbox_model(folder); });
+    return guarded(error, [&] { *model = new bellbox_model(folder, *choices); });
+}
+
+bellbox_status bellbox_widths(const bellbox_model* model, int* widths, size_t room, size_t* count, int* used, bellbox_error* error) {
+    return guarded(error, [&] {
+        const std::vector<int>& choices = model->model.choices;
+        std::copy_n(choices.begin(), std::min(room, choices.size()), widths);
+        *count = choices.size(), *used = model->model.bits;
+    });
 }
 
 void bellbox_close(bellbox_model* model) { delete model; }
@@ -102,11 +115,15 @@ bellbox_status bellbox_encode(const bellbox_model* model, const char* text, uint
 }
 
 bellbox_status bellbox_begin(const bellbox_model* model, int64_t tokens, int threads, bellbox_session** session, bellbox_error* error) {
+    return bellbox_begin_coded(model, tokens, 32, threads, session, error);
+}
+
+bellbox_status bellbox_begin_coded(const bellbox_model* model, int64_t tokens, int cache_bits, int threads, bellbox_session** session, bellbox_error* error) {
     *session = nullptr;
     return guarded(error, [&] {
         if (tokens < 1) throw Error("a cache of " + std::to_string(tokens) + " tokens; give at least 1");
         const Language& text = model->model.text();
-        *session = new bellbox_session{text, text.new_cache(tokens), std::max(1, threads)};
+        *session = new bellbox_session{text, text.new_cache(tokens, cache_type(cache_bits)), std::max(1, threads)};
     });
 }
 

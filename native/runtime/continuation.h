@@ -19,7 +19,7 @@ class Continuation {
     // Model and tokenizer must outlive it.
     Continuation(const Language& model, const Tokenizer& words, const char* prompt, const bellbox_options& options)
         : model_(model), prompt_(words.encode(prompt)), most_(most_tokens(options)), sampler_(sampling(options), options.seed),
-          stop_(stop_of(words, options.stop)), threads_(std::max(1, options.threads)), cache_(model.new_cache(times_.prompt_tokens + most_)),
+          stop_(stop_of(words, options.stop)), threads_(std::max(1, options.threads)), cache_(model.new_cache(times_.prompt_tokens + most_, cache_type(options.cache_bits))),
           logits_(static_cast<size_t>(model.shape().vocabulary)), stream_(words, prompt_) {}
     Continuation(const Continuation&) = delete;
     Continuation& operator=(const Continuation&) = delete;

@@ -1,5 +1,6 @@
 // bellbox-run: continue a prompt with a packed folder, with the flags of `bellbox generate`; or say what an image shows.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,14 +11,23 @@
 
 #include "bellbox.h"
 
+#ifdef __GLIBCXX__
+// Nothing is thrown here. The library's own handler would bring a demangler of 50 KB, to name what was.
+namespace __gnu_cxx {
+void __verbose_terminate_handler() { std::abort(); }
+}  // namespace __gnu_cxx
+#endif
+
 namespace {
 
 const char kUsage[] =
     "usage: bellbox-run FOLDER --prompt TEXT [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S]\n"
-    "                   [--stop TOKEN] [--threads N] [--bench]\n"
-    "       bellbox-run FOLDER --image FILE.ppm [--threads N] [--bench]\n"
+    "                   [--stop TOKEN] [--bits N] [--embeddings bf16|int8|int4] [--kv-cache fp32|int8|int4] [--threads N] [--bench]\n"
+    "       bellbox-run FOLDER --image FILE.ppm [--bits N] [--threads N] [--bench]\n"
     "Continue a text with a packed Bellbox model; the same seed gives the text of `bellbox generate`.\n"
     "Or name the likeliest classes of a picture in PPM or PGM, of the size that the model takes.\n"
+    "--bits: of a folder of several widths, the one to use; its widest where not given.\n"
+    "--embeddings: round fp32 embeddings and head while loading. --kv-cache: what keys and values are kept in; int8 and int4 round.\n"
     "--bench writes no text, but loading, prefill and decode as JSON.\n";
 
 [[noreturn]] void refuse(const std::string& why) {
@@ -32,10 +42,11 @@ double number(const char* flag, const char* text) {
     return value;
 }
 
-long long whole(const char* flag, const char* text, long long least) {
+long long whole(const char* flag, const char* text, long long least, long long most = LLONG_MAX) {
     char* end = nullptr;
     const long long value = std::strtoll(text, &end, 10);
     if (end == text || *end != '\0' || value < least) refuse(std::string(flag) + " is " + text + "; it must be a whole number of at least " + std::to_string(least));
+    if (value > most) refuse(std::string(flag) + " is " + text + "; it must be at most " + std::to_string(most));
     return value;
 }
 
@@ -75,7 +86,15 @@ struct Flags {
     const char *folder = nullptr, *prompt = nullptr, *image = nullptr;
     bellbox_options options{};
     bool bench = false;
+    bellbox_choices choices{};
 };
+
+// Bits of a precision, by the names that `bellbox generate` takes.
+int bits_of(const char* flag, const std::string& name, const char* plain, int plain_bits) {
+    if (name == plain) return plain_bits;
+    if (name != "int8" && name != "int4") refuse(std::string(flag) + " is " + name + "; it must be " + plain + ", int8 or int4");
+    return name == "int8" ? 8 : 4;
+}
 
 Flags flags_of(int argc, char** argv) {
     Flags flags;
@@ -106,7 +125,11 @@ Flags flags_of(int argc, char** argv) {
             if (!(options.top_p > 0 && options.top_p <= 1)) refuse(std::string("top_p is ") + value + "; it must be above 0 and at most 1");
         } else if (flag == "--seed") options.seed = static_cast<uint64_t>(whole("--seed", value, -9223372036854775807LL - 1)), seeded = true;
         else if (flag == "--stop") options.stop = value;
-        else if (flag == "--threads") options.threads = static_cast<int>(whole("--threads", value, 1));
+        else if (flag == "--bits") flags.choices.bits = static_cast<int>(whole("--bits", value, 1, INT_MAX));
+        else if (flag == "--embeddings") flags.choices.embedding_bits = bits_of("--embeddings", value, "bf16", 16);
+        else if (flag == "--kv-cache") options.cache_bits = bits_of("--kv-cache", value, "fp32", 32);
+        else if (flag == "--checkpoint") refuse("--checkpoint is of a run; this program takes packed folders, which `bellbox convert --checkpoint` writes");
+        else if (flag == "--threads") options.threads = static_cast<int>(whole("--threads", value, 1, INT_MAX));
         else refuse(flag + " is unknown; see bellbox-run --help");
     }
     if (flags.folder == nullptr) refuse("give the folder of a packed model; see bellbox-run --help");
@@ -195,7 +218,7 @@ int main(int argc, char** argv) {
     bellbox_error error;
     bellbox_model* model = nullptr;
     const double begun = now();
-    if (const bellbox_status status = bellbox_open(flags.folder, &model, &error); status != BELLBOX_OK) return failed(status, error);
+    if (const bellbox_status status = bellbox_open_with(flags.folder, &flags.choices, &model, &error); status != BELLBOX_OK) return failed(status, error);
     const double loaded = now() - begun;
     const int code = flags.image != nullptr ? name_classes(model, flags, loaded, error) : continue_text(model, flags, loaded, error);
     bellbox_close(model);

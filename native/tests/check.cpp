@@ -379,17 +379,105 @@ void check_kept(const Kernels& kernels) {
     }
 }
 
+std::vector<float> floats(int64_t count, bool wild = false) {
+    const std::vector<char> bytes = numbers(count, Type::f32, {1.0f}, wild);
+    std::vector<float> values(static_cast<size_t>(count));
+    memcpy(values.data(), bytes.data(), bytes.size());
+    return values;
+}
+
+char* bytes_of(std::vector<float>& values) { return reinterpret_cast<char*>(values.data()); }
+bool same_floats(const std::vector<float>& a, const std::vector<float>& b) {
+    const auto bytes = [](const std::vector<float>& x) {
+        const char* const begin = reinterpret_cast<const char*>(x.data());
+        return std::vector<char>(begin, begin + 4 * x.size());
+    };
+    return same(bytes(a), bytes(b), Type::f32);
+}
+
+// What a GPT has between its layers, by ranges of rows and of numbers, into its own input too.
+void check_between(const Kernels& kernels) {
+    const int64_t rows = pick(1, 5), k = one_of<int64_t>({pick(1, 40), pick(1, 700)}), count = rows * k;
+    const std::vector<float> x = floats(count, pick(0, 3) == 0), weight = floats(k), bias = floats(k), times = floats(count);
+    const bool biased = pick(0, 1) == 1, gated = pick(0, 1) == 1, in_place = pick(0, 1) == 1;
+    const Activation kind = one_of({Activation::silu, Activation::gelu_tanh, Activation::gelu_erf, Activation::relu});
+    const double eps = one_of({1e-5, 1e-12});
+    const int64_t row = pick(0, rows), at = pick(0, count);
+    std::vector<float> normed[2], activated[2];
+    for (int i = 0; i < 2; ++i) {
+        const Kernels& used = i == 0 ? portable_kernels : kernels;
+        normed[i].resize(x.size());
+        const LayerNormArgs norm{x.data(), weight.data(), biased ? bias.data() : nullptr, rows, k, eps, normed[i].data()};
+        used.layer_norm(norm, 0, row), used.layer_norm(norm, row, rows);
+        activated[i] = x;
+        const ActivateArgs activation{in_place ? activated[i].data() : x.data(), gated ? times.data() : nullptr, kind, activated[i].data()};
+        used.activate(activation, 0, at), used.activate(activation, at, count);
+    }
+    expect(same_floats(normed[0], normed[1]), "layer_norm");
+    expect(same_floats(activated[0], activated[1]), "activate " + std::to_string(static_cast<int>(kind)));
+}
+
+// Many new tokens behind some that the cache holds; causal ones get the bits of a token at a time.
+void check_prompt(const Kernels& kernels) {
+    const int64_t batch = pick(1, 2), kv = pick(1, 2), count = pick(1, 3), heads = kv * count, d = 2 * pick(1, 40);
+    const int64_t start = one_of<int64_t>({0, pick(1, 70)}), tokens = one_of<int64_t>({pick(1, 4), pick(5, 40), pick(41, 70)});
+    const int64_t whole = start + tokens, room = whole + pick(0, 3);
+    const CacheType type = one_of({CacheType::f32, CacheType::i8, CacheType::i4});
+    const bool rotary = pick(0, 1) == 1, causal = pick(0, 3) != 0, coded = type != CacheType::f32;
+    const int64_t block = coded ? one_of<int64_t>({1, 2, d & -d}) : 1, slots = batch * kv * room;
+    const int64_t row = type == CacheType::f32 ? 4 * d : type == CacheType::i8 ? d : (d + 1) / 2;
+    const std::vector<float> query = floats(batch * tokens * heads * d), key = floats(batch * tokens * kv * d), turn = floats(whole * (d / 2));
+    std::vector<float> before = floats(slots * d), scales = floats(slots);
+    struct Held {
+        std::vector<char> keys, values;
+        std::vector<float> key_scales, value_scales;
+    };
+    const auto held_before = [&] {
+        const std::vector<char> rows(bytes_of(before), bytes_of(before) + slots * row);
+        return Held{rows, rows, scales, scales};
+    };
+    const auto view_of = [&](Held& held, int64_t from) {
+        return CacheView{type, held.keys.data(), held.values.data(), coded ? held.key_scales.data() : nullptr,
+                         coded ? held.value_scales.data() : nullptr, room, from, block};
+    };
+    const float *const cosine = rotary ? turn.data() : nullptr, *const sine = rotary ? turn.data() : nullptr;
+    std::vector<float> out[2], fresh(static_cast<size_t>(d));
+    Held held[2];
+    for (int i = 0; i < 2; ++i) {
+        const Kernels& used = i == 0 ? portable_kernels : kernels;
+        out[i].resize(query.size()), held[i] = held_before();
+        const PromptArgs a{query.data(), key.data(), key.data(), cosine, sine, batch, tokens, heads, kv, d, causal, view_of(held[i], start), out[i].data()};
+        const int64_t pair = pick(0, batch * kv), item = pick(0, a.items());
+        std::vector<float> scratch(static_cast<size_t>(a.scratch()));
+        used.store_prompt(a, 0, pair, fresh.data()), used.store_prompt(a, pair, batch * kv, fresh.data());
+        used.attend_prompt(a, 0, item, scratch.data()), used.attend_prompt(a, item, a.items(), scratch.data());
+    }
+    expect(held[0].keys == held[1].keys && held[0].values == held[1].values, "the cache after store_prompt");
+    expect(same_floats(held[0].key_scales, held[1].key_scales) && same_floats(held[0].value_scales, held[1].value_scales), "scales of store_prompt");
+    expect(same_floats(out[0], out[1]), "attend_prompt");
+    if (!causal) return;
+    Held alone = held_before();
+    std::vector<float> scratch(static_cast<size_t>((count + kCacheRows + 1) * d + count * (whole + 1)));
+    std::vector<float> now_query(static_cast<size_t>(batch * heads * d)), now_key(static_cast<size_t>(batch * kv * d)), now_out(now_query.size());
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t i = 0; i < batch; ++i) {
+            std::copy_n(query.begin() + (i * tokens + t) * heads * d, heads * d, now_query.begin() + i * heads * d);
+            std::copy_n(key.begin() + (i * tokens + t) * kv * d, kv * d, now_key.begin() + i * kv * d);
+        }
+        kernels.attend(AttendArgs{now_query.data(), now_key.data(), now_key.data(), cosine, sine, batch, heads, kv, d, view_of(alone, start + t), now_out.data()},
+                       0, batch * kv, scratch.data());
+        for (int64_t i = 0; i < batch; ++i)
+            expect(memcmp(&now_out[static_cast<size_t>(i * heads * d)], &out[1][static_cast<size_t>((i * tokens + t) * heads * d)],
+                          static_cast<size_t>(4 * heads * d)) == 0,
+                   "attend, token by token,");
+    }
+}
+
 // One token of a decoder: norm, attention over a cache that has room for exactly it, fp32 and int8 heads. Sequences stand in
 // the cache one after the other and hold alike many tokens, or have places of their own.
 void check_decoder(const Kernels& kernels) {
     const int64_t batch = pick(1, 6), kv = pick(1, 2), heads = kv * pick(1, 3), d = 2 * pick(1, 40), start = pick(0, 40);
     const int64_t room = start + 1, k = heads * d, outputs = pick(1, 40);
-    const auto floats = [](int64_t count) {
-        std::vector<char> bytes = numbers(count, Type::f32, {1.0f}, false);
-        std::vector<float> values(static_cast<size_t>(count));
-        memcpy(values.data(), bytes.data(), bytes.size());
-        return values;
-    };
     const std::vector<float> query = floats(batch * heads * d), key = floats(batch * kv * d), turn = floats((start + 1) * (d / 2));
     const std::vector<float> cache = floats(batch * kv * room * d), weight = floats(k), scale = floats(outputs);
     const std::vector<float> floats_in = floats(batch * k), floats_weight = floats(outputs * k);
@@ -560,6 +648,8 @@ int main(int count, char** arguments) {
                 check_rotation(kernels());
                 check_training(kernels());
                 check_kept(kernels());
+                check_between(kernels());
+                check_prompt(kernels());
                 check_decoder(kernels());
                 check_head(kernels());
                 check_draw(kernels());

@@ -4,70 +4,39 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import random
 import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from built_runtime import (
+    BUILT,
+    LIBRARY,
+    PROMPT,
+    ROOT,
+    Library,
+    choices,
+    needs_runtime,
+    packed,
+    packed_vision,
+    run,
+    seal,
+)
 
 import bellbox as bb
 from bellbox.data.tokenizer import Tokenizer
 from bellbox.inference.generation import generate_text
-from bellbox.models import ResNetConfig, ViTConfig, build, preset
-from bellbox.utils.files import canonical_sha256
+from bellbox.models import ResNetConfig, ViTConfig
 
-ROOT = Path(__file__).parents[2]
-BUILT = Path(os.environ.get("BELLBOX_RUNTIME") or ROOT / "build" / "runtime")
-RUN, LIBRARY = BUILT / "bellbox-run", BUILT / "libbellbox.so"
-pytestmark = pytest.mark.skipif(not RUN.is_file() or not LIBRARY.is_file(), reason=f"no {RUN}: make runtime")
+pytestmark = needs_runtime
 
-PROMPT = "The naïve city was 12 miles away,"
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = (ROOT / "LICENSE").read_text()
-    path = tmp_path_factory.mktemp("words") / "tokenizer.json"
-    Tokenizer.train([text], 600).save(path)
-    return path
-
-
-def packed(folder: Path, tokenizer: Path, name: str, positions: int = 256, **recipe: Any) -> Path:
-    shape = {"activation": recipe.pop("activation")} if "activation" in recipe else {}
-    config = preset(name, vocab_size=Tokenizer.load(tokenizer).vocab_size, hidden_size=64, intermediate_size=128,
-                    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=positions,
-                    initializer_range=0.2, **shape)  # fmt: skip
-    plain = build(config, seed=0)
-    random_gains = torch.Generator().manual_seed(1)
-    for each in plain.parameters():
-        # Without them the sum over a LayerNorm's row is zero but for rounding, and that is a threshold.
-        if each.dim() == 1:
-            each.data.add_(0.1 * torch.randn(each.shape, generator=random_gains))
-    model = bb.prepare(plain, bb.Recipe.bbq(**recipe)).eval()
-    with torch.no_grad():
-        model(torch.arange(32)[None])
-    bb.save(bb.convert(model), folder, tokenizer=str(tokenizer))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
-    return packed(tmp_path_factory.mktemp("packed") / "m", tokenizer, "tiny", bits=2, embedding_bits=4)
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Its output as it is: in text mode, Python makes other line ends of some."""
-    done = subprocess.run([RUN, *map(str, arguments)], capture_output=True, timeout=60, check=False)
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -90,7 +59,7 @@ HOW: tuple[dict[str, Any], ...] = (
 )
 
 
-def the_text_is_that_of_python(folder: Path, prompt: str, count: int, how: dict[str, Any], stop: str) -> None:
+def the_text_is_that_of_python(folder: Path, prompt: str, count: int, how: dict[str, Any], stop: str) -> str:
     model, words = bb.load(folder), Tokenizer.load(folder)
     stop_token = words.backend.token_to_id(stop)
     stream = generate_text(model, words.backend, prompt, count, stop_token=stop_token, **how)
@@ -99,6 +68,7 @@ def the_text_is_that_of_python(folder: Path, prompt: str, count: int, how: dict[
     assert found.returncode == 0, found.stderr
     assert found.stdout == prompt + "".join(stream) + "\n"
     assert "kernels, loaded in" in found.stderr
+    return found.stdout
 
 
 def with_a_stop_that_never_comes(folder: Path) -> str:
@@ -121,6 +91,41 @@ def test_the_text_is_that_of_python(
         the_text_is_that_of_python(folder, PROMPT, 60, how, "<|endoftext|>")
 
 
+@pytest.mark.parametrize("kv_cache", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+def test_a_coded_cache_gives_the_text_of_python(
+    tmp_path: Path, tokenizer: Path, name: str, kv_cache: Any
+) -> None:
+    folder = packed(tmp_path / "m", tokenizer, name, bits=2)
+    plain = run(folder, "--prompt", PROMPT, "--max-new-tokens", 60, "--seed", 3)
+    how = {"temperature": 1.0, "seed": 3, "kv_cache": kv_cache}
+    found = the_text_is_that_of_python(folder, PROMPT, 60, how, "<|endoftext|>")
+    assert found != plain.stdout  # it is rounded
+
+
+@pytest.mark.parametrize("embeddings", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["tiny", "gpt-tiny"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_rounded_while_loading_are_those_of_python(
+    tmp_path: Path, tokenizer: Path, name: str, embeddings: Any, tied: bool
+) -> None:
+    folder = packed(tmp_path / "m", tokenizer, name, bits=2, tie_word_embeddings=tied)
+    library, opened, ids = Library(), ctypes.c_void_p(), [5, 9, 77]
+    chosen = choices(0, {"bf16": 16, "int8": 8, "int4": 4}[embeddings])
+    library.call("bellbox_open_with", str(folder).encode(), chosen, ctypes.byref(opened))
+    model = bb.load(folder, embeddings=embeddings)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]), last_only=True)[0, 0]
+    found = library.logits(opened, [ids], len(expected))[0]
+    library.c.bellbox_close(opened)
+    if embeddings == "bf16":  # whose product is torch's
+        assert float((found - expected).abs().max() / expected.abs().max()) < 0.01
+        return
+    assert torch.equal(found, expected)
+    found = run(folder, "--prompt", PROMPT, "--embeddings", embeddings, "--temperature", 0)
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "recipe"), KINDS)
 def test_a_thousand_tokens_are_those_of_python(
@@ -132,42 +137,6 @@ def test_a_thousand_tokens_are_those_of_python(
     stop = with_a_stop_that_never_comes(folder)
     for how in HOW[:2]:
         the_text_is_that_of_python(folder, prompt, 1000, how, stop)
-
-
-class Library:
-    """The C interface, as another language calls it."""
-
-    def __init__(self) -> None:
-        self.c = ctypes.CDLL(str(LIBRARY))
-        self.c.bellbox_close.argtypes = self.c.bellbox_end.argtypes = [ctypes.c_void_p]
-        self.error = ctypes.create_string_buffer(512)
-
-    def call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self.c, name)(*arguments, self.error)
-        assert status == 0, self.error.value.decode()
-
-    def open(self, folder: Path) -> ctypes.c_void_p:
-        model = ctypes.c_void_p()
-        self.call("bellbox_open", str(folder).encode(), ctypes.byref(model))
-        return model
-
-    def encode(self, model: ctypes.c_void_p, text: str) -> list[int]:
-        room, count = 4 * len(text.encode()) + 8, ctypes.c_size_t()
-        ids = (ctypes.c_uint32 * room)()
-        self.call("bellbox_encode", model, text.encode(), ids, ctypes.c_size_t(room), ctypes.byref(count))
-        return list(ids[: count.value])
-
-    def logits(self, model: ctypes.c_void_p, calls: Sequence[Sequence[int]], size: int) -> list[torch.Tensor]:
-        session, found = ctypes.c_void_p(), []
-        self.call("bellbox_begin", model, ctypes.c_int64(64), ctypes.c_int(1), ctypes.byref(session))
-        for ids in calls:
-            out = torch.empty(size)
-            tokens = (ctypes.c_uint32 * len(ids))(*ids)
-            place = ctypes.c_void_p(out.data_ptr())
-            self.call("bellbox_forward", session, tokens, ctypes.c_size_t(len(ids)), place)
-            found.append(out)
-        self.c.bellbox_end(session)
-        return found
 
 
 @pytest.mark.parametrize(("name", "recipe"), KINDS)
@@ -200,23 +169,6 @@ VISION: list[tuple[Any, dict[str, Any]]] = [
     (ViTConfig(7, hidden_size=32, intermediate_size=64, num_hidden_layers=2), {"bits": 2}),
     (ViTConfig(7, image_size=16, hidden_size=32, num_hidden_layers=2, class_token=True), {"bits": 3}),
 ]
-
-
-def packed_vision(folder: Path, config: Any, recipe: dict[str, Any]) -> Any:
-    plain = build(config, seed=0)
-    draw = torch.Generator().manual_seed(1)
-    for name, each in plain.named_parameters():
-        if "norm" in name:
-            each.data.add_(0.1 * torch.randn(each.shape, generator=draw))
-    for name, each in plain.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            each.add_(0.2 * torch.rand(each.shape, generator=draw))
-    model = bb.prepare(plain, bb.Recipe.bbq(**recipe)).eval()
-    side = getattr(config, "image_size", None) or 20
-    with torch.no_grad():
-        model(torch.rand(4, config.num_channels, side, side, generator=draw))
-    bb.save(bb.convert(model), folder)
-    return bb.load(folder)
 
 
 @pytest.mark.parametrize(("config", "recipe"), VISION)
@@ -336,20 +288,6 @@ def test_tokens_are_those_of_the_tokenizers_library(
     library.c.bellbox_close(opened)
 
 
-def seal(folder: Path) -> None:
-    """Make the checksums of a folder right again."""
-    import hashlib
-
-    config = json.loads((folder / "config.json").read_text())
-    section = config["quantization_config"]
-    for name in section["files"]:
-        content = (folder / name).read_bytes()
-        section["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    del section["sha256"]
-    section["sha256"] = canonical_sha256(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 def test_what_cannot_be_run_is_one_line(tmp_path: Path, folder: Path) -> None:
     for arguments, message in (
         (("nowhere", "--prompt", "x"), "nowhere/config.json: cannot be read"),
@@ -364,6 +302,14 @@ def test_what_cannot_be_run_is_one_line(tmp_path: Path, folder: Path) -> None:
         ((folder, "--prompt", "x", "--seed", "one"), "--seed is one"),
         ((folder, "--prompt", "x", "--stop", "two words"), "it must be exactly one"),
         ((folder, "--prompt", "x", "--speed"), "--speed has no value"),
+        ((folder, "--prompt", "x", "--threads", 2**32 + 1), "--threads is 4294967297; it must be at most"),
+        (
+            (folder, "--prompt", "x", "--kv-cache", "int2"),
+            "--kv-cache is int2; it must be fp32, int8 or int4",
+        ),
+        ((folder, "--prompt", "x", "--embeddings", "fp32"), "--embeddings is fp32; it must be bf16"),
+        ((folder, "--prompt", "x", "--embeddings", "int8"), "no fp32 embedding that could be rounded"),
+        ((folder, "--prompt", "x", "--checkpoint", "best"), "--checkpoint is of a run"),
     ):
         found = run(*arguments)
         assert (found.returncode, found.stderr.count("\n")) == (2, 1), (arguments, found.stderr)

@@ -1,7 +1,6 @@
 // The canonical text of JSON values, of which a configuration's checksum is taken (docs/format.md, checksums).
 #pragma once
 
-#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -10,19 +9,27 @@
 
 namespace bellbox {
 
-// [-]d[.ddd]e+XX: the shortest digits that read back.
+// The decimal after this one away from zero, as long: [-]d[.ddd]e+XX.
+inline std::string next_decimal(std::string text) {
+    const size_t mark = text.find('e');
+    for (size_t i = mark; i-- > 0;) {
+        if (text[i] < '0' || text[i] > '9') continue;  // a sign, or the point, which some locales write otherwise
+        if (text[i] != '9') return ++text[i], text;
+        text[i] = '0';
+    }
+    return text;  // all were nines: shorter digits were tried before
+}
+
+// [-]d[.ddd]e+XX: the shortest digits that read back. (std::to_chars is 170 KB of tables in a static program.) The nearest
+// decimal of a length need not read back where another one does: above a power of two numbers lie half as dense as below.
 inline std::string shortest(double value) {
     char digits[32];
-#if defined(__cpp_lib_to_chars)
-    const auto [end, error] = std::to_chars(digits, digits + sizeof(digits), value, std::chars_format::scientific);
-    (void)error;
-    return {digits, end};
-#else  // libc++ before 14, of which the browser's build is
     for (int places = 0;; ++places) {
         std::snprintf(digits, sizeof(digits), "%.*e", places, value);
         if (places == 16 || std::strtod(digits, nullptr) == value) return digits;
+        const std::string next = next_decimal(digits);
+        if (std::strtod(next.c_str(), nullptr) == value) return next;
     }
-#endif
 }
 
 // As Python writes it.

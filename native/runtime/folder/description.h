@@ -1,9 +1,10 @@
-// The config.json of a packed folder (docs/format.md), versions 4 and 6: every field known, every number in its range.
+// The config.json of a packed folder (docs/format.md), versions 4, 6 and 7: every field known, every number in its range.
 #pragma once
 
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,8 @@ struct StoredLayer {
     Grid weight, activation;
     std::vector<float> thresholds;
     std::optional<StoredWindow> window;  // of packed_conv2d
+    std::vector<int> widths;             // bits of several, those that are read, the widest first; empty: one width
+    bool nested_inputs = false;          // whether these are the input's too
     int64_t places() const { return window ? window->kernel[0] * window->kernel[1] : 1; }
 };
 
@@ -59,13 +62,30 @@ struct Description {
     std::optional<LanguageShape> language;
     std::optional<VisionShape> vision;
     std::map<std::string, StoredLayer> layers;
+    std::vector<int> choices;  // bits of the widths that the folder can be read at, the widest first; empty: it has one
     std::map<std::string, StoredTable> tables;
     struct File {
         uint64_t bytes;
         std::string sha256;
     };
     std::map<std::string, File> files;
+
+    // Of the widths that are read, of all layers.
+    std::set<int> widths() const {
+        std::set<int> all;
+        for (const auto& [name, layer] : layers) all.insert(layer.widths.begin(), layer.widths.end());
+        return all;
+    }
 };
+
+// What B bits need beyond the next narrower width.
+inline std::string file_of_width(int bits) { return "bits-" + std::to_string(bits) + ".safetensors"; }
+constexpr int kMostNested = 7;  // bits, of which the levels still fit int8
+inline bool names_width(const std::string& file) {
+    for (int bits = 1; bits <= kMostNested; ++bits)
+        if (file == file_of_width(bits)) return true;
+    return false;
+}
 
 // Normal quantiles, of which the others mirror these (docs/format.md).
 inline std::vector<float> gaussian_thresholds(int32_t levels, const Fields& where) {
@@ -84,10 +104,16 @@ inline std::vector<float> gaussian_thresholds(int32_t levels, const Fields& wher
     return all;
 }
 
-inline Grid read_grid(Fields& fields) {
+// `widest`: bits of several widths, of which this one has `at`; 0: the grid has one.
+inline Grid read_grid(Fields& fields, int widest = 0, int at = 0) {
     Grid grid;
-    const int32_t levels = static_cast<int32_t>(fields.integer("levels", 2, 16));
+    int32_t levels = static_cast<int32_t>(fields.integer("levels", 2, widest > 0 ? 1 << kMostNested : 16));
     const double zero = fields.number("zero_point");
+    if (widest > 0) {
+        if (levels != 1 << widest) fields.refuse("levels", "are " + std::to_string(levels) + ", not those of the widest width");
+        if (zero == std::nearbyint(zero)) fields.refuse("zero_point", "of several widths must be a half-integer");
+        if ((levels = 1 << at) > 16) fields.refuse("levels", "of " + std::to_string(at) + " bits are more than the 16 that this program runs; choose a narrower width");
+    }
     // twice it by itself: beside the levels a tiny number is lost
     if (2 * zero != std::nearbyint(2 * zero) || !grid.set(levels, zero)) fields.refuse("zero_point", "is no multiple of 1/2");
     return grid;
@@ -115,8 +141,31 @@ inline StoredWindow read_window(Fields fields) {
     return window;
 }
 
-inline StoredLayer read_layer(Fields fields) {
+// The widths of an entry, the widest first; empty where it has one.
+inline std::vector<int> read_widths(const Json& nested, const std::string& where, bool& inputs) {
+    std::vector<int> widths;
+    if (nested.is_null()) return widths;
+    Fields fields(nested, where + ": nested");
+    const Json& list = fields.any("widths");
+    if (!list.is_array() || list.size() < 2 || list.size() > kMostNested) fields.refuse("widths", "must be two to seven numbers of bits");
+    for (const Json& each : list) {
+        const bool fits = each.is_number_unsigned() && each.get<uint64_t>() >= 1 && each.get<uint64_t>() <= kMostNested;
+        if (!fits || (!widths.empty() && each.get<int>() >= widths.back())) fields.refuse("widths", "must be numbers of bits from 1 to 7, the widest first");
+        widths.push_back(each.get<int>());
+    }
+    inputs = fields.flag("inputs");
+    fields.done();
+    return widths;
+}
+
+// widths: of this layer, those that it is not read at included; bits: the width of the whole, 0 for the widest.
+inline StoredLayer read_layer(Fields fields, std::vector<int> widths, bool nested_inputs, int bits) {
     StoredLayer layer;
+    const int widest = widths.empty() ? 0 : widths[0];
+    while (bits > 0 && !widths.empty() && widths[0] > bits) widths.erase(widths.begin());
+    if (widest > 0 && widths.empty()) fields.refuse("nested", "has no width of " + std::to_string(bits) + " bits or fewer");
+    const int at = widths.empty() ? 0 : widths[0];
+    layer.widths = std::move(widths), layer.nested_inputs = nested_inputs;
     const std::string function = fields.text("function");
     const bool convolution = function == "packed_conv2d";
     if (!convolution && function != "packed_linear") fields.refuse("function", "is " + shown(function) + ", which this program does not run");
@@ -138,13 +187,14 @@ inline StoredLayer read_layer(Fields fields) {
     if (layer.normalise == "absmax" && layer.block != 1) fields.refuse("normalise", "'absmax' goes with hadamard_block 1");
     if (layer.normalise == "static" && layer.rescale) fields.refuse("rescale", "needs a sigma that follows the input, not normalise 'static'");
     Fields weight = fields.object("weight"), activation = fields.object("activation");
-    layer.weight = read_grid(weight), layer.activation = read_grid(activation);
+    layer.weight = read_grid(weight, widest, at), layer.activation = read_grid(activation, nested_inputs ? widest : 0, at);
     weight.done();
     if (layer.weight.largest() > 127 || layer.activation.largest() > 34) fields.refuse("weight", "has levels that do not fit the kernels");
     const Json& thresholds = activation.any("thresholds");
     if (thresholds == "gaussian") {
         layer.thresholds = gaussian_thresholds(layer.activation.levels, activation);
     } else {
+        if (nested_inputs) activation.refuse("thresholds", "of several widths must be gaussian, which nest");
         if (!thresholds.is_array() || thresholds.size() != static_cast<size_t>(layer.activation.levels - 1)) activation.refuse("thresholds", "are not one fewer than levels");
         for (const Json& each : thresholds) {
             const float value = each.is_number() ? each.get<float>() : NAN;
@@ -227,35 +277,63 @@ inline void read_shape(const Json& model, const std::string& path, Description& 
     else described.language = read_language(fields);
 }
 
-inline Description read_description(std::string_view file, const std::string& path) {
+// Bits of the widths that some layer has, the widest first.
+inline std::vector<int> choices_of(const std::map<std::string, std::vector<int>>& layers) {
+    std::set<int, std::greater<int>> all;
+    for (const auto& [name, widths] : layers) all.insert(widths.begin(), widths.end());
+    return {all.begin(), all.end()};
+}
+
+inline void check_choice(int bits, const std::vector<int>& choices, const std::string& path) {
+    if (bits == 0 || std::find(choices.begin(), choices.end(), bits) != choices.end()) return;
+    std::string there = choices.empty() ? "its layers have one width" : "it can be read at";
+    for (const int each : choices) there += (each == choices[0] ? " " : ", ") + std::to_string(each);
+    throw Error(path + ": no width of " + std::to_string(bits) + " bits in this folder; " + there + (choices.empty() ? "" : " bits"));
+}
+
+// bits: of a folder of several widths, the one to read it at; 0: its widest.
+inline Description read_description(std::string_view file, const std::string& path, int bits = 0) {
     Json config = parse_json(file, path);
     const Json& found = member(config, "quantization_config");
     if (text_or(found, "quant_method", "") != "bellbox") throw Error(path + ": not a packed Bellbox model of version 4 or later; save it again with bellbox");
     if (found.contains("prepared")) throw Error(path + ": is of a model in training form; convert and save it");
     const Json& number = member(found, "version");
     const int64_t version = number.is_number_integer() ? number.get<int64_t>() : -1;
-    if (version == 5 || (version == 6 && !member(found, "experts").empty())) throw Error(path + ": has fused experts, which this program does not run");
-    if (version != 4 && version != 6) throw Error(path + ": format version " + number.dump() + "; this program reads 4 and 6");
+    if (version == 5 || (version >= 6 && version <= 7 && !member(found, "experts").empty())) throw Error(path + ": has fused experts, which this program does not run");
+    if (version != 4 && version != 6 && version != 7) throw Error(path + ": format version " + number.dump() + "; this program reads 4, 6 and 7");
     const std::string sum = text_or(found, "sha256", "");
     config["quantization_config"].erase("sha256");
     if (sha256(canonical(config)) != sum) throw Error(path + ": damaged, its checksum does not match; save the model again");
 
     Fields section(config["quantization_config"], path);
     section.any("quant_method"), section.any("version");
-    if (version == 6) section.any("experts");
+    if (version >= 6 && !section.any("experts").is_object()) section.refuse("experts", "is no object");
     Description described;
     read_shape(section.any("model"), path, described);
     const Json &layers = section.any("layers"), &tables = section.any("embeddings"), &files = section.any("files");
     if (!layers.is_object() || layers.empty() || !tables.is_object() || !files.is_object()) section.refuse("layers", "is no object");
     section.done();
-    for (const auto& [name, entry] : layers.items()) described.layers[name] = read_layer(Fields(entry, path + ": layer " + shown(name)));
+    std::map<std::string, bool> inputs;
+    std::map<std::string, std::vector<int>> widths;
+    for (const auto& [name, entry] : layers.items()) {
+        const std::string where = path + ": layer " + shown(name);
+        if (version == 7 && !entry.contains("nested")) throw Error(where + ": field 'nested': is missing");
+        if (version == 7) widths[name] = read_widths(entry["nested"], where, inputs[name]);
+    }
+    described.choices = choices_of(widths);
+    check_choice(bits, described.choices, path);
+    for (const auto& [name, entry] : layers.items()) {
+        Fields fields(entry, path + ": layer " + shown(name));
+        if (version == 7) fields.any("nested");
+        described.layers[name] = read_layer(fields, widths[name], inputs[name], bits);
+    }
     for (const auto& [name, entry] : tables.items()) {
         StoredTable table;
         if (entry == "bf16" || entry == "int8") {
             table.bits = entry == "bf16" ? 16 : 8;
         } else {
             Fields fields(entry, path + ": embedding " + shown(name));
-            if (version != 6) fields.refuse("bits", "is of version 6");
+            if (version < 6) fields.refuse("bits", "is of version 6");
             table.bits = static_cast<int>(fields.integer("bits", 4, 4)), table.group = fields.integer("group", 32, 64);
             if (table.group != 32 && table.group != 64) fields.refuse("group", "must be 32 or 64");
             fields.done();
@@ -263,12 +341,14 @@ inline Description read_description(std::string_view file, const std::string& pa
         described.tables[name] = table;
     }
     for (const auto& [name, entry] : files.items()) {
-        if (name != "model.safetensors" && name != "tokenizer.json") section.refuse("files", "names " + shown(name));
+        if (name != "model.safetensors" && name != "tokenizer.json" && !(version == 7 && names_width(name))) section.refuse("files", "names " + shown(name));
         Fields fields(entry, path + ": file " + shown(name));
         described.files[name] = {static_cast<uint64_t>(fields.integer("bytes", 0, INT64_MAX)), fields.text("sha256")};
         fields.done();
     }
     if (described.files.count("model.safetensors") == 0) section.refuse("files", "names no model.safetensors");
+    for (const int width : described.widths())
+        if (described.files.count(file_of_width(width)) == 0) section.refuse("files", "names no " + file_of_width(width));
     return described;
 }
 

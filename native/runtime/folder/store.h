@@ -1,9 +1,10 @@
-// What a folder's file of tensors holds, each taken once and by shape.
+// What a folder's files of tensors hold, each taken once and by shape.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
@@ -38,6 +39,10 @@ inline float rounded_to_bf16(float value) {
 class Store {
   public:
     Store(const Mapped& file, const std::string& path) : file_(file), path_(path), tensors_(read_tensors(file.bytes(), path)) {}
+
+    // The file of a width (docs/format.md, several widths).
+    void add_width(int bits, const Mapped& file, const std::string& path) { widths_[bits] = std::make_unique<Store>(file, path); }
+    Store& width(int bits) { return *widths_.at(bits); }
 
     bool has(const std::string& name) const { return tensors_.count(name) != 0; }
     std::string_view bytes(const std::string& name, Number number, const std::vector<int64_t>& shape) { return take(name, shape, number, true).bytes; }
@@ -76,6 +81,7 @@ class Store {
     void done() const {
         for (const auto& [name, tensor] : tensors_)
             if (taken_.count(name) == 0) refuse(name, "is of nothing in the model");
+        for (const auto& [bits, store] : widths_) store->done();
     }
     [[noreturn]] void refuse(const std::string& name, const std::string& why) const { throw Error(path_ + ": tensor " + shown(name) + " " + why); }
 
@@ -94,6 +100,7 @@ class Store {
     std::string path_;
     std::map<std::string, StoredTensor> tensors_;
     std::set<std::string> taken_;
+    std::map<int, std::unique_ptr<Store>> widths_;
 };
 
 }  // namespace bellbox

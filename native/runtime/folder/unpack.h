@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string_view>
+#include <vector>
 
 #include "runtime/error.h"
 
@@ -36,6 +38,25 @@ inline bool unpack_row(const uint8_t* row, int64_t columns, int32_t levels, uint
         codes[i] = static_cast<uint8_t>((low | high << 8) >> (bit % 8) & ((1 << width) - 1));
         all &= codes[i] < levels;
     }
+    return all;
+}
+
+// One row of bit planes, the highest bits first; false where bits lie beyond its end.
+inline bool unpack_planes(const std::vector<const uint8_t*>& planes, int64_t row, int64_t columns, uint8_t* codes) {
+    const int64_t bytes = (columns + 7) / 8;
+    const int unused = static_cast<int>(8 * bytes - columns);
+    uint8_t last[8];
+    bool all = true;
+    for (int64_t i = 0; i < bytes; ++i) {
+        uint8_t* const to = i + 1 < bytes ? codes + 8 * i : last;
+        for (int j = 0; j < 8; ++j) to[j] = 0;
+        for (const uint8_t* plane : planes) {
+            const int byte = plane[row * bytes + i];
+            for (int j = 0; j < 8; ++j) to[j] = static_cast<uint8_t>(to[j] << 1 | (byte >> j & 1));
+            all &= i + 1 < bytes || byte >> (8 - unused) == 0;
+        }
+    }
+    std::memcpy(codes + 8 * (bytes - 1), last, static_cast<size_t>(8 - unused));
     return all;
 }
 

@@ -1,6 +1,7 @@
 // Opens one folder after another and uses what opens: names come in line by line, and out go status and message.
 // benchmarks/reliability/hostile_folders.py feeds it.
 #include <cstdio>
+#include <cstdlib>
 #include <iostream>
 #include <string>
 #include <vector>
@@ -33,6 +34,20 @@ bellbox_status use(const bellbox_model* model, bellbox_error* error) {
     return generated == BELLBOX_FAILED ? generated : BELLBOX_OK;  // it may have no tokenizer, or no token that ends a text
 }
 
+// The narrower widths of a folder that opened at its widest; a layer may have none so narrow, so each may be refused.
+void use_narrower(const char* folder, const bellbox_model* widest) {
+    int widths[7], used = 0;
+    size_t count = 0;
+    bellbox_error unsaid;
+    if (bellbox_widths(widest, widths, 7, &count, &used, &unsaid) != BELLBOX_OK || count > 7) std::abort();
+    for (size_t i = 1; i < count; ++i) {
+        const bellbox_choices choices{widths[i], 0};
+        bellbox_model* model = nullptr;
+        if (bellbox_open_with(folder, &choices, &model, &unsaid) == BELLBOX_OK) use(model, &unsaid);
+        bellbox_close(model);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -42,7 +57,7 @@ int main() {
         bellbox_model* model = nullptr;
         bellbox_status status = bellbox_open(folder.c_str(), &model, &error);
         const bool opened = status == BELLBOX_OK;
-        if (opened) status = use(model, &error);
+        if (opened) status = use(model, &error), use_narrower(folder.c_str(), model);
         bellbox_close(model);
         std::printf("%s %d %s\n", opened ? "opened" : "refused", static_cast<int>(status), error.text);
         std::fflush(stdout);

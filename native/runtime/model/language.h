@@ -24,28 +24,46 @@ struct DecoderBlock {
     Group qkv, output, wide, down;
 };
 
-// Keys and values of one sequence, fp32, and of a LLaMA the cosines and sines of its positions.
+// Keys and values of one sequence, in fp32 or codes, and of a LLaMA the cosines and sines of its positions.
 struct Cache {
-    int64_t room, length = 0;
-    std::vector<Floats> keys, values;
+    CacheType type;
+    int64_t room, block, length = 0;
+    std::vector<std::vector<uint8_t>> keys, values;
+    std::vector<Floats> key_scales, value_scales;
     Floats cosine, sine;
+
+    CacheView view(size_t number) {
+        const bool coded = type != CacheType::f32;
+        return {type, keys[number].data(), values[number].data(), coded ? key_scales[number].data() : nullptr,
+                coded ? value_scales[number].data() : nullptr, room, length, block};
+    }
 };
+
+inline CacheType cache_type(int bits) {
+    if (bits != 0 && bits != 4 && bits != 8 && bits != 32) throw Error("a KV cache of " + std::to_string(bits) + " bits; it can have 32, 8 or 4");
+    return bits == 8 ? CacheType::i8 : bits == 4 ? CacheType::i4 : CacheType::f32;
+}
 
 class Language {
   public:
-    // path: of the configuration, for messages.
-    Language(const Description& described, Store& store, const std::string& path) : shape_(*described.language) { build(described, store, path); }
+    // path: of the configuration, for messages. embedding_bits: what fp32 tables are rounded to; 0: they stay.
+    Language(const Description& described, Store& store, const std::string& path, int embedding_bits) : shape_(*described.language) {
+        build(described, store, path);
+        if (embedding_bits != 0) round_tables(embedding_bits);
+    }
 
     const LanguageShape& shape() const { return shape_; }
 
-    Cache new_cache(int64_t tokens) const {
+    Cache new_cache(int64_t tokens, CacheType type) const {
         if (tokens > shape_.positions)
             throw Error(std::to_string(tokens) + " tokens exceed the model's context of " + std::to_string(shape_.positions) + "; shorten the text");
-        Cache cache{tokens, 0, {}, {}, {}, {}};
-        const size_t numbers = room_for(tokens * shape_.key_heads * shape_.head);
+        const int64_t rows = tokens * shape_.key_heads, head = shape_.head;
+        Cache cache{type, tokens, type == CacheType::f32 ? 1 : head & -head, 0, {}, {}, {}, {}, {}, {}};
+        const size_t bytes = room_for(rows * (type == CacheType::f32 ? 4 * head : type == CacheType::i8 ? head : (head + 1) / 2));
         room_for((tokens + shape_.head + 2) * shape_.heads);  // what attention works in (layers/block.h)
-        cache.keys.assign(static_cast<size_t>(shape_.blocks), Floats(numbers));
+        cache.keys.assign(static_cast<size_t>(shape_.blocks), std::vector<uint8_t>(bytes));
         cache.values = cache.keys;
+        if (type != CacheType::f32) cache.key_scales.assign(cache.keys.size(), Floats(static_cast<size_t>(rows))), cache.value_scales = cache.key_scales;
         if (shape_.llama) {
             cache.cosine.resize(room_for(tokens * shape_.head / 2)), cache.sine.resize(cache.cosine.size());
             fill_rotary(shape_.theta, shape_.head, tokens, cache.cosine.data(), cache.sine.data());
@@ -111,7 +129,7 @@ class Language {
 
     // New tokens into the cache of block `number`, and what they attend to; a token alone has a kernel of its own.
     void attend(const float* query, const float* key, const float* value, int64_t rows, Cache& cache, size_t number, float* mixed, int threads) const {
-        const CacheView view{CacheType::f32, cache.keys[number].data(), cache.values[number].data(), nullptr, nullptr, cache.room, cache.length, 1};
+        const CacheView view = cache.view(number);
         const float *const cosine = shape_.llama ? cache.cosine.data() : nullptr, *const sine = shape_.llama ? cache.sine.data() : nullptr;
         if (rows == 1) return run_attend(AttendArgs{query, key, value, cosine, sine, 1, shape_.heads, shape_.key_heads, shape_.head, view, mixed}, threads);
         run_prompt(PromptArgs{query, key, value, cosine, sine, 1, rows, shape_.heads, shape_.key_heads, shape_.head, true, view, mixed}, threads);
@@ -161,6 +179,16 @@ class Language {
             blocks_.push_back(std::move(made));
         }
         if (used != described.layers.size()) throw Error(path + ": describes layers that the model has not, or packs more than its blocks, which this program does not run");
+    }
+
+    // Which ones is said in src/bellbox/nn/compact.py; a tied head is the embedding.
+    void round_tables(int bits) {
+        const bool narrow = bits == 4 && shape_.hidden < 32, places = !shape_.llama && places_.bits == 32;
+        const bool head = !shape_.tied && head_.bits == 32 && (words_.bits == 32 || (places && shape_.positions == shape_.vocabulary));
+        if (narrow || (words_.bits != 32 && !places)) throw Error("the model has no fp32 embedding that could be rounded; leave them as they are");
+        if (head) head_.round(bits, "the head");
+        if (words_.bits == 32) words_.round(bits, "the embedding of tokens");
+        if (places) places_.round(bits, "the embedding of positions");
     }
 
     static void check_tie(const Description& described, const std::string& words, const std::string& path) {

@@ -21,6 +21,23 @@ struct PackedLayer {
     std::unique_ptr<PackedWeights> weights;
 };
 
+inline const uint8_t* stored_codes(Store& store, const std::string& name, int64_t rows, int64_t bytes) {
+    return reinterpret_cast<const uint8_t*>(store.bytes(name, Number::u8, {rows, bytes}).data());
+}
+
+// Planes of a layer of several widths, the highest bits first. The scales of its widest are the layer's; all are checked.
+inline std::vector<const uint8_t*> read_widths(const StoredLayer& stored, Store& store, const std::string& name, PackedLayer& layer) {
+    std::vector<const uint8_t*> planes;
+    for (auto each = stored.widths.rbegin(); each != stored.widths.rend(); ++each) {
+        Store& file = store.width(*each);
+        while (static_cast<int>(planes.size()) < *each)
+            planes.push_back(stored_codes(file, name + ".weight_plane_" + std::to_string(planes.size() + 1), stored.outputs, (stored.inputs + 7) / 8));
+        layer.scale = file.scales(name + ".weight_scale_" + std::to_string(*each), stored.outputs);
+        if (stored.nested_inputs) layer.act_scale = file.scales(name + ".act_scale_" + std::to_string(*each), 1)[0];
+    }
+    return planes;
+}
+
 inline PackedLayer read_packed(const Description& described, Store& store, const std::string& name, int64_t inputs, int64_t outputs, const std::string& path, bool convolution = false) {
     const auto found = described.layers.find(name);
     if (found == described.layers.end()) throw Error(path + ": layer " + shown(name) + " is in full precision, which this program does not run");
@@ -33,10 +50,16 @@ inline PackedLayer read_packed(const Description& described, Store& store, const
     PackedLayer layer;
     const int32_t levels = stored.weight.levels, bits = width_of(levels);
     const int64_t row = stored_bytes(inputs, levels);
-    const auto* const bytes = reinterpret_cast<const uint8_t*>(store.bytes(name + ".weight_packed", Number::u8, {outputs, row}).data());
+    std::vector<const uint8_t*> planes;  // of several widths
+    const uint8_t* bytes = nullptr;      // of one
     store.pass_guard(name);
-    layer.scale = store.scales(name + ".weight_scale", outputs);
-    layer.act_scale = store.scales(name + ".act_scale", 1)[0];
+    if (stored.widths.empty()) {
+        bytes = stored_codes(store, name + ".weight_packed", outputs, row);
+        layer.scale = store.scales(name + ".weight_scale", outputs);
+    } else {
+        planes = read_widths(stored, store, name, layer);
+    }
+    if (!stored.nested_inputs) layer.act_scale = store.scales(name + ".act_scale", 1)[0];
     if (stored.bias) layer.bias = store.scales(name + ".bias", outputs);
     layer.thresholds = stored.thresholds;
     layer.coding = Coding{stored.block, nullptr, stored.activation.levels, Normalise::rms, 0, stored.rescale, stored.activation.multiplier, stored.activation.shift};
@@ -50,7 +73,8 @@ inline PackedLayer read_packed(const Description& described, Store& store, const
         const int64_t end = std::min(begin + 16, outputs);
         for (int64_t i = begin; i < end; ++i) {
             uint8_t* const to = codes.data() + (i - begin) * inputs;
-            if (!unpack_row(bytes + i * row, inputs, levels, to)) store.refuse(name + ".weight_packed", "has codes above " + std::to_string(levels - 1));
+            if (bytes != nullptr && !unpack_row(bytes + i * row, inputs, levels, to)) store.refuse(name + ".weight_packed", "has codes above " + std::to_string(levels - 1));
+            if (bytes == nullptr && !unpack_planes(planes, i, inputs, to)) store.refuse(name + ".weight_plane_*", "has bits beyond the ends of its rows");
             if (bits > 2) continue;
             sums[i] = std::accumulate(to, to + inputs, int32_t{0});
             const int64_t depth = inputs / places;  // sums place by place lie behind those of whole rows

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -41,7 +42,51 @@ struct Table {
         for (size_t i = 0; i < bias.size(); ++i) out[i] += bias[i];
     }
 
+    // fp32 numbers to bf16 (16), 8 or 4 bits, as src/bellbox/core/table.py rounds them.
+    void round(int to, const char* what) {
+        if (to != 16 && to != 8 && to != 4) throw Error("embeddings can have 16 (bf16), 8 or 4 bits, not " + std::to_string(to));
+        if (to != 16 && columns > 8192) throw Error(std::string(what) + " has more than the 8192 columns that a head takes; use bf16");
+        if (to == 4 && columns % 32 != 0) throw Error(std::string(what) + ": groups of 32 do not divide its " + std::to_string(columns) + " columns; use int8");
+        bits = to;
+        if (to == 16) {
+            for (float& each : floats) each = rounded_to_bf16(each);
+            return;
+        }
+        group = to == 8 ? columns : columns % 64 == 0 ? 64 : 32;
+        scale.resize(static_cast<size_t>(rows)), bytes.resize(static_cast<size_t>(rows * columns * to / 8));
+        if (to == 4) multipliers.resize(static_cast<size_t>(rows * (columns / group)));
+        for (int64_t i = 0; i < rows; ++i)
+            if (!round_row(i)) throw Error(std::string(what) + " holds NaN or infinity and cannot be rounded; look at the weights");
+        Floats().swap(floats);
+    }
+
   private:
+    // False where it is not finite.
+    bool round_row(int64_t row) {
+        const float* const x = floats.data() + row * columns;
+        const auto largest = [x](int64_t begin, int64_t end) {
+            float most = 0;
+            for (int64_t j = begin; j < end; ++j) most = std::max(most, std::isfinite(x[j]) ? std::abs(x[j]) : INFINITY);
+            return most;
+        };
+        const float whole = largest(0, columns), most = bits == 8 ? 127.0f : 7.0f;
+        const float worth = scale[static_cast<size_t>(row)] = bits == 8 ? whole / most : whole / (most * 255.0f);
+        for (int64_t begin = 0; begin < columns; begin += group) {
+            float unit = worth;
+            if (bits == 4) {  // rounded up, so that the largest of the group stays within the integers
+                const float share = whole > 0 ? std::min(std::ceil(largest(begin, begin + group) / whole * 255.0f), 255.0f) : 0.0f;
+                multipliers[static_cast<size_t>((row * columns + begin) / group)] = static_cast<uint8_t>(std::isfinite(share) ? share : 0.0f);
+                unit *= share;
+            }
+            for (int64_t j = begin; j < begin + group && std::isfinite(whole); ++j) {
+                const int integer = static_cast<int>(std::clamp(std::nearbyint(x[j] / std::max(unit, 1e-30f)), -most, most));
+                if (bits == 8) bytes[static_cast<size_t>(row * columns + j)] = static_cast<uint8_t>(static_cast<int8_t>(integer));
+                else bytes[static_cast<size_t>((row * columns + j) / 2)] |= static_cast<uint8_t>((integer + 8) << 4 * (j % 2));
+            }
+        }
+        return std::isfinite(worth);
+    }
+
     void in_bf16(const float* x, float* out, int threads) const {
         Floats rounded(x, x + columns);
         for (float& each : rounded) each = rounded_to_bf16(each);
