@@ -192,6 +192,6 @@ def test_threads_layouts_and_dtypes_change_no_bit() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     layer, _ = trained(Recipe.bbq(), "plain")
     packed = bb.convert(layer)
-    for x in (torch.zeros(1, 8, 9, 9), torch.zeros(24, 9, 9)):
+    for x in (torch.zeros(1, 8, 9, 9), torch.zeros(8, 9, 9), torch.zeros(1, 1, 24, 9, 9)):
         with pytest.raises(BellboxError, match="a packed convolution of 24 channels got shape"):
             packed(x)
