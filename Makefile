@@ -61,6 +61,7 @@ unit: held interpreted
 # Whole jobs under every fault, and every tutorial: some five minutes more.
 test-slow: setup
 	BELLBOX_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow
+	BELLBOX_SLOW=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m slow tests/ops/triton_kernels
 
 # The GPU's kernels in Triton's interpreter, which has to be asked for before anything imports Triton.
 interpreted: setup

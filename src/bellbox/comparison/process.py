@@ -41,6 +41,9 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # Ctrl-C and `timeout` signal a whole group. The run hears of it once, from the grid: at a second
+                # signal it would leave without saving.
+                start_new_session=True,
             )
 
     @property

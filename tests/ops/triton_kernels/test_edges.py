@@ -18,6 +18,7 @@ from bellbox.core.grid import Levels
 from bellbox.core.hadamard import block_size
 from bellbox.errors import BellboxError
 from bellbox.ops import kept as bytes_of
+from bellbox.ops.backends.triton import LINEAR
 from bellbox.ops.encode import encode, row_rms
 from bellbox.ops.fake_quantize import bbq_forward
 from bellbox.ops.packed_linear import operation as packed_linear
@@ -157,6 +158,17 @@ def test_calls_without_rows_go_to_the_reference(monkeypatch: pytest.MonkeyPatch)
             packed_linear(empty, *arguments[1:])
         monkeypatch.setenv("BELLBOX_BACKEND", "")
         assert packed_linear(empty, *arguments[1:]).shape == (*shape[:-1], 5)
+
+
+def test_more_outputs_than_a_launch_has_programs_are_refused() -> None:
+    from bellbox.ops.backends.triton import limits
+
+    arguments = dict(zip(LINEAR, layer(torch.randn(1, 64), 5), strict=True))
+    assert limits.WHY_NOT["packed_linear"](arguments) is None
+    arguments["weight_scale"] = torch.ones(1).expand(65_535 * 32 + 1)
+    assert limits.WHY_NOT["packed_linear"](arguments) == "2097121 outputs"
+    arguments["weight_scale"] = torch.empty(0)
+    assert limits.WHY_NOT["packed_linear"](arguments) == "there are no outputs"
 
 
 class _NoNumberRead(TorchDispatchMode):

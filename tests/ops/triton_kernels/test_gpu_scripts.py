@@ -38,6 +38,31 @@ def test_a_dry_run_does_the_parts_that_are_not_finished(tmp_path: Path) -> None:
     assert all(f"## {part}" in tables for part in parts)
 
 
+@pytest.mark.slow
+def test_a_dry_run_of_whole_models_writes_tables_and_a_picture(tmp_path: Path) -> None:
+    parts = ("sweep", "decode", "training", "prefill")
+    done = run(SCRIPTS / "run.sh", "--dry", *parts, OUT=str(tmp_path), PYTHON=sys.executable, LIMIT="1800")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in rows if row["part"] == "finished"} == set(parts)
+    assert {row["how"] for row in rows if row["part"] == "decode"} == {"eager", "graph"}
+    assert {row["how"] for row in rows if row["part"] == "training"} == {"eager", "compiled"}
+    tables = (tmp_path / "tables.md").read_text()
+    assert all(f"## {part}" in tables for part in parts)
+    assert (tmp_path / "prefill-none.svg").read_text().startswith("<svg")
+
+
+def test_an_interrupt_leaves_the_tables_of_what_was_measured(tmp_path: Path) -> None:
+    """As the limit of run.sh does: the parts that are done count, the next call goes on with the rest."""
+    done = run(SCRIPTS / "run.sh", "--dry", "environment", OUT=str(tmp_path), PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cut = run(SCRIPTS / "run.sh", "--dry", "training", OUT=str(tmp_path), PYTHON=sys.executable, LIMIT="6")
+    assert cut.returncode != 0
+    assert "## environment" in (tmp_path / "tables.md").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in rows if row["part"] == "finished"} == {"environment"}
+
+
 @pytest.fixture
 def tune(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script, in this process."""

@@ -20,6 +20,8 @@ LARGEST_BLOCK = 2048
 _INT32 = 2**31 - 1
 _GRID = 65_535
 """Most programs along the second axis of a launch."""
+LEAST_OUTPUTS = 32
+"""Of a program along that axis."""
 PIECE = 1024
 """Least columns of a program along that axis."""
 
@@ -67,6 +69,12 @@ def _thresholds(thresholds: Sequence[float]) -> str | None:
     return _levels(len(thresholds) + 1)
 
 
+def _outputs(scale: Tensor) -> str | None:
+    if not scale.numel():
+        return "there are no outputs"
+    return f"{scale.numel()} outputs" if scale.numel() > _GRID * LEAST_OUTPUTS else None
+
+
 def _product(columns: int, weight: tuple[int, float], act: tuple[int, float]) -> str | None:
     codes = 2 * weight[0]  # products are of codes first, then of what is taken from them
     largest = max(largest_integer(*weight), codes) + codes
@@ -81,9 +89,9 @@ def _packed_linear(arguments: Mapping[str, Any]) -> str | None:
     reason = reason or _fp32(arguments, "weight_scale", "bias", "act_scale", "act_thresholds", "act_rstd")
     if reason is not None:
         return reason
-    if not arguments["weight_scale"].numel() or n < 2:
-        return "there are no outputs" if n >= 2 else "there are no thresholds"
-    return _product(
+    if n < 2:
+        return "there are no thresholds"
+    return _outputs(arguments["weight_scale"]) or _product(
         arguments["in_features"],
         (levels, arguments["weight_zero_point"]),
         (n, arguments["act_zero_point"]),
@@ -101,12 +109,14 @@ def _kept_linear(arguments: Mapping[str, Any]) -> str | None:
     levels, n = arguments["weight_levels"], len(arguments["thresholds"]) + 1
     reason = _kept(arguments) or _levels(levels) or _float(arguments)
     reason = reason or _fp32(arguments, "row_scale", "weight_scale", "bias", "act_scale")
-    if reason is None and not arguments["weight_scale"].numel():
-        reason = "there are no outputs"
-    return reason or _product(
-        arguments["kept"].shape[1],
-        (levels, arguments["weight_zero_point"]),
-        (n, arguments["act_zero_point"]),
+    return (
+        reason
+        or _outputs(arguments["weight_scale"])
+        or _product(
+            arguments["kept"].shape[1],
+            (levels, arguments["weight_zero_point"]),
+            (n, arguments["act_zero_point"]),
+        )
     )
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bellbox.ops.backends.triton.limits import LEAST_OUTPUTS
+
 WHOLE_ROW = 4096
 """Longest row that a program of the backward holds in registers; longer ones are read twice, then from the cache."""
 WHOLE_CODED_ROW = 8192
@@ -341,4 +343,4 @@ def tiles(rows: int, outputs: int, columns: int, bits: int, on: Gpu) -> Tiles:
 
 def plane_tile(words: int) -> tuple[int, int]:
     """Outputs and words of a program on bit planes."""
-    return 32, min(power_of_two(words), 64)
+    return LEAST_OUTPUTS, min(power_of_two(words), 64)

@@ -124,7 +124,7 @@ def code_rows(
     each = plan.rows_each(count, warps, on.processors)
     root = math.sqrt(block)
     activation.code_rows[(-(-count // each),)](
-        x.contiguous(), act_signs, thresholds.contiguous(), act_rstd,
+        x.contiguous(), None if act_signs is None else act_signs.contiguous(), thresholds.contiguous(), act_rstd,
         table((1 / columns, 1 / root), x.device, torch.float64), out, sums, scales, 1 / SIGMA_FLOOR / root,
         count, columns, padded, SIZE=size, WHOLE=whole, EVEN=columns % size == 0 == padded % size, ROWS=each,
         DOUBLE=double, STAGES=stages(block), LEVELS=grid.n,
