@@ -244,6 +244,33 @@ def test_a_bench_is_one_line_of_json(folder: Path) -> None:
     assert measured["first_token_seconds"] > measured["load_seconds"] > 0
 
 
+@pytest.mark.parametrize("kv_cache", ["fp32", "int8"])
+def test_peak_memory_is_that_of_files_cache_and_activations(
+    tmp_path: Path, tokenizer: Path, folder: Path, kv_cache: str
+) -> None:
+    """Beside the program itself, of which the peak with next to no model is the measure."""
+    hidden, blocks, new = 512, 2, 400
+    large = packed(tmp_path / "m", tokenizer, "tiny", positions=4096, hidden=hidden, bits=2, embedding_bits=8)
+    prompt = (ROOT / "LICENSE").read_text()[:8000]
+
+    def bench(of: Path, *flags: object) -> dict[str, float]:
+        done = run(of, "--bench", "--temperature", 0, "--max-new-tokens", *flags)
+        return json.loads(done.stdout)
+
+    program = bench(folder, 1, "--prompt", "x")["peak_mb"]
+    found = bench(large, new, "--prompt", prompt, "--kv-cache", kv_cache)
+    tokens, head = found["prompt_tokens"] + new, hidden // 4
+    row = 4 * head if kv_cache == "fp32" else head + 4
+    cache = 2 * blocks * tokens * 4 * row + 4 * tokens * head  # with cosines and sines
+    rows = 256  # of a piece of the prompt: x, norm, q, k, v, attention's output; gate and up; their codes
+    activations = rows * (6 * 4 * hidden + 2 * 4 * 2 * hidden + 2 * hidden)
+    attention = 4 * ((2 * 16 + 32) * head + tokens * head + 16 * (tokens + 64))
+    packed_size = sum(each.stat().st_size for each in large.iterdir())
+    allowed = packed_size + 1.2 * (cache + activations + attention)
+    assert found["prompt_tokens"] > 2000
+    assert found["peak_mb"] - program < allowed / 1e6, (found, program, allowed)
+
+
 def texts(count: int) -> list[str]:
     pick = random.Random(0)
     known = (ROOT / "docs" / "format.md").read_text()
