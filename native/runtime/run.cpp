@@ -1,5 +1,6 @@
 // bellbox-run: continue a prompt with a packed folder, with the flags of `bellbox generate`; or say what an image shows.
 #include <algorithm>
+#include <cerrno>
 #include <climits>
 #include <cmath>
 #include <cstdio>
@@ -68,8 +69,11 @@ double peak_memory() {
     return kilobytes / 1e3;
 }
 
+// A disk that is full, or an output that is closed: no text that somebody could take for the whole one.
 int write_text(const char* text, size_t bytes) {
-    return std::fwrite(text, 1, bytes, stdout) == bytes && std::fflush(stdout) == 0 ? 0 : 1;
+    if (std::fwrite(text, 1, bytes, stdout) == bytes && std::fflush(stdout) == 0) return 0;
+    std::fprintf(stderr, "bellbox-run: error: the output cannot be written (%s)\n", std::strerror(errno));
+    std::_Exit(BELLBOX_FAILED);
 }
 
 // `user`: the prompt, until it is written, before the first piece: what is refused is refused before.
@@ -102,7 +106,7 @@ Flags flags_of(int argc, char** argv) {
     options.temperature = 1.0, options.threads = 1;
     bool seeded = false;
     for (int i = 1; i < argc; ++i) {
-        const std::string flag = argv[i];
+        std::string flag = argv[i];
         if (flag == "--help" || flag == "-h") std::exit(std::fputs(kUsage, stdout) < 0);
         if (flag == "--bench") {
             flags.bench = true;
@@ -113,8 +117,13 @@ Flags flags_of(int argc, char** argv) {
             flags.folder = argv[i];
             continue;
         }
-        if (i + 1 == argc) refuse(flag + " has no value");
-        const char* const value = argv[++i];
+        const char* value = std::strchr(argv[i], '=');  // --flag=value, as `bellbox generate` takes it too
+        if (value != nullptr) {
+            flag.resize(static_cast<size_t>(value++ - argv[i]));
+        } else {
+            if (i + 1 == argc) refuse(flag + " has no value");
+            value = argv[++i];
+        }
         if (flag == "--prompt") flags.prompt = value;
         else if (flag == "--image") flags.image = value;
         else if (flag == "--max-new-tokens") options.max_new_tokens = whole("--max-new-tokens", value, 1);
@@ -132,7 +141,7 @@ Flags flags_of(int argc, char** argv) {
         else if (flag == "--threads") options.threads = static_cast<int>(whole("--threads", value, 1, INT_MAX));
         else refuse(flag + " is unknown; see bellbox-run --help");
     }
-    if (flags.folder == nullptr) refuse("give the folder of a packed model; see bellbox-run --help");
+    if (flags.folder == nullptr || *flags.folder == '\0') refuse("give the folder of a packed model; see bellbox-run --help");
     if (flags.prompt != nullptr && flags.image != nullptr) refuse("--prompt and --image are two things; give one");
     if (flags.prompt == nullptr && flags.image == nullptr && flags.bench) flags.prompt = "Once upon a time";
     if (flags.prompt == nullptr && flags.image == nullptr) refuse("give --prompt, the text to continue, or --image");
@@ -205,8 +214,11 @@ int name_classes(const bellbox_model* model, const Flags& flags, double loaded, 
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
     double sum = 0;
     for (const float logit : logits) sum += std::exp(static_cast<double>(logit - logits[order[0]]));
+    char text[5 * 100];
+    int text_length = 0;
     for (size_t i = 0; i < std::min<size_t>(5, order.size()); ++i)
-        std::printf("class %zu  %.4f  logit %.6g\n", order[i], std::exp(static_cast<double>(logits[order[i]] - logits[order[0]])) / sum, static_cast<double>(logits[order[i]]));
+        text_length += std::snprintf(text + text_length, sizeof(text) - static_cast<size_t>(text_length), "class %zu  %.4f  logit %.6g\n", order[i], std::exp(static_cast<double>(logits[order[i]] - logits[order[0]])) / sum, static_cast<double>(logits[order[i]]));
+    write_text(text, static_cast<size_t>(text_length));
     std::fprintf(stderr, "%s kernels, loaded in %.3f s, one image in %.4f s, peak memory %.1f MB\n", bellbox_kernels(), loaded, each, peak_memory());
     return 0;
 }

@@ -29,9 +29,12 @@ needs_runtime = pytest.mark.skipif(
 PROMPT = "The naïve city was 12 miles away,"
 
 
-def packed(folder: Path, tokenizer: Path, name: str, positions: int = 256, **recipe: Any) -> Path:
+def packed(
+    folder: Path, tokenizer: Path, name: str, positions: int = 256, hidden: int = 64, **recipe: Any
+) -> Path:
     shape = {key: recipe.pop(key) for key in ("activation", "tie_word_embeddings") if key in recipe}
-    config = preset(name, vocab_size=Tokenizer.load(tokenizer).vocab_size, hidden_size=64, intermediate_size=128,
+    vocabulary = Tokenizer.load(tokenizer).vocab_size
+    config = preset(name, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden,
                     num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=positions,
                     initializer_range=0.2, **shape)  # fmt: skip
     plain = build(config, seed=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from built_runtime import (
     LIBRARY,
     PROMPT,
     ROOT,
+    RUN,
     Library,
     choices,
     needs_runtime,
@@ -242,6 +244,33 @@ def test_a_bench_is_one_line_of_json(folder: Path) -> None:
     assert measured["first_token_seconds"] > measured["load_seconds"] > 0
 
 
+@pytest.mark.parametrize("kv_cache", ["fp32", "int8"])
+def test_peak_memory_is_that_of_files_cache_and_activations(
+    tmp_path: Path, tokenizer: Path, folder: Path, kv_cache: str
+) -> None:
+    """Beside the program itself, of which the peak with next to no model is the measure."""
+    hidden, blocks, new = 512, 2, 400
+    large = packed(tmp_path / "m", tokenizer, "tiny", positions=4096, hidden=hidden, bits=2, embedding_bits=8)
+    prompt = (ROOT / "LICENSE").read_text()[:8000]
+
+    def bench(of: Path, *flags: object) -> dict[str, float]:
+        done = run(of, "--bench", "--temperature", 0, "--max-new-tokens", *flags)
+        return json.loads(done.stdout)
+
+    program = bench(folder, 1, "--prompt", "x")["peak_mb"]
+    found = bench(large, new, "--prompt", prompt, "--kv-cache", kv_cache)
+    tokens, head = found["prompt_tokens"] + new, hidden // 4
+    row = 4 * head if kv_cache == "fp32" else head + 4
+    cache = 2 * blocks * tokens * 4 * row + 4 * tokens * head  # with cosines and sines
+    rows = 256  # of a piece of the prompt: x, norm, q, k, v, attention's output; gate and up; their codes
+    activations = rows * (6 * 4 * hidden + 2 * 4 * 2 * hidden + 2 * hidden)
+    attention = 4 * ((2 * 16 + 32) * head + tokens * head + 16 * (tokens + 64))
+    packed_size = sum(each.stat().st_size for each in large.iterdir())
+    allowed = packed_size + 1.2 * (cache + activations + attention)
+    assert found["prompt_tokens"] > 2000
+    assert found["peak_mb"] - program < allowed / 1e6, (found, program, allowed)
+
+
 def texts(count: int) -> list[str]:
     pick = random.Random(0)
     known = (ROOT / "docs" / "format.md").read_text()
@@ -291,6 +320,7 @@ def test_tokens_are_those_of_the_tokenizers_library(
 def test_what_cannot_be_run_is_one_line(tmp_path: Path, folder: Path) -> None:
     for arguments, message in (
         (("nowhere", "--prompt", "x"), "nowhere/config.json: cannot be read"),
+        (("", "--prompt", "x"), "give the folder"),
         ((folder,), "give --prompt"),
         ((folder, "--prompt", ""), "the prompt is empty"),
         ((folder, "--prompt", "x", "--max-new-tokens", 0), "at least 1"),
@@ -347,6 +377,106 @@ def is_outside_of_json(file: Path, original: Path) -> bool:
     return file.name == "config.json" and json.loads(file.read_text()) == json.loads(
         (original / file.name).read_text()
     )
+
+
+def test_an_output_that_cannot_be_written_is_an_error(folder: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        for flags in ((), ("--max-new-tokens", 1)):
+            command = [RUN, str(folder), "--prompt", "x", *map(str, flags)]
+            found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+            assert (found.returncode, found.stderr.count(b"\n")) == (3, 1)
+            assert b"the output cannot be written (No space left on device)" in found.stderr
+    closed = ["sh", "-c", '"$0" "$1" --prompt x >&-', str(RUN), str(folder)]
+    found = subprocess.run(closed, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (found.returncode, found.stderr.count(b"\n")) == (3, 1)
+
+
+def test_paths_with_blanks_a_folder_that_cannot_be_written_and_values_behind_a_sign(
+    tmp_path: Path, folder: Path
+) -> None:
+    odd = tmp_path / "two words" / "mödel 漢"
+    shutil.copytree(folder, odd)
+    for each in (*odd.iterdir(), odd):
+        each.chmod(0o555 if each.is_dir() else 0o444)
+    flags = ("--max-new-tokens=5", "--temperature=0")
+    expected = run(folder, "--prompt", "a=b 😀", *flags)
+    assert expected.returncode == 0, expected.stderr
+    for name in (odd, Path(os.path.relpath(odd)), f"{odd}/"):
+        found = run(name, "--prompt=a=b 😀", *flags)
+        assert (found.returncode, found.stdout) == (0, expected.stdout), found.stderr
+    odd.chmod(0o755)
+
+
+THREADS = r"""
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "bellbox.h"
+
+typedef struct {
+    const bellbox_model* model;
+    uint64_t seed;
+    char text[4096];
+    size_t length;
+    bellbox_status status;
+} job;
+
+static int keep(void* user, const char* text, size_t bytes) {
+    job* one = user;
+    if (one->length + bytes >= sizeof(one->text)) return 1;
+    memcpy(one->text + one->length, text, bytes);
+    one->length += bytes;
+    return 0;
+}
+
+static void* work(void* user) {
+    job* one = user;
+    bellbox_options options = {0};
+    options.max_new_tokens = 60, options.temperature = 1.0, options.seed = one->seed, options.threads = 2;
+    one->length = 0;
+    one->status = bellbox_generate(one->model, "a dark", &options, keep, one, NULL, NULL);
+    return NULL;
+}
+
+int main(int count, char** folders) {
+    bellbox_model* models[2] = {NULL, NULL};
+    static job alone[4], together[4];
+    pthread_t threads[4];
+    if (count != 3) return 4;
+    for (int i = 0; i < 2; ++i)
+        if (bellbox_open(folders[i + 1], &models[i], NULL) != BELLBOX_OK) return 5;
+    for (int i = 0; i < 4; ++i) {
+        alone[i].model = together[i].model = models[i % 2];
+        alone[i].seed = together[i].seed = (uint64_t)i;
+        work(&alone[i]);
+    }
+    for (int round = 0; round < 5; ++round) {
+        for (int i = 0; i < 4; ++i)
+            if (pthread_create(&threads[i], NULL, work, &together[i]) != 0) return 6;
+        for (int i = 0; i < 4; ++i) {
+            pthread_join(threads[i], NULL);
+            if (together[i].status != BELLBOX_OK || alone[i].length == 0) return 7;
+            if (together[i].length != alone[i].length) return 8;
+            if (memcmp(together[i].text, alone[i].text, alone[i].length) != 0) return 9;
+        }
+    }
+    bellbox_close(models[0]), bellbox_close(models[1]);
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_two_models_and_four_threads_in_c(tmp_path: Path, folder: Path, tokenizer: Path) -> None:
+    """Each thread gets the text that it gets alone."""
+    other = packed(tmp_path / "gpt", tokenizer, "gpt-tiny", bits=3)
+    source, program = tmp_path / "threads.c", tmp_path / "threads"
+    source.write_text(THREADS)
+    include = f"-I{ROOT / 'native' / 'include'}"
+    command = ["cc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread", include, source, LIBRARY]
+    subprocess.run([*command, f"-Wl,-rpath,{BUILT}", "-o", program], check=True)
+    assert subprocess.run([program, folder, other], timeout=120, check=False).returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
