@@ -107,8 +107,9 @@ onnx:
 	cmake --build build/onnx --parallel $(JOBS)
 
 # Kernels for ExecuTorch: build/executorch/libbellbox_executorch.so (`bellbox export executorch --kernels`).
-EXECUTORCH ?= $(shell $(BIN)/python -c 'import executorch; print(executorch.__path__[0])')
+EXECUTORCH ?= $(shell $(BIN)/python -c 'import executorch; print(executorch.__path__[0])' 2>/dev/null)
 executorch:
+	@test -d "$(EXECUTORCH)" || { echo "no executorch in $(VENV): $(BIN)/python -m pip install 'executorch>=1.5'"; exit 2; }
 	cmake -S . -B build/executorch -DBELLBOX_EXECUTORCH=ON -DBELLBOX_EXECUTORCH_ROOT=$(EXECUTORCH)
 	cmake --build build/executorch --parallel $(JOBS)
 
