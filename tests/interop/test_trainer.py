@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,23 @@ def test_gradients_do_not_depend_on_accumulation(recipe: bb.Recipe, tmp_path: Pa
         for name, gradient in whole.items():  # of 8 rows of 32 tokens
             factor = 16 if name in scales else 1
             torch.testing.assert_close(published[name] * factor, gradient, rtol=1e-5, atol=1e-12)
+
+
+def test_offloaded_scales_come_with_their_layer_or_are_asked_for():
+    """accelerate brings a tensor for the forward of the module that has it, and a layer reads its quantizers."""
+    import accelerate
+
+    model = bb.prepare(torch.nn.Sequential(torch.nn.Linear(64, 8)), bb.Recipe.bbq(2, keep_ends=False))
+    x = torch.randn(4, 64)
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        offloaded = accelerate.cpu_offload(copy.deepcopy(model), torch.device("cpu"))
+        with pytest.raises(
+            bb.BellboxError, match=r"0\.input: its scale is offloaded .* preload_module_classes"
+        ):
+            offloaded(x)
+        whole = accelerate.cpu_offload(
+            copy.deepcopy(model), torch.device("cpu"), preload_module_classes=["QuantizedLinear"]
+        )
+        assert torch.equal(whole(x), model(x))

@@ -243,7 +243,26 @@ def through_initialisation(kind: Callable[..., Any]) -> Callable[[nn.Linear], No
     return write
 
 
+def through_a_detached_one(layer: nn.Linear) -> None:
+    layer.weight.detach().mul_(2)
+
+
+def through_several_at_once(layer: nn.Linear) -> None:
+    others = [torch.ones(3), layer.weight.data]
+    torch._foreach_mul_(others, 0.5)
+    assert torch.equal(others[0], torch.full((3,), 0.5))
+
+
+def through_an_optimizer(layer: nn.Linear) -> None:
+    for foreach in (False, True):
+        optimizer = torch.optim.SGD([layer.weight], 0.5, foreach=foreach)
+        (layer.weight * torch.linspace(-0.5, 0.5, 32)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 WRITES = [
+    through_a_detached_one, through_several_at_once, through_an_optimizer,
     through_data, through_a_parameter, through_a_slice, through_a_slice_of_data, through_copy,
     *map(through_initialisation, (
         nn.init.normal_, nn.init.xavier_uniform_, nn.init.kaiming_normal_, nn.init.orthogonal_, nn.init.zeros_,

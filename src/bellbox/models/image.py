@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bellbox.ops import native
 from bellbox.ops.activate import is_pinned
 from bellbox.ops.dispatch import is_direct
-from bellbox.ops.float_linear import float_linear
+from bellbox.ops.float_linear import LANES, float_linear
 
 
 def convolve(layer: nn.Module, x: Tensor) -> Tensor:
@@ -53,8 +53,13 @@ def _convolved(
         (size + 2 * pad - kernel) // step + 1
         for size, pad, kernel, step in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
     )
-    patches = F.unfold(x, weight.shape[2:], padding=padding, stride=stride).transpose(1, 2)
-    out = float_linear(patches.contiguous(), weight.flatten(1).contiguous())
+    windows = F.unfold(x, weight.shape[2:], padding=padding, stride=stride).transpose(1, 2)
+    filters, width = weight.detach().flatten(1), windows.shape[2]
+    # Zeros behind each row change no sum, and the kernel is slow at the rest of a row that fills no lanes.
+    whole = -(-width // LANES) * LANES
+    patches = x.new_zeros(*windows.shape[:2], whole)
+    patches[..., :width] = windows
+    out = float_linear(patches, F.pad(filters, (0, whole - width)))
     out = out if bias is None else out + bias
     return out.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
 

@@ -145,6 +145,8 @@ class LazyWeight(Tensor):
                     return func(*args, **kwargs)
             if name in ("data_ptr", "untyped_storage", "_typed_storage", "storage"):
                 return getattr(first._source.stored, name)()
+            if name == "detach":
+                return LazyWeight.of(first._source, first.shape, first.dtype, detached=True)
             if name == "requires_grad_":
                 first._source.stored.requires_grad_(*args[1:], **kwargs)
                 return first
@@ -156,6 +158,8 @@ class LazyWeight(Tensor):
                 or (name.endswith("_") and not name.endswith("__"))
             ):
                 return _written(first, func, args, kwargs)
+        if isinstance(first, tuple | list) and name.endswith("_") and not name.endswith("__"):
+            return _all_written(first, func, args, kwargs)
         given = kwargs.get("tensor")  # as torch.nn.init hands it on
         if isinstance(given, LazyWeight) and name.endswith("_") and not name.endswith("__"):
             del kwargs["tensor"]
@@ -263,6 +267,19 @@ def _written(
         func(plain, *_plain(args[1:]), **_plain(kwargs))
         weight._source.write(plain)
     return weight
+
+
+def _all_written(
+    tensors: Sequence[Tensor], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """An operation in place on several tensors, as optimizers do; lazy ones are written through."""
+    with torch.no_grad():
+        plain = [t.decoded().detach().clone() if isinstance(t, LazyWeight) else t for t in tensors]
+        found = func(plain, *_plain(args[1:]), **_plain(kwargs))
+        for weight, written in zip(tensors, plain, strict=True):
+            if isinstance(weight, LazyWeight):
+                weight._source.write(written)
+    return found
 
 
 def _plain(value: Any) -> Any:

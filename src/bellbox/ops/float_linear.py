@@ -14,7 +14,8 @@ from bellbox.errors import BellboxError
 from bellbox.ops.dispatch import Operation
 from bellbox.ops.rms_norm import check_width
 
-_LANES = 16
+LANES = 16
+"""Sums that a row is added up in, side by side."""
 _SLAB = 4096
 """Outputs at once in the reference, which keeps all lanes."""
 
@@ -39,9 +40,9 @@ def _reference(x: Tensor, weight: Tensor) -> Tensor:
 
 def _lanes(x: Tensor, weight: Tensor) -> Tensor:
     """`[m, 1, k]` times `[n, k]`: `[m, n]`."""
-    lanes = x.new_zeros(len(x), len(weight), _LANES)
-    for begin in range(0, weight.shape[1], _LANES):
-        products = x[..., begin : begin + _LANES] * weight[:, begin : begin + _LANES]
+    lanes = x.new_zeros(len(x), len(weight), LANES)
+    for begin in range(0, weight.shape[1], LANES):
+        products = x[..., begin : begin + LANES] * weight[:, begin : begin + LANES]
         lanes[..., : products.shape[-1]] += products
     while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2

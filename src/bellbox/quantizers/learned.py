@@ -140,6 +140,13 @@ class LearnedQuantizer(Quantizer):
         """Numbers that stayed on the meta device, as where a plain state was assigned, go to where their input is."""
         for name, scale in self.own_scales().items():
             if scale.is_meta and device.type != "meta":
+                if hasattr(
+                    self, "_hf_hook"
+                ):  # accelerate brings it for the forward of this module, which not all call
+                    raise BellboxError(
+                        f"{self.name or 'a quantizer'}: its scale is offloaded and did not come back with its layer: "
+                        "give preload_module_classes=['QuantizedLinear', ...] to accelerate, the classes of such layers"
+                    )
                 real = torch.full_like(scale, math.nan, device=device)
                 if isinstance(scale, nn.Parameter):
                     setattr(self, name, nn.Parameter(real, scale.requires_grad))
