@@ -239,8 +239,9 @@ class OptimizerSection:
     """The optimizer and the gradient clip."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    kind: Literal["adamw", "muon"] = "adamw"
-    """AdamW; or Muon (torch.optim.Muon) for the matrices inside the blocks, and AdamW for all else."""
+    kind: Literal["adamw", "muon", "soap"] = "adamw"
+    """AdamW; or Muon (torch.optim.Muon) or SOAP (of pytorch-optimizer, the extra `soap`) for the matrices inside the
+    blocks, and AdamW for all else."""
     lr: Positive = 1.2e-3
     """Peak learning rate. The paper: 1.2e-3 at 95M and 125M, 6e-4 at 200M, 3e-4 at 300M."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
