@@ -34,6 +34,8 @@ def images() -> ImageDataset:
 def test_every_grid_can_be_trained(file: Path, images: ImageDataset) -> None:
     for cell in load_grid(file).cells:
         config = cell.config(cell.lrs[0], cell.seeds[0])
+        if config.optimizer.kind == "soap":
+            pytest.importorskip("pytorch_optimizer", reason="pytorch-optimizer, of the extra soap")
         vision = config.task == "vision"
         check_trainable(resolve(config, images if vision else SimpleNamespace(vocab_size=VOCABULARY)))
 

@@ -72,7 +72,8 @@ class Cell:
         if cewt.lr is not None:
             return found
         # Written out, so that a line keeps what it was run with whatever the rule will be.
-        rate = hyperball_rate(rule_of(cewt, found.quantization), found.total_steps)
+        section = found.quantization
+        rate = hyperball_rate(rule_of(cewt.rule, section.method, section.recipe), found.total_steps)
         written = dataclasses.replace(cewt, lr=rate)
         return dataclasses.replace(found, optimizer=dataclasses.replace(found.optimizer, cewt=written))
 

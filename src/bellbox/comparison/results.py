@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 from bellbox.comparison.jsonl import append_line, read_lines
 from bellbox.errors import BellboxError
 from bellbox.quantizers.spec import with_present_names
-from bellbox.runs.config import CEWT, CEWT_RATES, DEFAULT_STEPS, TrainConfig
+from bellbox.runs.config import CEWT_RATES, DEFAULT_STEPS, TrainConfig, rule_of
 from bellbox.runs.config_file import WITHOUT_EFFECT, with_field_names
 from bellbox.utils.files import one_line
 
@@ -146,9 +146,9 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
         full["steps"], full["tokens"] = -(-full["tokens"] // per_step(full)), None
     for key in WITHOUT_EFFECT:
         full.pop(key, None)
-    cewt = full["optimizer"]["cewt"]
+    cewt, section = full["optimizer"]["cewt"], full["quantization"]
     if cewt["lr"] is None:  # a number, before it could be left open
-        cewt["lr"] = CEWT_RATES["published" if full["quantization"]["method"] == CEWT else cewt["rule"]]
+        cewt["lr"] = CEWT_RATES[rule_of(cewt["rule"], section["method"], section["recipe"])]
     full["data"] = {key: value for key, value in full["data"].items() if key != "source"}
     if full["quantization"]["integer_forward"] is None:  # lines of before there was a choice
         full["quantization"]["integer_forward"] = False

@@ -47,10 +47,10 @@ def check_quantization(config: TrainConfig, section: QuantizationSection) -> Non
     for layer in (inside for each in made for inside in quantized_inside(each)):
         quantizer = layer.weight_quantizer
         wants = quantizer is not None and quantizer.by_squared_gradients and quantizer.refit_every > 0
-        if wants and config.optimizer.kind == "muon" and layer.stored_weight.dim() == 2:
+        if wants and config.optimizer.kind != "adamw" and layer.stored_weight.dim() == 2:
             raise BellboxError(
-                "optimizer.kind is muon, which keeps no squared gradients of matrices, as fisher=true of "
-                f"{section.method} needs them; use adamw, or fisher=false"
+                f"optimizer.kind is {config.optimizer.kind}, which keeps no squared gradients of matrices, as "
+                f"fisher=true of {section.method} needs them; use adamw, or fisher=false"
             )
 
 

@@ -40,6 +40,7 @@ Positive = Annotated[float, Limits(gt=0)]
 NotNegative = Annotated[float, Limits(ge=0)]
 Fraction = Annotated[float, Limits(ge=0, lt=1)]
 Share = Annotated[float, Limits(gt=0, le=1)]
+Rule = Literal["ours", "published"]
 
 
 PAPER = "bbq_paper"
@@ -60,9 +61,15 @@ def hyperball_rate(rule: str, steps: int) -> float:
     return 0.01 if rule == "published" else round(0.18 / max(steps, 216) ** (1 / 3), 5)
 
 
-def rule_of(cewt: CewtSection, section: QuantizationSection) -> Literal["ours", "published"]:
-    """`CewtSection.rule` as it holds: the published one always with the method `cewt`."""
-    return "published" if section.recipe is None and section.method == CEWT else cewt.rule
+def rule_of(rule: Rule, method: str, recipe: object) -> Rule:
+    """`CewtSection.rule` as it holds: the published one always with the method `cewt`.
+
+    Args:
+        rule: `optimizer.cewt.rule`.
+        method: `quantization.method`.
+        recipe: `quantization.recipe`, in whose presence the method says nothing.
+    """
+    return "published" if recipe is None and method == CEWT else rule
 
 
 @dataclass(frozen=True)
@@ -222,7 +229,7 @@ class CewtSection:
     """Fraction of the steps in which its rate rises; that of `schedule` where null."""
     pull: PullSection = field(default_factory=PullSection)
     """Towards the values of codes."""
-    rule: Literal["ours", "published"] = "ours"
+    rule: Rule = "ours"
     """`published`, always with `method: cewt`: linear layers begin as LeCun's, N(0, 1/in_features); the output layer's
     weight is on the hyperball too, never projected; other weights are first projected by the first step."""
 
@@ -232,8 +239,9 @@ class OptimizerSection:
     """The optimizer and the gradient clip."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
-    kind: Literal["adamw", "muon"] = "adamw"
-    """AdamW; or Muon (torch.optim.Muon) for the matrices inside the blocks, and AdamW for all else."""
+    kind: Literal["adamw", "muon", "soap"] = "adamw"
+    """AdamW; or Muon (torch.optim.Muon) or SOAP (of pytorch-optimizer, the extra `soap`) for the matrices inside the
+    blocks, and AdamW for all else."""
     lr: Positive = 1.2e-3
     """Peak learning rate. The paper: 1.2e-3 at 95M and 125M, 6e-4 at 200M, 3e-4 at 300M."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)

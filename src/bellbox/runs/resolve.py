@@ -162,7 +162,7 @@ def _resolve_cewt(
 ) -> tuple[CewtSection, QuantizationSection]:
     """Write out what is left open: BBQ learns rotated weights on the hyperball, other methods neither."""
     own = section.recipe is None and section.method == "bbq" and section.weight_only is None
-    cewt = dataclasses.replace(cewt, rule=rule_of(cewt, section))
+    cewt = dataclasses.replace(cewt, rule=rule_of(cewt.rule, section.method, section.recipe))
     every = cewt.every
     if every is None and cewt.rule == "published":
         every = 1

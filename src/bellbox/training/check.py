@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bellbox.errors import BellboxError
+from bellbox.errors import BellboxError, require
 from bellbox.formats.auto import kind_of
 from bellbox.runs.build import check_quantization, pick_device, skeleton
 from bellbox.runs.config import ResolvedConfig
@@ -24,8 +24,10 @@ def check_trainable(config: ResolvedConfig) -> None:
     for phase in phases_of(config):
         check_quantization(config, phase.quantization)
     model = skeleton(config)
-    if config.optimizer.kind == "muon":
-        require_matrices(block_matrices(model))
+    if config.optimizer.kind != "adamw":
+        require_matrices(config.optimizer.kind, block_matrices(model))
+    if config.optimizer.kind == "soap":
+        require("pytorch_optimizer", "soap")
     if config.mec.weight:
         EntropyTerm(model, config.mec).remove()
     if config.distill.teacher is not None:
@@ -49,6 +51,10 @@ def refuse_unsharded(config: ResolvedConfig, phases: int) -> None:
         raise BellboxError(
             "distributed.mode is fsdp, and phases prepare layers anew, which sharded ones cannot be; take ddp, or "
             "train each phase as a run of its own (--model.from)"
+        )
+    if config.optimizer.kind == "soap":
+        raise BellboxError(
+            "distributed.mode is fsdp, and optimizer.kind soap needs whole gradients; take ddp, or muon"
         )
     if config.averaging is not None:
         key = "vision.ema" if config.task == "vision" and config.vision.ema else "average.last"

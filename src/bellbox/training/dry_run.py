@@ -163,10 +163,11 @@ def _first_batch(config: ResolvedConfig, data: DataOutlook) -> tuple[int, ...]:
 
 
 def _moments(model: nn.Module, config: ResolvedConfig) -> int:
-    """Bytes of two moments a parameter with AdamW, one for the matrices that Muon trains."""
-    matrices = block_matrices(model) if config.optimizer.kind == "muon" else []
-    one = sum(p.numel() for p in matrices)
-    return _FP32 * (2 * sum(p.numel() for p in model.parameters()) - one)
+    """Bytes of two moments a parameter with AdamW; of matrices one with Muon, and with SOAP four squares more."""
+    kind, more = config.optimizer.kind, 0
+    for matrix in [] if kind == "adamw" else block_matrices(model):
+        more += -matrix.numel() if kind == "muon" else 2 * sum(size * size for size in matrix.shape)
+    return _FP32 * (2 * sum(p.numel() for p in model.parameters()) + more)
 
 
 class _Counted(TorchFunctionMode):

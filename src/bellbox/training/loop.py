@@ -630,7 +630,8 @@ class Trainer:
             inputs = inputs.to(self.device)
         # Of several processes, none may leave alone.
         interruptible = self.signals.interruptible() if self.world.size == 1 else nullcontext()
-        with interruptible, self.parallel.whole_weights(), self.average.judged() as model:
+        # Innermost: a signal that came while weights are settled or put back would leave a part of them so.
+        with self.parallel.whole_weights(), self.average.judged() as model, interruptible:
             model.eval()
             with SpectrumMeter(model, self.config.mec, self.world) as spectrum:
                 result = self.task.evaluate(model)

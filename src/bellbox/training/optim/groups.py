@@ -1,4 +1,4 @@
-"""Optimizers of a run: AdamW, or Muon for the matrices and AdamW for all else, perhaps with CEWT around them."""
+"""Optimizers of a run: AdamW, or for the matrices Muon or SOAP and AdamW for all else, perhaps with CEWT around."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from bellbox.optim import (
 from bellbox.recipe import is_head
 from bellbox.runs.config import CewtSection, OptimizerSection
 from bellbox.training.optim.muon import WholeMuon
+from bellbox.training.optim.soap import flat, put, shape_of, soap
 
 _NORM = "cewt_norm"
 
@@ -37,7 +38,7 @@ class ModelOptimizer:
         norms: by the parameter's name, what CEWT keeps of each weight: it is then projected already.
 
     Raises:
-        BellboxError: Muon, for a model without matrices that it could train.
+        BellboxError: Muon or SOAP, for a model without matrices that it could train; SOAP's package is not there.
     """
 
     def __init__(
@@ -48,9 +49,15 @@ class ModelOptimizer:
             model, lr=section.lr, weight_decay=section.weight_decay, decay_head=section.decay_head
         )
         self.parts: list[torch.optim.Optimizer] = []
-        if section.kind == "muon":
+        self._soap: torch.optim.Optimizer | None = None
+        matrices: list[dict[str, Any]] = []
+        if section.kind != "adamw":
             matrices, groups = _split(groups, block_matrices(model))
-            require_matrices(matrices)
+            require_matrices(section.kind, matrices)
+        if section.kind == "soap":
+            self._soap = soap(matrices, section)
+            self.parts.append(self._soap)
+        elif section.kind == "muon":
             # Scaled so that Muon takes AdamW's learning rate and decay (arXiv 2502.16982).
             dtype = torch.float32 if section.muon_dtype == "fp32" else torch.bfloat16
             self.parts.append(WholeMuon(matrices, section.lr, section.momentum, dtype))
@@ -93,7 +100,9 @@ class ModelOptimizer:
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What is remembered of a parameter, and saved: moments, and under `cewt_norm` the norm that CEWT keeps."""
-        state = {key: value for part in self.parts for key, value in part.state.get(parameter, {}).items()}
+        state: dict[str, Tensor] = {}
+        for part in self.parts:
+            state |= flat(part, parameter) if part is self._soap else part.state.get(parameter, {})
         if self.cewt is not None and parameter in self.cewt.norms:
             state[_NORM] = self.cewt.norms[parameter]
         return state
@@ -116,7 +125,13 @@ class ModelOptimizer:
                 state = before.state_of(parameter)
                 state.pop(_NORM, None)
                 if state and parameter not in rotated:
-                    part.state[parameter] = state
+                    self._put(part, parameter, state)
+
+    def _put(self, part: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Tensor]) -> None:
+        if part is self._soap:
+            put(part, parameter, state)
+        else:
+            part.state[parameter] = state
 
     def tensors(self, names: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
         """The state as flat names: `blocks.0.attention.q.weight/exp_avg`; whole tensors.
@@ -145,8 +160,9 @@ class ModelOptimizer:
         owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         for part in self.parts:
             part.state.clear()
-        for flat, value in tensors.items():
-            name, _, key = flat.rpartition("/")
+        found: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for full, value in tensors.items():
+            name, _, key = full.rpartition("/")
             if name not in parameters and name.endswith(
                 "weight"
             ):  # earlier versions kept rotated weights as `weight`
@@ -154,20 +170,22 @@ class ModelOptimizer:
             parameter = parameters[name]
             if value.dim() == 0 and parameter.shape == (1,) and key != "step":
                 value = value.reshape(1)  # earlier versions kept scales as 0-d tensors
-            if value.numel() != 1 and value.shape != parameter.shape:
+            if value.numel() != 1 and tuple(value.shape) != shape_of(key, parameter):
                 raise ValueError(
-                    f"{flat} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+                    f"{full} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
                 )
             if is_sharded(value):  # read for this parameter, into memory of its own
-                owners[parameter].state[parameter][key] = value
+                found.setdefault(parameter, {})[key] = value
                 continue
             # AdamW's `step` is a scalar on the parameter's device where the update is fused.
             copy = torch.empty_like(value, device=parameter.device).copy_(value)
             if key != _NORM:
                 sharded = copy.shape == parameter.shape
-                owners[parameter].state[parameter][key] = part_like(parameter, copy) if sharded else copy
+                found.setdefault(parameter, {})[key] = part_like(parameter, copy) if sharded else copy
             elif self.cewt is not None:
                 self.cewt.norms[parameter] = copy
+        for parameter, state in found.items():
+            self._put(owners[parameter], parameter, state)
 
 
 def _constraint(
@@ -186,21 +204,21 @@ def _constraint(
     return CEWT(parts, weights, section.hyperball, norms_only=heads, at_once=at_once, norms=known)
 
 
-def require_matrices(found: Sequence[object]) -> None:
-    """Refuse Muon where there is nothing for it.
+def require_matrices(kind: str, found: Sequence[object]) -> None:
+    """Refuse Muon and SOAP where there is nothing for them.
 
     Raises:
         BellboxError: no matrix was found.
     """
     if not found:
         raise BellboxError(
-            "optimizer.kind is muon, which trains the matrices of linear layers inside the blocks, and the model has "
-            "none; use adamw"
+            f"optimizer.kind is {kind}, which trains the matrices of linear layers inside the blocks, and the model "
+            "has none; use adamw"
         )
 
 
 def block_matrices(model: nn.Module) -> list[Tensor]:
-    """Weights of the linear layers that are no output head: what Muon is for."""
+    """Weights of the linear layers that are no output head: what Muon and SOAP are for."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[int, Tensor] = {}
     for name, module in model.named_modules():
