@@ -3,6 +3,7 @@
     python benchmarks/gpu/compile.py                        # all kernels, sm_80, 90, 100 and 120; a few minutes
     python benchmarks/gpu/compile.py --arch 90 --record     # one, into its column of benchmarks/gpu/compiled.md
     python benchmarks/gpu/compile.py --arch 90 --only multiply --markdown table.md
+    python benchmarks/gpu/compile.py --arch 90 --only "code_rows: 2048 rows, weights 4" --block 1     # no rotation
 
 The launches are those of the library at the shapes below: they are recorded, on tensors without memory, and compiled
 with Triton's own tools. A row of the table is one compiled kernel: registers a thread, bytes of stack and instructions
@@ -35,6 +36,7 @@ from bellbox.ops.backends.triton import plan
 from bellbox.ops.backends.triton.launch import coding, layout, linear, products, rows
 from bellbox.ops.weight_layout import packed_size
 
+BLOCK = 128
 MANY = 2048
 """Rows of a prompt."""
 RECORD = Path(__file__).with_name("compiled.md")
@@ -127,13 +129,13 @@ class Recorder:
         return take_down
 
 
-def recorded(on: plan.Gpu) -> list[Launch]:
+def recorded(on: plan.Gpu, block: int) -> list[Launch]:
     """Every kernel at the shapes of a LLaMA 7B: hidden 4096, intermediate 11008, prompts of 2048 rows, single rows."""
     recorder = Recorder()
     JITFunction.__getitem__ = lambda function, _: recorder.launcher(function)  # type: ignore[method-assign]
     plan.gpu = lambda _: on  # type: ignore[assignment]
     with torch.device("meta"):
-        for what, call in _calls():
+        for what, call in _calls(block):
             recorder.what = what
             call()
             if what.startswith(f"{MANY} rows, weights"):
@@ -147,11 +149,11 @@ def recorded(on: plan.Gpu) -> list[Launch]:
     return recorder.found
 
 
-def _calls() -> Iterator[tuple[str, Any]]:
+def _calls(block: int) -> Iterator[tuple[str, Any]]:
     def floats(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    columns, outputs, block = 4096, 4096, 128
+    columns, outputs = 4096, 4096
     for weight_bits, act_bits, count in (
         *((bits, bits, MANY) for bits in (4, 3, 2, 1)),
         *((bits, 4, 1) for bits in (4, 3, 2, 1)),
@@ -389,11 +391,14 @@ def main() -> None:
     parser.add_argument(
         "--record", type=Path, nargs="?", const=RECORD, help="write the table of all architectures"
     )
+    parser.add_argument("--block", type=int, default=BLOCK, help="of the rotation; 1: none")
     arguments = parser.parse_args()
+    if arguments.record and (arguments.only or arguments.block != BLOCK):
+        parser.error("--record is for all kernels at the block that is shipped")
     found: list[Row] = []
     for architecture in arguments.arch:
         seen: set[str] = set()
-        for launched in recorded(GPUS[architecture]):
+        for launched in recorded(GPUS[architecture], arguments.block):
             label = f"{launched.function.__name__}: {launched.what}"
             if arguments.only not in label or label in seen:
                 continue
