@@ -129,7 +129,7 @@ def mutate_safetensors(data: bytes, draw: Random) -> bytes:
         return mutate_bytes(data, draw)
     if kind == 1:
         claimed = draw.choice((0, 1, size - 1, size + 1, 2**20, 2**31, 2**40, 2**63, 2**64 - 1))
-        return claimed.to_bytes(8, "little") + data[8:]
+        return (claimed % 2**64).to_bytes(8, "little") + data[8:]  # of a file mutated before: -1
     header = json.loads(data[8 : 8 + size])
     if kind == 2:
         name = draw.choice(sorted(set(header) - {"__metadata__"}))

@@ -490,3 +490,26 @@ def test_the_example_in_c(tmp_path: Path, folder: Path) -> None:
     greedy = run(folder, "--prompt", PROMPT, "--max-new-tokens", 50, "--temperature", 0)
     assert PROMPT + found.stdout.decode() == greedy.stdout
     assert subprocess.run([program, "nowhere", "x"], capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None or shutil.which("cmake") is None, reason="no C compiler or cmake"
+)
+@pytest.mark.parametrize(
+    "libraries",
+    [["-l:libbellbox.a", "-fopenmp", "-lstdc++", "-lm"], ["-lbellbox", "-Wl,-rpath,{prefix}/lib"]],
+)
+def test_what_is_installed_serves_a_program_elsewhere(
+    tmp_path: Path, folder: Path, libraries: list[str]
+) -> None:
+    prefix, program = tmp_path / "a prefix", tmp_path / "continue"
+    subprocess.run(["cmake", "--install", BUILT, "--prefix", prefix], check=True, capture_output=True)
+    found = subprocess.run([prefix / "bin" / "bellbox-run", "--help"], capture_output=True, check=True)
+    assert found.stdout.startswith(b"usage: bellbox-run")
+    source = ROOT / "examples" / "device" / "continue.c"
+    paths = [f"-I{prefix / 'include'}", f"-L{prefix / 'lib'}"]
+    linked = [each.format(prefix=prefix) for each in libraries]
+    subprocess.run(["cc", source, *paths, *linked, "-o", program], check=True)
+    found = subprocess.run([program, folder, PROMPT], capture_output=True, check=True)
+    greedy = run(folder, "--prompt", PROMPT, "--max-new-tokens", 50, "--temperature", 0)
+    assert PROMPT + found.stdout.decode() == greedy.stdout
