@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bellbox.cli.output import parse_flags, refuse_file_name
+from bellbox.cli.output import parse_flags, refuse_file_name, refuse_same_folder
 from bellbox.convert import convert
 from bellbox.errors import BellboxError, require
 from bellbox.formats.auto import open_model
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     """
     command = parse_flags(ExportHf, argv, "bellbox export hf", __doc__)
     refuse_file_name(command.out)
+    refuse_same_folder(command.model, command.out)
     require("transformers", "transformers")
     from bellbox.interop.transformers.export import export_packed
 

@@ -135,6 +135,16 @@ def refuse_file_name(folder: Path) -> None:
         )
 
 
+def refuse_same_folder(model: str, out: Path) -> None:
+    """Refuse to write over the model that is read.
+
+    Raises:
+        BellboxError: both are one folder, by whatever names.
+    """
+    if out.exists() and Path(model).exists() and out.samefile(model):
+        raise BellboxError(f"{out}: is the model itself, which would be replaced; name another folder")
+
+
 def write_file(path: Path, text: str) -> None:
     """Write a text file; a kill leaves the old one or the new one.
 

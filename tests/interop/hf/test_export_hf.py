@@ -9,6 +9,7 @@ import torch
 from hf_models import IDS, LLAMA, bellbox_greedy, greedy, logits, packed_model
 
 import bellbox as bb
+from bellbox.errors import BellboxError
 from bellbox.models import GPTConfig, Llama, LlamaConfig, build
 from bellbox.nn import PackedLinear
 
@@ -142,6 +143,18 @@ def test_the_card_counts_what_is_there(ours, folder) -> None:
     assert f"| {8 * on_disk / whole[0]:.3f} |" in text
 
 
+def test_the_model_that_is_read_is_not_written_over(tmp_path) -> None:
+    from bellbox.cli.export_hf import main
+
+    bb.save(packed_model(LLAMA), tmp_path / "packed")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path / "packed")
+    for out in ("packed", "link"):
+        with pytest.raises(BellboxError, match="is the model itself, which would be replaced"):
+            main([str(tmp_path / "packed"), str(tmp_path / out)])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()} == before
+
+
 def test_the_command(transformers, tmp_path, capsys) -> None:
     from bellbox.cli.main import main
     from bellbox.data.tokenizer import Tokenizer
@@ -167,9 +180,18 @@ def test_the_command(transformers, tmp_path, capsys) -> None:
     expected = bellbox_greedy(model, ids, 8)[0]
     assert torch.equal(found, expected[: len(found)])
     # bellbox opens what it wrote for transformers, and writes it again
-    main(["export", "hf", str(tmp_path / "out"), str(tmp_path / "out")])
+    main(["export", "hf", str(tmp_path / "out"), str(tmp_path / "again")])
     main(
-        ["generate", str(tmp_path / "out"), "--prompt", "the", "--max-new-tokens", "4", "--temperature", "0"]
+        [
+            "generate",
+            str(tmp_path / "again"),
+            "--prompt",
+            "the",
+            "--max-new-tokens",
+            "4",
+            "--temperature",
+            "0",
+        ]
     )
     capsys.readouterr()
     for wrong in (
