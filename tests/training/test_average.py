@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
 from bellbox.optim import project_
 from bellbox.recipe import Recipe
-from bellbox.runs.average import PREFIX, Average, averaged_tensors
+from bellbox.runs import average as average_module
+from bellbox.runs.average import PREFIX, Average, averaged_tensors, settle
 from bellbox.runs.config import (
     AverageSection,
     CewtSection,
@@ -242,6 +245,29 @@ def test_a_run_in_pieces_equals_a_run_in_one_and_its_average_is_what_is_loaded(
         assert all(torch.equal(value, ours[name]) for name, value in judged.state_dict().items())
     assert not torch.equal(ours["lm_head.weight"], trainer.model.state_dict()["lm_head.weight"])
     assert set(records(whole)[-1]["weight_entropy"]["layers"].values()) == {2.0}
+
+
+def test_a_signal_while_an_average_is_settled_leaves_it_as_it_was(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "steps": 6,
+        "eval_every": 3,
+        "average": AverageSection(last=0.9),
+        "optimizer": OptimizerSection(lr=1e-2, cewt=CewtSection(every=2)),
+    }
+    whole, stopped = tiny("whole", **settings), tiny("stopped", **settings)
+    train(whole, show=False)
+    with monkeypatch.context() as patched:
+
+        def signalled(*args: Any) -> None:
+            settle(*args)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patched.setattr(average_module, "settle", signalled)
+        assert train(stopped, show=False).stopped_by == signal.SIGTERM
+    assert train(stopped, show=False).finished
+    assert records(whole) == records(stopped)
 
 
 def test_full_precision_is_averaged_too(tiny: Tiny) -> None:
