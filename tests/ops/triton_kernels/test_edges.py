@@ -163,7 +163,7 @@ def test_calls_without_rows_go_to_the_reference(monkeypatch: pytest.MonkeyPatch)
 def test_more_outputs_than_a_launch_has_programs_are_refused() -> None:
     from bellbox.ops.backends.triton import limits
 
-    arguments = dict(zip(LINEAR, layer(torch.randn(1, 64), 5), strict=True))
+    arguments: dict[str, Any] = dict(zip(LINEAR, layer(torch.randn(1, 64), 5), strict=True))
     assert limits.WHY_NOT["packed_linear"](arguments) is None
     arguments["weight_scale"] = torch.ones(1).expand(65_535 * 32 + 1)
     assert limits.WHY_NOT["packed_linear"](arguments) == "2097121 outputs"
@@ -305,7 +305,7 @@ class TestFarOffsets:
         monkeypatch.setattr(plan, "plane_rows", lambda on: planes)
         x = self.rows()
         arguments = layer(x[-1:], 1, weights, inputs)
-        own = coding.Weights(*arguments[1:3], None, Levels.gaussian(weights).grid, self.columns)
+        own = coding.Weights(arguments[1], arguments[2], None, Levels.gaussian(weights).grid, self.columns)
         grid = Levels.gaussian(inputs).grid
         rows = coding.code_rows(x, own, grid, arguments[4], arguments[5], None, None, 128, "rms", False)
         arguments[12], arguments[3] = 128, None
