@@ -15,7 +15,6 @@ print(result.validation["perplexity"])
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import signal
 import time
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from bellbox.calibrate import calibrate
 from bellbox.convert import prepare, rotated_weights, unprepare
 from bellbox.errors import BellboxError
-from bellbox.nn import nested_widths, quantized_layers, using_bits, weights_quantized_once
+from bellbox.nn import quantized_layers, using_bits, weights_quantized_once
 from bellbox.optim import pull_to_codes
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.quantizers.running import running_scales_once
@@ -46,10 +45,9 @@ from bellbox.runs.build import (
 )
 from bellbox.runs.checkpoint import MODEL, Checkpoint, Checkpoints, State
 from bellbox.runs.config import TrainConfig
-from bellbox.runs.config_file import config_from_dict, differences, load_config, save_config
-from bellbox.runs.environment import describe
+from bellbox.runs.config_file import config_from_dict
 from bellbox.runs.metrics import MetricsWriter
-from bellbox.runs.open import CONFIG_FILE, TOKENIZER_FILE
+from bellbox.runs.open import CONFIG_FILE
 from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
 from bellbox.runs.resolve import resolve
 from bellbox.runs.saver import Saver
@@ -57,12 +55,12 @@ from bellbox.runs.sharded_state import load_model_shards, optimizer_shards
 from bellbox.training import random_state
 from bellbox.training.arithmetic import with_arithmetic
 from bellbox.training.check import check_trainable, refuse_unsharded
-from bellbox.training.data_files import DATA_FILE, refuse_other_files, remember_files
+from bellbox.training.data_files import DATA_FILE, refuse_other_files
 from bellbox.training.distill import Teacher, divergence
 from bellbox.training.distributed import Parallel, speaks_for_all, start
 from bellbox.training.finite import checked_forward, find_broken_layer
-from bellbox.training.measures import quantization_measures
-from bellbox.training.mec import EntropyTerm, SpectrumMeter
+from bellbox.training.folder import choose_checkpoint, write_what_it_is
+from bellbox.training.mec import EntropyTerm
 from bellbox.training.modes import debug_mode, determinism
 from bellbox.training.nested import widths_of_step
 from bellbox.training.optim.groups import ModelOptimizer
@@ -72,7 +70,8 @@ from bellbox.training.schedule import projects, pull_share, rates
 from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
 from bellbox.training.text_source import with_prepared_text
-from bellbox.utils.files import lock, write_text
+from bellbox.training.validation import validate
+from bellbox.utils.files import lock
 
 MOST_SKIPPED = 10
 """Steps in a row that `nonfinite: skip` leaves out; the next one ends the run."""
@@ -128,7 +127,8 @@ class Trainer:
         self.task = make_task(self.config, self.dataset, self.world)
         self.folder = Path(self.config.folder)
         self.device = self.world.device
-        self.resume, self.show = resume, show
+        self.resume: Literal["auto"] | None = resume
+        self.show = show
         self.teacher = Teacher(self.config, self.device) if self.config.distill.teacher else None
         random_state.seed_all(self.config.seed)
         self.phases = phases_of(self.config)
@@ -317,14 +317,8 @@ class Trainer:
 
     def _write_what_it_is(self) -> dict[str, Any] | None:
         """The files that say what the run is; gives its last validation."""
-        save_config(self.config, self.folder / CONFIG_FILE)
-        write_text(self.folder / "environment.json", json.dumps(describe(self.device), indent=1) + "\n")
-        remember_files(self.dataset, self.folder / DATA_FILE)
-        if self.task.tokenizer is not None:
-            write_text(self.folder / TOKENIZER_FILE, self.task.tokenizer)
-        state = self.state
-        shown = self.config.tensorboard, self.config.trackers, self.config.to_dict()
-        self.metrics = MetricsWriter(self.folder, state.step, state.evaluated_step, *shown)
+        told = self.config, self.dataset, self.task.tokenizer, self.device, self.state
+        self.metrics = write_what_it_is(*told)
         return self.metrics.last_evaluation
 
     def _announce(self) -> None:
@@ -354,36 +348,19 @@ class Trainer:
     def _find_checkpoint(self) -> Checkpoint | None:
         """The one to go on from. The first process chooses; all read it."""
         if self.world.size == 1:
-            return self._choose_checkpoint()
+            checkpoint, self._begun_for = choose_checkpoint(self.config, self.checkpoints, self.resume)
+            return checkpoint
         chosen: list[Checkpoint] = []
 
         def choose() -> tuple[int | None, int]:
-            chosen.extend(filter(None, [self._choose_checkpoint()]))
-            return (chosen[0].step if chosen else None), self._begun_for
+            checkpoint, begun_for = choose_checkpoint(self.config, self.checkpoints, self.resume)
+            chosen.extend(filter(None, [checkpoint]))
+            return (chosen[0].step if chosen else None), begun_for
 
         step, self._begun_for = self.world.from_first(choose)
         if step is None:
             return None
         return chosen[0] if chosen else self.checkpoints.at(step, verified=True)
-
-    def _choose_checkpoint(self) -> Checkpoint | None:
-        self.checkpoints.clean()
-        if not self.checkpoints.steps():
-            return None
-        if self.resume is None:
-            raise BellboxError(f"'{self.folder}' already holds a run; choose another folder, or resume it")
-        saved = self.folder / CONFIG_FILE
-        begun = load_config(saved)
-        different = differences(begun, self.config)
-        if different:
-            raise BellboxError(
-                f"'{self.folder}' holds a run with another configuration: {'; '.join(different[:3])}; "
-                f"choose another folder, or go on with --config {saved}"
-            )
-        self._begun_for = begun.total_steps
-        checkpoint = self.checkpoints.last()
-        self.checkpoints.set_aside_after(checkpoint.step if checkpoint else 0)
-        return checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.world.from_first(lambda: refuse_other_files(self.dataset, self.folder / DATA_FILE))
@@ -625,23 +602,12 @@ class Trainer:
         if self._heard is not None:
             raise Stopped
         state, begun = self.state, time.monotonic()
-        inputs = self.task.counted_inputs()
-        if inputs is not None:
-            inputs = inputs.to(self.device)
         # Of several processes, none may leave alone.
         interruptible = self.signals.interruptible() if self.world.size == 1 else nullcontext()
         # Innermost: a signal that came while weights are settled or put back would leave a part of them so.
         with self.parallel.whole_weights(), self.average.judged() as model, interruptible:
-            model.eval()
-            with SpectrumMeter(model, self.config.mec, self.world) as spectrum:
-                result = self.task.evaluate(model)
-            result |= quantization_measures(model, lambda: None if inputs is None else model(inputs))
-            result |= spectrum.fields()
-            widths = self._narrower_widths(model, inputs, result)
+            result, loss = validate(model, self.task, self.config.mec, self.world, self.device)
         state.seconds += time.monotonic() - begun
-        # What a checkpoint is judged by: the mean over the widths, as what is minimised.
-        losses = [each["loss"] for each in widths.values()] or [result["loss"]]
-        loss = sum(losses) / len(losses)
         improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         state.evaluated_step, state.loss = state.step, loss
         if improved:
@@ -652,24 +618,10 @@ class Trainer:
             "phase": state.phase,
             "tokens": state.tokens,
             **result,
-            **({"widths": widths} if widths else {}),
             "seconds": state.seconds,
         }
         self._record(self.validation)
         return improved
-
-    def _narrower_widths(
-        self, model: nn.Module, inputs: Tensor | None, widest: dict[str, Any]
-    ) -> dict[str, dict[str, Any]]:
-        """The fields of a nested model's evaluation by its width, that of the widest known; of another model none."""
-        bits = nested_widths(model)
-        found = {str(each): widest for each in bits[:1]}
-        for each in bits[1:]:
-            with using_bits(model, each):
-                record = self.task.evaluate(model)
-                record |= quantization_measures(model, lambda: None if inputs is None else model(inputs))
-            found[str(each)] = record
-        return found
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
