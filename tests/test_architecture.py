@@ -30,7 +30,7 @@ MAY_KNOW = {
     "convert": "errors core nn past_forward quantizers recipe structure coverage",
     "listing": "core nn coverage",
     "calibrate": "errors quantizers",
-    "optim": "errors core nn quantizers recipe structure",
+    "optim": "errors core ops nn quantizers recipe structure",
     "models": "errors utils ops structure",
     "data": "errors utils",
     "inference": "errors ops nn models data convert",

@@ -19,6 +19,7 @@ from bellbox.errors import BellboxError
 from bellbox.quantizers import METHODS, Quantizer, QuantizerSpec, build_quantizer
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.runs.average import Average
+from bellbox.runs.config import AverageSection, CewtSection
 
 LEARNED = [name for name, kind in METHODS.items() if issubclass(kind, LearnedQuantizer)]
 ON_INPUTS = [name for name in LEARNED if METHODS[name].activation_granularities]
@@ -202,10 +203,10 @@ def test_an_average_that_is_made_before_the_first_batch_keeps_what_was_learned()
 
 def test_an_average_begins_scales_that_are_set_late_with_their_first_value():
     model = network()
-    average = Average(model, 0.5)
-    average.update()  # as of an expert that no data has reached yet
+    average = Average(model, AverageSection(last=1, decay=0.5), CewtSection(every=0), steps=2)
+    average.update(0)  # as of an expert that no data has reached yet
     model(X)
-    average.update()
+    average.update(1)
     assert same(scales(average.model), scales(model))
 
 
