@@ -88,6 +88,8 @@ def studies() -> list[Held]:
         *longer(),
         *rate(),
         *larger(),
+        *budget(),
+        *improvements(),
         *ratios(),
     ]
 
@@ -510,6 +512,68 @@ def larger() -> list[Held]:
     ]
 
 
+FIRST = f"{DEFAULT}, 4 bits first, hyperball to zero"
+
+
+def budget() -> list[Held]:
+    """31 tokens a parameter."""
+    full = mean("budget", MUON)
+    shown = (
+        ("default | 4 | {:.2f}", DEFAULT, 4),
+        ("default | 2 | {:.2f}", DEFAULT, 2),
+        ("default, 4 bits for the first half, hyperball to zero | 2 | **{:.2f}**", FIRST, 2),
+        ("paper | 2 | {:.2f}", PAPER, 2),
+    )
+    gain, low, high = interval(apart("budget", (PAPER, 2), (DEFAULT, 2)))
+    return [
+        ("| full precision, Muon | - | {:.2f} | 1 | |", (full,)),
+        *(
+            (
+                f"| {text} | {{:.3f}} | {{:.3f}} |",
+                (
+                    mean("budget", name, bits),
+                    mean("budget", name, bits) / full,
+                    entropy("budget", name, bits),
+                ),
+            )
+            for text, name, bits in shown
+        ),
+        (
+            "ahead of the published recipe by {:.1f} (over other documents {:.1f} to {:.1f}).",
+            (gain, low, high),
+        ),
+        ("gives {:.1f} more.**", (mean("budget", DEFAULT, 2) - mean("budget", FIRST, 2),)),
+    ]
+
+
+def improvements() -> list[Held]:
+    """`heart-long`."""
+    name = "heart-long"
+    default = mean(name, "default")
+    shown = {
+        "4 bits for the first half of the steps": "4 bits for the first half",
+        "4 bits for three quarters": "4 bits for three quarters",
+        "4 bits for the first half, hyperball's rate ends at zero": (
+            "4 bits for the first half, hyperball's rate ends at zero"
+        ),
+        "the hyperball's rate ends at zero": "hyperball's rate ends at zero",
+        "output follows sigma behind attention and SwiGLU": "output follows sigma behind attention and SwiGLU",
+        "default, forward on integers": "default, on integers",
+        "running statistic (`ema`), on integers": "statistic ema, on integers",
+    }
+    return [
+        ("| default, forward on floats | {:.2f} | | |", (default,)),
+        *(
+            (f"| {text} | {{:.2f}} | {{:+.2f}} |", (mean(name, row_), mean(name, row_) - default))
+            for text, row_ in shown.items()
+        ),
+        (
+            "{:.2f} beside the row above it",
+            (mean(name, "statistic ema, on integers") - mean(name, "default, on integers"),),
+        ),
+    ]
+
+
 def ratios() -> list[Held]:
     """To full precision."""
     muon, adamw = mean("long", MUON), mean("long", FULL)
@@ -562,6 +626,8 @@ SET = {
     "3.0",
     "4.2",
     "9.8",
+    "13.3",
+    "0.5",
     "4.3",
     "1.27",
 }
