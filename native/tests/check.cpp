@@ -417,6 +417,29 @@ void check_between(const Kernels& kernels) {
     expect(same_floats(activated[0], activated[1]), "activate " + std::to_string(static_cast<int>(kind)));
 }
 
+// The loss of next tokens and its gradient, by ranges of rows.
+void check_loss(const Kernels& kernels) {
+    if (kernels.cross_entropy == nullptr) return;
+    const Type type = one_of({Type::f32, Type::bf16});
+    const int64_t rows = pick(1, 5), n = one_of<int64_t>({pick(1, 40), pick(1, 1500)}), row = pick(0, rows);
+    const std::vector<char> logits = numbers(rows * n, type, {0.0f, 30.0f}, pick(0, 3) == 0);
+    const std::vector<float> grads = floats(rows);
+    std::vector<int64_t> targets;
+    for (int64_t r = 0; r < rows; ++r) targets.push_back(pick(0, n - 1));
+    std::vector<float> losses[2], log_sums[2];
+    std::vector<char> gradient[2];
+    for (int i = 0; i < 2; ++i) {
+        const Kernels& used = i == 0 ? portable_kernels : kernels;
+        losses[i].resize(grads.size()), log_sums[i].resize(grads.size()), gradient[i].resize(logits.size());
+        const CrossEntropyArgs loss{logits.data(), type, n, targets.data(), losses[i].data(), log_sums[i].data()};
+        used.cross_entropy(loss, 0, row), used.cross_entropy(loss, row, rows);
+        const CrossEntropyBackwardArgs back{logits.data(), type, n, targets.data(), log_sums[i].data(), grads.data(), gradient[i].data()};
+        used.cross_entropy_backward(back, 0, row), used.cross_entropy_backward(back, row, rows);
+    }
+    expect(same_floats(losses[0], losses[1]) && same_floats(log_sums[0], log_sums[1]), "cross_entropy");
+    expect(same(gradient[0], gradient[1], type), "cross_entropy_backward");
+}
+
 // Many new tokens behind some that the cache holds; causal ones get the bits of a token at a time.
 void check_prompt(const Kernels& kernels) {
     const int64_t batch = pick(1, 2), kv = pick(1, 2), count = pick(1, 3), heads = kv * count, d = 2 * pick(1, 40);
@@ -649,6 +672,7 @@ int main(int count, char** arguments) {
                 check_training(kernels());
                 check_kept(kernels());
                 check_between(kernels());
+                check_loss(kernels());
                 check_prompt(kernels());
                 check_decoder(kernels());
                 check_head(kernels());
