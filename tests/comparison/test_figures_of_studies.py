@@ -523,6 +523,8 @@ def budget() -> list[Held]:
         ("default | 2 | {:.2f}", DEFAULT, 2),
         ("default, 4 bits for the first half, hyperball to zero | 2 | **{:.2f}**", FIRST, 2),
         ("paper | 2 | {:.2f}", PAPER, 2),
+        ("LSQ | 2 | {:.2f}", "LSQ", 2),
+        ("QuEST, at 0.004 | 2 | {:.2f}", "QuEST", 2),
     )
     gain, low, high = interval(apart("budget", (PAPER, 2), (DEFAULT, 2)))
     return [
