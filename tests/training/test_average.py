@@ -6,11 +6,11 @@ import copy
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pieces import Cut, records
 from torch import Tensor, nn
 
 import bellbox as bb
@@ -28,7 +28,6 @@ from bellbox.runs.config import (
     QuantizationSection,
     VisionSection,
 )
-from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
 
 DECAY = 0.75
@@ -203,20 +202,6 @@ def test_the_norm_of_a_mean_is_nothing_to_bbq_and_something_to_lsq() -> None:
             before = model(x)
             next(iter(quantized_layers(model)))[1].stored_weight.mul_(0.5)
             assert torch.equal(before, model(x)) == same
-
-
-def records(config: TrainConfig) -> list[dict[str, Any]]:
-    found = read_records(Path(config.folder) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in WALL_CLOCK} for record in found]
-
-
-class Cut(Trainer):
-    """Stops after each odd step."""
-
-    def _train_step(self) -> None:
-        super()._train_step()
-        if self.state.step % 2 == 1 and self.state.step != self.saved_step:
-            self.signals.received = 15
 
 
 @pytest.mark.parametrize("decay", [None, 0.6])

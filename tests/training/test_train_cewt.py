@@ -3,12 +3,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import pytest
 import torch
+from pieces import Cut, records
 from torch import nn
 
 from bellbox.convert import convert, prepare
@@ -21,7 +21,6 @@ from bellbox.optim.cewt import CEWT, constrained_weights, head_weights, normal_s
 from bellbox.quantizers import build_quantizer
 from bellbox.recipe import QuantizerSpec, Recipe, Rule
 from bellbox.runs.config import CewtSection, OptimizerSection, PhasesSection, PullSection, QuantizationSection
-from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
 
 Tiny = Callable[..., TrainConfig]
@@ -182,11 +181,6 @@ SPEC = QuantizerSpec("cewt", 4)
 TENSOR = QuantizationSection(weight_granularity="tensor")
 
 
-def records(config: TrainConfig) -> list[dict[str, Any]]:
-    found = read_records(Path(config.folder) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in WALL_CLOCK} for record in found]
-
-
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_run_keeps_full_entropy_and_every_norm_and_learns(tiny: Tiny, kind: str) -> None:
     config = tiny(steps=30, eval_every=10, optimizer=section(kind), quantization=TENSOR, log_every=100)
@@ -214,13 +208,6 @@ def test_a_run_is_packed_code_for_code(tiny: Tiny) -> None:
     tokens = torch.arange(32).reshape(2, 16)
     with torch.no_grad():
         assert torch.equal(packed(tokens), model(tokens))
-
-
-class Cut(Trainer):
-    def _train_step(self) -> None:
-        super()._train_step()
-        if self.state.step % 2 == 1 and self.state.step != self.saved_step:
-            self.signals.received = 15
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -11,22 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from pieces import records
 
 from bellbox import data
 from bellbox.errors import BellboxError
 from bellbox.evaluation import perplexity
 from bellbox.runs.checkpoint import CheckpointWarning
 from bellbox.runs.config import BatchSection, OptimizerSection, QuantizationSection, VisionSection
-from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_config, load_run, train
 from bellbox.utils.files import lock
 
 Tiny = Callable[..., TrainConfig]
-
-
-def records(config: TrainConfig) -> list[dict[str, Any]]:
-    found = read_records(Path(config.folder) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in WALL_CLOCK} for record in found]
 
 
 def final_tensors(config: TrainConfig) -> dict[str, torch.Tensor]:

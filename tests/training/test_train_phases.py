@@ -4,29 +4,23 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pieces import records
 from tiny_run import text_of
 
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
 from bellbox.runs.config import ModelSection, OptimizerSection, PhasesSection, QuantizationSection
 from bellbox.runs.config_file import config_from_dict
-from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.runs.phases import phase_after, phase_at, phases_of
 from bellbox.runs.resolve import resolve
 from bellbox.training import TrainConfig, Trainer, load_run, train
 
 Tiny = Callable[..., TrainConfig]
 SCHEDULE = PhasesSection(quantized=0.75, bits_before=[4, 3], shares=[0.25, 0.25, 0.5])
-
-
-def records(config: TrainConfig) -> list[dict[str, Any]]:
-    found = read_records(Path(config.folder) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in WALL_CLOCK} for record in found]
 
 
 def widths(model: torch.nn.Module) -> set[int]:

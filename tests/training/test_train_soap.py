@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pieces import Cut, records
 from torch import nn
 
 from bellbox.errors import BellboxError
@@ -20,7 +20,6 @@ from bellbox.runs.config import (
     PhasesSection,
     QuantizationSection,
 )
-from bellbox.runs.metrics import WALL_CLOCK, read_records
 from bellbox.training import TrainConfig, Trainer, load_run, train
 from bellbox.training.check import refuse_unsharded
 from bellbox.training.optim.soap import flat, put, soap
@@ -31,18 +30,6 @@ Tiny = Callable[..., TrainConfig]
 
 def section(**cewt: Any) -> OptimizerSection:
     return OptimizerSection(kind="soap", lr=1e-2, cewt=CewtSection(**{"every": 2, **cewt}))
-
-
-def records(config: TrainConfig) -> list[dict[str, Any]]:
-    found = read_records(Path(config.folder) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in WALL_CLOCK} for record in found]
-
-
-class Cut(Trainer):
-    def _train_step(self) -> None:
-        super()._train_step()
-        if self.state.step % 2 == 1 and self.state.step != self.saved_step:
-            self.signals.received = 15
 
 
 def test_under_the_hyperball_a_weight_goes_where_the_packages_update_points() -> None:

@@ -179,11 +179,14 @@ class CEWT:
         Args:
             project: whether to make them Gaussian too; without it, and without hyperball, nothing is done.
         """
-        for weight, norm in self.norms.items():
-            if project and weight in self._turns:
-                self._project(weight)
-            elif self.hyperball:
-                local(weight.detach()).mul_((norm / _norm(weight)).float())
+        for weight in self.norms:
+            self._bring_back(weight, project)
+
+    def _bring_back(self, weight: Tensor, project: bool) -> None:
+        if project and weight in self._turns:
+            self._project(weight)
+        elif self.hyperball:
+            local(weight.detach()).mul_((self.norms[weight] / _norm(weight)).float())
 
     @torch.no_grad()
     def before(self) -> dict[Tensor, Tensor | None]:
@@ -221,15 +224,12 @@ class CEWT:
             project: whether to sort.
         """
         for weight, was in kept.items():
-            norm, own = self.norms[weight], local(weight.detach())
             if was is not None:
-                length = _norm(weight)
+                norm, length = self.norms[weight], _norm(weight)
                 # An update of zero moves nothing.
-                own.mul_(torch.where(length > 0, rate(weight) * norm / length, 0.0).float()).add_(was)
-            if project and weight in self._turns:
-                self._project(weight)
-            elif was is not None:
-                own.mul_((norm / _norm(weight)).float())
+                scale = torch.where(length > 0, rate(weight) * norm / length, 0.0).float()
+                local(weight.detach()).mul_(scale).add_(was)
+            self._bring_back(weight, project)
 
     def step(self, lr: float, project: bool = True) -> None:
         """One step of all the parameters.

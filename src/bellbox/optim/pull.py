@@ -19,8 +19,6 @@ which shrinks, is divided out.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ from bellbox.core.sharded import whole, write_whole
 from bellbox.errors import BellboxError
 from bellbox.nn import QuantizedExpert, QuantizedLayer, quantized_layers
 from bellbox.ops.encode import SIGMA_FLOOR
-from bellbox.quantizers.bbq import BBQ
+from bellbox.quantizers.bbq import BBQ, bin_moments
 
 
 def bin_means(levels: Levels) -> tuple[float, ...]:
@@ -43,8 +41,7 @@ def bin_means(levels: Levels) -> tuple[float, ...]:
         >>> [round(mean, 3) for mean in bb.optim.bin_means(Levels.gaussian(4))]
         [-1.271, -0.325, 0.325, 1.271]
     """
-    edges = [0.0, *(math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in levels.thresholds), 0.0]
-    return tuple(levels.n * (edges[code] - edges[code + 1]) for code in range(levels.n))
+    return tuple(levels.n * moment for moment in bin_moments(levels))
 
 
 @torch.no_grad()

@@ -315,16 +315,19 @@ class BBQOptions:
                 raise BellboxError(f"{name} {value}: must be a finite number above 0, such as 1.694")
 
 
+def bin_moments(levels: Levels) -> list[float]:
+    """E[v; v in the bin] of a standard normal variable v for each code, rising: phi(t_k) - phi(t_(k+1))."""
+    edges = [0.0, *(math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in levels.thresholds), 0.0]
+    return [edges[code] - edges[code + 1] for code in range(levels.n)]
+
+
 def optimal_gamma(levels: Levels) -> float:
     """gamma / sigma of least squared error for Gaussian data: E[v q'] / E[q'^2], q' = q / (n/2).
 
     Examples: 1.596 at 1 bit, 1.655 at 2, 1.603 at 3, 1.669 at 4; its limit is 3 / sqrt(pi) = 1.693.
     """
-    edges = [0.0, *(math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in levels.thresholds), 0.0]
     values = [(code - levels.offset) / (levels.n / 2) for code in range(levels.n)]
-    product = sum(
-        q * (edges[i] - edges[i + 1]) for i, q in enumerate(values)
-    )  # phi(a) - phi(b): E[v; a < v < b]
+    product = sum(q * moment for q, moment in zip(values, bin_moments(levels), strict=True))
     return product / (sum(q * q for q in values) / levels.n)
 
 
