@@ -18,6 +18,7 @@ import bellbox as bb
 from bellbox.evaluation.codes import agreement
 from bellbox.nn import quantized_layers
 from bellbox.runs.config import (
+    AverageSection,
     BatchSection,
     CheckpointSection,
     DistributedSection,
@@ -208,11 +209,30 @@ def test_a_run_goes_on_with_other_processes(
     assert_same_run(folder, reference)
 
 
-def test_phases_go_on_under_ddp(ranks: Ranks, tokens: Path, runs: Path, alone: Any) -> None:
-    changes = {"phases": PhasesSection(quantized=2 / 3), "mec": MecSection(weight=0.0)}
-    folder = runs / "phases"
-    ranks.do(2, "train", config=config(tokens, folder, "ddp", **changes).to_dict())
-    assert_same_run(folder, alone("phases", **changes))
+PHASES = {
+    "full precision first": PhasesSection(quantized=2 / 3),
+    "4 bits first": PhasesSection(bits_before=[4], shares=[1 / 3, 2 / 3]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("full precision first", "ddp"),
+        ("4 bits first", "fsdp"),
+        pytest.param("full precision first", "fsdp", marks=pytest.mark.slow),
+        pytest.param("4 bits first", "ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_phases_go_on(ranks: Ranks, tokens: Path, runs: Path, alone: Any, name: str, mode: str) -> None:
+    """Weights come together, get other quantizers, are shared out again; and a run cut after that goes on."""
+    changes = {"phases": PHASES[name], "mec": MecSection(weight=0.0), "checkpoint_every": 2}
+    folder = runs / f"{name}-{mode}"
+    wanted = config(tokens, folder, mode, **changes).to_dict()
+    ranks.do(2, "train", config=wanted, crash_after=2)
+    assert not (folder / "checkpoints" / f"step-{STEPS:08d}").exists()
+    ranks.do(2, "train", config=wanted)
+    assert_same_run(folder, alone(name, **changes))
 
 
 @pytest.mark.parametrize(
@@ -231,8 +251,8 @@ def test_phases_go_on_under_ddp(ranks: Ranks, tokens: Path, runs: Path, alone: A
         (2, {"distributed": DistributedSection(mode="none")}, "distributed.mode is none, but 2 processes"),
         (
             2,
-            {"distributed": DistributedSection(mode="fsdp"), "phases": PhasesSection(quantized=0.5)},
-            "phases prepare layers anew",
+            {"distributed": DistributedSection(mode="fsdp"), "average": AverageSection(last=0.5)},
+            "average.last keeps a second model whole",
         ),
     ],
 )

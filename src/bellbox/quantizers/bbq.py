@@ -53,7 +53,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -438,6 +438,24 @@ class BBQ(LearnedQuantizer):
                 gamma.copy_((ratio * rms).to(gamma.dtype).expand_as(gamma))
         if self.granularity == "ema":
             self.r_ema.copy_(1 / rms)
+
+    @torch.no_grad()
+    def continue_from(self, before: LearnedQuantizer) -> bool:
+        """gamma is what n/2 levels are worth, whatever n is: it serves another width, and so does the running scale."""
+        plain = {"nested": ""}
+        alike = (
+            type(before) is type(self)
+            and (before.block, before.granularity, before.rows) == (self.block, self.granularity, self.rows)
+            and replace(before.options, **plain) == replace(self.options, **plain)
+            and before.is_set
+        )
+        if not alike or self.options.zeta is not None:
+            return False
+        for name in self._gammas:
+            getattr(self, name).copy_(before.learned_gamma())
+        if self.granularity == "ema":
+            self.r_ema.copy_(before.r_ema)
+        return True
 
     def fake_quantize(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Tensor:
         """`x_hat` of `[rows, features]` in `dtype`, with BBQ's gradient."""

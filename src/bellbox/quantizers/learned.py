@@ -113,6 +113,14 @@ class LearnedQuantizer(Quantizer):
             return  # a dead or broken first batch says nothing about the scale: wait for the next
         self.set_from(wide)
 
+    def continue_from(self, before: LearnedQuantizer) -> bool:  # noqa: ARG002
+        """Take over the numbers of one that quantized the same tensor to other levels, where they mean the same.
+
+        Returns:
+            Whether they do; else nothing is changed, and a first tensor sets them. A method overrides this.
+        """
+        return False
+
     def see_first(self, rows: Tensor) -> None:
         """Set the scale from the first rows. With one that is still not set, ones are computed with: see `learned`."""
         if torch.compiler.is_compiling():

@@ -37,21 +37,15 @@ def check_trainable(config: ResolvedConfig) -> None:
             raise BellboxError(f"distill.teacher: {error}") from None
 
 
-def refuse_unsharded(config: ResolvedConfig, phases: int) -> None:
+def refuse_unsharded(config: ResolvedConfig) -> None:
     """Refuse what needs a model that is not sharded.
 
     Args:
         config: of a run with fsdp.
-        phases: how many it has.
 
     Raises:
         BellboxError: naming the key and the way out.
     """
-    if phases > 1:
-        raise BellboxError(
-            "distributed.mode is fsdp, and phases prepare layers anew, which sharded ones cannot be; take ddp, or "
-            "train each phase as a run of its own (--model.from)"
-        )
     if config.optimizer.kind == "soap":
         raise BellboxError(
             "distributed.mode is fsdp, and optimizer.kind soap needs whole gradients; take ddp, or muon"

@@ -18,7 +18,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +134,7 @@ class Trainer:
         self.phases = phases_of(self.config)
         check_trainable(self.config)
         if self.world.mode == "fsdp":
-            refuse_unsharded(self.config, len(self.phases))
+            refuse_unsharded(self.config)
         self.phase = self.phases[0]
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoint.keep)
         self.saver = self._make_saver()
@@ -188,8 +188,12 @@ class Trainer:
             return None
         return pretrained_weights(self.config)
 
-    def _build_around_model(self) -> None:
-        """The optimizer and the training forward, for the layers that the model has in this phase."""
+    def _build_around_model(self, continued: Container[nn.Module] = ()) -> None:
+        """The optimizer and the training forward, for the layers that the model has in this phase.
+
+        Args:
+            continued: quantizers whose scales are learned already.
+        """
         if self.entropy is not None:
             self.entropy.remove()
         self.entropy = EntropyTerm(self.model, self.config.mec) if self.config.mec.weight else None
@@ -197,7 +201,7 @@ class Trainer:
         if optimizer.cewt is not None:
             # Scales and codebooks were set from the weights before their projection.
             for _, layer in quantized_layers(self.model):
-                if layer.weight_quantizer is not None:
+                if layer.weight_quantizer is not None and layer.weight_quantizer not in continued:
                     layer.weight_quantizer.initialize(layer.weight_rows())
         # What is computed from whole weights was; now they may become parts.
         norms = optimizer.norms_by_name(self.model)
@@ -216,18 +220,47 @@ class Trainer:
         self.forward = torch.compile(self.parallel.forward) if compiled else self.parallel.forward
 
     def _enter(self, phase: Phase) -> None:
-        """Go over to another phase: the weights and their moments stay, the quantizers are made anew."""
-        self.phase = phase
-        rotated, before = rotated_weights(self.model), self.optimizer
+        """Go over to another phase: weights and their moments stay; the quantizers are made anew, and go on with the
+        scales of those before them where these mean the same."""
+        states = {name: self.optimizer.state_of(each) for name, each in self.model.named_parameters()}
+        if self.parallel.sharded:
+            self.model = self._gathered()
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        rotated, former = rotated_weights(self.model), self._learned_quantizers()
         prepare(unprepare(self.model), make_recipe(phase.quantization))
+        continued = {
+            name: module
+            for name, module in self._learned_quantizers().items()
+            if name in former and module.continue_from(former[name])
+        }
+        # Moments are of no use in another domain than they were taken in.
+        moved = rotated ^ rotated_weights(self.model)
+        kept = {
+            name: states[names[parameter]]
+            for name, parameter in self.model.named_parameters()
+            if parameter in names and parameter not in moved
+        }
+        for path, module in continued.items():
+            full = (f"{path}.{name}" for name, _ in module.named_parameters())
+            kept |= {name: states[name] for name in full if name in states}
+        self.phase = phase
         if self.config.compile:
             # Else levels that differ from those of the phase before would be traced as variables.
             torch.compiler.reset()
-        self._build_around_model()
-        # Moments are of no use in another domain than they were taken in.
-        self.optimizer.carry_over(before, rotated ^ rotated_weights(self.model))
+        self._build_around_model(set(continued.values()))
+        self.optimizer.carry_over(self.model.named_parameters(), kept)
         # Losses of different phases are losses of different models.
         self.state.phase, self.state.best_loss = phase.index, None
+
+    def _learned_quantizers(self) -> dict[str, LearnedQuantizer]:
+        modules = self.model.named_modules()
+        return {name: module for name, module in modules if isinstance(module, LearnedQuantizer)}
+
+    def _gathered(self) -> nn.Module:
+        """A model as this one, whole in each process, as each had it before it was sharded."""
+        model = make_model(self.config, self.phase.quantization).to(self.device)
+        load_model_tensors(model, model_tensors(self.model), "the run's model")
+        return model
 
     def run(self) -> RunResult:
         """Train to the last step, or until a signal comes.

@@ -113,19 +113,23 @@ class ModelOptimizer:
             return None
         return {name: self.cewt.norms[p] for name, p in model.named_parameters() if p in self.cewt.norms}
 
-    def carry_over(self, before: ModelOptimizer, rotated: frozenset[Tensor]) -> None:
-        """Take the moments of an optimizer of the same model; parameters that it did not train start without.
+    def carry_over(
+        self, names: Iterable[tuple[str, nn.Parameter]], states: dict[str, dict[str, Tensor]]
+    ) -> None:
+        """Take the moments of another optimizer; parameters without any start anew.
 
         Args:
-            before: whose moments.
-            rotated: parameters that now live in another domain; their moments are of no use.
+            names: `model.named_parameters()`.
+            states: by the parameter's name, what `state_of` gave.
         """
-        for part in self.parts:
-            for parameter in (p for group in part.param_groups for p in group["params"]):
-                state = before.state_of(parameter)
-                state.pop(_NORM, None)
-                if state and parameter not in rotated:
-                    self._put(part, parameter, state)
+        owners = self._owners()
+        for name, parameter in names:
+            state = {key: value for key, value in states.get(name, {}).items() if key != _NORM}
+            if state and parameter in owners:
+                self._put(owners[parameter], parameter, state)
+
+    def _owners(self) -> dict[Tensor, torch.optim.Optimizer]:
+        return {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
 
     def _put(self, part: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Tensor]) -> None:
         if part is self._soap:
@@ -157,7 +161,7 @@ class ModelOptimizer:
             ValueError: a moment has another shape than its parameter.
         """
         parameters = dict(names)
-        owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        owners = self._owners()
         for part in self.parts:
             part.state.clear()
         found: dict[nn.Parameter, dict[str, Tensor]] = {}
