@@ -13,6 +13,7 @@ from tiny_run import text_of
 
 from bellbox.errors import BellboxError
 from bellbox.nn import quantized_layers
+from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.runs.config import ModelSection, OptimizerSection, PhasesSection, QuantizationSection
 from bellbox.runs.config_file import config_from_dict
 from bellbox.runs.phases import phase_after, phase_at, phases_of
@@ -192,6 +193,60 @@ def test_at_a_border_the_weights_and_their_moments_stay(tiny: Tiny) -> None:
     assert not layer.activation_quantizer.quantizer.is_set
     trainer._train_step()
     assert layer.activation_quantizer.quantizer.is_set
+
+
+def scales_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All that learned quantizers keep."""
+    return {
+        f"{name}.{own}": scale.detach().clone()
+        for name, module in trainer.model.named_modules()
+        if isinstance(module, LearnedQuantizer)
+        for own, scale in module.own_scales().items()
+    }
+
+
+@pytest.mark.parametrize("nested", [[], [2, 1]])
+def test_learned_scales_and_their_moments_go_on_at_another_width(tiny: Tiny, nested: list[int]) -> None:
+    """On the hyperball a row's gamma is all that says how large it is: what was learned of it may not be lost."""
+    settings: dict[str, Any] = {
+        "phases": PhasesSection(bits_before=[4], shares=[0.5, 0.5]),
+        "quantization": QuantizationSection(granularity=None if nested else "ema", nested=nested),
+    }
+    trainer = Trainer(tiny(steps=6, log_every=100, **settings), show=False)
+    trainer.signals.received = 15  # opens the folder and leaves at once
+    trainer.run()
+    start = scales_of(trainer)
+    for _ in range(3):
+        trainer._train_step()
+    before = scales_of(trainer)
+    moved = [name for name, scale in before.items() if not torch.equal(scale, start[name])]
+    assert len(moved) == len(before)
+    moments = {
+        name: trainer.optimizer.state_of(parameter)["exp_avg_sq"].clone()
+        for name, parameter in trainer.model.named_parameters()
+    }
+    trainer._enter(trainer.phases[1])
+    after = scales_of(trainer)
+    assert before.keys() <= after.keys()
+    for name, scale in after.items():
+        assert torch.equal(scale, before[name.removesuffix("_1")]), name
+    parameters = dict(trainer.model.named_parameters())
+    for name in before.keys() & parameters.keys():
+        assert torch.equal(trainer.optimizer.state_of(parameters[name])["exp_avg_sq"], moments[name]), name
+    trainer._train_step()
+
+
+def test_scales_that_mean_another_thing_at_another_width_start_anew(tiny: Tiny) -> None:
+    """LSQ's is the size of a step, which is another one with fewer levels."""
+    section = QuantizationSection(method="lsq")
+    phases = PhasesSection(bits_before=[4], shares=[0.5, 0.5])
+    trainer = Trainer(tiny(steps=4, quantization=section, phases=phases), show=False)
+    trainer._enter(trainer.phases[1])
+    anew = Trainer(tiny("anew", steps=4, quantization=section), show=False)
+    ours, theirs = scales_of(trainer), scales_of(anew)
+    assert ours.keys() == theirs.keys()
+    for name, scale in ours.items():
+        assert torch.equal(scale.nan_to_num(-1.0), theirs[name].nan_to_num(-1.0)), name
 
 
 @pytest.mark.parametrize("granularity", ["token", "ema"])

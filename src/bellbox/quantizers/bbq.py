@@ -102,15 +102,19 @@ class _FakeQuantize(TransformableFunction):
         whole_tensor: bool,  # noqa: ARG004
         follow: bool,  # gamma is a multiple of sigma, which is differentiated too  # noqa: ARG004
         dtype: torch.dtype,
+        soft: float,  # share of the value before it is cut
     ) -> tuple[Tensor, Tensor, Tensor]:
         work = compute_dtype(x)
         scale = gamma.to(work).reshape(-1, 1) / (levels.n / 2)
         x_hat, v = bbq_forward(x, r, scale, levels.thresholds, levels.offset, block, dtype)
+        if soft:
+            uncut = gamma.to(work).reshape(-1, 1) * torch.erf(v.to(work) / math.sqrt(2))
+            x_hat = torch.lerp(x_hat.to(work), uncut, soft).to(dtype)
         return x_hat, v, r.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, gamma, _, free, _, ctx.block, ctx.whole_tensor, ctx.follow, _ = inputs
+        x, gamma, _, free, _, ctx.block, ctx.whole_tensor, ctx.follow, _, _ = inputs
         x_hat, v, r = output
         # The matrix product keeps x_hat anyway.
         ctx.save_for_backward(v, x_hat, r, free, gamma, x if ctx.follow else None)
@@ -130,7 +134,7 @@ class _FakeQuantize(TransformableFunction):
             g_u = _through_normaliser(grad_v, grad_r, v, r, free, ctx.whole_tensor)
             more = rotation(g_u.contiguous(), 1.0, ctx.block, ctx.input_dtype)
             g_x = more if g_x is None else g_x + more
-        return g_x, None if ctx.follow else g_gamma, *[None] * 7
+        return g_x, None if ctx.follow else g_gamma, *[None] * 8
 
 
 def _through_normaliser(
@@ -285,7 +289,9 @@ def boxed(
         dtype: of the result.
     """
     unit = torch.ones((), dtype=norm.r.dtype, device=rows.device)
-    return apply(_FakeQuantize, rows, unit, norm.r, norm.free, levels, block, whole_tensor, False, dtype)[0]
+    return apply(
+        _FakeQuantize, rows, unit, norm.r, norm.free, levels, block, whole_tensor, False, dtype, 0.0
+    )[0]
 
 
 @dataclass(frozen=True)
@@ -350,6 +356,9 @@ class BBQ(LearnedQuantizer):
     gamma: nn.Parameter
     """Of the widest width, where there are several."""
     r_ema: Tensor
+    soft: float = 0.0
+    """In training, the share of a value that is not cut yet: of `gamma (2 Phi(v) - 1)`, which the gradient is that of
+    in any case (`bellbox.training.soften`)."""
     waiting: list[Tensor] | None = None
     """The 1/sigma of batches that the running scale is still to move by (`quantizers.running`)."""
 
@@ -449,7 +458,7 @@ class BBQ(LearnedQuantizer):
             and replace(before.options, **plain) == replace(self.options, **plain)
             and before.is_set
         )
-        if not alike or self.options.zeta is not None:
+        if not isinstance(before, BBQ) or not alike or self.options.zeta is not None:
             return False
         for name in self._gammas:
             getattr(self, name).copy_(before.learned_gamma())
@@ -466,13 +475,13 @@ class BBQ(LearnedQuantizer):
         else:
             assert norm.sigma is not None
             gamma = (self.options.zeta * norm.sigma * (norm.r - norm.r + 1)).to(compute_dtype(rows))
-        arguments = self.levels, self.block, whole, follow, dtype
+        arguments = self.levels, self.block, whole, follow, dtype, self.soft if self.training else 0.0
         return apply(_FakeQuantize, rows, gamma, norm.r, norm.free, *arguments)[0]
 
     @property
     def keeps_bytes(self) -> bool:
-        """Whether bytes do for the backward: values of size 1, a learned gamma, thresholds that bytes tell apart."""
-        plain = self.options.rms and self.options.zeta is None
+        """Whether bytes do for the backward: cut, of size 1, a learned gamma, thresholds that bytes tell apart."""
+        plain = self.options.rms and self.options.zeta is None and not (self.soft and self.training)
         return plain and stepped(self.levels.thresholds) is not None
 
     def coded_rows(self, rows: Tensor, norm: Normaliser, dtype: torch.dtype) -> Coded:

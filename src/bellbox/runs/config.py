@@ -193,6 +193,9 @@ class PhasesSection:
         default_factory=list
     )
     """Share of the quantized steps for each of these widths and the final one; equal where not given."""
+    soft: Annotated[float, Limits(ge=0, le=1)] = 0.0
+    """Share of the quantized steps, the first ones, in which weights of BBQ harden, from the box that is not cut to
+    codes (bellbox.training.soften); 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -508,6 +511,7 @@ class TrainConfig:
             _check_batch(self)
         _check_cewt(self)
         _check_average(self)
+        _check_soft(self)
         _check_mixture(self)
         _check_known(self.quantization, self.methods_from)
         _check_method(self.quantization)
@@ -595,6 +599,19 @@ def _check_average(config: TrainConfig) -> None:
         )
     if config.task == "vision" and config.vision.ema and section.last:
         raise BellboxError("average.last and vision.ema are both given; leave one of them out")
+
+
+def _check_soft(config: TrainConfig) -> None:
+    section = config.quantization
+    if config.phases.soft and (section.recipe is not None or section.method not in ("bbq", PAPER)):
+        what = "a recipe" if section.recipe is not None else f"method {section.method}"
+        raise BellboxError(
+            f"phases.soft is {config.phases.soft} with {what}: only bbq has a box to cut; set it to 0"
+        )
+    if config.phases.soft and config.compile:
+        raise BellboxError(
+            f"phases.soft is {config.phases.soft}, must be 0 with compile: a compiled graph has one softness"
+        )
 
 
 def _check_mixture(config: TrainConfig) -> None:

@@ -57,7 +57,6 @@ def phases_of(config: ResolvedConfig) -> list[Phase]:
     """
     section, total = config.phases, config.total_steps
     final = config.quantization
-    assert not isinstance(section.quantized, str)
     if final.method == "none" and final.recipe is None:
         if section.quantized != 1 or section.bits_before or section.shares:
             raise BellboxError(
@@ -69,7 +68,7 @@ def phases_of(config: ResolvedConfig) -> list[Phase]:
             "phases.bits_before changes quantization.bits, but quantization.recipe names its own levels; "
             "leave one of them out"
         )
-    start = total - round(section.quantized * total)
+    start = quantized_from(config)
     stages = [
         *(dataclasses.replace(final, bits=bits, levels=None, nested=[]) for bits in section.bits_before),
         final,
@@ -97,6 +96,12 @@ def phases_of(config: ResolvedConfig) -> list[Phase]:
             f"phases: phase {empty.index + 1} ({empty.label}) gets none of the {total} steps; give it more of them"
         )
     return phases
+
+
+def quantized_from(config: ResolvedConfig) -> int:
+    """The first step that is quantized, counted from 0."""
+    assert not isinstance(config.phases.quantized, str)
+    return config.total_steps - round(config.phases.quantized * config.total_steps)
 
 
 def phase_at(phases: list[Phase], step: int) -> Phase:

@@ -67,6 +67,7 @@ from bellbox.training.optim.groups import ModelOptimizer
 from bellbox.training.pretrained import pretrained_weights
 from bellbox.training.progress import Progress
 from bellbox.training.schedule import projects, pull_share, rates
+from bellbox.training.soften import soften, softness
 from bellbox.training.stop import Stopped, StopSignals
 from bellbox.training.tasks import make_task, open_data
 from bellbox.training.text_source import with_prepared_text
@@ -450,6 +451,8 @@ class Trainer:
             self._enter(phase)
         lr, ball = rates(config, state.step)
         self.model.train()
+        if config.phases.soft:
+            soften(self.model, softness(config, state.step))
         if state.step == self.phase.start and (self.world.size > 1 or self.parallel.sharded):
             self._set_first_scales()
         self.optimizer.zero_grad()
