@@ -15,8 +15,9 @@ from bellbox.cli.main import main
 from bellbox.errors import BellboxError
 from bellbox.evaluation.widths import groups_of, plan_widths
 from bellbox.formats import packed as io
+from bellbox.nn import quantized_layers
 from bellbox.runs.config import BatchSection, DataSection, ModelSection, QuantizationSection
-from bellbox.training import TrainConfig, train
+from bellbox.training import TrainConfig, Trainer, load_config, train
 
 CONTEXT = 32
 
@@ -104,7 +105,7 @@ def test_a_plan_from_the_command_line_is_packed_as_it_says(
     budget = two.packed_bytes + two.other_bytes + 2000
     capsys.readouterr()
     flags = ["--bytes", str(budget), "--sequences", "4", "--out", str(tmp_path / "plan.json")]
-    main(["plan", "bits", str(tmp_path / "run"), *flags])
+    main(["plan", "bits", str(tmp_path / "run"), *flags, "--recipe", str(tmp_path / "fitted.yaml")])
     said = capsys.readouterr().out
     assert f"budget              {budget:,} bytes" in said
     assert "q_proj and 2 more" in said
@@ -129,6 +130,17 @@ def test_a_plan_from_the_command_line_is_packed_as_it_says(
     assert io.folder_widths(tmp_path / "packed") == ()
     for name, bits in plan["chosen"]["bits"].items():
         assert packed.get_submodule(name).weight_levels.n == 2**bits  # type: ignore[union-attr]
+    # The recipe trains each layer at its one width, as the run was trained in all else.
+    assert f"bellbox train --config {tmp_path}/fitted.yaml --folder RUN" in said
+    fitted = Trainer(load_config(tmp_path / "fitted.yaml"), show=False)
+    layers = dict(quantized_layers(fitted.model))
+    assert {name: layer.weight_quantizer.levels.n for name, layer in layers.items()} == {  # type: ignore[union-attr]
+        name: 2**bits for name, bits in plan["chosen"]["bits"].items()
+    }
+    assert {layer.weights_rotated for layer in layers.values()} == {True}
+    there = load_config(tmp_path / "run" / "config.yaml")
+    assert fitted.config.optimizer == there.optimizer
+    assert (fitted.config.data, fitted.config.steps) == (there.data, there.steps)
     # What cannot be planned or packed gets one line.
     (tmp_path / "no.json").write_text("{}")
     convert = ("convert", tmp_path / "run", "--out", tmp_path / "no", "--plan")

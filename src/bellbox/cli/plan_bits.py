@@ -3,12 +3,16 @@
 bellbox plan bits runs/nested --bytes 1500000
 bellbox plan bits runs/nested --bytes 1500000 --out plan.json
 bellbox convert runs/nested --out packed --plan plan.json           # the folder that the plan is of
+bellbox plan bits runs/nested --bytes 1500000 --recipe fitted.yaml
+bellbox train --config fitted.yaml --folder runs/fitted             # a model trained at these widths from the start
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +28,10 @@ from bellbox.evaluation.widths import Plan, groups_of, plan_widths
 from bellbox.formats import packed as io
 from bellbox.formats.auto import OpenedModel, open_data_for, open_model
 from bellbox.nn import using_bits
+from bellbox.recipe import Recipe
+from bellbox.runs.build import make_recipe
+from bellbox.runs.config import PhasesSection, QuantizationSection, TrainConfig
+from bellbox.runs.config_file import save_config
 from bellbox.utils.files import read_json
 
 require("tyro", "cli")
@@ -49,6 +57,8 @@ class PlanBits:
     """last, best, or a step."""
     out: Path | None = None
     """Write the plan here, for `bellbox convert --plan`."""
+    recipe: Path | None = None
+    """Write the run's configuration here with these widths for the layers, for `bellbox train --config`."""
 
 
 def main(argv: list[str]) -> None:
@@ -61,8 +71,8 @@ def main(argv: list[str]) -> None:
     for name, value in (("bytes", command.bytes), ("sequences", command.sequences)):
         if not 1 <= value <= 1 << 50:
             raise BellboxError(f"--{name} is {value}, must be at least 1")
-    if command.out is not None:
-        require_writable(command.out)
+    for path in filter(None, (command.out, command.recipe)):
+        require_writable(path)
     opened = open_model(command.run, command.checkpoint)
     if opened.run is None or opened.is_vision:
         raise BellboxError(f"{opened.path}: plan bits takes a run folder of a language model")
@@ -80,6 +90,31 @@ def main(argv: list[str]) -> None:
         said = {"run": str(opened.path), "tokens": tokens.numel(), **asdict(found)}
         write_file(command.out, json.dumps(said, indent=1) + "\n")
         print(f"\nwritten to {command.out}: bellbox convert {opened.path} --out PACKED --plan {command.out}")
+    if command.recipe is not None:
+        save_config(fitted(opened.run.config, found.chosen.bits), command.recipe)
+        print(f"\nwritten to {command.recipe}: bellbox train --config {command.recipe} --folder RUN")
+
+
+def fitted(config: TrainConfig, bits: Mapping[str, int]) -> TrainConfig:
+    """The configuration of a nested run with a width for each layer in its place.
+
+    The width that most layers have is that of the pattern `*`; each other layer has a rule of its own.
+
+    Args:
+        config: of the run.
+        bits: layer -> bits.
+    """
+
+    def recipe(width: int) -> Recipe:
+        return make_recipe(replace(config.quantization, nested=[], levels=None, bits=width))
+
+    ((common, _),) = Counter(bits.values()).most_common(1)
+    others = [(name, width) for name, width in bits.items() if width != common]
+    rules = [replace(recipe(width).rules[-1], pattern=name) for name, width in others]
+    whole = replace(recipe(common), rules=(*rules, *recipe(common).rules))
+    section = QuantizationSection(recipe=whole.to_dict())
+    folder = TrainConfig().folder
+    return replace(config, folder=folder, quantization=section, phases=PhasesSection())
 
 
 def _rest(model: nn.Module, widest: int) -> int:
