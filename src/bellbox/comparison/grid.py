@@ -39,6 +39,7 @@ from bellbox.errors import BellboxError
 from bellbox.runs.build import check_quantization
 from bellbox.runs.config import QuantizationSection, TrainConfig, hyperball_rate, methods_named, rule_of
 from bellbox.runs.config_file import config_from_dict, merged, read_layers
+from bellbox.runs.open_phases import with_phases
 from bellbox.utils.yaml import read_yaml
 
 KEYS = ("about", "base", "lr", "seeds", "bits", "rows", "against")
@@ -67,11 +68,11 @@ class Cell:
     def config(self, lr: float, seed: int) -> TrainConfig:
         """The training configuration of one run; `folder` is still to be set."""
         changes = {"optimizer": {"lr": lr}, "data": {"seed": seed}, "seed": seed}
-        found = config_from_dict(merged(self.values, changes), f"row '{self.row}'")
+        found = with_phases(config_from_dict(merged(self.values, changes), f"row '{self.row}'"))
         cewt = found.optimizer.cewt
         if cewt.lr is not None:
             return found
-        # Written out, so that a line keeps what it was run with whatever the rule will be.
+        # Written out as the phases are, so that a line keeps what it was run with whatever the rule will be.
         section = found.quantization
         rate = hyperball_rate(rule_of(cewt.rule, section.method, section.recipe), found.total_steps)
         written = dataclasses.replace(cewt, lr=rate)

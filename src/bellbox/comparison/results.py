@@ -149,6 +149,8 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     cewt, section = full["optimizer"]["cewt"], full["quantization"]
     if cewt["lr"] is None:  # a number, before it could be left open
         cewt["lr"] = CEWT_RATES[rule_of(cewt["rule"], section["method"], section["recipe"])]
+    if full["phases"]["bits_before"] is None:  # likewise
+        full["phases"]["bits_before"] = []
     full["data"] = {key: value for key, value in full["data"].items() if key != "source"}
     if full["quantization"]["integer_forward"] is None:  # lines of before there was a choice
         full["quantization"]["integer_forward"] = False

@@ -185,10 +185,10 @@ class PhasesSection:
     quantized: Annotated[float, Limits(gt=0, le=1, says="in (0, 1], or optimal")] | Literal["optimal"] = 1.0
     """Fraction of the steps trained quantized, after the rest in full precision; 1: from the first step.
     `optimal`: by the law of arXiv 2509.22935, from tokens, parameters and bits (see `bellbox.runs.planner`)."""
-    bits_before: list[Annotated[int, Limits(ge=1, le=8, says="bits from 1 to 8")]] = field(
-        default_factory=list
-    )
-    """Bits of the quantized steps before those of `quantization`: [4, 3] with bits 2 trains 4, then 3, then 2."""
+    bits_before: list[Annotated[int, Limits(ge=1, le=8, says="bits from 1 to 8")]] | None = None
+    """Bits of the quantized steps before those of `quantization`: [4, 3] with bits 2 trains 4, then 3, then 2. []: one
+    width throughout. Null: language models of BBQ with at most 3 bits train one bit more for the first half of at least
+    512 steps (`bellbox.runs.open_phases`)."""
     shares: list[Annotated[float, Limits(gt=0, lt=1, says="numbers between 0 and 1")]] = field(
         default_factory=list
     )

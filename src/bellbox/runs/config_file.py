@@ -16,7 +16,8 @@ from typing import Any, get_origin, get_type_hints
 
 from bellbox.errors import BellboxError, require
 from bellbox.quantizers.spec import with_present_names
-from bellbox.runs.config import PhasesSection, TrainConfig
+from bellbox.runs.config import TrainConfig
+from bellbox.runs.phases import phases_of, soft_steps
 from bellbox.utils.files import write_text
 from bellbox.utils.yaml import read_yaml
 
@@ -171,10 +172,10 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
 
     Where a run and its data live, how often it is measured and saved, and how it is watched do not decide its numbers
     (that the data are the same is seen from their checksum). More steps are no difference either: a run may go on to
-    them, unless its phases begin and end with them.
+    them, in the phase that it ended in.
     """
     free = {*WITHOUT_EFFECT, "data.source", "data.mixture", "data.valid", "data.tokenizer", "data.vocab_size"}
-    longer = asked.total_steps > saved.total_steps and asked.phases == PhasesSection()
+    longer = asked.total_steps > saved.total_steps and _goes_on(saved, asked)
     found: list[str] = []
 
     def compare(left: dict[str, Any], right: dict[str, Any], prefix: str) -> None:
@@ -182,8 +183,10 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
             here, name = right[key], prefix + key
             if name in free or there == here:
                 continue
-            if name == "steps" and longer:
+            if longer and name in ("steps", "phases.quantized", "phases.shares", "phases.soft"):
                 continue
+            if name == "phases.bits_before" and not there and not here:
+                continue  # null is of a run before there was a choice
             if name == "quantization.integer_forward" and not there and not here:
                 continue  # null is of a run before there was a choice, which trained on floats
             if name == "quantization.embedding_bits" and {there, here} == {None, 32}:
@@ -195,3 +198,10 @@ def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
 
     compare(saved.to_dict(), asked.to_dict(), "")
     return found
+
+
+def _goes_on(saved: TrainConfig, asked: TrainConfig) -> bool:
+    """Whether the phases of a run are the former ones, the last of them longer."""
+    (*former, last), (*now, longer) = phases_of(saved), phases_of(asked)
+    same = former == now and (last.start, last.quantization) == (longer.start, longer.quantization)
+    return same and soft_steps(saved) == soft_steps(asked)

@@ -3,8 +3,9 @@
 Which phase a step belongs to is a pure function of the configuration and the step, like the learning rate: there
 is nothing to save, and nothing that a resumed run could get wrong. At the border between two phases the
 layers are prepared anew with the weights that they have (`convert.unprepare`, `convert.prepare`), so every method
-can be scheduled without knowing of it: the scales of weights start as `prepare` sets them, those of activations
-with the first batch of the phase.
+can be scheduled without knowing of it. Scales that mean the same at both widths go on
+(`LearnedQuantizer.continue_from`); others start as `prepare` sets them, those of activations with the first batch of
+the phase.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 from bellbox.errors import BellboxError
-from bellbox.runs.config import QuantizationSection, ResolvedConfig
+from bellbox.runs.config import QuantizationSection, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Phase:
         return f"{section.method}, {width}{inputs}"
 
 
-def phases_of(config: ResolvedConfig) -> list[Phase]:
+def phases_of(config: TrainConfig) -> list[Phase]:
     """The phases of a run in their order; one where nothing is scheduled.
 
     Args:
@@ -70,7 +71,10 @@ def phases_of(config: ResolvedConfig) -> list[Phase]:
         )
     start = quantized_from(config)
     stages = [
-        *(dataclasses.replace(final, bits=bits, levels=None, nested=[]) for bits in section.bits_before),
+        *(
+            dataclasses.replace(final, bits=bits, levels=None, nested=[])
+            for bits in section.bits_before or []
+        ),
         final,
     ]
     ends = [start + round(share * (total - start)) for share in itertools.accumulate(_shares(config))]
@@ -98,10 +102,15 @@ def phases_of(config: ResolvedConfig) -> list[Phase]:
     return phases
 
 
-def quantized_from(config: ResolvedConfig) -> int:
+def quantized_from(config: TrainConfig) -> int:
     """The first step that is quantized, counted from 0."""
     assert not isinstance(config.phases.quantized, str)
     return config.total_steps - round(config.phases.quantized * config.total_steps)
+
+
+def soft_steps(config: TrainConfig) -> int:
+    """In how many of the quantized steps, the first ones, weights harden (`phases.soft`)."""
+    return round(config.phases.soft * (config.total_steps - quantized_from(config)))
 
 
 def phase_at(phases: list[Phase], step: int) -> Phase:
@@ -114,8 +123,8 @@ def phase_after(phases: list[Phase], steps: int) -> Phase:
     return phase_at(phases, max(steps - 1, 0))
 
 
-def _shares(config: ResolvedConfig) -> list[float]:
-    shares, count = config.phases.shares, len(config.phases.bits_before) + 1
+def _shares(config: TrainConfig) -> list[float]:
+    shares, count = config.phases.shares, len(config.phases.bits_before or []) + 1
     if not shares:
         return [1 / count] * count
     if len(shares) != count or not math.isclose(sum(shares), 1, abs_tol=1e-6):

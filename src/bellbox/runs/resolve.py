@@ -29,6 +29,7 @@ from bellbox.runs.config import (
     rule_of,
 )
 from bellbox.runs.config_file import load_config
+from bellbox.runs.open_phases import with_phases
 from bellbox.runs.planner import quantized_fraction
 from bellbox.utils.processor import choose_precision
 
@@ -58,7 +59,7 @@ def resolve(raw: TrainConfig, data: Text | ImageDataset) -> ResolvedConfig:
     Raises:
         BellboxError: a value out of range, or a model that does not fit the data.
     """
-    raw.check()
+    raw = with_phases(raw.check())
     overrides = (
         _vision_overrides(raw, cast("ImageDataset", data))
         if raw.task == "vision"
@@ -98,7 +99,9 @@ def load_resolved(path: str | os.PathLike[str]) -> ResolvedConfig:
                 f"{path}: {key} is {value}, which the configuration of a run never leaves open: it was edited, or no "
                 f"run has begun here; begin it with bellbox train --config {path}"
             )
-    return _as_resolved(config)
+    # Null is of a run of before there was a choice.
+    phases = dataclasses.replace(config.phases, bits_before=config.phases.bits_before or [])
+    return _as_resolved(config, phases=phases)
 
 
 def _as_resolved(config: TrainConfig, **changes: Any) -> ResolvedConfig:

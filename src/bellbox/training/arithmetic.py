@@ -12,6 +12,7 @@ from bellbox.runs.checkpoint import Checkpoints
 from bellbox.runs.config import CEWT, PAPER, TrainConfig
 from bellbox.runs.config_file import load_config
 from bellbox.runs.open import CONFIG_FILE
+from bellbox.runs.open_phases import with_phases
 from bellbox.utils.processor import choose_precision
 
 ON_INTEGERS = ("bbq", PAPER)
@@ -23,9 +24,11 @@ EMBEDDING_BITS: Literal[4, 8, 32] = 8
 def with_arithmetic(config: TrainConfig) -> tuple[TrainConfig, str]:
     """What a configuration leaves open as the folder's run began, else as what is fast here; and why that precision.
 
-    That is `precision: auto`, and `quantization.integer_forward: null` where the method is named.
+    That is `precision: auto`, `quantization.integer_forward: null` where the method is named, and
+    `phases.bits_before: null`.
     """
     section, why, earlier = config.quantization, "", begun(config)
+    config = with_phases(config, earlier)
     if config.precision == "auto":
         if earlier is not None and earlier.precision != "auto":
             precision, why = earlier.precision, ": as the run was begun"

@@ -15,7 +15,7 @@ from torch import nn
 from bellbox.nn import quantized_layers
 from bellbox.quantizers.bbq import BBQ
 from bellbox.runs.config import ResolvedConfig
-from bellbox.runs.phases import quantized_from
+from bellbox.runs.phases import quantized_from, soft_steps
 
 
 def softness(config: ResolvedConfig, step: int) -> float:
@@ -25,8 +25,7 @@ def softness(config: ResolvedConfig, step: int) -> float:
         config: of the run.
         step: 0 .. total_steps - 1.
     """
-    start = quantized_from(config)
-    stretch, done = round(config.phases.soft * (config.total_steps - start)), step - start
+    stretch, done = soft_steps(config), step - quantized_from(config)
     return (1 + math.cos(math.pi * done / stretch)) / 2 if 0 <= done < stretch else 0.0
 
 
