@@ -78,6 +78,7 @@ def _figures(config: TrainConfig) -> dict[str, Any]:
         "total": run.config.total_steps * run.config.per_step,
         "a_step": run.config.per_step,
         "passes": run.config.accumulation,
+        "phases": run.phases,
         "first_batch": list(run.first_batch),
         "memory_bytes": {**asdict(run.memory), "total": run.memory.total},
         "operations": run.operations,
@@ -115,6 +116,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"({_quantization(found)}), {counts['left_whole']:,} left whole",
         f"training     {found['steps']:,} steps of {found['a_step']:,} {found['unit']}, {found['total']:,} in all; "
         f"learning rate {config['optimizer']['lr']:g}",
+        f"phases       {found['phases']}",
         f"first batch  {found['first_batch']} {dtype}, {found['passes']} such pass(es) a step",
         f"data         {found['data']}",
         f"memory       {_gib(memory['total'])} at the fullest of a step, counted in fp32: {parts}",

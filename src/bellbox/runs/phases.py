@@ -113,6 +113,11 @@ def soft_steps(config: TrainConfig) -> int:
     return round(config.phases.soft * (config.total_steps - quantized_from(config)))
 
 
+def in_words(phases: list[Phase]) -> str:
+    """`bbq, 3 bits from step 1, then bbq, 2 bits from step 301`."""
+    return ", then ".join(f"{phase.label} from step {phase.start + 1}" for phase in phases)
+
+
 def phase_at(phases: list[Phase], step: int) -> Phase:
     """The phase of optimizer step `step`, counted from 0."""
     return next(phase for phase in phases if step < phase.end)

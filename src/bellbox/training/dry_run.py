@@ -28,6 +28,7 @@ from bellbox.formats.auto import kind_of
 from bellbox.nn import QuantizedLayer, quantized_layers
 from bellbox.runs.build import make_recipe, skeleton
 from bellbox.runs.config import ResolvedConfig, TrainConfig
+from bellbox.runs.phases import in_words, phases_of
 from bellbox.runs.resolve import resolve
 from bellbox.training.arithmetic import with_arithmetic
 from bellbox.training.check import check_trainable
@@ -72,6 +73,8 @@ class DryRun:
     """How many of them are quantized."""
     levels: tuple[tuple[int, int | None], ...]
     """Levels of weights and of their inputs (None: full precision), each pair once."""
+    phases: str
+    """What its steps train, in words."""
     first_batch: tuple[int, ...]
     """Shape of what the first forward pass reads."""
     memory: Memory
@@ -113,6 +116,7 @@ def dry_run(config: TrainConfig) -> DryRun:
         parameters=parameters,
         quantized=quantized,
         levels=tuple(sorted({levels for _, levels in layers}, key=str)),
+        phases=in_words(phases_of(resolved)),
         first_batch=shape,
         memory=Memory(
             held * (1 if resolved.averaging is None else 2), _FP32 * parameters + shared, moments, saved

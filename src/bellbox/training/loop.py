@@ -48,7 +48,7 @@ from bellbox.runs.config import TrainConfig
 from bellbox.runs.config_file import config_from_dict
 from bellbox.runs.metrics import MetricsWriter
 from bellbox.runs.open import CONFIG_FILE
-from bellbox.runs.phases import Phase, phase_after, phase_at, phases_of
+from bellbox.runs.phases import Phase, in_words, phase_after, phase_at, phases_of
 from bellbox.runs.resolve import resolve
 from bellbox.runs.saver import Saver
 from bellbox.runs.sharded_state import load_model_shards, optimizer_shards
@@ -374,10 +374,7 @@ class Trainer:
                 "the longer schedule"
             )
         if len(self.phases) > 1:
-            self.progress.note(
-                "phases: "
-                + ", then ".join(f"{phase.label} from step {phase.start + 1}" for phase in self.phases)
-            )
+            self.progress.note(f"phases: {in_words(self.phases)}")
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """The one to go on from. The first process chooses; all read it."""
