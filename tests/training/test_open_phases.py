@@ -61,7 +61,7 @@ def test_what_is_said_stays() -> None:
     assert with_phases(TrainConfig(phases=section)).phases == section
     with pytest.raises(BellboxError, match="must be 1 numbers"):
         phases_of(with_phases(TrainConfig(phases=PhasesSection(shares=[0.5, 0.5]))))
-    late = with_phases(TrainConfig(phases=PhasesSection(quantized=0.5)))
+    late = with_phases(TrainConfig(steps=FEWEST_STEPS, phases=PhasesSection(quantized=0.5)))
     assert [phase.label for phase in phases_of(late)] == ["full precision", "bbq, 3 bits", "bbq, 2 bits"]
 
 

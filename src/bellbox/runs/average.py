@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bellbox.nn.tools import unique_tensors
-from bellbox.optim import CEWT, constrained_weights, head_weights
 from bellbox.quantizers.learned import LearnedQuantizer
 from bellbox.runs.build import load_model_tensors
 from bellbox.runs.config import AverageSection, CewtSection
+from bellbox.runs.constraint import constraint_of
 
 PREFIX = "average:"
 COUNT = PREFIX + "updates"
@@ -59,7 +59,7 @@ class Average:
             yield self._trained
             return
         averaged = self._averaged.module
-        raw = [(weight, weight.detach().clone()) for weight in _constraint(averaged, self._cewt).norms]
+        raw = [(weight, weight.detach().clone()) for weight in constraint_of(averaged, self._cewt).norms]
         settle(averaged, self._cewt, kept_norms(self._trained, self._cewt))
         try:
             yield averaged
@@ -110,17 +110,9 @@ class Average:
             )
 
 
-def _constraint(model: nn.Module, section: CewtSection) -> CEWT:
-    """CEWT of a model as it is, without an optimizer; of no weight where nothing is constrained."""
-    if not section.every:
-        return CEWT([], {})
-    heads = head_weights(model) if section.rule == "published" else []
-    return CEWT([], constrained_weights(model), section.hyperball, norms_only=heads, at_once=False)
-
-
 def kept_norms(model: nn.Module, section: CewtSection) -> dict[str, Tensor]:
     """The norms of the constrained weights of a model, fp64 `[]`, by the parameter's name."""
-    norms = _constraint(model, section).norms
+    norms = constraint_of(model, section).norms
     return {name: norms[weight] for name, weight in model.named_parameters() if weight in norms}
 
 
@@ -135,11 +127,15 @@ def settle(model: nn.Module, section: CewtSection, norms: dict[str, Tensor]) -> 
         section: how those were constrained that were averaged.
         norms: `kept_norms` of the model that was trained.
     """
-    constraint = _constraint(model, section)
-    for name, weight in model.named_parameters():
-        if weight in constraint.norms:
-            constraint.norms[weight] = norms[name]
-    constraint.settle(project=section.until == 1)
+    constraint_of(model, section, norms=norms).settle(project=section.until == 1)
+
+
+@contextmanager
+def settled(model: nn.Module, section: CewtSection) -> Iterator[None]:
+    """Around the loading of averages into a model that holds the trained weights: see `settle`."""
+    norms = kept_norms(model, section)
+    yield
+    settle(model, section, norms)
 
 
 @torch.no_grad()

@@ -55,8 +55,8 @@ def hyperball_rate(rule: str, steps: int) -> float:
     """Peak rate of the hyperball where a run names none, in units of the weight's norm.
 
     Ours falls with the cube root of the steps: a longer run has the time to settle, and at a rate that is too high its
-    weights never do. 0.18 goes through what was best at 512, 2,048 and 6,512 steps (docs/studies.md, "The rate of the
-    hyperball"); runs of less than 216 steps take what 216 do. The published one is that of 95M and 125M parameters.
+    weights never do. 0.18 goes through what was best at 512, 2,048 and 6,512 steps (docs/studies-appendix.md, "The rate
+    of the hyperball"); runs of less than 216 steps take what 216 do. The published one is that of 95M and 125M.
     """
     return 0.01 if rule == "published" else round(0.18 / max(steps, 216) ** (1 / 3), 5)
 
@@ -188,7 +188,7 @@ class PhasesSection:
     bits_before: list[Annotated[int, Limits(ge=1, le=8, says="bits from 1 to 8")]] | None = None
     """Bits of the quantized steps before those of `quantization`: [4, 3] with bits 2 trains 4, then 3, then 2. []: one
     width throughout. Null: language models of BBQ with at most 3 bits train one bit more for the first half of at least
-    512 steps (`bellbox.runs.open_phases`)."""
+    2048 steps (`bellbox.runs.open_phases`)."""
     shares: list[Annotated[float, Limits(gt=0, lt=1, says="numbers between 0 and 1")]] = field(
         default_factory=list
     )

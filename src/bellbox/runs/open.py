@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from bellbox.errors import BellboxError
-from bellbox.runs.average import COUNT, PREFIX, averaged_tensors, kept_norms, settle
+from bellbox.runs.average import COUNT, PREFIX, averaged_tensors, settled
 from bellbox.runs.binding import refuse_changed, refuse_other_tokenizer
 from bellbox.runs.build import load_model_tensors, make_model
 from bellbox.runs.checkpoint import MODEL, OPTIMIZER, Checkpoint, Checkpoints
@@ -74,16 +74,14 @@ def load_run(folder: str | os.PathLike[str], checkpoint: str | int = "last") -> 
 
         load_model_shards(model, found, MODEL)
         if OPTIMIZER + COUNT in found.layout:
-            norms = kept_norms(model, config.optimizer.cewt)
-            load_model_shards(model, found, OPTIMIZER + PREFIX, leave_out=(OPTIMIZER + COUNT,))
-            settle(model, config.optimizer.cewt, norms)
+            with settled(model, config.optimizer.cewt):
+                load_model_shards(model, found, OPTIMIZER + PREFIX, leave_out=(OPTIMIZER + COUNT,))
     else:
         load_model_tensors(model, found.model_tensors(), str(found.path))
         tensors = averaged_tensors(found.optimizer_tensors()) if config.averaging is not None else {}
         if tensors:
-            norms = kept_norms(model, config.optimizer.cewt)
-            load_model_tensors(model, tensors, str(found.path))
-            settle(model, config.optimizer.cewt, norms)
+            with settled(model, config.optimizer.cewt):
+                load_model_tensors(model, tensors, str(found.path))
     return LoadedRun(
         folder=root,
         model=model.eval(),

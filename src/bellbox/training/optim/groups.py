@@ -14,15 +14,14 @@ from bellbox.nn.quantized import ROTATED
 from bellbox.nn.tools import stored_weight
 from bellbox.optim import (
     CEWT,
-    constrained_weights,
-    head_weights,
     multiplies,
     parameter_groups,
     refit_codebooks,
     second_moments,
 )
 from bellbox.recipe import is_head
-from bellbox.runs.config import CewtSection, OptimizerSection
+from bellbox.runs.config import OptimizerSection
+from bellbox.runs.constraint import constraint_of
 from bellbox.training.optim.muon import WholeMuon
 from bellbox.training.optim.soap import flat, put, shape_of, soap
 
@@ -65,7 +64,10 @@ class ModelOptimizer:
         self.parts.append(
             torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
         )
-        self.cewt = _constraint(self.parts, model, section.cewt, norms) if section.cewt.every else None
+        self.cewt: CEWT | None = None
+        if section.cewt.every:
+            at_once = section.cewt.rule == "ours" and norms is None
+            self.cewt = constraint_of(model, section.cewt, self.parts, norms, at_once)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -190,22 +192,6 @@ class ModelOptimizer:
                 self.cewt.norms[parameter] = copy
         for parameter, state in found.items():
             self._put(owners[parameter], parameter, state)
-
-
-def _constraint(
-    parts: list[torch.optim.Optimizer],
-    model: nn.Module,
-    section: CewtSection,
-    norms: dict[str, Tensor] | None,
-) -> CEWT:
-    """CEWT around optimizers, by the rule of the section."""
-    weights = constrained_weights(model)
-    heads = [] if section.rule == "ours" else head_weights(model)
-    at_once = section.rule == "ours" and norms is None
-    known: dict[Tensor, Tensor] = {
-        p: (norms or {})[n] for n, p in model.named_parameters() if n in (norms or {})
-    }
-    return CEWT(parts, weights, section.hyperball, norms_only=heads, at_once=at_once, norms=known)
 
 
 def require_matrices(kind: str, found: Sequence[object]) -> None:
