@@ -90,7 +90,10 @@ def test_more_steps_make_the_last_phase_longer_and_nothing_else(
     assert soft_steps(asked) == soft_steps(begun)
     assert differences(begun, asked) == []
     assert phase_after(now, known) == now[-1]
-    again = with_phases(TrainConfig(steps=known + more), asked)  # as a file that leaves it open says
+    section = dataclasses.replace(
+        asked.phases, bits_before=None, shares=[]
+    )  # as a file that leaves it open says
+    again = with_phases(TrainConfig(steps=known + more, phases=section), asked)
     assert again.phases == asked.phases
     other = dataclasses.replace(
         longer, phases=PhasesSection(quantized, [8, *bits], [0.5, *[0.5 / len(parts)] * len(parts)])

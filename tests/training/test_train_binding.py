@@ -115,11 +115,13 @@ def test_a_finished_run_goes_on_with_more_steps(tiny: Tiny, capsys: pytest.Captu
         train(tiny(steps=2), show=False)
 
 
-def test_a_run_with_phases_is_not_made_longer(tiny: Tiny) -> None:
+def test_a_run_with_phases_is_made_longer_in_its_last_one_and_the_older_checkpoint_opens(tiny: Tiny) -> None:
     phases = PhasesSection(quantized=0.5)
     train(tiny(steps=4, phases=phases), show=False)
-    with pytest.raises(BellboxError, match="steps is 4 there, 6 here"):
-        train(tiny(steps=6, phases=phases), show=False)
+    train(tiny(steps=6, phases=phases), show=False)
+    assert [load_run(tiny().folder, step).phase.start for step in (4, 6)] == [2, 2]
+    with pytest.raises(BellboxError, match=r"phases\.quantized is 0\.66\d+ there, 0\.9 here"):
+        train(tiny(steps=6, phases=PhasesSection(quantized=0.9)), show=False)
 
 
 def test_a_newer_format_is_refused_and_never_trained_over(tiny: Tiny) -> None:

@@ -44,7 +44,8 @@ def test_what_cannot_be_trained_is_found_without_training(
     ("keys", "phases"),
     [
         ({}, 1),
-        ({"phases": {"quantized": "optimal"}, "tokens": 10**10}, 2),
+        ({"phases": {"quantized": "optimal"}, "tokens": 10**10}, 3),  # one bit more first
+        ({"phases": {"quantized": "optimal", "bits_before": []}, "tokens": 10**10}, 2),
         ({"quantization": {"method": "cewt", "bits": 3}}, 1),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_sharded_model_is_refused_and_so_is_a_machine_without_the_package(
     config = tiny(optimizer=section())
     trainer = Trainer(config, show=False)
     with pytest.raises(BellboxError, match=r"optimizer\.kind soap needs whole gradients; take ddp, or muon"):
-        refuse_unsharded(trainer.config, 1)
+        refuse_unsharded(trainer.config)
 
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

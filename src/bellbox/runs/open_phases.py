@@ -32,8 +32,16 @@ def with_phases(config: TrainConfig, begun: TrainConfig | None = None) -> TrainC
         begun: the configuration of the run that goes on; None of a new one.
     """
     asked = config.phases
-    if begun is not None and (asked.bits_before is None or asked == begun.phases):
-        return dataclasses.replace(config, phases=_stretched(begun, config.total_steps))
+    if begun is not None:
+        if asked.bits_before is None:
+            widths = {
+                "bits_before": begun.phases.bits_before or [],
+                "shares": asked.shares or begun.phases.shares,
+            }
+            asked = dataclasses.replace(asked, **widths)
+        same = asked == dataclasses.replace(begun.phases, bits_before=begun.phases.bits_before or [])
+        phases = _stretched(begun, config.total_steps) if same else asked
+        return dataclasses.replace(config, phases=phases)
     if asked.bits_before is not None:
         return config
     before = [] if asked.shares else _bits_before(config)
